@@ -1,0 +1,436 @@
+"""The typed, strict configuration of a run: YAML and ``--set`` overrides in, validated objects out.
+
+Every setting is declared once, below, with its type, range, default and meaning; ``describe`` prints
+them. The defaults are the embedded digits' experiment, ``configs/digits.yaml``.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from srfed.errors import UserError
+
+DatasetName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "npz", "folder"]
+STAGES = 4
+"""Resolution stages of the UNet (the paper's "four layers")."""
+
+
+class Section(BaseModel):
+    """A group of settings: immutable, no unknown keys, no conversion between types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    dataset: DatasetName = Field("digits", description="where the tasks come from")
+    dir: str = Field(
+        "",
+        description="root of the torchvision sets (or of cifar10_500.npz / cifar100_500.npz); the .npz file of "
+        "`npz`; the folder of task folders of `folder`",
+    )
+    images_per_task: int | None = Field(
+        None, ge=1, description="training images of each task, the first in file order; null takes all"
+    )
+    image_size: int | None = Field(
+        None,
+        ge=5,
+        le=512,
+        description="resize the short side to this (antialiased) and crop the centre; null keeps the images' size",
+    )
+    channels: Literal[1, 3] | None = Field(
+        None, description="convert images to grey (1) or RGB (3); null keeps what the data has"
+    )
+    test_fraction: float = Field(
+        0.2, gt=0, lt=1, description="share held out as test images where a data set has no test split"
+    )
+    horizontal_flip: bool = Field(False, description="mirror half of the training images at random")
+
+
+class DiffusionConfig(Section):
+    timesteps: int = Field(500, ge=2, le=10_000, description="T, the length of the diffusion")
+    schedule: Literal["linear", "cosine"] = Field("linear", description="how β_t grows")
+    beta_start: float = Field(1e-4, gt=0, lt=1, description="β_1 of the linear schedule, before scaling")
+    beta_end: float = Field(0.02, gt=0, lt=1, description="β_T of the linear schedule, before scaling")
+    beta_scale: Literal["none", "match_1000"] = Field(
+        "match_1000",
+        description="match_1000 multiplies the linear β by 1000/T, so that x_T is noise for every T",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"beta_start {self.beta_start} is above beta_end {self.beta_end}")
+        scale = 1000 / self.timesteps if self.beta_scale == "match_1000" else 1.0
+        if self.schedule == "linear" and self.beta_end * scale >= 1:
+            raise ValueError(
+                f"beta_end {self.beta_end} times 1000/T = {self.beta_end * scale:.3g} reaches 1; "
+                "allowed: a larger timesteps, a smaller beta_end, or beta_scale none"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    channels: Annotated[
+        tuple[Annotated[int, Field(ge=4, le=4096)], ...], Field(min_length=STAGES, max_length=STAGES)
+    ] = Field((32, 64, 64, 64), description="channels of the four stages, outermost first")
+    blocks_per_stage: int = Field(1, ge=1, le=8, description="residual blocks in each down and each up stage")
+    attention_stages: tuple[Annotated[int, Field(ge=0, lt=STAGES)], ...] = Field(
+        (3,), description="stages (0 is the outermost) with self-attention; the bottleneck always has it"
+    )
+    attention_head_channels: int = Field(32, ge=4, description="channels of one attention head")
+    groups: int = Field(8, ge=1, description="groups of each GroupNorm; must divide every entry of channels")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside the residual blocks")
+    exclusive_stages: Literal["none", "io", "all"] | StrictInt | tuple[str, ...] = Field(
+        2,
+        description="the partition: none shares all (FedAvg), io keeps stem and head at the client, k in 1..4 the "
+        "k outermost stages too, all shares nothing; or a list of module-name patterns such as 'up.0.*'",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for count in self.channels:
+            if count % self.groups:
+                raise ValueError(f"groups {self.groups} does not divide channels entry {count}")
+        for stage in {*self.attention_stages, STAGES - 1}:
+            count = self.channels[stage]
+            if count % min(count, self.attention_head_channels):
+                raise ValueError(
+                    f"attention_head_channels {self.attention_head_channels} does not divide the {count} channels "
+                    f"of stage {stage}"
+                )
+        stages = self.exclusive_stages
+        if isinstance(stages, int) and not 1 <= stages <= STAGES:
+            raise ValueError(
+                f"exclusive_stages {stages} is impossible; allowed: none, io, 1 to {STAGES}, all, or a list of "
+                "module-name patterns"
+            )
+        if isinstance(stages, tuple) and not (stages and all(stages)):
+            raise ValueError("exclusive_stages has an empty pattern; write `none` to share everything")
+        return self
+
+
+class TrainingConfig(Section):
+    batch_size: int = Field(64, ge=1, description="images in one local step")
+    drop_last: bool = Field(True, description="leave out the last, smaller batch of each pass over the images")
+    local_steps: int | None = Field(6, ge=1, description="optimizer steps a round; null when local_epochs is set")
+    local_epochs: int | None = Field(None, ge=1, description="passes over the client's images a round, instead")
+    update: Literal["joint", "alternating"] = Field(
+        "joint", description="joint: φ and θ_i in every step; alternating: first θ_i alone, then φ alone"
+    )
+    exclusive_steps: int | None = Field(
+        None, ge=1, description="alternating: steps on θ_i a round; null takes local_steps or local_epochs"
+    )
+    optimizer: Literal["adam", "sgd"] = Field("adam", description="the clients' optimizer")
+    learning_rate: float = Field(2e-3, gt=0, le=10, description="of φ, and of θ_i unless set apart")
+    exclusive_learning_rate: float | None = Field(None, gt=0, le=10, description="of θ_i; null takes learning_rate")
+    gradient_clip: float | None = Field(1.0, gt=0, description="largest gradient norm of one step; null: no clipping")
+    shared_moments: Literal["reset", "keep", "average"] = Field(
+        "reset",
+        description="Adam's moments of φ between rounds: start afresh, stay at the client, or averaged by the server",
+    )
+    ema_decay: float = Field(0.995, ge=0, lt=1, description="decay per local step of the averaged weights")
+    ema_warmup: bool = Field(True, description="cap the decay at (1 + step) / (10 + step), so that early weights fade")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.local_steps is None) == (self.local_epochs is None):
+            raise ValueError(
+                f"set exactly one of local_steps (now {self.local_steps}) and local_epochs (now {self.local_epochs}); "
+                "the other is null"
+            )
+        if self.exclusive_steps is not None and self.update != "alternating":
+            raise ValueError(f"exclusive_steps {self.exclusive_steps} needs update: alternating")
+        return self
+
+
+class FederationConfig(Section):
+    clients: int = Field(10, ge=1, le=10_000, description="clients of the simulation: the first n tasks")
+    rounds: int = Field(30, ge=1, description="rounds of the whole run")
+    clients_per_round: int | None = Field(
+        None, ge=1, description="clients drawn in each round; null takes all of them"
+    )
+    min_clients: int = Field(1, ge=1, description="fewer accepted updates than this stop the run")
+    weights: Literal["uniform", "examples"] = Field(
+        "uniform", description="weights of the clients' updates: equal, or by number of training images"
+    )
+    server_optimizer: Literal["average", "momentum", "adam"] = Field(
+        "average", description="what the server does with the mean update: FedAvg, FedAvgM or FedAdam"
+    )
+    server_learning_rate: float = Field(1.0, gt=0, description="factor on the mean update")
+    server_momentum: float = Field(0.9, ge=0, lt=1, description="of FedAvgM; β1 of FedAdam")
+    server_second_moment: float = Field(0.99, ge=0, lt=1, description="β2 of FedAdam")
+    server_epsilon: float = Field(1e-3, gt=0, description="τ of FedAdam")
+    round_timeout: float = Field(3600.0, gt=0, description="seconds the server waits for the replies of one round")
+    keep_attempts: int = Field(3, ge=2, description="attempts each client, and checkpoints the server, keeps on disk")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        per_round = self.clients_per_round or self.clients
+        if per_round > self.clients:
+            raise ValueError(f"clients_per_round {per_round} is above clients {self.clients}")
+        if self.min_clients > per_round:
+            raise ValueError(f"min_clients {self.min_clients} is above the {per_round} clients of a round")
+        return self
+
+
+class SamplingConfig(Section):
+    sampler: Literal["ddim", "ancestral"] = Field("ddim", description="DDIM, or Algorithm 2 over all T timesteps")
+    steps: int = Field(50, ge=1, description="DDIM's steps; ancestral sampling always takes T")
+    eta: float = Field(0.0, ge=0, le=1, description="DDIM's noise: 0 is deterministic, 1 is like ancestral")
+    variance: Literal["beta", "posterior"] = Field("beta", description="σ_t² of ancestral sampling: β_t or β̃_t")
+    clip: bool = Field(True, description="clamp each predicted x_0 to [-1, 1]")
+    batch_size: int = Field(256, ge=1, description="images sampled at once")
+
+
+class EvaluationConfig(Section):
+    every: int = Field(10, ge=0, description="rounds between evaluations; 0 evaluates at the end only")
+    samples: int = Field(1000, ge=2, description="generated images scored at the end, shared out among the tasks")
+    samples_between: int = Field(200, ge=2, description="generated images scored at evaluations before the end")
+    feature_network: Literal["embedded", "inception"] = Field(
+        "embedded", description="network whose features are compared; `inception` gives the standard FID"
+    )
+    inception_weights: str = Field(
+        "", description="file with the 2015-12-05 Inception weights; empty downloads and verifies them on first use"
+    )
+    ssim_images: int = Field(16, ge=0, description="test images a client reconstructs for SSIM; 0 switches it off")
+    ssim_timestep: int = Field(50, ge=1, description="t*, the timestep of the headline SSIM-rec@t*")
+    ssim_curve: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (10, 25, 50, 100), description="timesteps of the SSIM-rec curve, measured at the end"
+    )
+    grid_columns: int = Field(12, ge=1, le=100, description="samples a task in the pictures")
+    strip_steps: int = Field(11, ge=2, le=101, description="pictures in a reverse-process strip, x_T to x_0")
+
+
+class ResourcesConfig(Section):
+    backend: Literal["ray", "inline"] = Field(
+        "ray", description="ray: clients in parallel processes; inline: one after the other in this process"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one")
+    cpus: int | None = Field(None, ge=1, description="cores for all clients together; null takes every core")
+    client_cpus: int = Field(1, ge=1, description="cores, and so threads, of one client")
+    client_gpus: float = Field(0.0, ge=0, le=8, description="share of a GPU for one client, e.g. 0.25")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="arithmetic of forward and backward passes; 16 bits need CUDA"
+    )
+    channels_last: bool = Field(False, description="NHWC memory layout, faster on recent GPUs")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.cpus is not None and self.client_cpus > self.cpus:
+            raise ValueError(f"client_cpus {self.client_cpus} is above cpus {self.cpus}")
+        if self.precision != "float32" and self.device == "cpu":
+            raise ValueError(f"precision {self.precision} needs device cuda; on the CPU it is many times slower")
+        return self
+
+
+class RunConfig(Section):
+    """Everything that decides a run's result, and nothing else."""
+
+    name: str = Field("digits", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="first part of the run's folder")
+    seed: int = Field(0, ge=0, description="all randomness derives from it")
+    data: DataConfig = Field(default_factory=lambda: DataConfig(), description="the tasks' images")
+    diffusion: DiffusionConfig = Field(default_factory=lambda: DiffusionConfig(), description="the forward process")
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig(), description="the UNet and its partition")
+    training: TrainingConfig = Field(default_factory=lambda: TrainingConfig(), description="what a client does")
+    federation: FederationConfig = Field(
+        default_factory=lambda: FederationConfig(), description="what the server does"
+    )
+    sampling: SamplingConfig = Field(default_factory=lambda: SamplingConfig(), description="the reverse process")
+    evaluation: EvaluationConfig = Field(default_factory=lambda: EvaluationConfig(), description="what is measured")
+    resources: ResourcesConfig = Field(default_factory=lambda: ResourcesConfig(), description="where it runs")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        timesteps = self.diffusion.timesteps
+        for name, values in (
+            ("sampling.steps", (self.sampling.steps,)),
+            ("evaluation.ssim_timestep", (self.evaluation.ssim_timestep,)),
+            ("evaluation.ssim_curve", self.evaluation.ssim_curve),
+        ):
+            for value in values:
+                if value > timesteps:
+                    raise ValueError(f"{name} {value} is above diffusion.timesteps {timesteps}")
+        return self
+
+    def to_json(self) -> str:
+        """The whole configuration as one line of JSON, keys in declared order."""
+        return self.model_dump_json()
+
+    def to_yaml(self) -> str:
+        """The whole configuration as YAML that :func:`load_config` reads back to an equal object."""
+        return yaml.safe_dump(json.loads(self.to_json()), sort_keys=False, allow_unicode=True)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the settings that decide the result (not backend, paths, or time limits)."""
+        content = json.loads(self.to_json())
+        for section, key in NOT_DECISIVE:
+            del content[section][key]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+NOT_DECISIVE = (
+    ("data", "dir"),
+    ("evaluation", "inception_weights"),
+    ("federation", "round_timeout"),
+    ("federation", "keep_attempts"),
+    ("resources", "backend"),
+    ("resources", "cpus"),
+    ("resources", "client_gpus"),
+)
+"""Settings that may differ between a run and its resumption: they change where it runs, not its bits."""
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 5e-4 as a number (YAML 1.1 would make it a string) and refuses double keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is set twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration file and apply ``section.key=value`` overrides.
+
+    Args:
+        path: a YAML file; None starts from the defaults. What the file leaves out keeps its default.
+        overrides: each "section.key=value" (or "seed=value"), the value in YAML.
+
+    Raises:
+        UserError: the file cannot be read, a key is unknown, a value has the wrong type or is impossible.
+    """
+    source = "configuration" if path is None else str(path)
+    content: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise UserError(f"{path} must hold sections such as `training:`, not a {type(loaded).__name__}")
+        content = loaded or {}
+    for override in overrides:
+        _apply_override(content, override)
+    return parse_config(content, source)
+
+
+def parse_config(content: dict[str, Any], source: str = "configuration") -> RunConfig:
+    """Validate a nested mapping; raises UserError as :func:`load_config`."""
+    try:
+        return RunConfig.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        raise UserError(f"{source}: {'; '.join(_explain(content, error))}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source}: {_one_line(error)}") from error
+
+
+def describe() -> str:
+    """One line for each setting: name, type, default, meaning."""
+    lines = []
+    for name, field in _settings(RunConfig):
+        default = json.dumps(json.loads(RunConfig().to_json())[name]) if "." not in name else _default(name)
+        lines.append(f"  {name} = {default}  ({_allowed(field)})\n      {field.description}")
+    return "\n".join(lines)
+
+
+def _default(name: str) -> str:
+    section, key = name.split(".")
+    return json.dumps(json.loads(RunConfig().to_json())[section][key])
+
+
+def _settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _settings(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def _allowed(field: FieldInfo) -> str:
+    """The type and range of a field, in words."""
+    words = _type_words(field.annotation)
+    symbols = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    for constraint in field.metadata:
+        for attribute, symbol in symbols.items():
+            bound = getattr(constraint, attribute, None)
+            if bound is not None:
+                words += f", {symbol} {bound}"
+    return words
+
+
+def _type_words(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(str(value) for value in arguments)
+    if origin is Annotated:
+        return _type_words(arguments[0])
+    if origin is tuple:
+        return f"list of {_type_words(arguments[0])}"
+    if arguments:
+        return " | ".join(_type_words(argument) for argument in arguments)
+    return {"NoneType": "null", "int": "whole number", "float": "number", "str": "text", "bool": "true | false"}.get(
+        annotation.__name__, annotation.__name__
+    )
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not separator or not all(keys) or len(keys) > 2:
+        raise UserError(f"--set {override!r}: write section.key=value, for example training.batch_size=32")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is not valid YAML: {_one_line(error)}") from error
+    target = content
+    for key in keys[:-1]:
+        target = target.setdefault(key, {})
+        if not isinstance(target, dict):
+            raise UserError(f"--set {override!r}: `{key}` is not a section")
+    target[keys[-1]] = value
+
+
+def _explain(content: dict[str, Any], error: ValidationError) -> list[str]:
+    """Each thing that is wrong, once: the key, the value, what is allowed."""
+    lines: dict[str, None] = {}
+    known = dict(_settings(RunConfig))
+    for problem in error.errors(include_url=False):
+        path = [str(part) for part in problem["loc"]]
+        name = ".".join(path[:2]) if ".".join(path[:2]) in known else ".".join(path[:1])
+        if problem["type"] == "extra_forbidden":
+            siblings = RunConfig.model_fields[path[0]].annotation if len(path) > 1 else RunConfig
+            allowed = ", ".join(siblings.model_fields) if isinstance(siblings, type) else ""  # type: ignore[attr-defined]
+            lines[f"unknown key `{'.'.join(path)}`; allowed: {allowed}"] = None
+        elif problem["type"] == "value_error":
+            where = f"{'.'.join(path)}: " if path else ""
+            lines[where + str(problem["ctx"]["error"])] = None
+        elif name in known:
+            value = content.get(path[0])
+            if "." in name and isinstance(value, dict):
+                value = value.get(path[1])
+            lines[f"{name} = {json.dumps(value, ensure_ascii=False)} is not allowed; allowed: {_allowed(known[name])}"] = None
+        else:
+            lines[f"{name} = {json.dumps(problem['input'])} is not allowed; it must be a section of settings"] = None
+    return list(lines)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
