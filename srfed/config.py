@@ -6,13 +6,15 @@ them. The defaults are the embedded digits' experiment, ``configs/digits.yaml``.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from srfed.errors import UserError
@@ -52,11 +54,18 @@ class DataConfig(Section):
     )
     horizontal_flip: bool = Field(False, description="mirror half of the training images at random")
 
+    @field_validator("channels", mode="before")
+    @classmethod
+    def _refuse_truth_values(cls, value: object) -> object:
+        if isinstance(value, bool):  # Python's True equals 1, so the Literal would take it
+            raise ValueError(f"{json.dumps(value)} is not allowed; allowed: 1 | 3 | null")
+        return value
+
 
 class DiffusionConfig(Section):
     timesteps: int = Field(500, ge=2, le=10_000, description="T, the length of the diffusion")
     schedule: Literal["linear", "cosine"] = Field("linear", description="how β_t grows")
-    beta_start: float = Field(1e-4, gt=0, lt=1, description="β_1 of the linear schedule, before scaling")
+    beta_start: float = Field(1e-4, ge=1e-9, lt=1, description="β_1 of the linear schedule, before scaling")
     beta_end: float = Field(0.02, gt=0, lt=1, description="β_T of the linear schedule, before scaling")
     beta_scale: Literal["none", "match_1000"] = Field(
         "match_1000",
@@ -73,6 +82,14 @@ class DiffusionConfig(Section):
                 f"beta_end {self.beta_end} times 1000/T = {self.beta_end * scale:.3g} reaches 1; "
                 "allowed: a larger timesteps, a smaller beta_end, or beta_scale none"
             )
+        if self.schedule == "linear":
+            shares = [i / (self.timesteps - 1) for i in range(self.timesteps)]
+            betas = [scale * (self.beta_start * (1 - share) + self.beta_end * share) for share in shares]
+            if sum(math.log1p(-beta) for beta in betas) < math.log(1e-30):
+                raise ValueError(
+                    f"beta_end {self.beta_end} over {self.timesteps} timesteps leaves ᾱ_T below 1e-30, too little "
+                    "to predict x_0 from; allowed: a smaller beta_end"
+                )
         return self
 
 
@@ -87,7 +104,9 @@ class ModelConfig(Section):
     attention_head_channels: int = Field(32, ge=4, description="channels of one attention head")
     groups: int = Field(8, ge=1, description="groups of each GroupNorm; must divide every entry of channels")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside the residual blocks")
-    exclusive_stages: Literal["none", "io", "all"] | StrictInt | tuple[str, ...] = Field(
+    exclusive_stages: (
+        Literal["none", "io", "all"] | Annotated[int, Field(strict=True, ge=1, le=STAGES)] | tuple[str, ...]
+    ) = Field(
         2,
         description="the partition: none shares all (FedAvg), io keeps stem and head at the client, k in 1..4 the "
         "k outermost stages too, all shares nothing; or a list of module-name patterns such as 'up.0.*'",
@@ -106,11 +125,6 @@ class ModelConfig(Section):
                     f"of stage {stage}"
                 )
         stages = self.exclusive_stages
-        if isinstance(stages, int) and not 1 <= stages <= STAGES:
-            raise ValueError(
-                f"exclusive_stages {stages} is impossible; allowed: none, io, 1 to {STAGES}, all, or a list of "
-                "module-name patterns"
-            )
         if isinstance(stages, tuple) and not (stages and all(stages)):
             raise ValueError("exclusive_stages has an empty pattern; write `none` to share everything")
         return self
@@ -216,8 +230,8 @@ class ResourcesConfig(Section):
     cpus: int | None = Field(None, ge=1, description="cores for all clients together; null takes every core")
     client_cpus: int = Field(1, ge=1, description="cores, and so threads, of one client")
     client_gpus: float = Field(0.0, ge=0, le=8, description="share of a GPU for one client, e.g. 0.25")
-    precision: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="arithmetic of forward and backward passes; 16 bits need CUDA"
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="arithmetic of forward and backward passes; bfloat16 needs CUDA"
     )
     channels_last: bool = Field(False, description="NHWC memory layout, faster on recent GPUs")
 
@@ -265,26 +279,42 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         """The whole configuration as YAML that :func:`load_config` reads back to an equal object."""
-        return yaml.safe_dump(json.loads(self.to_json()), sort_keys=False, allow_unicode=True)
+        return yaml.dump(json.loads(self.to_json()), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
     def fingerprint(self) -> str:
         """SHA-256 over the settings that decide the result (not backend, paths, or time limits)."""
+        return hashlib.sha256(json.dumps(self._decisive(), sort_keys=True).encode()).hexdigest()
+
+    def decisive_differences(self, other: "RunConfig") -> list[str]:
+        """The settings that decide the result and differ, each as "section.key: own -> other"."""
+        own, others = self._decisive(), other._decisive()
+        return [
+            f"{name}: {json.dumps(value)} -> {json.dumps(others[name])}"
+            for name, value in own.items()
+            if value != others[name]
+        ]
+
+    def _decisive(self) -> dict[str, Any]:
         content = json.loads(self.to_json())
-        for section, key in NOT_DECISIVE:
-            del content[section][key]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        flat = {name: content.pop(name) for name in ("name", "seed")}
+        flat |= {f"{section}.{key}": value for section, keys in content.items() for key, value in keys.items()}
+        return {name: value for name, value in flat.items() if name not in NOT_DECISIVE}
 
 
-NOT_DECISIVE = (
-    ("data", "dir"),
-    ("evaluation", "inception_weights"),
-    ("federation", "round_timeout"),
-    ("federation", "keep_attempts"),
-    ("resources", "backend"),
-    ("resources", "cpus"),
-    ("resources", "client_gpus"),
+NOT_DECISIVE = frozenset(
+    {
+        "name",
+        "data.dir",
+        "evaluation.inception_weights",
+        "federation.rounds",
+        "federation.round_timeout",
+        "federation.keep_attempts",
+        "resources.backend",
+        "resources.cpus",
+        "resources.client_gpus",
+    }
 )
-"""Settings that may differ between a run and its resumption: they change where it runs, not its bits."""
+"""Settings that may differ between a run and its resumption: where and how long it runs, not its bits."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -298,11 +328,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes a text such as 1e5, which _Loader would read as a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)$"),
+        list("-+0123456789."),
+    )
+# JSON has no dates, and no setting is one: a folder named 2025-01-31 is meant as text.
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: str(node.value))
 
 
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -342,6 +379,15 @@ def parse_config(content: dict[str, Any], source: str = "configuration") -> RunC
         raise UserError(f"{source}: {_one_line(error)}") from error
 
 
+@lru_cache(maxsize=8)
+def parse_config_json(text: str) -> RunConfig:
+    """Validate what :meth:`RunConfig.to_json` wrote; raises UserError as :func:`load_config`."""
+    try:
+        return RunConfig.model_validate_json(text)
+    except ValidationError as error:
+        raise UserError(f"configuration: {_one_line(error)}") from error
+
+
 def describe() -> str:
     """One line for each setting: name, type, default, meaning."""
     lines = []
@@ -366,9 +412,21 @@ def _settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, F
 
 def _allowed(field: FieldInfo) -> str:
     """The type and range of a field, in words."""
-    words = _type_words(field.annotation)
-    symbols = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    for constraint in field.metadata:
+    return _type_words(field.annotation) + _bound_words(field.metadata)
+
+
+def _bound_words(metadata: Sequence[Any]) -> str:
+    symbols = {
+        "ge": "≥",
+        "gt": ">",
+        "le": "≤",
+        "lt": "<",
+        "min_length": "length ≥",
+        "max_length": "length ≤",
+        "pattern": "matching",
+    }
+    words = ""
+    for constraint in metadata:
         for attribute, symbol in symbols.items():
             bound = getattr(constraint, attribute, None)
             if bound is not None:
@@ -381,14 +439,14 @@ def _type_words(annotation: Any) -> str:
     if origin is Literal:
         return " | ".join(str(value) for value in arguments)
     if origin is Annotated:
-        return _type_words(arguments[0])
+        bounds = [constraint for field in arguments[1:] for constraint in field.metadata]
+        return f"({_type_words(arguments[0])}{_bound_words(bounds)})"
     if origin is tuple:
         return f"list of {_type_words(arguments[0])}"
     if arguments:
         return " | ".join(_type_words(argument) for argument in arguments)
-    return {"NoneType": "null", "int": "whole number", "float": "number", "str": "text", "bool": "true | false"}.get(
-        annotation.__name__, annotation.__name__
-    )
+    words = {"NoneType": "null", "int": "whole number", "float": "number", "str": "text", "bool": "true | false"}
+    return words[annotation.__name__]
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:

@@ -1,0 +1,127 @@
+"""Images as arrays: the range that models see, and the one rule for modes, sizes and channels."""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from srfed.errors import UserError
+
+Images = NDArray[np.uint8]
+SMALLEST = 5
+"""Least height and width of an image, in pixels: the UNet halves it three times."""
+GREY_MODES = ("1", "L", "LA")
+ALPHA_MODES = ("LA", "PA", "RGBA", "RGBa")
+
+
+def to_model_range(images: Images) -> torch.Tensor:
+    """Scale uint8 images (N x H x W x C) to float32 in [-1, 1] (N x C x H x W): x / 127.5 - 1.
+
+    Raises:
+        ValueError: the array is not uint8 or not four-dimensional.
+    """
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise ValueError(f"expected uint8 images N x H x W x C, got {images.dtype} {images.shape}")
+    # np.array copies: torch accepts neither the negative strides of a mirrored view nor read-only memory.
+    return torch.from_numpy(np.array(images.transpose(0, 3, 1, 2), order="C")).float().div_(127.5).sub_(1)
+
+
+def to_uint8(images: torch.Tensor) -> Images:
+    """Quantise images in [-1, 1] (N x C x H x W, any float type) to uint8 (N x H x W x C).
+
+    Values outside are clamped; each value takes the *nearest* of the 256 levels, so that
+    ``to_uint8(to_model_range(x))`` is x.
+
+    Raises:
+        ValueError: the tensor is not floating point or not four-dimensional, or has a NaN.
+    """
+    if not images.is_floating_point() or images.ndim != 4:
+        raise ValueError(f"expected float images N x C x H x W, got {images.dtype} {tuple(images.shape)}")
+    if images.isnan().any():
+        raise ValueError("the images contain NaN")
+    levels = images.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def fit_image(image: Image.Image, size: int | None, channels: Literal[1, 3] | None) -> Images:
+    """Bring one picture into the form that a task's images have.
+
+    In this order: the EXIF orientation is applied; 16-bit, 32-bit and float grey (I;16, I, F) are scaled
+    so that the picture's own least and greatest value become 0 and 255 (a constant picture becomes
+    0); transparency is composited on black; the picture becomes grey (ITU-R 601 luma) or RGB; the
+    short side is resized to ``size`` by Pillow's antialiased bicubic filter and the centre is cut
+    out, as torchvision's ``Resize(size, BICUBIC)`` and ``CenterCrop(size)`` do. Of several frames or pages
+    the current one counts, which is the first in a file just opened.
+
+    Args:
+        image: any mode that Pillow converts to RGB.
+        size: height and width of the result; None keeps the picture's.
+        channels: 1 for grey, 3 for RGB; None keeps grey pictures grey and makes all others RGB.
+
+    Returns:
+        uint8, H x W x C.
+
+    Raises:
+        UserError: the picture is smaller than 5 x 5 pixels or has values that are not finite.
+    """
+    image = ImageOps.exif_transpose(image)
+    _check_size(image.width, image.height)
+    grey = image.mode in GREY_MODES
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image, grey = Image.fromarray(_to_8_bits(np.asarray(image))), True
+    if image.mode in ALPHA_MODES or "transparency" in image.info:
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        image = Image.alpha_composite(black, image.convert("RGBA"))
+    image = image.convert("L" if channels == 1 or (channels is None and grey) else "RGB")
+    if size is not None:
+        image = _resize_and_crop(image, size)
+    return np.array(image).reshape(image.height, image.width, -1)
+
+
+def fit_images(images: Images, size: int | None, channels: Literal[1, 3] | None) -> Images:
+    """Apply :func:`fit_image` to arrays, N x H x W x C with any C; None keeps what the images have.
+
+    Raises:
+        UserError: the images are smaller than 5 x 5 pixels, or ``channels`` asks for a conversion other
+            than between grey and RGB.
+    """
+    _, height, width, depth = images.shape
+    _check_size(width, height)
+    if channels not in (None, depth) and depth not in (1, 3):
+        raise UserError(
+            f"data.channels = {channels} is impossible for images with {depth} channels, only grey and RGB "
+            "are converted; allowed: null"
+        )
+    if (size is None or size == height == width) and channels in (None, depth):
+        return images
+    if depth not in (1, 3):
+        return np.concatenate([fit_images(images[..., [c]], size, None) for c in range(depth)], axis=-1)
+    pictures = images[..., 0] if depth == 1 else images
+    return np.stack([fit_image(Image.fromarray(picture), size, channels) for picture in pictures])
+
+
+def _check_size(width: int, height: int) -> None:
+    if min(width, height) < SMALLEST:
+        raise UserError(
+            f"images of {width} x {height} px are too small; allowed: {SMALLEST} x {SMALLEST} and more"
+        )
+
+
+def _to_8_bits(values: NDArray[np.generic]) -> Images:
+    exact = values.astype(np.float64)
+    if not np.isfinite(exact).all():
+        raise UserError("an image has pixel values that are not finite")
+    exact -= exact.min()
+    levels: Images = np.rint(exact * (255 / (exact.max() or 1.0))).astype(np.uint8)
+    return levels
+
+
+def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+    short = min(image.size)
+    if short != size:
+        resized = (size * image.width // short, size * image.height // short)
+        image = image.resize(resized, Image.Resampling.BICUBIC)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return image.crop((left, top, left + size, top + size))

@@ -1,0 +1,126 @@
+"""The Fréchet distance of two sets of features, from statistics that can be added up.
+
+Heusel et al. 2017 (arXiv:1706.08500), eq. (6): d² = |μ_1 - μ_2|² + tr(Σ_1 + Σ_2 - 2 (Σ_1 Σ_2)^½), the
+distance between the Gaussians with the features' means and covariances. On features of the 2015-12-05
+Inception it is the FID; on any other network's it has another name.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from srfed.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureStatistics:
+    """How many feature vectors there are, their mean, and their scatter about that mean.
+
+    Centred, unlike sums of squares, the statistics keep float64's full precision when they are added up.
+
+    Attributes:
+        count: n ≥ 1.
+        mean: float64 (D,).
+        scatter: float64 (D, D), Σ (f - mean)(f - mean)ᵀ.
+
+    Raises:
+        ValueError: shapes, dtypes or count are impossible, or a value is not finite.
+    """
+
+    count: int
+    mean: npt.NDArray[np.float64]
+    scatter: npt.NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}")
+        if self.mean.ndim != 1 or self.scatter.shape != self.mean.shape * 2:
+            raise ValueError(
+                f"need mean (D,) and scatter (D, D), got {self.mean.shape} and {self.scatter.shape}"
+            )
+        if self.mean.dtype != np.float64 or self.scatter.dtype != np.float64:
+            raise ValueError(f"need float64, got {self.mean.dtype} and {self.scatter.dtype}")
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.scatter).all()):
+            raise ValueError("the statistics have values that are not finite")
+
+    @classmethod
+    def of(cls, features: npt.NDArray[np.floating]) -> Self:
+        """Statistics of features, float N x D with N ≥ 1; raises ValueError as the class does."""
+        if features.ndim != 2 or not len(features):
+            raise ValueError(f"need features N x D with N of at least 1, got {features.shape}")
+        values = features.astype(np.float64)
+        mean = values.mean(axis=0)
+        centred = values - mean
+        return cls(len(values), mean, centred.T @ centred)
+
+    def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
+        """Statistics of both sets together (Chan, Golub and LeVeque 1979, eq. 2.1).
+
+        Raises:
+            UserError: the two have features of different dimensions.
+        """
+        _check_dimensions(self, other)
+        count = self.count + other.count
+        difference = other.mean - self.mean
+        between = np.outer(difference, difference) * (self.count * other.count / count)
+        return FeatureStatistics(
+            count, self.mean + difference * (other.count / count), self.scatter + other.scatter + between
+        )
+
+    @property
+    def covariance(self) -> npt.NDArray[np.float64]:
+        """float64 (D, D), unbiased: scatter / (n - 1); raises UserError where n = 1."""
+        if self.count < 2:
+            raise UserError(f"a covariance needs at least 2 images, got {self.count}")
+        return self.scatter / (self.count - 1)
+
+
+def merge_statistics(parts: Sequence[FeatureStatistics]) -> FeatureStatistics:
+    """Statistics of all parts together, equal to those of the whole in any order, to float64's rounding.
+
+    Raises:
+        UserError: the parts have features of different dimensions.
+        ValueError: there is no part.
+    """
+    if not parts:
+        raise ValueError("there are no statistics to merge")
+    return reduce(FeatureStatistics.merge, parts)
+
+
+def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
+    """Squared Fréchet distance of two Gaussians, as every FID is reported.
+
+    tr (Σ_1 Σ_2)^½ is the sum of the square roots of the eigenvalues of Σ_1^½ Σ_2 Σ_1^½, which is symmetric
+    and positive semidefinite whatever the ranks; negative eigenvalues are rounding, and count as 0.
+
+    Args:
+        first, second: statistics of features of one and the same network.
+
+    Returns:
+        The distance, finite and at least 0.
+
+    Raises:
+        UserError: a side has fewer than 2 images, or the dimensions differ.
+    """
+    _check_dimensions(first, second)
+    covariance_1, covariance_2 = first.covariance, second.covariance
+    values, vectors = np.linalg.eigh(covariance_1)
+    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    product = root @ covariance_2 @ root
+    eigenvalues = np.linalg.eigvalsh((product + product.T) / 2)
+    root_trace = np.sqrt(np.clip(eigenvalues, 0, None)).sum()
+    difference = first.mean - second.mean
+    distance = difference @ difference + np.trace(covariance_1) + np.trace(covariance_2) - 2 * root_trace
+    return max(0.0, float(distance))
+
+
+def _check_dimensions(first: FeatureStatistics, second: FeatureStatistics) -> None:
+    if first.mean.shape != second.mean.shape:
+        raise UserError(
+            f"features of dimension {len(first.mean)} and {len(second.mean)} cannot be compared: "
+            "both sets must come from one network and have one number of channels"
+        )

@@ -1,0 +1,62 @@
+"""Files of feature statistics: a reference that stands in for images, tied to the network that made it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from srfed.errors import UserError
+from srfed.evaluation.frechet import FeatureStatistics
+from srfed.evaluation.network import FeatureNetwork, one_line
+from srfed.files import write_bytes
+
+
+def save_statistics(path: Path, statistics: FeatureStatistics, network: FeatureNetwork) -> None:
+    """Write statistics and the identity of their network as safetensors, atomically.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    metadata = {**network.identity, "count": str(statistics.count)}
+    tensors = {"mean": statistics.mean, "scatter": statistics.scatter}
+    write_bytes(path, save(tensors, metadata=metadata))
+
+
+def load_statistics(path: Path, network: FeatureNetwork) -> FeatureStatistics:
+    """Read statistics that ``network`` has made.
+
+    Raises:
+        UserError: the file cannot be read, is no statistics file, or is another network's: a score is never
+            computed between the features of two networks.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            count = int(metadata["count"])
+            statistics = FeatureStatistics(count, file.get_tensor("mean"), file.get_tensor("scatter"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is no file of feature statistics: {one_line(error)}") from error
+    check_same_network(network.identity, metadata, str(path))
+    return statistics
+
+
+def check_same_network(expected: Mapping[str, str], found: Mapping[str, str], source: str) -> None:
+    """Refuse features of another network, other weights, or another resize rule.
+
+    Args:
+        expected: :attr:`FeatureNetwork.identity` of the network in use.
+        found: the identity that came with the features; further entries are of no meaning.
+        source: where they came from, for the message.
+
+    Raises:
+        UserError: an entry of ``expected`` is absent or different.
+    """
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise UserError(
+                f"{source} has features of another network: its {key} is {found.get(key)!r}, "
+                f"this run's is {value!r}"
+            )

@@ -1,0 +1,120 @@
+"""What the server does with the clients' φ_i: weights, mean update, server optimizer, disagreement.
+
+Everything is summed in float64 and in the order of the clients' ids, so that the order in which
+replies arrive changes no bit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from srfed.config import FederationConfig
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """The outcome of one round at the server.
+
+    Attributes:
+        shared: φ^{r+1}, of φ^r's dtypes.
+        optimizer: the server optimizer's state, float64, "momentum.<name>" and "second_moment.<name>".
+        update_norm: ‖φ^{r+1} - φ^r‖.
+        disagreement: between 0 (all clients moved alike) and 1 (their moves cancel): the root of
+            Σ p_i ‖Δ_i - Δ̄‖² / Σ p_i ‖Δ_i‖², with Δ_i = φ_i - φ^r.
+    """
+
+    shared: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    update_norm: float
+    disagreement: float
+
+
+def client_weights(rule: Literal["uniform", "examples"], examples: Mapping[str, int]) -> dict[str, float]:
+    """Weights p_i by client, in the order of their ids; they sum to 1."""
+    if rule == "uniform":
+        return {client: 1 / len(examples) for client in sorted(examples)}
+    total = sum(examples.values())
+    return {client: examples[client] / total for client in sorted(examples)}
+
+
+def weighted_mean(members: Mapping[str, Tensors], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """Σ p_i x_i for every tensor, float64, over the clients in sorted order."""
+    mean: dict[str, Tensor] = {}
+    for client in sorted(members):
+        for name, tensor in members[client].items():
+            term = weights[client] * tensor.double()
+            mean[name] = mean[name] + term if name in mean else term
+    return mean
+
+
+def aggregate(
+    settings: FederationConfig,
+    shared: Tensors,
+    updates: Mapping[str, Tensors],
+    weights: Mapping[str, float],
+    optimizer: Tensors,
+) -> Aggregate:
+    """φ^{r+1} = φ^r + ServerOptimizer(Σ p_i (φ_i - φ^r)).
+
+    Args:
+        settings: which server optimizer, and its constants.
+        shared: φ^r.
+        updates: φ_i by client, at least one.
+        weights: p_i by client.
+        optimizer: the optimizer's state after the last round; empty at first.
+
+    FedAvgM is Hsu et al. (2019): m ← β m + Δ, φ ← φ + η m. FedAdam is Reddi et al. (2021), Algorithm 2:
+    m ← β1 m + (1 - β1) Δ, v ← β2 v + (1 - β2) Δ², φ ← φ + η m / (√v + τ).
+    """
+    deltas = {
+        client: {name: update[name].double() - shared[name].double() for name in shared}
+        for client, update in updates.items()
+    }
+    mean = weighted_mean(deltas, weights)
+    steps, state = _server_step(settings, mean, optimizer)
+    moved = {name: (shared[name].double() + steps[name]).to(shared[name].dtype) for name in shared}
+    changes = {name: moved[name].double() - shared[name].double() for name in shared}
+    total = sum(weights[client] * _squared_norm(deltas[client]) for client in sorted(deltas))
+    spread = sum(
+        weights[client] * _squared_norm({name: deltas[client][name] - mean[name] for name in mean})
+        for client in sorted(deltas)
+    )
+    return Aggregate(
+        shared=moved,
+        optimizer=state,
+        update_norm=_squared_norm(changes) ** 0.5,
+        disagreement=(spread / total) ** 0.5 if total else 0.0,
+    )
+
+
+def _server_step(
+    settings: FederationConfig, mean: Tensors, optimizer: Tensors
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(what to add to φ, the optimizer's new state)."""
+    rate, beta = settings.server_learning_rate, settings.server_momentum
+    if settings.server_optimizer == "average":
+        return {name: rate * delta for name, delta in mean.items()}, {}
+    own_part = 1.0 if settings.server_optimizer == "momentum" else 1 - beta
+    momentum = {
+        name: beta * optimizer.get(f"momentum.{name}", torch.zeros_like(delta)) + own_part * delta
+        for name, delta in mean.items()
+    }
+    state = {f"momentum.{name}": tensor for name, tensor in momentum.items()}
+    if settings.server_optimizer == "momentum":
+        return {name: rate * tensor for name, tensor in momentum.items()}, state
+    keep = settings.server_second_moment
+    steps = {}
+    for name, delta in mean.items():
+        second = keep * optimizer.get(f"second_moment.{name}", torch.zeros_like(delta)) + (1 - keep) * delta**2
+        state[f"second_moment.{name}"] = second
+        steps[name] = rate * momentum[name] / (second.sqrt() + settings.server_epsilon)
+    return steps, state
+
+
+def _squared_norm(tensors: Tensors) -> float:
+    return float(sum(tensor.square().sum() for tensor in tensors.values()))

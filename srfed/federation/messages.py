@@ -1,0 +1,182 @@
+"""What the server and the clients say to each other: the one place that names a message's fields.
+
+Every request carries the run's configuration, so that a client needs nothing but its own data; every
+reply names its client and attempt, so that the server can tell what it got. Tensors travel as Flower
+arrays (``.npy`` bytes, never pickled).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from torch import Tensor
+
+DESCRIBE = "query.describe"
+TRAIN = "train"
+EVALUATE = "evaluate"
+
+SHARED = "shared"
+"""Array record of φ, both ways."""
+SHARED_MOMENTS = "shared-moments"
+"""Array record of φ's optimizer moments, both ways, under ``training.shared_moments: average``."""
+GENERATED = "generated"
+"""Array record of generated images, client to server, uint8 N x H x W x C."""
+REQUEST = "request"
+REPLY = "reply"
+METRICS = "metrics"
+
+FAILED = 100
+"""Flower error code of a client that could not do what it was asked; the reason stays in its own log."""
+
+Arrays = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What every request says.
+
+    Attributes:
+        config: the run's configuration as JSON.
+        lineage: the run with all its resumptions.
+        round: the round, from 1; 0 in a description.
+        attempt: the name under which the client is to store what it does.
+        parent: the accepted attempt that the client is to start from; "none" before its first.
+        samples: how many images to generate.
+        final: the evaluation at the end of the run, with all its curves.
+    """
+
+    config: str
+    lineage: str
+    round: int = 0
+    attempt: str = "none"
+    parent: str = "none"
+    samples: int = 0
+    final: bool = False
+
+    def to_content(self, arrays: Arrays | None = None) -> RecordDict:
+        return _content(REQUEST, asdict(self), arrays)
+
+    @classmethod
+    def of(cls, content: RecordDict) -> Self:
+        """Read a request; raises ValueError for one of another protocol."""
+        return cls(**_fields(cls, content, REQUEST))
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a client says of itself before the first round.
+
+    Attributes:
+        client: its stable id.
+        task: the task's name.
+        index: the task's position among the data set's, for display; -1 where it has none.
+        height, width, channels: of its images.
+        images: training images m_i.
+        test_images: held-out images.
+        partition: fingerprint of the shared part's names, shapes and dtypes.
+    """
+
+    client: str
+    task: str
+    index: int
+    height: int
+    width: int
+    channels: int
+    images: int
+    test_images: int
+    partition: str
+
+    def to_content(self) -> RecordDict:
+        return _content(REPLY, asdict(self))
+
+    @classmethod
+    def of(cls, content: RecordDict) -> Self:
+        """Read a description; raises ValueError where a field is missing or of the wrong type."""
+        return cls(**_fields(cls, content, REPLY))
+
+
+@dataclass(frozen=True)
+class ReplyHeader:
+    """Who replies, and with which attempt."""
+
+    client: str
+    attempt: str
+    round: int
+
+    @classmethod
+    def of(cls, content: RecordDict) -> Self:
+        """Read a reply's header; raises ValueError where a field is missing or of the wrong type."""
+        return cls(**_fields(cls, content, REPLY))
+
+
+def reply_content(
+    header: ReplyHeader, metrics: Mapping[str, float | list[float]], arrays: Arrays | None = None
+) -> RecordDict:
+    """A reply: its header, numbers and tensors."""
+    content = _content(REPLY, asdict(header), arrays)
+    content[METRICS] = MetricRecord({name: value for name, value in metrics.items()})
+    return content
+
+
+def read_metrics(content: RecordDict) -> dict[str, float | list[float]]:
+    """The numbers of a reply; empty where it has none."""
+    record = content.metric_records.get(METRICS, {})
+    return {name: value for name, value in record.items()}  # type: ignore[misc]
+
+
+def read_tensors(content: RecordDict, name: str) -> dict[str, Tensor]:
+    """The tensors of one array record, in the order of the message.
+
+    Raises:
+        ValueError: no such record, or one that is not what its header says.
+    """
+    if name not in content.array_records:
+        raise ValueError(f"the message has no arrays {name!r}")
+    tensors = {}
+    for key, array in content.array_records[name].items():
+        values = array.numpy()
+        if tuple(array.shape) != values.shape or array.dtype != str(values.dtype):
+            raise ValueError(f"array {key!r} is {values.dtype} {values.shape}, not what its header says")
+        tensors[key] = torch.from_numpy(values)
+    return tensors
+
+
+def array_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Tensors as a Flower record, in their order."""
+    return ArrayRecord({key: Array(np.asarray(tensor.detach().cpu())) for key, tensor in tensors.items()})
+
+
+def content_bytes(content: RecordDict) -> int:
+    """Bytes of a message's content: tensors with their names, and the other records as serialised."""
+    total = 0
+    for record in content.values():
+        total += record.count_bytes() if isinstance(record, ArrayRecord) else len(record.deflate())
+    return total
+
+
+def message_bytes(message: Message) -> int:
+    """As :func:`content_bytes`; an error reply counts its reason."""
+    if message.has_content():
+        return content_bytes(message.content)
+    return len(message.error.reason or "")
+
+
+def _content(name: str, values: Mapping[str, Any], arrays: Arrays | None = None) -> RecordDict:
+    content = RecordDict({name: ConfigRecord(dict(values))})
+    for record, tensors in (arrays or {}).items():
+        content[record] = array_record(tensors)
+    return content
+
+
+def _fields(cls: type[Any], content: RecordDict, name: str) -> dict[str, Any]:
+    record: Mapping[str, Any] = content.config_records.get(name, {})
+    values = {}
+    for entry in fields(cls):
+        value = record.get(entry.name)
+        if type(value) is not entry.type:
+            raise ValueError(f"field {entry.name!r} of the {name} is {value!r}, not {entry.type}")
+        values[entry.name] = value
+    return values

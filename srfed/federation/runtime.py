@@ -1,0 +1,87 @@
+"""What a client process builds once and uses for every message: model, partition, forward process."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from srfed.config import RunConfig, parse_config_json
+from srfed.errors import UserError
+from srfed.federation.client_store import NO_PARENT, ClientStore
+from srfed.federation.messages import Request
+from srfed.federation.site import Site, own_task
+from srfed.training.local import ClientState, LocalTrainer, initial_state
+from srfed.training.setup import build_diffusion, build_model, build_partition, resolve_device
+
+
+class Runtime:
+    """One run's model on this process's device; clients that share the process take turns in it.
+
+    Nothing in it decides a result: weights are overwritten before each use, and what a client keeps
+    between rounds comes from its store.
+    """
+
+    def __init__(self, config: RunConfig, image_channels: int) -> None:
+        self.config = config
+        self.device = resolve_device(config.resources)
+        layout = torch.channels_last if config.resources.channels_last else torch.contiguous_format
+        model = build_model(config, image_channels)
+        self.partition = build_partition(config, model)
+        self._initial_state = initial_state(model, self.partition)
+        self.partition_fingerprint = self.partition.fingerprint(model.state_dict())
+        self.model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        self.diffusion = build_diffusion(config, self.device)
+        self._trainers: dict[int, LocalTrainer] = {}
+
+    def trainer(self, site: Site) -> LocalTrainer:
+        """The site's trainer, its images already on the device."""
+        if site.index not in self._trainers:
+            task = own_task(self.config.data, site.index)
+            self._trainers[site.index] = LocalTrainer(
+                self.config, self.model, self.partition, self.diffusion, site.client, task.train
+            )
+        return self._trainers[site.index]
+
+    def store(self, site: Site, request: Request) -> ClientStore:
+        """The site's store for the request's lineage."""
+        return ClientStore(
+            site.state_dir, site.client, request.lineage, self.config.federation.keep_attempts
+        )
+
+    def state(self, site: Site, request: Request) -> ClientState:
+        """The state that the request tells the client to start from.
+
+        Raises:
+            UserError: the store has no such attempt, or one of another partition.
+        """
+        if request.parent == NO_PARENT:
+            return self._initial_state
+        state = self.store(site, request).load(request.parent)
+        _check_names("θ_i", state.exclusive, self.partition.exclusive)
+        return state
+
+    def check_shared(self, shared: Mapping[str, Tensor]) -> None:
+        """Raise UserError unless the tensors are φ of this run, by name, shape and type."""
+        _check_names("φ", shared, self.partition.shared)
+        own = self.model.state_dict()
+        for name, tensor in shared.items():
+            if tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
+                raise UserError(f"the φ received has {name} as {tensor.dtype} {tuple(tensor.shape)}")
+
+
+def runtime_for(request: Request, image_channels: int) -> Runtime:
+    """The process's runtime for a request's configuration; sets the threads that it runs with."""
+    runtime = _runtime(request.config, image_channels)
+    torch.set_num_threads(runtime.config.resources.client_cpus)
+    return runtime
+
+
+@lru_cache(maxsize=1)
+def _runtime(config: str, image_channels: int) -> Runtime:
+    return Runtime(parse_config_json(config), image_channels)
+
+
+def _check_names(what: str, tensors: Mapping[str, Tensor], expected: tuple[str, ...]) -> None:
+    if set(tensors) != set(expected):
+        raise UserError(f"{what} has {len(tensors)} tensors that are not the partition's {len(expected)}")

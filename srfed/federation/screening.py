@@ -1,0 +1,158 @@
+"""Screening: what a reply must be before it may touch φ. One bad reply is refused, never the round."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from flwr.app import Message
+from torch import Tensor
+
+from srfed.federation.messages import (
+    GENERATED,
+    SHARED,
+    SHARED_MOMENTS,
+    ReplyHeader,
+    read_metrics,
+    read_tensors,
+)
+from srfed.training.local import LOSS_QUARTERS
+from srfed.training.optimizers import MOMENTS
+
+
+class RefusedError(Exception):
+    """A reply is refused; the text says why, in the server's words only."""
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """An accepted update.
+
+    Attributes:
+        shared: φ_i.
+        shared_moments: φ's optimizer moments; empty unless they are averaged.
+        examples: m_i.
+        metrics: the client's numbers.
+    """
+
+    shared: dict[str, Tensor]
+    shared_moments: dict[str, Tensor]
+    examples: int
+    metrics: dict[str, float | list[float]]
+
+
+@dataclass(frozen=True)
+class EvaluateReply:
+    """Accepted samples: uint8 N x H x W x C and K x H x W x C, and SSIM-rec by timestep."""
+
+    images: Tensor
+    strip: Tensor
+    ssim: dict[int, float]
+    metrics: dict[str, float | list[float]]
+
+
+def screen_train(
+    message: Message, expected: ReplyHeader, shared: Mapping[str, Tensor], moments: bool
+) -> TrainReply:
+    """Check an update against φ^r: who, which attempt, key set, shapes, dtypes, finite values.
+
+    Args:
+        message: the reply as it came.
+        expected: the client and attempt that it must answer for.
+        shared: φ^r, in the partition's order.
+        moments: whether φ's moments must come too.
+
+    Raises:
+        RefusedError: it is not what was asked for.
+    """
+    _check_header(message, expected)
+    update = _tensors(message, SHARED)
+    _check_like(update, shared)
+    metrics = read_metrics(message.content)
+    examples = _number(metrics, "examples")
+    for name in ("loss", "images", "seconds", "shared_steps"):
+        _number(metrics, name)
+    if examples < 1 or examples != int(examples):
+        raise RefusedError(f"it claims {examples} training images")
+    quarters = metrics.get("loss_by_quarter")
+    if not isinstance(quarters, list) or len(quarters) != LOSS_QUARTERS:
+        raise RefusedError(f"its loss by quarter is {quarters!r}")
+    averaged: dict[str, Tensor] = {}
+    if moments:
+        averaged = _tensors(message, SHARED_MOMENTS)
+        _check_like(averaged, moment_templates(shared))
+    return TrainReply(update, averaged, int(examples), metrics)
+
+
+def screen_evaluate(
+    message: Message, expected: ReplyHeader, samples: int, shape: tuple[int, int, int]
+) -> EvaluateReply:
+    """Check samples: number, shape, uint8; SSIM at most 1. Raises RefusedError."""
+    _check_header(message, expected)
+    arrays = _tensors(message, GENERATED)
+    if set(arrays) != {"images", "strip"}:
+        raise RefusedError(f"it sent arrays {sorted(arrays)} for samples")
+    for name, count in (("images", samples), ("strip", arrays["strip"].shape[0])):
+        if arrays[name].dtype != torch.uint8 or tuple(arrays[name].shape) != (count, *shape):
+            raise RefusedError(
+                f"its {name} are {arrays[name].dtype} {tuple(arrays[name].shape)}, not uint8 {(count, *shape)}"
+            )
+    metrics = read_metrics(message.content)
+    timesteps, values = metrics.get("ssim_timesteps", []), metrics.get("ssim", [])
+    if not isinstance(timesteps, list) or not isinstance(values, list) or len(timesteps) != len(values):
+        raise RefusedError("its SSIM curve is malformed")
+    if not all(-1 <= value <= 1 for value in values):
+        raise RefusedError(f"its SSIM values {values} are impossible")
+    if timesteps:
+        _number(metrics, "ssim_window")
+    curve = {int(timestep): value for timestep, value in zip(timesteps, values, strict=True)}
+    return EvaluateReply(arrays["images"], arrays["strip"], curve, metrics)
+
+
+def moment_templates(shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zero tensors with the names, shapes and dtypes of Adam's moments of φ."""
+    return {
+        f"{moment}.{name}": torch.zeros(()) if moment == "step" else torch.zeros_like(tensor)
+        for moment in MOMENTS
+        for name, tensor in shared.items()
+    }
+
+
+def _check_header(message: Message, expected: ReplyHeader) -> None:
+    if message.has_error():
+        raise RefusedError(f"it failed (code {message.error.code}); the reason is in the client's own log")
+    try:
+        header = ReplyHeader.of(message.content)
+    except ValueError as error:
+        raise RefusedError(f"its header is malformed: {error}") from error
+    if header != expected:
+        raise RefusedError(f"it answers as {header.client!r} for attempt {header.attempt!r}, not for this one")
+
+
+def _tensors(message: Message, name: str) -> dict[str, Tensor]:
+    try:
+        return read_tensors(message.content, name)
+    except (ValueError, TypeError, EOFError, OSError, MemoryError) as error:
+        raise RefusedError(f"its arrays {name!r} cannot be read: {error}") from error
+
+
+def _check_like(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    if missing or extra:
+        raise RefusedError(
+            f"{len(missing)} tensors are missing {missing[:1]} and {len(extra)} unknown {extra[:1]}"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
+            raise RefusedError(
+                f"tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, "
+                f"not {expected[name].dtype} {tuple(expected[name].shape)}"
+            )
+        if not bool(tensor.isfinite().all()):
+            raise RefusedError(f"tensor {name!r} has values that are not finite")
+
+
+def _number(metrics: Mapping[str, float | list[float]], name: str) -> float:
+    value = metrics.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+        raise RefusedError(f"its number {name!r} is {value!r}")
+    return float(value)

@@ -1,0 +1,103 @@
+"""The server's state between rounds, and its checkpoints: `<run>/server/round-00012/`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from srfed.errors import UserError
+from srfed.federation.client_store import NO_PARENT
+from srfed.tensors import Checkpoint, read_checkpoint, remove_checkpoint, write_checkpoint
+
+_GROUPS = ("shared", "shared_average", "optimizer", "shared_moments")
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All that the next round depends on.
+
+    Attributes:
+        lineage: the run with all its resumptions.
+        round: the last finished round; 0 before the first.
+        shared: φ.
+        shared_average: the moving average of φ.
+        optimizer: the server optimizer's state.
+        shared_moments: φ's averaged moments, under ``training.shared_moments: average``.
+        shared_steps: local steps on φ so far; the place in the average's warm-up.
+        attempts: the accepted attempt of each client that ever had one.
+        shape: H, W, C of the images.
+    """
+
+    lineage: str
+    round: int
+    shared: dict[str, Tensor]
+    shared_average: dict[str, Tensor]
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    shared_moments: dict[str, Tensor] = field(default_factory=dict)
+    shared_steps: int = 0
+    attempts: dict[str, str] = field(default_factory=dict)
+    shape: tuple[int, int, int] = (0, 0, 0)
+
+    def parent(self, client: str) -> str:
+        """The attempt that a client is to start from."""
+        return self.attempts.get(client, NO_PARENT)
+
+
+class ServerCheckpoints:
+    """The checkpoints of one run, the last ``keep`` of them.
+
+    Args:
+        folder: where they lie, one folder a round.
+        keep: how many stay.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self._keep = keep
+
+    def save(self, state: ServerState) -> None:
+        """Write a checkpoint durably, then drop the oldest; raises UserError where it cannot."""
+        manifest = {
+            "lineage": state.lineage,
+            "round": state.round,
+            "shared_steps": state.shared_steps,
+            "attempts": state.attempts,
+            "shape": list(state.shape),
+        }
+        groups = {group: getattr(state, group) for group in _GROUPS}
+        write_checkpoint(self._path(state.round), Checkpoint(groups, manifest))
+        for number in self.rounds()[: -self._keep]:
+            remove_checkpoint(self._path(number))
+
+    def rounds(self) -> list[int]:
+        """Rounds that have a checkpoint, in order."""
+        return sorted(int(path.name.removeprefix("round-")) for path in self.folder.glob("round-*"))
+
+    def load_last(self) -> ServerState:
+        """The last checkpoint.
+
+        Raises:
+            UserError: there is none, or it is damaged; the text says how to go back one round.
+        """
+        rounds = self.rounds()
+        if not rounds:
+            raise UserError(f"{self.folder} has no checkpoint: the run stopped before its first round ended")
+        path = self._path(rounds[-1])
+        try:
+            checkpoint = read_checkpoint(path)
+        except UserError as error:
+            advice = f"remove {path} to go back to round {rounds[-2]}" if len(rounds) > 1 else "it is the only one"
+            raise UserError(f"{error}; {advice}") from error
+        manifest = checkpoint.manifest
+        height, width, channels = manifest["shape"]
+        return ServerState(
+            **{group: checkpoint.group(group) for group in _GROUPS},
+            lineage=manifest["lineage"],
+            round=manifest["round"],
+            shared_steps=manifest["shared_steps"],
+            attempts=manifest["attempts"],
+            shape=(height, width, channels),
+        )
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"round-{number:05d}"

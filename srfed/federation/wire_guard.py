@@ -1,0 +1,115 @@
+"""The wire guard: a Flower mod that lets nothing out of a client but what the protocol lists.
+
+It reads the finished reply, not the code that made it: an exclusive tensor, an optimizer moment of
+θ_i, an array of images that the request did not ask for, an unknown number or the text of an
+exception turns the reply into a bare error. The reason goes to the client's own log.
+"""
+
+import traceback
+from collections.abc import Callable
+from dataclasses import fields
+from datetime import UTC, datetime
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+
+from srfed.config import RunConfig, parse_config_json
+from srfed.federation.messages import (
+    DESCRIBE,
+    EVALUATE,
+    FAILED,
+    GENERATED,
+    METRICS,
+    REPLY,
+    SHARED,
+    SHARED_MOMENTS,
+    TRAIN,
+    Description,
+    ReplyHeader,
+    Request,
+)
+from srfed.federation.runtime import runtime_for
+from srfed.federation.site import own_task, site_of
+from srfed.training.optimizers import MOMENTS
+
+TRAIN_METRICS = frozenset(
+    {"examples", "loss", "loss_by_quarter", "images", "seconds", "shared_steps", "learning_rate"}
+)
+EVALUATE_METRICS = frozenset({"ssim", "ssim_timesteps", "ssim_images", "ssim_window", "seconds"})
+GENERATED_ARRAYS = frozenset({"images", "strip"})
+LONGEST_TEXT = 200
+
+
+class NotAllowedError(Exception):
+    """A reply holds something that must not leave the client."""
+
+
+def wire_guard(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+    """Run the handler; pass its reply on only if the protocol allows every part of it."""
+    try:
+        reply = call_next(message, context)
+        if reply.has_error():
+            raise NotAllowedError("the handler made an error reply of its own")
+        check_outgoing(message, context, reply.content)
+        return reply
+    except Exception:
+        _log(message, context, traceback.format_exc())
+        # The exception's text may quote data or paths, so the server learns only that there was one.
+        return Message(Error(FAILED, "failed; the reason is in the client's own log"), reply_to=message)
+
+
+def check_outgoing(message: Message, context: Context, content: RecordDict) -> None:
+    """Compare a reply with what its request allows; raises NotAllowedError naming what it must not hold."""
+    request = Request.of(message.content)
+    config = parse_config_json(request.config)
+    kind = message.metadata.message_type
+    arrays, metrics, header = _allowed(kind, config, request, context)
+    for name, record in content.items():
+        if isinstance(record, ArrayRecord):
+            if name not in arrays:
+                raise NotAllowedError(f"arrays {name!r} in a reply to {kind}")
+            extra = sorted(set(record) - arrays[name])
+            if extra:
+                raise NotAllowedError(f"array {extra[0]!r} among {name!r} in a reply to {kind}")
+            if name == GENERATED and any(array.dtype != "uint8" for array in record.values()):
+                raise NotAllowedError("generated images that are not uint8")
+        elif isinstance(record, MetricRecord):
+            extra = sorted(set(record) - metrics)
+            if name != METRICS or extra:
+                raise NotAllowedError(f"number {extra[:1]} in record {name!r} of a reply to {kind}")
+        elif isinstance(record, ConfigRecord):
+            extra = sorted(set(record) - header)
+            if name != REPLY or extra:
+                raise NotAllowedError(f"field {extra[:1]} in record {name!r} of a reply to {kind}")
+            for key, value in record.items():
+                if not isinstance(value, (int, str)) or len(str(value)) > LONGEST_TEXT:
+                    raise NotAllowedError(f"field {key!r} of a reply to {kind} is no short text or number")
+
+
+def _allowed(
+    kind: str, config: RunConfig, request: Request, context: Context
+) -> tuple[dict[str, frozenset[str]], frozenset[str], frozenset[str]]:
+    """Array names by record, metric names and header fields that a reply to this kind may hold."""
+    header = frozenset(field.name for field in fields(ReplyHeader))
+    if kind == DESCRIBE:
+        return {}, frozenset(), frozenset(field.name for field in fields(Description))
+    if kind == EVALUATE:
+        return {GENERATED: GENERATED_ARRAYS if request.samples else frozenset()}, EVALUATE_METRICS, header
+    if kind == TRAIN:
+        task = own_task(config.data, site_of(context, config).index)
+        shared = runtime_for(request, task.train.shape[-1]).partition.shared
+        arrays = {SHARED: frozenset(shared)}
+        if config.training.shared_moments == "average":
+            arrays[SHARED_MOMENTS] = frozenset(f"{moment}.{name}" for moment in MOMENTS for name in shared)
+        return arrays, TRAIN_METRICS, header
+    raise NotAllowedError(f"a reply to a message of unknown kind {kind!r}")
+
+
+def _log(message: Message, context: Context, text: str) -> None:
+    """Append to the client's own log; where even its site is unknown there is nowhere to write."""
+    try:
+        site = site_of(context, parse_config_json(Request.of(message.content).config))
+        site.log.parent.mkdir(parents=True, exist_ok=True)
+        with site.log.open("a", encoding="utf-8") as file:
+            file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {message.metadata.message_type}\n{text}\n")
+    except Exception:
+        return

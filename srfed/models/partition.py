@@ -1,0 +1,89 @@
+"""The partition: which of the UNet's tensors are shared (φ) and which exclusive to a task (θ_i).
+
+A rule is a dial: ``none`` (everything shared), ``io`` (stem and head exclusive), k (also the k
+outermost down and up stages; k = 1 is the paper), ``all`` (everything exclusive), or a list of
+module-name patterns. Every tensor of the model is in exactly one part.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from hashlib import sha256
+from typing import Literal
+
+from torch import Tensor, nn
+
+Rule = Literal["none", "io", "all"] | int | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Names of the tensors of φ and of θ_i, each in the order of the model's state dict.
+
+    The order is part of the protocol: it is the order of the tensors in a message.
+    """
+
+    shared: tuple[str, ...]
+    exclusive: tuple[str, ...]
+
+    def take_shared(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """φ out of a whole state dict."""
+        return {name: tensors[name] for name in self.shared}
+
+    def take_exclusive(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """θ_i out of a whole state dict."""
+        return {name: tensors[name] for name in self.exclusive}
+
+    def fingerprint(self, tensors: Mapping[str, Tensor]) -> str:
+        """SHA-256 over names, shapes and dtypes of φ: two parties with the same one can exchange φ."""
+        lines = [f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}" for name in self.shared]
+        return sha256("\n".join(lines).encode()).hexdigest()
+
+
+def divide(model: nn.Module, rule: Rule) -> Partition:
+    """Divide a UNet's tensors by a rule.
+
+    Args:
+        model: a :class:`~srfed.models.unet.UNet` (or, for patterns, any module).
+        rule: the dial's position. A pattern is a glob over tensor names; a pattern without a final
+            ``*`` that names a module takes everything below it (``up.0`` is ``up.0.*``).
+
+    Raises:
+        ValueError: an impossible rule, or a pattern that matches no tensor.
+    """
+    names = list(model.state_dict())
+    exclusive = _exclusive_names(names, rule)
+    return Partition(
+        shared=tuple(name for name in names if name not in exclusive),
+        exclusive=tuple(name for name in names if name in exclusive),
+    )
+
+
+def _exclusive_names(names: Sequence[str], rule: Rule) -> set[str]:
+    if rule == "none":
+        return set()
+    if rule == "all":
+        return set(names)
+    if rule == "io":
+        return _matching(names, ("stem", "head"))
+    if isinstance(rule, str):
+        raise ValueError(f"exclusive_stages {rule!r} is no rule; allowed: none, io, all, a number, or patterns")
+    if isinstance(rule, int):
+        stages = {name.split(".")[1] for name in names if name.startswith("down.")}
+        if not 1 <= rule <= len(stages):
+            raise ValueError(f"exclusive_stages {rule} is impossible; the model has stages 1 to {len(stages)}")
+        outermost = [f"{side}.{stage}" for stage in range(rule) for side in ("down", "up")]
+        return _matching(names, ("stem", "head", *outermost))
+    if not rule:
+        raise ValueError("exclusive_stages is an empty list; write `none` to share everything")
+    return _matching(names, rule)
+
+
+def _matching(names: Sequence[str], patterns: Iterable[str]) -> set[str]:
+    matched: set[str] = set()
+    for pattern in patterns:
+        found = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
+        if not found:
+            raise ValueError(f"exclusive_stages pattern {pattern!r} matches no tensor of the model")
+        matched |= found
+    return matched

@@ -1,0 +1,170 @@
+"""The denoising UNet: four stages whose borders are the borders of the partition.
+
+Stage k works at 1/2^k of the image's size (rounded up) with ``channels[k]`` channels. Everything that
+belongs to stage k lies in ``down.k`` or ``up.k``: its residual blocks, its attention, and the
+convolutions that lead to and from stage k + 1. Skip connections run from ``down.k`` to ``up.k`` only,
+so that no activation crosses from an exclusive to a shared stage but through those convolutions.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from srfed.models.blocks import Downsample, ResidualBlock, SelfAttention, TimestepEmbedding, Upsample
+
+
+class DownStage(nn.Module):
+    """Residual blocks of one resolution; returns what the next stage takes and the skips."""
+
+    def __init__(
+        self, channels: int, next_channels: int | None, blocks: int, embedding_dimension: int,
+        attention_head_channels: int | None, groups: int, dropout: float,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            ResidualBlock(channels, channels, embedding_dimension, groups, dropout) for _ in range(blocks)
+        )
+        self.attentions = _attentions(blocks, channels, attention_head_channels, groups)
+        self.downsample = None if next_channels is None else Downsample(channels, next_channels)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, list[Tensor]]:
+        skips = []
+        for block, attention in zip(self.blocks, self.attentions, strict=True):
+            x = attention(block(x, embedding))
+            skips.append(x)
+        return (x if self.downsample is None else self.downsample(x)), skips
+
+
+class UpStage(nn.Module):
+    """Residual blocks of one resolution, each fed with the skip of its mirror image in the down stage."""
+
+    def __init__(
+        self, channels: int, next_channels: int | None, blocks: int, embedding_dimension: int,
+        attention_head_channels: int | None, groups: int, dropout: float,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.upsample = None if next_channels is None else Upsample(next_channels, channels)
+        self.blocks = nn.ModuleList(
+            ResidualBlock(2 * channels, channels, embedding_dimension, groups, dropout) for _ in range(blocks)
+        )
+        self.attentions = _attentions(blocks, channels, attention_head_channels, groups)
+
+    def forward(self, x: Tensor, skips: Sequence[Tensor], embedding: Tensor) -> Tensor:
+        if self.upsample is not None:
+            x = self.upsample(x, skips[-1].shape[-2], skips[-1].shape[-1])
+        for block, attention, skip in zip(self.blocks, self.attentions, reversed(skips), strict=True):
+            x = attention(block(torch.cat([x, skip], dim=1), embedding))
+        return x
+
+
+class Bottleneck(nn.Module):
+    """Residual block, self-attention, residual block at the lowest resolution."""
+
+    def __init__(
+        self, channels: int, embedding_dimension: int, head_channels: int, groups: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.first = ResidualBlock(channels, channels, embedding_dimension, groups, dropout)
+        self.attention = SelfAttention(channels, head_channels, groups)
+        self.second = ResidualBlock(channels, channels, embedding_dimension, groups, dropout)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.second(self.attention(self.first(x, embedding)), embedding)
+
+
+class Head(nn.Module):
+    """GroupNorm, SiLU and the convolution back to the image's channels."""
+
+    def __init__(self, channels: int, image_channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels)
+        self.conv = nn.Conv2d(channels, image_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.silu(self.norm(x)))
+
+
+class UNet(nn.Module):
+    """Noise prediction ε(x_t, t) for images of any size from 5 px and any number of channels.
+
+    Modules, in the order of the forward pass: ``stem``, ``timestep``, ``down.0`` to ``down.3``,
+    ``bottleneck``, ``up.3`` to ``up.0``, ``head``. ``srfed.models.partition`` divides them by name.
+
+    Args:
+        image_channels: channels of the images.
+        channels: channels of the stages, outermost first.
+        blocks_per_stage: residual blocks in each down stage, and in each up stage.
+        attention_stages: stages with self-attention after every block.
+        attention_head_channels: channels of one attention head.
+        groups: groups of each GroupNorm; divides every entry of ``channels``.
+        dropout: rate inside the residual blocks.
+    """
+
+    def __init__(
+        self,
+        image_channels: int,
+        channels: Sequence[int],
+        blocks_per_stage: int,
+        attention_stages: Sequence[int],
+        attention_head_channels: int,
+        groups: int,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.image_channels = image_channels
+        embedding_dimension = 4 * channels[0]
+
+        def stage_arguments(stage: int) -> tuple[int, int | None, int, int, int | None, int, float]:
+            next_channels = channels[stage + 1] if stage + 1 < len(channels) else None
+            head_channels = attention_head_channels if stage in attention_stages else None
+            return (
+                channels[stage], next_channels, blocks_per_stage, embedding_dimension, head_channels, groups, dropout,
+            )  # fmt: skip
+
+        self.stem = nn.Conv2d(image_channels, channels[0], 3, padding=1)
+        self.timestep = TimestepEmbedding(channels[0], embedding_dimension)
+        self.down = nn.ModuleList(DownStage(*stage_arguments(stage)) for stage in range(len(channels)))
+        self.bottleneck = Bottleneck(
+            channels[-1], embedding_dimension, attention_head_channels, groups, dropout
+        )
+        self.up = nn.ModuleList(UpStage(*stage_arguments(stage)) for stage in range(len(channels)))
+        self.head = Head(channels[0], image_channels, groups)
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """Predict the noise in x_t.
+
+        Args:
+            x: N x C x H x W, float.
+            timesteps: (N,) in 1..T.
+
+        Returns:
+            N x C x H x W, the dtype of ``x`` outside autocast.
+
+        Raises:
+            ValueError: the shapes do not fit.
+        """
+        if x.ndim != 4 or x.shape[1] != self.image_channels or min(x.shape[-2:]) < 5:
+            raise ValueError(
+                f"the UNet takes N x {self.image_channels} x H x W images of at least 5 px, not {tuple(x.shape)}"
+            )
+        if timesteps.shape != x.shape[:1]:
+            raise ValueError(f"{x.shape[0]} images need as many timesteps, not {tuple(timesteps.shape)}")
+        embedding = self.timestep(timesteps)
+        hidden = self.stem(x)
+        skips = []
+        for down in self.down:
+            hidden, stage_skips = down(hidden, embedding)
+            skips.append(stage_skips)
+        hidden = self.bottleneck(hidden, embedding)
+        for up in reversed(self.up):
+            hidden = up(hidden, skips.pop(), embedding)
+        return self.head(hidden)
+
+
+def _attentions(count: int, channels: int, head_channels: int | None, groups: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        nn.Identity() if head_channels is None else SelfAttention(channels, head_channels, groups)
+        for _ in range(count)
+    )

@@ -1,0 +1,52 @@
+"""Pictures of images: a labelled grid, one row a task, and its PNG."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from srfed.files import write_bytes
+
+Images = NDArray[np.uint8]
+SMALLEST_CELL = 40
+GAP = 2
+LABEL_SIZE = 13
+
+
+def draw_grid(rows: Mapping[str, Images]) -> Images:
+    """Draw rows of images with their labels on the left.
+
+    Args:
+        rows: uint8 N x H x W x C by label, all of one H, W and C, C = 1 or 3 (of other numbers of
+            channels the first is drawn); rows may differ in length.
+
+    Returns:
+        uint8 H' x W' x 3; small images are enlarged by a whole factor, nearest neighbour.
+    """
+    font = ImageFont.load_default(LABEL_SIZE)
+    height, width = next(iter(rows.values())).shape[1:3]
+    factor = max(1, -(-SMALLEST_CELL // max(height, width)))
+    label_width = 8 + max(int(font.getlength(label)) for label in rows)
+    step_y, step_x = height * factor + GAP, width * factor + GAP
+    columns = max(len(images) for images in rows.values())
+    sheet = Image.new("RGB", (label_width + columns * step_x, len(rows) * step_y), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, (label, images) in enumerate(rows.items()):
+        pen.text((4, row * step_y + (height * factor - LABEL_SIZE) // 2), label, fill="black", font=font)
+        for column, image in enumerate(images):
+            pixels = image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, axis=-1)
+            tile = Image.fromarray(np.ascontiguousarray(pixels)).resize(
+                (width * factor, height * factor), Image.Resampling.NEAREST
+            )
+            sheet.paste(tile, (label_width + column * step_x, row * step_y))
+    return np.asarray(sheet)
+
+
+def write_png(path: Path, picture: Images) -> None:
+    """Write a picture atomically; raises UserError where it cannot."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG")
+    write_bytes(path, buffer.getvalue())

@@ -1,0 +1,97 @@
+"""What happened, as plain records: what the server tells and what is written, printed and drawn."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Images = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """A task as the reports show it: its client's id, its name, and how many images it has."""
+
+    client: str
+    task: str
+    images: int
+    test_images: int
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One finished round.
+
+    Attributes:
+        round: its number, from 1.
+        loss: mean training loss over the accepted clients, weighted as φ is.
+        loss_by_client, loss_by_quarter: the same by client, and by quarter of the timestep range.
+        accepted: clients whose update is in φ.
+        refused: reason by client, for replies that are not.
+        missing: clients that did not reply in time.
+        images: training images seen in the round.
+        images_per_second: over the round's wall time, all clients together.
+        bytes_up, bytes_down: of this round's messages.
+        learning_rate: of φ at the clients.
+        update_norm: ‖φ^{r+1} - φ^r‖.
+        disagreement: see srfed.federation.aggregation.Aggregate.
+        seconds: wall time of the round.
+    """
+
+    round: int
+    loss: float
+    loss_by_client: dict[str, float]
+    loss_by_quarter: list[float]
+    accepted: list[str]
+    refused: dict[str, str]
+    missing: list[str]
+    images: int
+    images_per_second: float
+    bytes_up: int
+    bytes_down: int
+    learning_rate: float
+    update_norm: float
+    disagreement: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """One central evaluation.
+
+    Attributes:
+        round: after which it was made.
+        final: whether it ends the run.
+        score_name: what the Fréchet distance is called.
+        score, score_by_client: over all tasks, and for each.
+        floor: the same distance of the real training images, of the evaluated tasks; None if not known.
+        samples, references: images generated and compared with.
+        ssim_timestep: t* of the headline.
+        ssim: SSIM-rec by timestep, mean over clients.
+        ssim_by_client: SSIM-rec@t* by client.
+        ssim_window: side of the SSIM window, px.
+        grids, strips: samples and reverse-process strips by client, uint8 N x H x W x C.
+        refused, missing: as in a round.
+        bytes_up, bytes_down: of its messages.
+        seconds: wall time.
+    """
+
+    round: int
+    final: bool
+    score_name: str
+    score: float
+    score_by_client: dict[str, float]
+    floor: float | None
+    samples: int
+    references: int
+    ssim_timestep: int
+    ssim: dict[int, float]
+    ssim_by_client: dict[str, float]
+    ssim_window: int
+    grids: dict[str, Images] = field(repr=False)
+    strips: dict[str, Images] = field(repr=False)
+    refused: dict[str, str]
+    missing: list[str]
+    bytes_up: int
+    bytes_down: int
+    seconds: float

@@ -1,0 +1,105 @@
+"""The reporter: what the server tells goes to the terminal, metrics.jsonl, TensorBoard and pictures."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+from srfed.reporting.metrics_log import MetricsLog
+from srfed.reporting.pictures import draw_grid, write_png
+from srfed.reporting.records import EvaluationRecord, RoundRecord, TaskInfo
+from srfed.reporting.run_directory import RunDirectory
+from srfed.reporting.tensorboard import TensorBoard
+from srfed.reporting.words import bytes_in_words, seconds_in_words
+
+
+class Reporter:
+    """Observes one run (see srfed.federation.strategy.Observer).
+
+    On a terminal a bar counts the clients' replies of the current exchange; elsewhere there is one plain
+    line for each round and each evaluation, and nothing between.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._run = run
+        self._log = MetricsLog(run.metrics)
+        self._tensorboard: TensorBoard | None = None
+        self._bar: tqdm[None] | None = None
+        self._order: list[str] = []
+        self._first = 0
+        self._began = 0.0
+
+    def begin(self, last_round: int, tasks: list[TaskInfo]) -> None:
+        """Start, or go on after ``last_round``; ``tasks`` in the order of display."""
+        self._log.begin(last_round, tasks)
+        self._tensorboard = TensorBoard(self._run.tensorboard, self._run.config, last_round)
+        self._order = [task.client for task in tasks]
+        self._first = last_round
+        self._began = time.monotonic()
+
+    def has_evaluation(self, number: int) -> bool:
+        """Whether the evaluation after this round is on record, as the one it has to be."""
+        final = number == self._run.config.federation.rounds
+        return any(line["round"] == number and line["final"] >= final for line in self._log.evaluations())
+
+    def on_reply(self, what: str, done: int, total: int) -> None:
+        if not sys.stderr.isatty():
+            return
+        if self._bar is None:
+            self._bar = tqdm(total=total, desc=what, unit="client", leave=False, dynamic_ncols=True)
+        self._bar.update(done - self._bar.n)
+
+    def on_round(self, record: RoundRecord) -> None:
+        self._close_bar()
+        self._log.add_round(record)
+        if self._tensorboard is not None:
+            self._tensorboard.add_round(record)
+        last = self._run.config.federation.rounds
+        per_round = (time.monotonic() - self._began) / (record.round - self._first)
+        print(
+            f"round {record.round:>{len(str(last))}}/{last}  loss {record.loss:.4f}  "
+            f"{record.images_per_second:,.0f} images/s  "
+            f"up {bytes_in_words(record.bytes_up)}  down {bytes_in_words(record.bytes_down)}  "
+            f"left {seconds_in_words(per_round * (last - record.round))}",
+            flush=True,
+        )
+        self._tell_absent(record.refused, record.missing)
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        self._close_bar()
+        shown = [client for client in self._order if client in record.grids]
+        grid = draw_grid({client: record.grids[client] for client in shown})
+        strips = draw_grid({client: record.strips[client] for client in shown})
+        write_png(self._run.samples / f"round-{record.round:05d}.png", grid)
+        write_png(self._run.samples / f"reverse-process-{record.round:05d}.png", strips)
+        self._log.add_evaluation(record)
+        if self._tensorboard is not None:
+            self._tensorboard.add_evaluation(record, grid, strips)
+        words = [f"{record.score_name} {record.score:.3f} ({record.samples} samples"]
+        words[0] += ")" if record.floor is None else f"; real training images {record.floor:.3f})"
+        if record.ssim_timestep in record.ssim:
+            words.append(f"SSIM-rec@{record.ssim_timestep} {record.ssim[record.ssim_timestep]:.3f}")
+        words.append(seconds_in_words(record.seconds))
+        print(f"evaluation {record.round}: {'  '.join(words)}", flush=True)
+        self._tell_absent(record.refused, record.missing)
+
+    def on_notice(self, text: str) -> None:
+        self._close_bar()
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Close what is open; safe to call at any time."""
+        self._close_bar()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _tell_absent(self, refused: dict[str, str], missing: list[str]) -> None:
+        for client, reason in refused.items():
+            print(f"  refused {client}: {reason}", flush=True)
+        if missing:
+            print(f"  no reply in time from {', '.join(missing)}", flush=True)
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,90 @@
+"""The short table at the end of a run, made from metrics.jsonl alone."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from srfed.reporting.metrics_log import MetricsLog
+from srfed.reporting.words import bytes_in_words, seconds_in_words
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over a run's rounds and evaluations: images trained on, bytes, seconds."""
+
+    rounds: int
+    images: int
+    bytes_up: int
+    bytes_down: int
+    training_seconds: float
+    evaluation_seconds: float
+
+
+def totals(log: MetricsLog) -> Totals:
+    """Add up a run's records."""
+    rounds, evaluations = log.rounds(), log.evaluations()
+    both = [*rounds, *evaluations]
+    return Totals(
+        rounds=len(rounds),
+        images=sum(line["images"] for line in rounds),
+        bytes_up=sum(line["bytes_up"] for line in both),
+        bytes_down=sum(line["bytes_down"] for line in both),
+        training_seconds=sum(line["seconds"] for line in rounds),
+        evaluation_seconds=sum(line["seconds"] for line in evaluations),
+    )
+
+
+def summarise(log: MetricsLog, wall_seconds: float) -> str:
+    """The table: each task and all of them, then time and traffic.
+
+    Args:
+        log: the run's records.
+        wall_seconds: of the command that just ended; what is neither training nor evaluation of its
+            own was start-up and shutdown.
+    """
+    evaluations = log.evaluations()
+    lines = _table(log, evaluations[-1]) if evaluations else []
+    sums = totals(log)
+    lines += [
+        "",
+        f"{sums.rounds} rounds, {sums.images:,} images; training {seconds_in_words(sums.training_seconds)}, "
+        f"evaluation {seconds_in_words(sums.evaluation_seconds)}, "
+        f"this command {seconds_in_words(wall_seconds)} in all",
+        f"traffic: {bytes_in_words(sums.bytes_up)} from the clients, {bytes_in_words(sums.bytes_down)} to them",
+    ]
+    return "\n".join(lines)
+
+
+def _table(log: MetricsLog, evaluation: dict[str, Any]) -> list[str]:
+    score = evaluation["score_name"]
+    ssim = f"SSIM-rec@{evaluation['ssim_timestep']}"
+    losses = log.rounds()[-1]["loss_by_client"] if log.rounds() else {}
+    tasks = log.tasks()
+    width = max([len("all tasks"), *(len(task.task) for task in tasks)])
+    lines = [f"{'task':<{width}}  {'images':>7}  {'loss':>7}  {score:>12}  {ssim:>12}"]
+    for task in tasks:
+        lines.append(
+            f"{task.task:<{width}}  {task.images:>7,}  {_cell(losses.get(task.client), 7, 4)}  "
+            f"{_cell(evaluation['score_by_client'].get(task.client), 12, 3)}  "
+            f"{_cell(evaluation['ssim_by_client'].get(task.client), 12, 3)}"
+        )
+    last = log.rounds()[-1]["loss"] if log.rounds() else None
+    overall = evaluation["ssim"].get(str(evaluation["ssim_timestep"]))
+    lines.append(
+        f"{'all tasks':<{width}}  {sum(task.images for task in tasks):>7,}  {_cell(last, 7, 4)}  "
+        f"{_cell(evaluation['score'], 12, 3)}  {_cell(overall, 12, 3)}"
+    )
+    lines.append("")
+    lines.append(
+        f"{score}: Fréchet distance of {evaluation['samples']} samples to {evaluation['references']} held-out "
+        f"images (0 is best; the real training images score {evaluation['floor']:.3f}); by task it rests on few "
+        "images and is biased upwards"
+    )
+    curve = ", ".join(f"t={timestep}: {value:.3f}" for timestep, value in evaluation["ssim"].items())
+    if curve:
+        window = evaluation["ssim_window"]
+        lines.append(f"SSIM-rec: test images brought back from x_t (window {window} px; 1 is best): {curve}")
+    return lines
+
+
+def _cell(value: float | None, width: int, digits: int) -> str:
+    return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"

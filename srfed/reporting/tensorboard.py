@@ -1,0 +1,65 @@
+"""The run's curves and pictures for TensorBoard."""
+
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from srfed.config import RunConfig
+from srfed.reporting.pictures import Images
+from srfed.reporting.records import EvaluationRecord, RoundRecord
+
+
+class TensorBoard:
+    """Event files of one run.
+
+    Args:
+        folder: where they lie.
+        config: shown as text.
+        last_round: a resumed run's last finished round; what was shown of later ones disappears.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig, last_round: int) -> None:
+        self._writer = SummaryWriter(str(folder), purge_step=last_round + 1 if last_round else None)
+        indented = "".join(f"    {line}\n" for line in config.to_yaml().splitlines())
+        self._writer.add_text("config", indented, last_round)
+
+    def add_round(self, record: RoundRecord) -> None:
+        values = {
+            "loss/mean": record.loss,
+            **{f"loss_by_client/{client}": loss for client, loss in record.loss_by_client.items()},
+            **{f"loss_by_timestep/quarter_{n}": loss for n, loss in enumerate(record.loss_by_quarter, 1)},
+            "speed/images_per_second": record.images_per_second,
+            "speed/seconds_per_round": record.seconds,
+            "traffic/bytes_up": record.bytes_up,
+            "traffic/bytes_down": record.bytes_down,
+            "optimisation/learning_rate": record.learning_rate,
+            "optimisation/shared_update_norm": record.update_norm,
+            "optimisation/client_disagreement": record.disagreement,
+            "clients/accepted": len(record.accepted),
+            "clients/refused": len(record.refused),
+            "clients/missing": len(record.missing),
+        }
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, record.round)
+        self._writer.flush()
+
+    def add_evaluation(self, record: EvaluationRecord, grid: Images, strips: Images) -> None:
+        values = {
+            f"{record.score_name}/all": record.score,
+            **{f"{record.score_name}_by_client/{c}": score for c, score in record.score_by_client.items()},
+            **{f"ssim_rec/t={timestep}": value for timestep, value in record.ssim.items()},
+            **{f"ssim_rec_by_client/{client}": value for client, value in record.ssim_by_client.items()},
+            "traffic/evaluation_bytes_up": record.bytes_up,
+            "traffic/evaluation_bytes_down": record.bytes_down,
+            "speed/seconds_per_evaluation": record.seconds,
+        }
+        if record.floor is not None:
+            values[f"{record.score_name}/real_images"] = record.floor
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, record.round)
+        self._writer.add_image("samples", grid, record.round, dataformats="HWC")
+        self._writer.add_image("reverse_process", strips, record.round, dataformats="HWC")
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,90 @@
+"""Sample from a trained run: ``python -m srfed.sample --run RUN --task 3 --n 64 --out grid.png``."""
+
+import argparse
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from srfed.command import run_command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m srfed.sample",
+        description="Generate images through the averaged weights of a run's last checkpoint.",
+    )
+    parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="the run's folder")
+    parser.add_argument("--task", metavar="TASK", help="a task's name or position; default: every task")
+    parser.add_argument("--n", type=int, default=64, metavar="N", help="images of each task (default 64)")
+    parser.add_argument("--sampler", metavar="NAME", help="ddim or ancestral; default: the run's")
+    parser.add_argument("--steps", type=int, metavar="N", help="DDIM steps; default: the run's")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images (default 0)")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
+    parser.add_argument("--out", type=Path, metavar="PNG", help="where the grid goes (default samples.png)")
+    parser.add_argument(
+        "--npz", type=Path, metavar="FILE",
+        help="also write `images` (uint8 N x H x W x C) and `tasks` (the name of each image's task)",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    return run_command(lambda: _sample(options))
+
+
+def _sample(options: argparse.Namespace) -> None:
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from srfed.config import load_config, parse_config
+    from srfed.errors import UserError
+    from srfed.evaluation.generation import generate
+    from srfed.federation.trained_run import TrainedRun
+    from srfed.files import write_bytes
+    from srfed.reporting.pictures import draw_grid, write_png
+
+    if options.n < 1:
+        raise UserError(f"--n {options.n} is impossible; allowed: 1 or more")
+    resources = load_config(None, [f"resources.device={options.device}"]).resources
+    trained = TrainedRun(options.run, resources)
+    settings = trained.config.sampling.model_dump()
+    for key, value in (("sampler", options.sampler), ("steps", options.steps)):
+        if value is not None:
+            settings[key] = value
+    timesteps = {"diffusion": trained.config.diffusion.model_dump(), "sampling": settings}
+    sampling = parse_config({**timesteps, "evaluation": trained.config.evaluation.model_dump()}).sampling
+    torch.set_num_threads(trained.config.resources.client_cpus)
+    tasks = trained.tasks if options.task is None else [trained.find_task(options.task)]
+    images = {}
+    for task in tqdm(tasks, desc="sampling", unit="task", disable=None, leave=False):
+        images[task.task] = generate(
+            trained.model_of(task),
+            trained.diffusion,
+            sampling,
+            count=options.n,
+            shape=trained.shape,
+            seed=options.seed,
+            task=task.client,
+        ).images
+    out = options.out or Path("samples.png")
+    write_png(out, draw_grid(_rows(images)))
+    print(f"{options.n} images of {len(tasks)} tasks after round {trained.round}: {out}")
+    if options.npz is not None:
+        buffer = io.BytesIO()
+        names = [name for name, group in images.items() for _ in group]
+        np.savez_compressed(buffer, images=np.concatenate(list(images.values())), tasks=np.array(names))
+        write_bytes(options.npz, buffer.getvalue())
+        print(f"as numbers: {options.npz}")
+
+
+def _rows(images):  # type: ignore[no-untyped-def]
+    """One row a task; a single task's images in rows of about a square."""
+    if len(images) > 1:
+        return images
+    (name, group), = images.items()
+    columns = max(1, round(len(group) ** 0.5 + 0.49))
+    rows = range(0, len(group), columns)
+    return {name if not first else " " * (1 + first): group[first : first + columns] for first in rows}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,73 @@
+"""From a configuration to the objects that training and sampling work with."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from srfed.config import DiffusionConfig, ResourcesConfig, RunConfig
+from srfed.diffusion.process import Diffusion
+from srfed.diffusion.schedule import NoiseSchedule, cosine_schedule, linear_schedule
+from srfed.errors import UserError
+from srfed.models.partition import Partition, divide
+from srfed.models.unet import UNet
+from srfed.randomness import derive_seed
+
+
+def build_model(config: RunConfig, image_channels: int) -> UNet:
+    """The UNet with the run's common initialisation: the same bits for every party (CPU, float32)."""
+    model = config.model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "initialisation"))
+        return UNet(
+            image_channels=image_channels,
+            channels=model.channels,
+            blocks_per_stage=model.blocks_per_stage,
+            attention_stages=model.attention_stages,
+            attention_head_channels=model.attention_head_channels,
+            groups=model.groups,
+            dropout=model.dropout,
+        )
+
+
+def build_partition(config: RunConfig, model: UNet) -> Partition:
+    """The run's partition of the model's tensors; raises UserError for a pattern that matches nothing."""
+    try:
+        return divide(model, config.model.exclusive_stages)
+    except ValueError as error:
+        raise UserError(f"model.{error}") from error
+
+
+def build_schedule(config: DiffusionConfig) -> NoiseSchedule:
+    """The run's noise schedule."""
+    if config.schedule == "cosine":
+        return cosine_schedule(config.timesteps)
+    return linear_schedule(config.timesteps, config.beta_start, config.beta_end, config.beta_scale)
+
+
+def build_diffusion(config: RunConfig, device: torch.device) -> Diffusion:
+    """The run's forward process, its tables on ``device``."""
+    return Diffusion(build_schedule(config.diffusion), device)
+
+
+def resolve_device(resources: ResourcesConfig) -> torch.device:
+    """The device of ``resources.device``.
+
+    Raises:
+        UserError: CUDA, or a precision that needs it, is asked for where there is none.
+    """
+    available = torch.cuda.is_available()
+    if resources.device == "cuda" and not available:
+        raise UserError("resources.device = cuda, but PyTorch finds no CUDA device here; allowed: auto, cpu")
+    device = torch.device("cuda" if available and resources.device != "cpu" else "cpu")
+    if resources.precision != "float32" and device.type == "cpu":
+        raise UserError(
+            f"resources.precision = {resources.precision} needs CUDA, and there is none here; allowed: float32"
+        )
+    return device
+
+
+def autocast(resources: ResourcesConfig, device: torch.device) -> AbstractContextManager[None]:
+    """The context in which forward passes run: bfloat16 autocast where the run asks for it."""
+    if resources.precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
