@@ -39,30 +39,20 @@ GROUPS = 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data-dir", type=Path, required=True, help="folder with MNIST/raw and FashionMNIST/raw"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder with MNIST/raw and FashionMNIST/raw")
     parser.add_argument("--out", type=Path, default=EMBEDDED_FILE, help="weights file to write (or to check)")
     parser.add_argument("--check", action="store_true", help="only measure the weights file")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument(
-        "--learning-rate", type=float, default=4e-3, help="the largest, a fifth into the training"
-    )
+    parser.add_argument("--learning-rate", type=float, default=4e-3, help="the largest, a fifth into the training")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--threads", type=int, default=1, help="the thread count is part of the result's bits"
-    )
+    parser.add_argument("--threads", type=int, default=1, help="the thread count is part of the result's bits")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True)
     try:
         if not arguments.check:
-            train(
-                arguments.data_dir, arguments.out, arguments.epochs, arguments.learning_rate, arguments.seed
-            )
+            train(arguments.data_dir, arguments.out, arguments.epochs, arguments.learning_rate, arguments.seed)
         check(arguments.data_dir, arguments.out)
     except UserError as error:
         raise SystemExit(f"error: {error}") from error
@@ -75,9 +65,7 @@ def train(data_dir: Path, out: Path, epochs: int, learning_rate: float, seed: in
     network = EmbeddedNetwork().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.02)
     steps = len(images) // BATCH_SIZE
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=epochs * steps, pct_start=0.2
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * steps, pct_start=0.2)
     start = time.perf_counter()
     for epoch in range(epochs):
         order = torch.randperm(len(images), generator=derive_generator(seed, "batch order", epoch))

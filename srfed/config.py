@@ -34,8 +34,8 @@ class DataConfig(Section):
     dataset: DatasetName = Field("digits", description="where the tasks come from")
     dir: str = Field(
         "",
-        description="root of the torchvision sets (or of cifar10_500.npz / cifar100_500.npz); the .npz file of "
-        "`npz`; the folder of task folders of `folder`",
+        description="root of the torchvision sets (or of cifar10_500.npz / cifar100_500.npz); the .npz file "
+        "of `npz`; the folder of task folders of `folder`",
     )
     images_per_task: int | None = Field(
         None, ge=1, description="training images of each task, the first in file order; null takes all"
@@ -87,8 +87,8 @@ class DiffusionConfig(Section):
             betas = [scale * (self.beta_start * (1 - share) + self.beta_end * share) for share in shares]
             if sum(math.log1p(-beta) for beta in betas) < math.log(1e-30):
                 raise ValueError(
-                    f"beta_end {self.beta_end} over {self.timesteps} timesteps leaves ᾱ_T below 1e-30, too little "
-                    "to predict x_0 from; allowed: a smaller beta_end"
+                    f"beta_end {self.beta_end} over {self.timesteps} timesteps leaves ᾱ_T below 1e-30, too "
+                    "little to predict x_0 from; allowed: a smaller beta_end"
                 )
         return self
 
@@ -108,8 +108,9 @@ class ModelConfig(Section):
         Literal["none", "io", "all"] | Annotated[int, Field(strict=True, ge=1, le=STAGES)] | tuple[str, ...]
     ) = Field(
         2,
-        description="the partition: none shares all (FedAvg), io keeps stem and head at the client, k in 1..4 the "
-        "k outermost stages too, all shares nothing; or a list of module-name patterns such as 'up.0.*'",
+        description="the partition: none shares all (FedAvg), io keeps stem and head at the client, k in "
+        "1..4 the k outermost stages too, all shares nothing; or a list of module-name patterns such as "
+        "'up.0.*'",
     )
 
     @model_validator(mode="after")
@@ -121,8 +122,8 @@ class ModelConfig(Section):
             count = self.channels[stage]
             if count % min(count, self.attention_head_channels):
                 raise ValueError(
-                    f"attention_head_channels {self.attention_head_channels} does not divide the {count} channels "
-                    f"of stage {stage}"
+                    f"attention_head_channels {self.attention_head_channels} does not divide the "
+                    f"{count} channels of stage {stage}"
                 )
         stages = self.exclusive_stages
         if isinstance(stages, tuple) and not (stages and all(stages)):
@@ -144,6 +145,9 @@ class TrainingConfig(Section):
     optimizer: Literal["adam", "sgd"] = Field("adam", description="the clients' optimizer")
     learning_rate: float = Field(2e-3, gt=0, le=10, description="of φ, and of θ_i unless set apart")
     exclusive_learning_rate: float | None = Field(None, gt=0, le=10, description="of θ_i; null takes learning_rate")
+    learning_rate_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="over the rounds of the run; cosine falls from the full rate to almost 0"
+    )
     gradient_clip: float | None = Field(1.0, gt=0, description="largest gradient norm of one step; null: no clipping")
     shared_moments: Literal["reset", "keep", "average"] = Field(
         "reset",
@@ -156,8 +160,8 @@ class TrainingConfig(Section):
     def _check(self) -> Self:
         if (self.local_steps is None) == (self.local_epochs is None):
             raise ValueError(
-                f"set exactly one of local_steps (now {self.local_steps}) and local_epochs (now {self.local_epochs}); "
-                "the other is null"
+                f"set exactly one of local_steps (now {self.local_steps}) and local_epochs "
+                f"(now {self.local_epochs}); the other is null"
             )
         if self.exclusive_steps is not None and self.update != "alternating":
             raise ValueError(f"exclusive_steps {self.exclusive_steps} needs update: alternating")
@@ -166,10 +170,8 @@ class TrainingConfig(Section):
 
 class FederationConfig(Section):
     clients: int = Field(10, ge=1, le=10_000, description="clients of the simulation: the first n tasks")
-    rounds: int = Field(30, ge=1, description="rounds of the whole run")
-    clients_per_round: int | None = Field(
-        None, ge=1, description="clients drawn in each round; null takes all of them"
-    )
+    rounds: int = Field(36, ge=1, description="rounds of the whole run")
+    clients_per_round: int | None = Field(None, ge=1, description="clients drawn in each round; null takes all of them")
     min_clients: int = Field(1, ge=1, description="fewer accepted updates than this stop the run")
     weights: Literal["uniform", "examples"] = Field(
         "uniform", description="weights of the clients' updates: equal, or by number of training images"
@@ -204,14 +206,15 @@ class SamplingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    every: int = Field(10, ge=0, description="rounds between evaluations; 0 evaluates at the end only")
+    every: int = Field(12, ge=0, description="rounds between evaluations; 0 evaluates at the end only")
     samples: int = Field(1000, ge=2, description="generated images scored at the end, shared out among the tasks")
     samples_between: int = Field(200, ge=2, description="generated images scored at evaluations before the end")
     feature_network: Literal["embedded", "inception"] = Field(
         "embedded", description="network whose features are compared; `inception` gives the standard FID"
     )
     inception_weights: str = Field(
-        "", description="file with the 2015-12-05 Inception weights; empty downloads and verifies them on first use"
+        "",
+        description="file with the 2015-12-05 Inception weights; empty downloads and verifies them on first use",
     )
     ssim_images: int = Field(16, ge=0, description="test images a client reconstructs for SSIM; 0 switches it off")
     ssim_timestep: int = Field(50, ge=1, description="t*, the timestep of the headline SSIM-rec@t*")
@@ -253,9 +256,7 @@ class RunConfig(Section):
     diffusion: DiffusionConfig = Field(default_factory=lambda: DiffusionConfig(), description="the forward process")
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(), description="the UNet and its partition")
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig(), description="what a client does")
-    federation: FederationConfig = Field(
-        default_factory=lambda: FederationConfig(), description="what the server does"
-    )
+    federation: FederationConfig = Field(default_factory=lambda: FederationConfig(), description="what the server does")
     sampling: SamplingConfig = Field(default_factory=lambda: SamplingConfig(), description="the reverse process")
     evaluation: EvaluationConfig = Field(default_factory=lambda: EvaluationConfig(), description="what is measured")
     resources: ResourcesConfig = Field(default_factory=lambda: ResourcesConfig(), description="where it runs")
@@ -298,7 +299,10 @@ class RunConfig(Section):
         content = json.loads(self.to_json())
         flat = {name: content.pop(name) for name in ("name", "seed")}
         flat |= {f"{section}.{key}": value for section, keys in content.items() for key, value in keys.items()}
-        return {name: value for name, value in flat.items() if name not in NOT_DECISIVE}
+        free = NOT_DECISIVE
+        if self.training.learning_rate_schedule != "constant":
+            free = free - {"federation.rounds"}
+        return {name: value for name, value in flat.items() if name not in free}
 
 
 NOT_DECISIVE = frozenset(
@@ -321,7 +325,7 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 5e-4 as a number (YAML 1.1 would make it a string) and refuses double keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.MarkedYAMLError(problem=f"key {key!r} is set twice", problem_mark=node.start_mark)
@@ -445,7 +449,13 @@ def _type_words(annotation: Any) -> str:
         return f"list of {_type_words(arguments[0])}"
     if arguments:
         return " | ".join(_type_words(argument) for argument in arguments)
-    words = {"NoneType": "null", "int": "whole number", "float": "number", "str": "text", "bool": "true | false"}
+    words = {
+        "NoneType": "null",
+        "int": "whole number",
+        "float": "number",
+        "str": "text",
+        "bool": "true | false",
+    }
     return words[annotation.__name__]
 
 
@@ -475,7 +485,7 @@ def _explain(content: dict[str, Any], error: ValidationError) -> list[str]:
         name = ".".join(path[:2]) if ".".join(path[:2]) in known else ".".join(path[:1])
         if problem["type"] == "extra_forbidden":
             siblings = RunConfig.model_fields[path[0]].annotation if len(path) > 1 else RunConfig
-            allowed = ", ".join(siblings.model_fields) if isinstance(siblings, type) else ""  # type: ignore[attr-defined]
+            allowed = ", ".join(siblings.model_fields) if isinstance(siblings, type) else ""
             lines[f"unknown key `{'.'.join(path)}`; allowed: {allowed}"] = None
         elif problem["type"] == "value_error":
             where = f"{'.'.join(path)}: " if path else ""
@@ -484,7 +494,8 @@ def _explain(content: dict[str, Any], error: ValidationError) -> list[str]:
             value = content.get(path[0])
             if "." in name and isinstance(value, dict):
                 value = value.get(path[1])
-            lines[f"{name} = {json.dumps(value, ensure_ascii=False)} is not allowed; allowed: {_allowed(known[name])}"] = None
+            shown = json.dumps(value, ensure_ascii=False)
+            lines[f"{name} = {shown} is not allowed; allowed: {_allowed(known[name])}"] = None
         else:
             lines[f"{name} = {json.dumps(problem['input'])} is not allowed; it must be a section of settings"] = None
     return list(lines)

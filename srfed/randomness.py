@@ -26,8 +26,6 @@ def derive_seed(seed: int, purpose: str, *parts: str | int) -> int:
     return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") >> 1
 
 
-def derive_generator(
-    seed: int, purpose: str, *parts: str | int, device: torch.device | str = "cpu"
-) -> torch.Generator:
+def derive_generator(seed: int, purpose: str, *parts: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a fresh ``torch.Generator`` on ``device``, seeded by :func:`derive_seed`."""
     return torch.Generator(device=device).manual_seed(derive_seed(seed, purpose, *parts))

@@ -2,10 +2,15 @@
 
 import argparse
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from srfed.command import run_command
+
+if TYPE_CHECKING:
+    from srfed.reporting.pictures import Images
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,12 +51,10 @@ def _sample(options: argparse.Namespace) -> None:
         raise UserError(f"--n {options.n} is impossible; allowed: 1 or more")
     resources = load_config(None, [f"resources.device={options.device}"]).resources
     trained = TrainedRun(options.run, resources)
-    settings = trained.config.sampling.model_dump()
-    for key, value in (("sampler", options.sampler), ("steps", options.steps)):
-        if value is not None:
-            settings[key] = value
-    timesteps = {"diffusion": trained.config.diffusion.model_dump(), "sampling": settings}
-    sampling = parse_config({**timesteps, "evaluation": trained.config.evaluation.model_dump()}).sampling
+    given = {"sampler": options.sampler, "steps": options.steps}
+    content = trained.config.model_dump(mode="json")
+    content["sampling"] |= {key: value for key, value in given.items() if value is not None}
+    sampling = parse_config(content, "--sampler and --steps").sampling
     torch.set_num_threads(trained.config.resources.client_cpus)
     tasks = trained.tasks if options.task is None else [trained.find_task(options.task)]
     images = {}
@@ -76,14 +79,13 @@ def _sample(options: argparse.Namespace) -> None:
         print(f"as numbers: {options.npz}")
 
 
-def _rows(images):  # type: ignore[no-untyped-def]
-    """One row a task; a single task's images in rows of about a square."""
+def _rows(images: "Mapping[str, Images]") -> "Mapping[str, Images]":
+    """One row a task; a single task's images in rows of about a square, labelled with their numbers."""
     if len(images) > 1:
         return images
-    (name, group), = images.items()
-    columns = max(1, round(len(group) ** 0.5 + 0.49))
-    rows = range(0, len(group), columns)
-    return {name if not first else " " * (1 + first): group[first : first + columns] for first in rows}
+    ((name, group),) = images.items()
+    columns = math.isqrt(len(group) - 1) + 1
+    return {f"{name}  {first}": group[first : first + columns] for first in range(0, len(group), columns)}
 
 
 if __name__ == "__main__":

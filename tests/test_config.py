@@ -287,7 +287,7 @@ def test_a_decisive_setting_changes_the_fingerprint(override: str) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["resources.backend=inline", "resources.cpus=2", "data.dir=/data", "federation.round_timeout=1"],
+    ["name=other", "resources.backend=inline", "resources.cpus=2", "data.dir=/data", "federation.rounds=99"],
 )
 def test_where_it_runs_does_not_change_the_fingerprint(override: str) -> None:
     changed = load_config(overrides=[override])
@@ -296,7 +296,19 @@ def test_where_it_runs_does_not_change_the_fingerprint(override: str) -> None:
 
 
 def test_every_setting_that_is_not_decisive_exists() -> None:
-    assert {f"{section}.{key}" for section, key in NOT_DECISIVE} <= set(declared(RunConfig))
+    assert set(declared(RunConfig)) >= NOT_DECISIVE
+
+
+def test_decisive_differences_are_named_with_both_values() -> None:
+    changed = load_config(
+        overrides=["seed=1", "training.batch_size=8", "resources.backend=inline", "name=other"]
+    )
+    default = RunConfig().training.batch_size
+    assert RunConfig().decisive_differences(changed) == [
+        "seed: 0 -> 1",
+        f"training.batch_size: {default} -> 8",
+    ]
+    assert changed.decisive_differences(changed) == []
 
 
 def test_the_fingerprint_is_the_same_in_another_process() -> None:

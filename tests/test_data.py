@@ -87,7 +87,9 @@ def test_images_at_the_door_are_checked() -> None:
 # --- the rule for modes, sizes and channels ---
 
 
-@pytest.mark.parametrize(("height", "width"), [(40, 61), (61, 40), (17, 90), (40, 40), (12, 21), (32, 35), (35, 32)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(40, 61), (61, 40), (17, 90), (40, 40), (12, 21), (32, 35), (35, 32)]
+)
 @pytest.mark.parametrize("depth", [1, 3])
 def test_resize_and_crop_are_torchvisions(height: int, width: int, depth: int) -> None:
     pixels = random_images(height, width, depth)

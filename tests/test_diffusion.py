@@ -164,14 +164,15 @@ def test_the_network_is_shown_x_t_and_t_and_receives_gradients() -> None:
     assert weight.grad.item() == pytest.approx((2 * (x_t - noise) * x_t).mean().item(), rel=1e-5)
 
 
-def test_a_16_bit_prediction_is_compared_in_the_noise_type() -> None:
+def test_a_16_bit_prediction_is_used_in_the_images_type() -> None:
     images, noise = normal(*SHAPE, dtype=torch.float32), normal(*SHAPE, seed=1, dtype=torch.float32)
     process, timesteps = diffusion(), torch.tensor([1, 30, T])
     losses = process.loss_per_image(lambda x, t: torch.zeros_like(x).bfloat16(), images, timesteps, noise)
     torch.testing.assert_close(losses, noise.square().mean(dim=(1, 2, 3)))
     start = normal(*SHAPE, dtype=torch.float32)
     sampled = ddim_sample(lambda x, t: x.bfloat16(), process, start, generator(), steps=4)
-    assert sampled.images.dtype == torch.float32
+    widened = ddim_sample(lambda x, t: x.bfloat16().float(), process, start, generator(), steps=4)
+    assert torch.equal(sampled.images, widened.images)
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,7 @@ def open_cifar(config: DataConfig) -> LabelledSource:
         return _open_archive(config, layout, published, archive)
     if compact.is_file():
         return _open_compact(config, layout, compact)
-    raise UserError(
-        f"data.dir: neither {archive} nor {compact} is there; {how_to_get(layout.published, root)}"
-    )
+    raise UserError(f"data.dir: neither {archive} nor {compact} is there; {how_to_get(layout.published, root)}")
 
 
 def _open_archive(config: DataConfig, layout: Layout, published: Any, archive: Path) -> LabelledSource:

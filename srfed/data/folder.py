@@ -51,15 +51,11 @@ def open_folder(config: DataConfig) -> FolderSource:
     if {"train", "test"} <= set(tasks):
         if len(tasks) > 2:
             others = ", ".join(sorted(set(tasks) - {"train", "test"}))
-            raise UserError(
-                f"data.dir: {root} holds train, test and {others}; allowed: only train and test, or tasks"
-            )
+            raise UserError(f"data.dir: {root} holds train, test and {others}; allowed: only train and test, or tasks")
         train, test = _sub_folders(tasks["train"]), _sub_folders(tasks["test"])
         unpaired = sorted(set(train) ^ set(test))
         if unpaired:
-            raise UserError(
-                f"data.dir: task {unpaired[0]} is not in both {tasks['train']} and {tasks['test']}"
-            )
+            raise UserError(f"data.dir: task {unpaired[0]} is not in both {tasks['train']} and {tasks['test']}")
         return FolderSource(config, slugs(list(train)), [(train[name], test[name]) for name in train])
     return FolderSource(config, slugs(list(tasks)), [(folder, None) for folder in tasks.values()])
 
@@ -98,15 +94,11 @@ def image_files(folder: Path) -> list[Path]:
 
 def _sub_folders(folder: Path) -> dict[str, Path]:
     try:
-        found = {
-            path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."
-        }
+        found = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."}
     except OSError as error:
         raise UserError(f"data.dir: cannot list {folder}: {error.strerror or error}") from error
     if not found:
-        raise UserError(
-            f"data.dir: {folder} has no task folders; put each task's images into a folder of its own"
-        )
+        raise UserError(f"data.dir: {folder} has no task folders; put each task's images into a folder of its own")
     return found
 
 

@@ -39,9 +39,7 @@ def open_idx(config: DataConfig) -> LabelledSource:
         )
         return Labelled(train_images[..., None], train_labels), Labelled(test_images[..., None], test_labels)
 
-    names = (
-        [f"digit-{label}" for label in range(10)] if config.dataset == "mnist" else slugs(published.classes)
-    )
+    names = [f"digit-{label}" for label in range(10)] if config.dataset == "mnist" else slugs(published.classes)
     return LabelledSource(config, names, range(10), read)
 
 
@@ -72,7 +70,5 @@ def parse_idx(content: bytes, path: Path) -> Images:
     shape = [int.from_bytes(content[start : start + 4], "big") for start in range(4, header, 4)]
     values = np.frombuffer(content, np.uint8, offset=header)
     if values.size != np.prod(shape, dtype=np.int64):
-        raise UserError(
-            f"data.dir: {path} is truncated or corrupted: {values.size} bytes for the shape {shape}"
-        )
+        raise UserError(f"data.dir: {path} is truncated or corrupted: {values.size} bytes for the shape {shape}")
     return values.reshape(shape)

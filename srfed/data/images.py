@@ -104,9 +104,7 @@ def fit_images(images: Images, size: int | None, channels: Literal[1, 3] | None)
 
 def _check_size(width: int, height: int) -> None:
     if min(width, height) < SMALLEST:
-        raise UserError(
-            f"images of {width} x {height} px are too small; allowed: {SMALLEST} x {SMALLEST} and more"
-        )
+        raise UserError(f"images of {width} x {height} px are too small; allowed: {SMALLEST} x {SMALLEST} and more")
 
 
 def _to_8_bits(values: NDArray[np.generic]) -> Images:

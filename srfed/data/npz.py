@@ -32,9 +32,7 @@ def open_npz(config: DataConfig) -> LabelledSource:
         titles = [str(title) for title in arrays["label_names"].ravel()]
         unnamed = [label for label in labels if not 0 <= label < len(titles)]
         if unnamed:
-            raise UserError(
-                f"data.dir: {path}: label_names has {len(titles)} entries, none for label {unnamed[0]}"
-            )
+            raise UserError(f"data.dir: {path}: label_names has {len(titles)} entries, none for label {unnamed[0]}")
         names = slugs([titles[label] for label in labels])
     else:
         names = [f"class-{label}" for label in labels]
@@ -42,9 +40,7 @@ def open_npz(config: DataConfig) -> LabelledSource:
     def read() -> tuple[Labelled, Labelled | None]:
         arrays = read_arrays(path, ["train_images", "train_labels"], optional=["test_images", "test_labels"])
         if ("test_images" in arrays) != ("test_labels" in arrays):
-            raise UserError(
-                f"data.dir: {path} has one of test_images and test_labels; allowed: both or neither"
-            )
+            raise UserError(f"data.dir: {path} has one of test_images and test_labels; allowed: both or neither")
         train = _labelled(path, arrays, "train")
         test = _labelled(path, arrays, "test") if "test_images" in arrays else None
         if test and test.images.shape[1:] != train.images.shape[1:]:
@@ -92,6 +88,4 @@ def _labelled(path: Path, arrays: Arrays, split: str) -> Labelled:
 
 def _check_labels(path: Path, name: str, labels: NDArray[Any]) -> None:
     if labels.dtype.kind not in "iu" or labels.ndim != 1 or not labels.size:
-        raise UserError(
-            f"data.dir: {path}: {name} is {labels.dtype} {labels.shape}; allowed: whole numbers, N"
-        )
+        raise UserError(f"data.dir: {path}: {name} is {labels.dtype} {labels.shape}; allowed: whole numbers, N")

@@ -112,9 +112,7 @@ def slugs(titles: Sequence[str]) -> list[str]:
         if not slug:
             raise UserError(f"data.dir: no task can be named after {title!r}; use letters a-z or digits")
         if slug in seen:
-            raise UserError(
-                f"data.dir: {seen[slug]!r} and {title!r} would both be task {slug}; rename one of them"
-            )
+            raise UserError(f"data.dir: {seen[slug]!r} and {title!r} would both be task {slug}; rename one of them")
         seen[slug] = title
     return list(seen)
 
@@ -133,7 +131,5 @@ def data_path(config: DataConfig, expected: str) -> Path:
         raise UserError(f"data.dir is not set; data.dataset = {config.dataset} needs {expected}")
     path = Path(config.dir).expanduser()
     if not path.exists():
-        raise UserError(
-            f"data.dir = {config.dir} does not exist; data.dataset = {config.dataset} needs {expected}"
-        )
+        raise UserError(f"data.dir = {config.dir} does not exist; data.dataset = {config.dataset} needs {expected}")
     return path

@@ -59,9 +59,7 @@ class Diffusion:
         spread = self._noise[timesteps].view(-1, 1, 1, 1).to(images.dtype)
         return signal * images + spread * noise  # x_t = sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε   (3)
 
-    def loss_per_image(
-        self, predict_noise: PredictNoise, images: Tensor, timesteps: Tensor, noise: Tensor
-    ) -> Tensor:
+    def loss_per_image(self, predict_noise: PredictNoise, images: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
         """Mean squared error between ε and its prediction, for each image: L of eq. (7).
 
         The mean over a task's batch estimates eq. (7); the mean of that over tasks, eq. (8).
@@ -73,15 +71,15 @@ class Diffusion:
             noise: ε ~ N(0, I), of the images' shape and type.
 
         Returns:
-            (N,), the noise's type, differentiable in the network's parameters.
+            (N,), of the wider of the noise's and the prediction's type, differentiable in the network's
+            parameters.
 
         Raises:
             ValueError: as :meth:`add_noise`, or the prediction has another shape than the noise.
         """
         predicted = predict_noise(self.add_noise(images, timesteps, noise), timesteps)
         check_prediction(predicted, noise)
-        error = noise - predicted.to(noise.dtype)
-        return error.square().mean(dim=(1, 2, 3))  # L(ε, ε_ψ(x_t, t)) = mean (ε - ε_ψ)²   (7)
+        return (noise - predicted).square().mean(dim=(1, 2, 3))  # L(ε, ε_ψ(x_t, t)) = mean (ε - ε_ψ)²   (7)
 
     def _check(self, images: Tensor, timesteps: Tensor, noise: Tensor) -> None:
         check_images("images", images, self.device)

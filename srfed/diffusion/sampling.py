@@ -163,6 +163,7 @@ def _reverse(
     for t, s in pairwise(path):
         noise = predict_noise(x, torch.full((len(x),), t, dtype=torch.long, device=x.device))
         check_prediction(noise, x)
+        # Before any arithmetic: a 16-bit prediction times a number would be rounded to 16 bits again.
         x = step(x, noise.to(x.dtype), t, s)
         if s in wanted:
             kept[s] = x
@@ -178,9 +179,7 @@ def _draw(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
-def _check_start(
-    diffusion: Diffusion, start: Tensor, generator: torch.Generator, from_timestep: int | None
-) -> int:
+def _check_start(diffusion: Diffusion, start: Tensor, generator: torch.Generator, from_timestep: int | None) -> int:
     check_images("start", start, diffusion.device)
     if generator.device.type != start.device.type:
         raise ValueError(f"generator is on {generator.device}, start on {start.device}")

@@ -85,9 +85,7 @@ def linear_schedule(
     if scale not in ("none", "match_1000"):
         raise ValueError(f"scale {scale!r} is unknown; allowed: none, match_1000")
     factor = 1000 / timesteps if scale == "match_1000" else 1.0
-    return NoiseSchedule(
-        torch.linspace(factor * beta_start, factor * beta_end, timesteps, dtype=torch.float64)
-    )
+    return NoiseSchedule(torch.linspace(factor * beta_start, factor * beta_end, timesteps, dtype=torch.float64))
 
 
 def cosine_schedule(timesteps: int) -> NoiseSchedule:

@@ -65,9 +65,7 @@ def network_input(images: torch.Tensor) -> torch.Tensor:
     """
     grey = images.flatten(0, 1).unsqueeze(1).float()
     if grey.shape[2:] != (INPUT_SIZE, INPUT_SIZE):
-        grey = F.interpolate(
-            grey, size=(INPUT_SIZE, INPUT_SIZE), mode="bilinear", align_corners=False, antialias=True
-        )
+        grey = F.interpolate(grey, size=(INPUT_SIZE, INPUT_SIZE), mode="bilinear", align_corners=False, antialias=True)
     return grey / 127.5 - 1
 
 

@@ -39,9 +39,7 @@ class FeatureStatistics:
         if self.count < 1:
             raise ValueError(f"count must be at least 1, got {self.count}")
         if self.mean.ndim != 1 or self.scatter.shape != self.mean.shape * 2:
-            raise ValueError(
-                f"need mean (D,) and scatter (D, D), got {self.mean.shape} and {self.scatter.shape}"
-            )
+            raise ValueError(f"need mean (D,) and scatter (D, D), got {self.mean.shape} and {self.scatter.shape}")
         if self.mean.dtype != np.float64 or self.scatter.dtype != np.float64:
             raise ValueError(f"need float64, got {self.mean.dtype} and {self.scatter.dtype}")
         if not (np.isfinite(self.mean).all() and np.isfinite(self.scatter).all()):

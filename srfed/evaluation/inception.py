@@ -59,10 +59,6 @@ def _build(content: bytes, source: str) -> Any:
     torch.save(tensors, safe)
     safe.seek(0)
     try:
-        return FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=safe
-        )
+        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=safe)
     except (RuntimeError, TypeError) as error:
-        raise UserError(
-            f"{source} is not in the layout of the 2015-12-05 Inception: {one_line(error)}"
-        ) from error
+        raise UserError(f"{source} is not in the layout of the 2015-12-05 Inception: {one_line(error)}") from error

@@ -31,9 +31,7 @@ def ssim(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         UserError: the images are smaller than 3 pixels.
     """
     if first.shape != second.shape or first.ndim != 4:
-        raise ValueError(
-            f"need two batches N x C x H x W, got {tuple(first.shape)} and {tuple(second.shape)}"
-        )
+        raise ValueError(f"need two batches N x C x H x W, got {tuple(first.shape)} and {tuple(second.shape)}")
     for images in (first, second):
         if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
             raise ValueError("need float images in [0, 1]")

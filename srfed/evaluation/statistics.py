@@ -57,6 +57,5 @@ def check_same_network(expected: Mapping[str, str], found: Mapping[str, str], so
     for key, value in expected.items():
         if found.get(key) != value:
             raise UserError(
-                f"{source} has features of another network: its {key} is {found.get(key)!r}, "
-                f"this run's is {value!r}"
+                f"{source} has features of another network: its {key} is {found.get(key)!r}, this run's is {value!r}"
             )

@@ -12,7 +12,9 @@ from tqdm import tqdm
 from srfed.errors import UserError
 from srfed.files import write_bytes
 
-INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 _CHUNK = 1 << 20
 _TIMEOUT = 60.0
@@ -80,7 +82,6 @@ def _download(target: Path) -> bytes:
     digest = hashlib.sha256(content).hexdigest()
     if digest != INCEPTION_SHA256:
         raise UserError(
-            f"the download of {INCEPTION_URL} has SHA-256 {digest}, not {INCEPTION_SHA256}, "
-            f"and was not kept; {remedy}"
+            f"the download of {INCEPTION_URL} has SHA-256 {digest}, not {INCEPTION_SHA256}, and was not kept; {remedy}"
         )
     return bytes(content)

@@ -76,7 +76,6 @@ def train(message: Message, context: Context) -> Message:
         "images": float(result.images),
         "seconds": result.seconds,
         "shared_steps": float(result.shared_steps),
-        "learning_rate": config.training.learning_rate,
     }
     arrays = {SHARED: result.shared}
     if average:
@@ -130,8 +129,6 @@ def evaluate(message: Message, context: Context) -> Message:
         metrics["ssim_images"] = float(len(judged))
         metrics["ssim_window"] = float(ssim_window(*task.test.shape[1:3]))
     metrics["seconds"] = time.perf_counter() - start
-    arrays = {
-        GENERATED: {"images": torch.from_numpy(generated.images), "strip": torch.from_numpy(generated.strip)}
-    }
+    arrays = {GENERATED: {"images": torch.from_numpy(generated.images), "strip": torch.from_numpy(generated.strip)}}
     header = ReplyHeader(site.client, request.attempt, request.round)
     return Message(reply_content(header, metrics, arrays), reply_to=message)

@@ -43,9 +43,7 @@ def exchange(
     Raises:
         StoppedError: the user asked to stop.
     """
-    requests = {
-        message_id: message for message in messages for message_id in grid.push_messages([message])
-    }
+    requests = {message_id: message for message in messages for message_id in grid.push_messages([message])}
     waiting = set(requests)
     deadline = time.monotonic() + timeout
     replies: list[Message] = []

@@ -123,8 +123,8 @@ def reply_content(
 
 def read_metrics(content: RecordDict) -> dict[str, float | list[float]]:
     """The numbers of a reply; empty where it has none."""
-    record = content.metric_records.get(METRICS, {})
-    return {name: value for name, value in record.items()}  # type: ignore[misc]
+    record: Mapping[str, Any] = content.metric_records.get(METRICS, {})
+    return dict(record)
 
 
 def read_tensors(content: RecordDict, name: str) -> dict[str, Tensor]:

@@ -45,9 +45,7 @@ class Runtime:
 
     def store(self, site: Site, request: Request) -> ClientStore:
         """The site's store for the request's lineage."""
-        return ClientStore(
-            site.state_dir, site.client, request.lineage, self.config.federation.keep_attempts
-        )
+        return ClientStore(site.state_dir, site.client, request.lineage, self.config.federation.keep_attempts)
 
     def state(self, site: Site, request: Request) -> ClientState:
         """The state that the request tells the client to start from.

@@ -50,9 +50,7 @@ class EvaluateReply:
     metrics: dict[str, float | list[float]]
 
 
-def screen_train(
-    message: Message, expected: ReplyHeader, shared: Mapping[str, Tensor], moments: bool
-) -> TrainReply:
+def screen_train(message: Message, expected: ReplyHeader, shared: Mapping[str, Tensor], moments: bool) -> TrainReply:
     """Check an update against φ^r: who, which attempt, key set, shapes, dtypes, finite values.
 
     Args:
@@ -138,9 +136,7 @@ def _tensors(message: Message, name: str) -> dict[str, Tensor]:
 def _check_like(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or extra:
-        raise RefusedError(
-            f"{len(missing)} tensors are missing {missing[:1]} and {len(extra)} unknown {extra[:1]}"
-        )
+        raise RefusedError(f"{len(missing)} tensors are missing {missing[:1]} and {len(extra)} unknown {extra[:1]}")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
             raise RefusedError(

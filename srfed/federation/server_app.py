@@ -4,7 +4,6 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from flwr.app import Context, Message
@@ -122,8 +121,7 @@ def meet(grid: Grid, config: RunConfig, lineage: str) -> dict[str, Member]:
 def _agree(config: RunConfig, members: dict[str, Member]) -> tuple[UNet, Partition, tuple[int, int, int]]:
     """The model that all clients share; raises UserError where their images or partitions differ."""
     shapes = {
-        (m.description.height, m.description.width, m.description.channels): client
-        for client, m in members.items()
+        (m.description.height, m.description.width, m.description.channels): client for client, m in members.items()
     }
     if len(shapes) > 1:
         listed = ", ".join(f"{client}: {'x'.join(map(str, shape))}" for shape, client in shapes.items())
@@ -138,9 +136,7 @@ def _agree(config: RunConfig, members: dict[str, Member]) -> tuple[UNet, Partiti
     return model, partition, shape
 
 
-def _initial_state(
-    run: RunDirectory, model: UNet, partition: Partition, shape: tuple[int, int, int]
-) -> ServerState:
+def _initial_state(run: RunDirectory, model: UNet, partition: Partition, shape: tuple[int, int, int]) -> ServerState:
     shared = {name: t.clone() for name, t in partition.take_shared(model.state_dict()).items()}
     return ServerState(
         lineage=run.lineage,

@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar
 from uuid import uuid4
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
@@ -44,6 +44,7 @@ from srfed.models.partition import Partition
 from srfed.randomness import derive_generator
 from srfed.reporting.records import EvaluationRecord, RoundRecord
 from srfed.training.ema import round_decay, update_average
+from srfed.training.optimizers import learning_rate_factor
 
 TTL_MARGIN = 60.0
 """Seconds that a message outlives the wait for its reply, for the way back through a SuperLink."""
@@ -182,10 +183,7 @@ class SharedRepresentationStrategy(Strategy):
         records = {SHARED: arrays}
         if self.config.training.shared_moments == "average" and self.state.shared_moments:
             records[SHARED_MOMENTS] = array_record(self.state.shared_moments)
-        return [
-            self._request(TRAIN, client, server_round, records)
-            for client in self._choose(server_round)
-        ]
+        return [self._request(TRAIN, client, server_round, records) for client in self._choose(server_round)]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -238,7 +236,7 @@ class SharedRepresentationStrategy(Strategy):
             images_per_second=images / seconds,
             bytes_up=heard.bytes_up,
             bytes_down=heard.bytes_down,
-            learning_rate=training.learning_rate,
+            learning_rate=training.learning_rate * learning_rate_factor(self.config, server_round),
             update_norm=outcome.update_norm,
             disagreement=outcome.disagreement,
             seconds=seconds,

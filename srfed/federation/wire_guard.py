@@ -31,9 +31,7 @@ from srfed.federation.runtime import runtime_for
 from srfed.federation.site import own_task, site_of
 from srfed.training.optimizers import MOMENTS
 
-TRAIN_METRICS = frozenset(
-    {"examples", "loss", "loss_by_quarter", "images", "seconds", "shared_steps", "learning_rate"}
-)
+TRAIN_METRICS = frozenset({"examples", "loss", "loss_by_quarter", "images", "seconds", "shared_steps"})
 EVALUATE_METRICS = frozenset({"ssim", "ssim_timesteps", "ssim_images", "ssim_window", "seconds"})
 GENERATED_ARRAYS = frozenset({"images", "strip"})
 LONGEST_TEXT = 200

@@ -126,9 +126,7 @@ class UNet(nn.Module):
         self.stem = nn.Conv2d(image_channels, channels[0], 3, padding=1)
         self.timestep = TimestepEmbedding(channels[0], embedding_dimension)
         self.down = nn.ModuleList(DownStage(*stage_arguments(stage)) for stage in range(len(channels)))
-        self.bottleneck = Bottleneck(
-            channels[-1], embedding_dimension, attention_head_channels, groups, dropout
-        )
+        self.bottleneck = Bottleneck(channels[-1], embedding_dimension, attention_head_channels, groups, dropout)
         self.up = nn.ModuleList(UpStage(*stage_arguments(stage)) for stage in range(len(channels)))
         self.head = Head(channels[0], image_channels, groups)
 
@@ -165,6 +163,5 @@ class UNet(nn.Module):
 
 def _attentions(count: int, channels: int, head_channels: int | None, groups: int) -> nn.ModuleList:
     return nn.ModuleList(
-        nn.Identity() if head_channels is None else SelfAttention(channels, head_channels, groups)
-        for _ in range(count)
+        nn.Identity() if head_channels is None else SelfAttention(channels, head_channels, groups) for _ in range(count)
     )

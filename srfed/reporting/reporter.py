@@ -2,6 +2,7 @@
 
 import sys
 import time
+from typing import Never
 
 from tqdm import tqdm
 
@@ -24,7 +25,7 @@ class Reporter:
         self._run = run
         self._log = MetricsLog(run.metrics)
         self._tensorboard: TensorBoard | None = None
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Never] | None = None
         self._order: list[str] = []
         self._first = 0
         self._began = 0.0
@@ -45,9 +46,9 @@ class Reporter:
     def on_reply(self, what: str, done: int, total: int) -> None:
         if not sys.stderr.isatty():
             return
-        if self._bar is None:
-            self._bar = tqdm(total=total, desc=what, unit="client", leave=False, dynamic_ncols=True)
-        self._bar.update(done - self._bar.n)
+        bar = self._bar or tqdm(total=total, desc=what, unit="client", leave=False, dynamic_ncols=True)
+        bar.update(done - bar.n)
+        self._bar = bar
 
     def on_round(self, record: RoundRecord) -> None:
         self._close_bar()

@@ -1,13 +1,13 @@
 """The folder of one run, and where everything in it lies.
 
-    config.yaml      the whole configuration
-    run.json         lineage, version, when it began
-    metrics.jsonl    one line a round, one an evaluation: what TensorBoard shows, as numbers
-    summary.txt      the table printed at the end
-    samples/         grids of samples and reverse-process strips, PNG
-    tensorboard/     event files
-    server/          checkpoints of φ
-    clients/         simulation only: each client's own store, with θ_i and the client's log
+config.yaml      the whole configuration
+run.json         lineage, version, when it began
+metrics.jsonl    one line a round, one an evaluation: what TensorBoard shows, as numbers
+summary.txt      the table printed at the end
+samples/         grids of samples and reverse-process strips, PNG
+tensorboard/     event files
+server/          checkpoints of φ
+clients/         simulation only: each client's own store, with θ_i and the client's log
 """
 
 import json

@@ -16,7 +16,7 @@ from srfed.models.unet import UNet
 from srfed.randomness import derive_generator
 from srfed.training.batches import MinibatchOrder
 from srfed.training.ema import step_decay, update_average
-from srfed.training.optimizers import build_optimizer, export_moments, load_moments
+from srfed.training.optimizers import build_optimizer, export_moments, learning_rate_factor, load_moments
 from srfed.training.setup import autocast
 
 LOSS_QUARTERS = 4
@@ -71,8 +71,7 @@ class LocalResult:
 def initial_state(model: UNet, partition: Partition) -> ClientState:
     """The state before a client's first round: θ_i as the model was initialised, no moments."""
     exclusive = {
-        name: tensor.detach().cpu().clone()
-        for name, tensor in partition.take_exclusive(model.state_dict()).items()
+        name: tensor.detach().cpu().clone() for name, tensor in partition.take_exclusive(model.state_dict()).items()
     }
     return ClientState(exclusive, {name: tensor.clone() for name, tensor in exclusive.items()})
 
@@ -133,7 +132,7 @@ class LocalTrainer:
         """Train for one round from (φ, θ_i).
 
         Args:
-            round_number: part of the seeds of noise and timesteps.
+            round_number: part of the seeds of noise and timesteps; the place in the rates' schedule.
             shared: φ as the server sent it.
             state: the client's state after its last accepted round.
             shared_moments: φ's averaged moments, under ``training.shared_moments: average``.
@@ -141,19 +140,21 @@ class LocalTrainer:
         training = self._config.training
         load_tensors(self._model, shared, state.exclusive)
         self._model.train()
-        exclusive_rate = training.exclusive_learning_rate or training.learning_rate
+        factor = learning_rate_factor(self._config, round_number)
+        shared_rate = factor * training.learning_rate
+        exclusive_rate = factor * (training.exclusive_learning_rate or training.learning_rate)
         optimizers = []
         if self._exclusive:
             on_exclusive = build_optimizer(training, self._exclusive.values(), exclusive_rate)
             load_moments(on_exclusive, self._exclusive, state.exclusive_moments)
             optimizers.append(on_exclusive)
         if self._shared:
-            on_shared = build_optimizer(training, self._shared.values(), training.learning_rate)
+            on_shared = build_optimizer(training, self._shared.values(), shared_rate)
             kept = state.shared_moments if training.shared_moments == "keep" else shared_moments
             load_moments(on_shared, self._shared, kept or {})
             optimizers.append(on_shared)
 
-        average = {name: tensor.to(self._device, copy=True) for name, tensor in state.exclusive_average.items()}
+        average = {name: t.to(self._device, copy=True) for name, t in state.exclusive_average.items()}
         exclusive_step = state.exclusive_steps
         meter = _LossMeter(self._diffusion.timesteps, self._device)
         steps = training.local_steps or (training.local_epochs or 0) * self._order.steps_per_pass
@@ -210,9 +211,7 @@ class LocalTrainer:
     def _draw(self, round_number: int, position: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Images, timesteps in 1..T and noise of one step (lines 3 to 5 of Algorithm 1)."""
         indices = self._order.indices(position).to(self._device, non_blocking=True)
-        generator = derive_generator(
-            self._config.seed, "training", self._task, round_number, step, device=self._device
-        )
+        generator = derive_generator(self._config.seed, "training", self._task, round_number, step, device=self._device)
         images = self._images[indices]
         if self._config.data.horizontal_flip:
             mirrored = torch.rand(len(images), 1, 1, 1, generator=generator, device=self._device) < 0.5
@@ -244,8 +243,12 @@ class _LossMeter:
 
 
 def _phases(
-    update: str, steps: int, exclusive_steps: int | None, exclusive: Mapping[str, object], shared: Mapping[str, object]
-) -> list[tuple[int, tuple[str, ...]]]:  # fmt: skip
+    update: str,
+    steps: int,
+    exclusive_steps: int | None,
+    exclusive: Mapping[str, object],
+    shared: Mapping[str, object],
+) -> list[tuple[int, tuple[str, ...]]]:
     """(steps, parts trained) in order; a part that the partition leaves empty is never trained."""
     present = tuple(name for name, part in (("exclusive", exclusive), ("shared", shared)) if part)
     if update == "joint":

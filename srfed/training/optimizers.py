@@ -1,11 +1,12 @@
 """Optimizers over one part of the partition, whose moments travel as named tensors."""
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from srfed.config import TrainingConfig
+from srfed.config import RunConfig, TrainingConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """Adam's state of one tensor, as torch names it."""
@@ -20,6 +21,13 @@ def build_optimizer(
     return torch.optim.Adam(parameters, lr=learning_rate, fused=True)
 
 
+def learning_rate_factor(config: RunConfig, round_number: int) -> float:
+    """What the learning rates of a round, from 1, are multiplied by: 1, or a half cosine over the rounds."""
+    if config.training.learning_rate_schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (round_number - 1) / config.federation.rounds))
+
+
 def load_moments(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], moments: Mapping[str, Tensor]
 ) -> None:
@@ -31,9 +39,7 @@ def load_moments(
             }
 
 
-def export_moments(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> dict[str, Tensor]:
+def export_moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Adam's moments as CPU tensors named "exp_avg.<parameter>" and so on; empty for SGD."""
     moments = {}
     for key in MOMENTS:

@@ -4,9 +4,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from srfed.config import DiffusionConfig, ResourcesConfig, RunConfig
+from srfed.config import ResourcesConfig, RunConfig
 from srfed.diffusion.process import Diffusion
-from srfed.diffusion.schedule import NoiseSchedule, cosine_schedule, linear_schedule
+from srfed.diffusion.schedule import build_schedule
 from srfed.errors import UserError
 from srfed.models.partition import Partition, divide
 from srfed.models.unet import UNet
@@ -37,16 +37,9 @@ def build_partition(config: RunConfig, model: UNet) -> Partition:
         raise UserError(f"model.{error}") from error
 
 
-def build_schedule(config: DiffusionConfig) -> NoiseSchedule:
-    """The run's noise schedule."""
-    if config.schedule == "cosine":
-        return cosine_schedule(config.timesteps)
-    return linear_schedule(config.timesteps, config.beta_start, config.beta_end, config.beta_scale)
-
-
 def build_diffusion(config: RunConfig, device: torch.device) -> Diffusion:
     """The run's forward process, its tables on ``device``."""
-    return Diffusion(build_schedule(config.diffusion), device)
+    return Diffusion(build_schedule(**config.diffusion.model_dump()), device)
 
 
 def resolve_device(resources: ResourcesConfig) -> torch.device:
