@@ -3,8 +3,8 @@
     python simulations/train_embedded_network.py --data-dir DIR --out srfed/evaluation/embedded.safetensors
     python simulations/train_embedded_network.py --data-dir DIR --check
 
-DIR holds MNIST/raw/*.gz and FashionMNIST/raw/*.gz, as torchvision keeps them. Training takes about ten
-minutes on one core. Equal seed, machine type and thread count give an equal file.
+DIR holds MNIST/raw/*.gz and FashionMNIST/raw/*.gz, as torchvision keeps them. Training takes ten
+to fifteen minutes on one core. Equal seed, machine type and thread count give an equal file.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def train(data_dir: Path, out: Path, epochs: int, learning_rate: float, seed: in
             logits = network(batch.contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits, labels[chosen])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
             total += loss.item()

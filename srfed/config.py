@@ -146,7 +146,7 @@ class TrainingConfig(Section):
     learning_rate: float = Field(2e-3, gt=0, le=10, description="of φ, and of θ_i unless set apart")
     exclusive_learning_rate: float | None = Field(None, gt=0, le=10, description="of θ_i; null takes learning_rate")
     learning_rate_schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="over the rounds of the run; cosine falls from the full rate to almost 0"
+        "cosine", description="over the rounds of the run; cosine falls from the full rate to almost 0"
     )
     gradient_clip: float | None = Field(1.0, gt=0, description="largest gradient norm of one step; null: no clipping")
     shared_moments: Literal["reset", "keep", "average"] = Field(

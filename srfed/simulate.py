@@ -1,7 +1,7 @@
 """Simulate a federation on this machine: ``python -m srfed.simulate --clients 10``."""
 
 import argparse
-import os
+import json
 import signal
 import sys
 import time
@@ -9,21 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-BEGAN = time.monotonic()
-
-from srfed.command import INTERRUPTED, run_command  # noqa: E402
-from srfed.config import RunConfig, describe, load_config  # noqa: E402
-from srfed.data import load_tasks  # noqa: E402
-from srfed.errors import UserError  # noqa: E402
-from srfed.reporting.metrics_log import MetricsLog  # noqa: E402
-from srfed.reporting.run_directory import RunDirectory  # noqa: E402
-from srfed.reporting.summary import summarise  # noqa: E402
+from srfed.command import INTERRUPTED, run_command
+from srfed.config import RunConfig, describe, load_config
+from srfed.errors import UserError
+from srfed.files import write_bytes
+from srfed.reporting.metrics_log import MetricsLog
+from srfed.reporting.run_directory import RunDirectory
+from srfed.reporting.summary import summarise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
+    began = time.monotonic()
     options = _parser().parse_args(arguments)
-    return run_command(lambda: _simulate(options))
+    return run_command(lambda: _simulate(options, began))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,11 +45,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _simulate(options: argparse.Namespace) -> None:
+def _simulate(options: argparse.Namespace, began: float) -> None:
     overrides = list(options.overrides)
     for key, value in (
         ("federation.clients", options.clients),
-        ("data.dir", options.data_dir),
+        ("data.dir", None if options.data_dir is None else json.dumps(options.data_dir)),
         ("resources.backend", options.backend),
     ):
         if value is not None:
@@ -67,10 +66,14 @@ def _simulate(options: argparse.Namespace) -> None:
         config = _with_absolute_data_dir(load_config(source, overrides))
         run = run.reconfigure(config)
         check(config)
-    _announce(run)
-    _run(run)
-    print()
-    print(summarise(MetricsLog(run.metrics), time.monotonic() - BEGAN))
+    if _finished(run):
+        print(f"{_relative(run.path)} is finished already; a larger federation.rounds would go on with it")
+    else:
+        _announce(run)
+        _run(run)
+    summary = summarise(MetricsLog(run.metrics), time.monotonic() - began)
+    write_bytes(run.summary, f"{summary}\n".encode())
+    print(f"\n{summary}")
     _show_where(run)
 
 
@@ -81,18 +84,14 @@ def check(config: RunConfig) -> None:
         UserError: data, batch size, device, partition, feature network or cores do not fit.
     """
     # Importing torch's half of the package takes seconds, and --help needs none of it.
+    from srfed.data import load_tasks
     from srfed.evaluation.features import load_feature_network
     from srfed.training.batches import MinibatchOrder
-    from srfed.training.setup import build_model, build_partition, resolve_device
+    from srfed.training.setup import build_model, build_partition, check_resources, resolve_device
 
-    resources, training = config.resources, config.training
-    device = resolve_device(resources)
-    if resources.backend == "ray":
-        cores = resources.cpus or os.cpu_count() or 1
-        if resources.client_cpus > cores:
-            raise UserError(f"resources.client_cpus = {resources.client_cpus} is above the {cores} cores here")
-        if resources.device == "cuda" and resources.client_gpus == 0:
-            raise UserError("resources.client_gpus = 0 gives the clients no GPU; allowed: above 0, such as 0.25")
+    training = config.training
+    device = resolve_device(config.resources)
+    check_resources(config.resources)
     tasks = load_tasks(config.data, config.federation.clients)
     for task in tasks:
         MinibatchOrder(len(task.train), training.batch_size, training.drop_last, config.seed, task.name)
@@ -108,6 +107,12 @@ def _with_absolute_data_dir(config: RunConfig) -> RunConfig:
         return config
     data = config.data.model_copy(update={"dir": str(Path(config.data.dir).absolute())})
     return config.model_copy(update={"data": data})
+
+
+def _finished(run: RunDirectory) -> bool:
+    """Whether the run has its last evaluation, and so nothing is left to do."""
+    last = run.config.federation.rounds
+    return any(line["final"] and line["round"] == last for line in MetricsLog(run.metrics).evaluations())
 
 
 def _announce(run: RunDirectory) -> None:

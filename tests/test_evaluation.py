@@ -102,9 +102,7 @@ def test_merged_statistics_are_those_of_the_whole_in_any_order() -> None:
 def test_float32_features_are_counted_in_float64() -> None:
     features = np.random.default_rng(4).normal(size=(500, 4)).astype(np.float32) + 300
     statistics = FeatureStatistics.of(features)
-    np.testing.assert_allclose(
-        statistics.covariance, np.cov(features.astype(np.float64), rowvar=False), rtol=1e-10
-    )
+    np.testing.assert_allclose(statistics.covariance, np.cov(features.astype(np.float64), rowvar=False), rtol=1e-10)
 
 
 def test_frechet_distance_refuses_single_images_and_different_dimensions() -> None:
@@ -214,9 +212,7 @@ def test_embedded_network_is_the_released_file(network: FeatureNetwork) -> None:
     assert (network.name, network.score_name, network.dimension) == ("embedded", "fd_embedded", 64)
 
 
-def test_embedded_weights_other_than_the_released_are_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_embedded_weights_other_than_the_released_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     altered = bytearray(embedded.EMBEDDED_FILE.read_bytes())
     altered[-1] ^= 1
     for content, message in ((bytes(altered), "SHA-256"), (bytes(altered[:5000]), "does not hold")):
@@ -229,9 +225,7 @@ def test_embedded_weights_other_than_the_released_are_refused(
         load_feature_network("embedded")
 
 
-def test_embedded_features_do_not_depend_on_the_batch(
-    network: FeatureNetwork, digits: tuple[Array, Array]
-) -> None:
+def test_embedded_features_do_not_depend_on_the_batch(network: FeatureNetwork, digits: tuple[Array, Array]) -> None:
     images = digits[0][:600]
     features = network(images)
     assert features.shape == (600, 64)
@@ -250,9 +244,7 @@ def test_embedded_network_sees_each_channel_on_its_own(network: FeatureNetwork) 
         np.testing.assert_allclose(features[:, 64 * channel : 64 * channel + 64], grey, atol=1e-5)
 
 
-def test_embedded_features_tell_the_uci_digits_apart(
-    network: FeatureNetwork, digits: tuple[Array, Array]
-) -> None:
+def test_embedded_features_tell_the_uci_digits_apart(network: FeatureNetwork, digits: tuple[Array, Array]) -> None:
     """Held-out 8 x 8 digits, which the network was not trained on, by the nearest class mean."""
     images, labels = digits
     features = network(images)
@@ -313,9 +305,7 @@ def inception_state() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def inception_file(
-    tmp_path_factory: pytest.TempPathFactory, inception_state: dict[str, Any]
-) -> Iterator[Path]:
+def inception_file(tmp_path_factory: pytest.TempPathFactory, inception_state: dict[str, Any]) -> Iterator[Path]:
     """As the official file is: PyTorch's old format, no batch counters."""
     path = tmp_path_factory.mktemp("inception") / "random.pth"
     old = {name: value for name, value in inception_state.items() if not name.endswith("num_batches_tracked")}
@@ -330,13 +320,9 @@ def inception(inception_file: Path) -> FeatureNetwork:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_inception_features_are_torch_fidelitys(
-    inception: FeatureNetwork, inception_file: Path, channels: int
-) -> None:
+def test_inception_features_are_torch_fidelitys(inception: FeatureNetwork, inception_file: Path, channels: int) -> None:
     images = np.random.default_rng(10).integers(0, 256, size=(3, 28, 28, channels), dtype=np.uint8)
-    extractor = fidelity.FeatureExtractorInceptionV3(
-        "x", ["2048"], feature_extractor_weights_path=inception_file
-    )
+    extractor = fidelity.FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=inception_file)
     colour = np.repeat(images, 3 // channels, axis=3)
     (expected,) = extractor(torch.from_numpy(colour).permute(0, 3, 1, 2))
     features = inception(images)
@@ -460,9 +446,7 @@ def test_statistics_of_another_network_are_refused(
 ) -> None:
     path = tmp_path / "reference.safetensors"
     save_statistics(path, FeatureStatistics.of(np.eye(64)), network)
-    with pytest.raises(
-        UserError, match="another network: its network is 'embedded', this run's is 'inception'"
-    ):
+    with pytest.raises(UserError, match="another network: its network is 'embedded', this run's is 'inception'"):
         load_statistics(path, inception)
     for attribute in ("sha256", "resize_rule", "score_name"):
         with monkeypatch.context() as patch:

@@ -18,7 +18,7 @@ from srfed.errors import UserError
 from srfed.evaluation.network import FeatureNetwork, one_line
 
 EMBEDDED_FILE = Path(__file__).with_name("embedded.safetensors")
-EMBEDDED_SHA256 = "623882e2cd8ff075845dc45355d820afd5e8e720c41b5f2a797777a8b9b51ea8"
+EMBEDDED_SHA256 = "38d74968751fc74943a2cbbf8f1e63b891e6f1cee1243be2187aa66e5258ebe2"
 INPUT_SIZE = 28
 CLASSES = 20
 """Of MNIST (0 to 9), then of Fashion-MNIST (10 to 19)."""

@@ -7,17 +7,9 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.simulation import run_simulation
 
-from srfed.errors import UserError
 from srfed.federation.server_app import RUN_DIR_VARIABLE
 from srfed.federation.site import STATE_DIR_VARIABLE
 from srfed.reporting.run_directory import RunDirectory
-
-
-def check_resources(run_cpus: int | None, client_cpus: int) -> None:
-    """Raise UserError where not one client fits on this machine."""
-    cores = run_cpus or os.cpu_count() or 1
-    if client_cpus > cores:
-        raise UserError(f"resources.client_cpus = {client_cpus} is above the {cores} cores there are")
 
 
 def run_on_ray(run: RunDirectory, server_app: ServerApp, client_app: ClientApp) -> None:
@@ -26,7 +18,6 @@ def run_on_ray(run: RunDirectory, server_app: ServerApp, client_app: ClientApp) 
     As many clients run at once as ``resources`` leaves room for, each on its own threads.
     """
     resources, clients = run.config.resources, run.config.federation.clients
-    check_resources(resources.cpus, resources.client_cpus)
     cores = resources.cpus or os.cpu_count() or 1
     # Ray's processes inherit the environment, and Flower's simulation takes no run configuration.
     os.environ[RUN_DIR_VARIABLE] = str(run.path)

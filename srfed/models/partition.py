@@ -59,6 +59,32 @@ def divide(model: nn.Module, rule: Rule) -> Partition:
     )
 
 
+def describe_modules(tensors: Mapping[str, Tensor], partition: Partition) -> list[tuple[str, str, int]]:
+    """(module, part, parameters) for the outermost modules that lie wholly in one part, in model order.
+
+    A module that both parts share in is listed by its children.
+    """
+    parts = {**dict.fromkeys(partition.shared, "shared"), **dict.fromkeys(partition.exclusive, "exclusive")}
+    rows: dict[str, tuple[str, int]] = {}
+    for name, tensor in tensors.items():
+        module = _widest_module(name, parts)
+        count = rows.get(module, ("", 0))[1]
+        rows[module] = (parts[name], count + tensor.numel())
+    return [(module, part, count) for module, (part, count) in rows.items()]
+
+
+def _widest_module(name: str, parts: Mapping[str, str]) -> str:
+    """The shortest prefix of a tensor's name, list indices included, below which all is in its part."""
+    steps = name.split(".")
+    for length in range(1, len(steps)):
+        if steps[length].isdigit():
+            continue
+        prefix = ".".join(steps[:length])
+        if all(part == parts[name] for other, part in parts.items() if other.startswith(f"{prefix}.")):
+            return prefix
+    return name
+
+
 def _exclusive_names(names: Sequence[str], rule: Rule) -> set[str]:
     if rule == "none":
         return set()

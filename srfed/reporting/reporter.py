@@ -37,6 +37,8 @@ class Reporter:
         self._order = [task.client for task in tasks]
         self._first = last_round
         self._began = time.monotonic()
+        if last_round:
+            print(f"going on after round {last_round}", flush=True)
 
     def has_evaluation(self, number: int) -> bool:
         """Whether the evaluation after this round is on record, as the one it has to be."""

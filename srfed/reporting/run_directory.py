@@ -14,11 +14,10 @@ import json
 import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
-
-import torch
 
 from srfed import __version__
 from srfed.config import RunConfig, load_config
@@ -53,7 +52,7 @@ class RunDirectory:
         identity = {
             "lineage": run.lineage,
             "srfed": __version__,
-            "torch": torch.__version__,
+            "torch": version("torch"),
             "python": platform.python_version(),
             "began": datetime.now(UTC).isoformat(timespec="seconds"),
             "fingerprint": config.fingerprint(),

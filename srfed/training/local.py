@@ -1,7 +1,8 @@
 """One client's local training: θ_i and φ on the client's own images, for one round."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +14,7 @@ from srfed.data import to_model_range
 from srfed.diffusion.process import Diffusion
 from srfed.models.partition import Partition
 from srfed.models.unet import UNet
-from srfed.randomness import derive_generator
+from srfed.randomness import derive_generator, derive_seed
 from srfed.training.batches import MinibatchOrder
 from srfed.training.ema import step_decay, update_average
 from srfed.training.optimizers import build_optimizer, export_moments, learning_rate_factor, load_moments
@@ -171,7 +172,7 @@ class LocalTrainer:
                 parameter.requires_grad_(True)
             for _ in range(count):
                 images, timesteps, noise = self._draw(round_number, state.steps + step, step)
-                with autocast(self._config.resources, self._device):
+                with autocast(self._config.resources, self._device), self._seeded_dropout(round_number, step):
                     losses = self._diffusion.loss_per_image(self._model, images, timesteps, noise)
                 for optimizer in optimizers:
                     optimizer.zero_grad(set_to_none=True)
@@ -221,6 +222,16 @@ class LocalTrainer:
         )
         noise = torch.randn(images.shape, generator=generator, device=self._device)
         return images, timesteps, noise
+
+    @contextmanager
+    def _seeded_dropout(self, round_number: int, step: int) -> Iterator[None]:
+        """Dropout takes no generator of its own; lend it the process's, seeded for this step."""
+        if not self._config.model.dropout:
+            yield
+            return
+        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+            torch.manual_seed(derive_seed(self._config.seed, "dropout", self._task, round_number, step))
+            yield
 
 
 class _LossMeter:

@@ -1,0 +1,84 @@
+"""Federated rounds against a plain PyTorch loop: ``python -m benchmarks.rounds``.
+
+All do the same optimizer steps on the same number of images with the same network: a loop in one
+process without federation (one thread, and all cores), the in-process grid, and Ray. Prints images
+per second and the ratio to the one-thread loop; the first round of each is warm-up and not counted.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from srfed.config import RunConfig, load_config
+from srfed.data import load_tasks, to_model_range
+from srfed.federation.client_app import app as client_app
+from srfed.federation.inline_grid import run_inline
+from srfed.federation.ray_grid import run_on_ray
+from srfed.federation.server_app import app as server_app
+from srfed.reporting.metrics_log import MetricsLog
+from srfed.reporting.run_directory import RunDirectory
+from srfed.training.setup import build_diffusion, build_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="default: the embedded digits")
+    parser.add_argument("--data-dir", default="", help="where the images are")
+    parser.add_argument("--rounds", type=int, default=8, help="counted rounds (default 8)")
+    options = parser.parse_args()
+    overrides = [
+        f"federation.rounds={options.rounds + 1}",
+        "training.learning_rate_schedule=constant",
+        "evaluation={every: 0, samples: 20, ssim_images: 0}",
+        f"data.dir={json.dumps(options.data_dir)}",
+    ]
+    config = load_config(options.config, overrides)
+    cores = os.cpu_count() or 1
+    speeds = {"plain loop, 1 thread": plain_loop(config, 1)}
+    if cores > 1:
+        speeds[f"plain loop, {cores} threads"] = plain_loop(config, cores)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, run in (("in-process grid", run_inline), ("Ray", run_on_ray)):
+            directory = RunDirectory.create(Path(folder) / name, config)
+            run(directory, server_app, client_app)
+            rounds = MetricsLog(directory.metrics).rounds()[1:]
+            speeds[name] = statistics.median(line["images"] / line["seconds"] for line in rounds)
+    reference = speeds["plain loop, 1 thread"]
+    print(f"\n{'':<24} {'images/s':>9} {'ratio':>7}")
+    for name, speed in speeds.items():
+        print(f"{name:<24} {speed:>9,.0f} {speed / reference:>7.2f}")
+
+
+def plain_loop(config: RunConfig, threads: int) -> float:
+    """Median images per second of a DDPM loop, over as many rounds' steps as the federated runs take."""
+    torch.set_num_threads(threads)
+    training, device = config.training, torch.device("cpu")
+    tasks = load_tasks(config.data, config.federation.clients)
+    images = torch.cat([to_model_range(task.train) for task in tasks])
+    model = build_model(config, images.shape[1])
+    diffusion = build_diffusion(config, device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate, fused=True)
+    steps = (training.local_steps or 1) * len(tasks)
+    speeds = []
+    for _ in range(config.federation.rounds):
+        start = time.perf_counter()
+        for _ in range(steps):
+            batch = images[torch.randint(len(images), (training.batch_size,))]
+            timesteps = torch.randint(1, diffusion.timesteps + 1, (len(batch),))
+            loss = diffusion.loss_per_image(model, batch, timesteps, torch.randn_like(batch)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip or float("inf"))
+            optimizer.step()
+        speeds.append(steps * training.batch_size / (time.perf_counter() - start))
+    return statistics.median(speeds[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Bytes of a round along the partition's dial: ``python -m benchmarks.traffic``.
+
+Runs one real round in process for each setting and prints what the messages held, beside the least
+possible (4 bytes a parameter of φ), per client and direction.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import tempfile
+from pathlib import Path
+
+from srfed.config import load_config
+from srfed.data import load_task
+from srfed.federation.client_app import app as client_app
+from srfed.federation.inline_grid import run_inline
+from srfed.federation.server_app import app as server_app
+from srfed.reporting.metrics_log import MetricsLog
+from srfed.reporting.run_directory import RunDirectory
+from srfed.training.setup import build_model, build_partition
+
+SETTINGS = ("none", "io", "1", "2", "3", "4", "all")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="default: the embedded digits")
+    parser.add_argument("--data-dir", default="", help="where the images are")
+    options = parser.parse_args()
+    print(f"{'exclusive':<10} {'φ, parameters':>14} {'down, bytes':>12} {'up, bytes':>12} {'up / (4 |φ|)':>13}")
+    for setting in SETTINGS:
+        overrides = [
+            f"model.exclusive_stages={setting}",
+            f"data.dir={json.dumps(options.data_dir)}",
+            "federation.clients=1",
+            "federation.rounds=1",
+            "training.local_steps=1",
+            "training.local_epochs=null",
+            "evaluation={every: 0, samples: 2, ssim_images: 0}",
+            "sampling={sampler: ddim, steps: 1}",
+        ]
+        config = load_config(options.config, overrides)
+        model = build_model(config, load_task(config.data, 0).train.shape[-1])
+        shared = sum(model.state_dict()[name].numel() for name in build_partition(config, model).shared)
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            run = RunDirectory.create(Path(folder) / "run", config)
+            run_inline(run, server_app, client_app)
+            (line,) = MetricsLog(run.metrics).rounds()
+        ratio = f"{line['bytes_up'] / (4 * shared):.4f}" if shared else "-"
+        print(f"{setting:<10} {shared:>14,} {line['bytes_down']:>12,} {line['bytes_up']:>12,} {ratio:>13}")
+
+
+if __name__ == "__main__":
+    main()

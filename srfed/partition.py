@@ -1,0 +1,70 @@
+"""Show a configuration's partition: ``python -m srfed.partition --config configs/mnist.yaml``."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from srfed.command import run_command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m srfed.partition",
+        description="Print which of the UNet's modules are shared and which exclusive, with parameters and bytes.",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file; default: the embedded digits")
+    parser.add_argument("--data-dir", metavar="DIR", help="where the images are (data.dir)")
+    parser.add_argument(
+        "--image-channels", type=int, metavar="C", help="channels of the images; default: looked up in the data"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="override a setting, e.g. model.exclusive_stages=io; repeatable",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    return run_command(lambda: _show(options))
+
+
+def _show(options: argparse.Namespace) -> None:
+    from srfed.config import load_config
+    from srfed.data import load_task
+    from srfed.errors import UserError
+    from srfed.models.partition import describe_modules
+    from srfed.reporting.words import bytes_in_words
+    from srfed.training.setup import build_model, build_partition
+
+    overrides = list(options.overrides) + ([f"data.dir={json.dumps(options.data_dir)}"] if options.data_dir else [])
+    config = load_config(options.config, overrides)
+    channels = options.image_channels
+    if channels is None:
+        channels = load_task(config.data, 0).train.shape[-1]
+    elif channels < 1:
+        raise UserError(f"--image-channels {channels} is impossible; allowed: 1 or more")
+    model = build_model(config, channels)
+    partition = build_partition(config, model)
+    tensors = model.state_dict()
+
+    print(f"exclusive stages: {config.model.exclusive_stages}\n")
+    rows = describe_modules(tensors, partition)
+    width = max(len(name) for name, _, _ in rows)
+    print(f"{'module':<{width}}  {'part':<9}  {'parameters':>12}")
+    for name, part, count in rows:
+        print(f"{name:<{width}}  {part:<9}  {count:>12,}")
+    shared, exclusive = (
+        sum(tensors[name].numel() for name in names) for names in (partition.shared, partition.exclusive)
+    )
+    both_ways = sum(tensors[name].nbytes for name in partition.shared)
+    moments = 3 if config.training.shared_moments == "average" else 1
+    clients = config.federation.clients_per_round or config.federation.clients
+    print(f"\nshared     (φ)   {shared:>12,} parameters in {len(partition.shared)} tensors")
+    print(f"exclusive  (θ_i) {exclusive:>12,} parameters in {len(partition.exclusive)} tensors")
+    print(
+        f"a round carries {bytes_in_words(both_ways * moments)} to each client and as much back; "
+        f"with {clients} clients {bytes_in_words(2 * both_ways * moments * clients)} in all"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
