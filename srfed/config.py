@@ -229,7 +229,7 @@ class ResourcesConfig(Section):
     backend: Literal["ray", "inline"] = Field(
         "ray", description="ray: clients in parallel processes; inline: one after the other in this process"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one (under Ray: where client_gpus is above 0)")
     cpus: int | None = Field(None, ge=1, description="cores for all clients together; null takes every core")
     client_cpus: int = Field(1, ge=1, description="cores, and so threads, of one client")
     client_gpus: float = Field(0.0, ge=0, le=8, description="share of a GPU for one client, e.g. 0.25")
@@ -272,6 +272,13 @@ class RunConfig(Section):
             for value in values:
                 if value > timesteps:
                     raise ValueError(f"{name} {value} is above diffusion.timesteps {timesteps}")
+        clients = self.federation.clients
+        for name in ("samples", "samples_between"):
+            value = getattr(self.evaluation, name)
+            if value < 2 * clients:
+                raise ValueError(
+                    f"evaluation.{name} {value} is below {2 * clients}, two for each of the {clients} clients"
+                )
         return self
 
     def to_json(self) -> str:

@@ -279,6 +279,7 @@ def test_describe_names_every_setting_once_with_default_and_meaning() -> None:
         "model.exclusive_stages=1",
         "resources.device=cpu",
         "sampling.eta=1",
+        "federation.rounds=99",
     ],
 )
 def test_a_decisive_setting_changes_the_fingerprint(override: str) -> None:
@@ -287,12 +288,18 @@ def test_a_decisive_setting_changes_the_fingerprint(override: str) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["name=other", "resources.backend=inline", "resources.cpus=2", "data.dir=/data", "federation.rounds=99"],
+    ["name=other", "resources.backend=inline", "resources.cpus=2", "data.dir=/data"],
 )
 def test_where_it_runs_does_not_change_the_fingerprint(override: str) -> None:
     changed = load_config(overrides=[override])
     assert changed != RunConfig()
     assert changed.fingerprint() == RunConfig().fingerprint()
+
+
+def test_rounds_decide_the_result_only_while_the_rate_follows_them() -> None:
+    constant = "training.learning_rate_schedule=constant"
+    more = load_config(overrides=[constant, "federation.rounds=99"])
+    assert more.fingerprint() == load_config(overrides=[constant]).fingerprint()
 
 
 def test_every_setting_that_is_not_decisive_exists() -> None:

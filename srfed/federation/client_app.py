@@ -1,13 +1,16 @@
 """The ClientApp: describe yourself, train a round, generate and judge samples."""
 
 import time
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
 from srfed.config import parse_config_json
-from srfed.data import to_model_range
+from srfed.data import Task, to_model_range
 from srfed.evaluation.generation import generate
 from srfed.evaluation.reconstruction import ssim_of_reconstructions
 from srfed.evaluation.ssim import ssim_window
@@ -21,32 +24,58 @@ from srfed.federation.messages import (
     read_tensors,
     reply_content,
 )
-from srfed.federation.runtime import runtime_for
-from srfed.federation.site import own_task, site_of
+from srfed.federation.runtime import Runtime, runtime_for
+from srfed.federation.site import Site, own_task, site_of
 from srfed.federation.wire_guard import wire_guard
 from srfed.training.local import load_tensors
 
 app = ClientApp(mods=[wire_guard])
 
 
+@dataclass(frozen=True)
+class Duty:
+    """What a message asks, and what this client has to do it with."""
+
+    request: Request
+    site: Site
+    task: Task
+    runtime: Runtime
+
+    @classmethod
+    def of(cls, message: Message, context: Context) -> Self:
+        """Raises UserError or ValueError where the message or the site is not what it should be."""
+        request = Request.of(message.content)
+        config = parse_config_json(request.config)
+        site = site_of(context, config)
+        task = own_task(config.data, site.index)
+        return cls(request, site, task, runtime_for(request, task.train.shape[-1]))
+
+    def shared(self, message: Message) -> dict[str, Tensor]:
+        """φ as the message carries it, checked."""
+        shared = read_tensors(message.content, SHARED)
+        self.runtime.check_shared(shared)
+        return shared
+
+    @property
+    def header(self) -> ReplyHeader:
+        return ReplyHeader(self.site.client, self.request.attempt, self.request.round)
+
+
 @app.query("describe")
 def describe(message: Message, context: Context) -> Message:
     """Say who this client is, what its images look like, and which partition it would use."""
-    request = Request.of(message.content)
-    config = parse_config_json(request.config)
-    site = site_of(context, config)
-    task = own_task(config.data, site.index)
-    _, height, width, channels = task.train.shape
+    duty = Duty.of(message, context)
+    _, height, width, channels = duty.task.train.shape
     description = Description(
-        client=site.client,
-        task=task.name,
-        index=site.index,
+        client=duty.site.client,
+        task=duty.task.name,
+        index=duty.site.index,
         height=height,
         width=width,
         channels=channels,
-        images=len(task.train),
-        test_images=len(task.test),
-        partition=runtime_for(request, channels).partition_fingerprint,
+        images=len(duty.task.train),
+        test_images=len(duty.task.test),
+        partition=duty.runtime.partition_fingerprint,
     )
     return Message(description.to_content(), reply_to=message)
 
@@ -54,23 +83,17 @@ def describe(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train one round from the parent attempt, store the new attempt durably, return φ_i."""
-    request = Request.of(message.content)
-    config = parse_config_json(request.config)
-    site = site_of(context, config)
-    task = own_task(config.data, site.index)
-    runtime = runtime_for(request, task.train.shape[-1])
-    shared = read_tensors(message.content, SHARED)
-    runtime.check_shared(shared)
-    average = config.training.shared_moments == "average"
+    duty = Duty.of(message, context)
+    request, runtime = duty.request, duty.runtime
     received_moments = SHARED_MOMENTS in message.content.array_records
-    result = runtime.trainer(site).train(
+    result = runtime.trainer(duty.site).train(
         request.round,
-        shared,
-        runtime.state(site, request),
+        duty.shared(message),
+        runtime.state(duty.site, request),
         read_tensors(message.content, SHARED_MOMENTS) if received_moments else None,
     )
     metrics: dict[str, float | list[float]] = {
-        "examples": float(len(task.train)),
+        "examples": float(len(duty.task.train)),
         "loss": result.loss,
         "loss_by_quarter": list(result.loss_by_quarter),
         "images": float(result.images),
@@ -78,27 +101,22 @@ def train(message: Message, context: Context) -> Message:
         "shared_steps": float(result.shared_steps),
     }
     arrays = {SHARED: result.shared}
-    if average:
+    if runtime.config.training.shared_moments == "average":
         arrays[SHARED_MOMENTS] = result.shared_moments
-    content = reply_content(ReplyHeader(site.client, request.attempt, request.round), metrics, arrays)
-    runtime.store(site, request).save(request.attempt, request.parent, request.round, result.state)
+    content = reply_content(duty.header, metrics, arrays)
+    runtime.store(duty.site, request).save(request.attempt, request.parent, request.round, result.state)
     return Message(content, reply_to=message)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Generate samples through the averaged (φ, θ_i), and measure SSIM-rec on the own test images."""
-    request = Request.of(message.content)
-    config = parse_config_json(request.config)
-    site = site_of(context, config)
-    task = own_task(config.data, site.index)
-    runtime = runtime_for(request, task.train.shape[-1])
-    shared = read_tensors(message.content, SHARED)
-    runtime.check_shared(shared)
     start = time.perf_counter()
-    load_tensors(runtime.model, shared, runtime.state(site, request).exclusive_average)
+    duty = Duty.of(message, context)
+    request, task, runtime = duty.request, duty.task, duty.runtime
+    config, client = runtime.config, duty.site.client
+    load_tensors(runtime.model, duty.shared(message), runtime.state(duty.site, request).exclusive_average)
     runtime.model.eval()
-    settings = config.evaluation
     generated = generate(
         runtime.model,
         runtime.diffusion,
@@ -106,13 +124,14 @@ def evaluate(message: Message, context: Context) -> Message:
         count=request.samples,
         shape=task.train.shape[1:],
         seed=config.seed,
-        task=site.client,
-        strip_steps=settings.strip_steps,
+        task=client,
+        strip_steps=config.evaluation.strip_steps,
     )
     metrics: dict[str, float | list[float]] = {}
-    judged = task.test[: settings.ssim_images]
+    judged = task.test[: config.evaluation.ssim_images]
     if len(judged):
-        timesteps = sorted({settings.ssim_timestep, *(settings.ssim_curve if request.final else ())})
+        curve = config.evaluation.ssim_curve if request.final else ()
+        timesteps = sorted({config.evaluation.ssim_timestep, *curve})
         metrics["ssim_timesteps"] = [float(timestep) for timestep in timesteps]
         metrics["ssim"] = [
             ssim_of_reconstructions(
@@ -122,13 +141,12 @@ def evaluate(message: Message, context: Context) -> Message:
                 timestep,
                 variance=config.sampling.variance,
                 seed=config.seed,
-                task=site.client,
+                task=client,
             )
             for timestep in timesteps
         ]
         metrics["ssim_images"] = float(len(judged))
         metrics["ssim_window"] = float(ssim_window(*task.test.shape[1:3]))
     metrics["seconds"] = time.perf_counter() - start
-    arrays = {GENERATED: {"images": torch.from_numpy(generated.images), "strip": torch.from_numpy(generated.strip)}}
-    header = ReplyHeader(site.client, request.attempt, request.round)
-    return Message(reply_content(header, metrics, arrays), reply_to=message)
+    images = {"images": torch.from_numpy(generated.images), "strip": torch.from_numpy(generated.strip)}
+    return Message(reply_content(duty.header, metrics, {GENERATED: images}), reply_to=message)

@@ -7,6 +7,7 @@ attempt that nobody refers to; it can never pair θ_i with the φ of another rou
 """
 
 import re
+import shutil
 from pathlib import Path
 
 from srfed.errors import UserError
@@ -68,11 +69,13 @@ class ClientStore:
     def _prune(self, newest: str, round_number: int) -> None:
         """Keep the recent rounds and, of the newest attempt's ancestors, the last before them."""
         horizon = round_number - self._keep
-        rounds = {
-            folder.name: int(read_manifest(folder)["round"])
-            for folder in self.folder.iterdir()
-            if not folder.name.startswith(".")
-        }
+        rounds = {}
+        for folder in self.folder.iterdir():
+            try:
+                rounds[folder.name] = int(read_manifest(folder)["round"])
+            except UserError:
+                # What a killed process left: a temporary folder, or one that was half removed.
+                shutil.rmtree(folder, ignore_errors=True)
         ancestor = newest
         while ancestor in rounds and rounds[ancestor] > horizon:
             ancestor = str(read_manifest(self.folder / ancestor)["parent"])

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
@@ -25,6 +26,8 @@ def run_on_ray(run: RunDirectory, server_app: ServerApp, client_app: ClientApp) 
     # Each actor would start its own pool of threads for all cores before the first message arrives.
     os.environ["OMP_NUM_THREADS"] = str(resources.client_cpus)
     logging.getLogger("flwr").setLevel(logging.ERROR)
+    # Ray announces a change of what clients without a GPU see; here they are to see none.
+    warnings.filterwarnings("ignore", message=".*accelerator visible devices", category=FutureWarning)
     run_simulation(
         server_app,
         client_app,

@@ -18,6 +18,8 @@ from srfed.federation.messages import (
 from srfed.training.local import LOSS_QUARTERS
 from srfed.training.optimizers import MOMENTS
 
+MOST_STEPS = 1_000_000
+
 
 class RefusedError(Exception):
     """A reply is refused; the text says why, in the server's words only."""
@@ -71,6 +73,9 @@ def screen_train(message: Message, expected: ReplyHeader, shared: Mapping[str, T
         _number(metrics, name)
     if examples < 1 or examples != int(examples):
         raise RefusedError(f"it claims {examples} training images")
+    # The server counts the steps off one by one, in the decay of its moving average.
+    if not 0 <= _number(metrics, "shared_steps") <= MOST_STEPS:
+        raise RefusedError(f"it claims {metrics['shared_steps']} steps in a round")
     quarters = metrics.get("loss_by_quarter")
     if not isinstance(quarters, list) or len(quarters) != LOSS_QUARTERS:
         raise RefusedError(f"its loss by quarter is {quarters!r}")
@@ -82,17 +87,17 @@ def screen_train(message: Message, expected: ReplyHeader, shared: Mapping[str, T
 
 
 def screen_evaluate(
-    message: Message, expected: ReplyHeader, samples: int, shape: tuple[int, int, int]
+    message: Message, expected: ReplyHeader, samples: int, shape: tuple[int, int, int], timestep: int
 ) -> EvaluateReply:
-    """Check samples: number, shape, uint8; SSIM at most 1. Raises RefusedError."""
+    """Check samples: number, shape, uint8; SSIM at most 1, and at ``timestep`` too. Raises RefusedError."""
     _check_header(message, expected)
     arrays = _tensors(message, GENERATED)
     if set(arrays) != {"images", "strip"}:
         raise RefusedError(f"it sent arrays {sorted(arrays)} for samples")
-    for name, count in (("images", samples), ("strip", arrays["strip"].shape[0])):
-        if arrays[name].dtype != torch.uint8 or tuple(arrays[name].shape) != (count, *shape):
+    for name, count in (("images", (samples,)), ("strip", arrays["strip"].shape[:1])):
+        if arrays[name].dtype != torch.uint8 or tuple(arrays[name].shape) != (*count, *shape):
             raise RefusedError(
-                f"its {name} are {arrays[name].dtype} {tuple(arrays[name].shape)}, not uint8 {(count, *shape)}"
+                f"its {name} are {arrays[name].dtype} {tuple(arrays[name].shape)}, not uint8 {(*count, *shape)}"
             )
     metrics = read_metrics(message.content)
     timesteps, values = metrics.get("ssim_timesteps", []), metrics.get("ssim", [])
@@ -102,6 +107,8 @@ def screen_evaluate(
         raise RefusedError(f"its SSIM values {values} are impossible")
     if timesteps:
         _number(metrics, "ssim_window")
+        if timestep not in timesteps or not all(float(number).is_integer() for number in timesteps):
+            raise RefusedError(f"its SSIM curve is measured at {timesteps}, not at t = {timestep}")
     curve = {int(timestep): value for timestep, value in zip(timesteps, values, strict=True)}
     return EvaluateReply(arrays["images"], arrays["strip"], curve, metrics)
 
@@ -129,7 +136,8 @@ def _check_header(message: Message, expected: ReplyHeader) -> None:
 def _tensors(message: Message, name: str) -> dict[str, Tensor]:
     try:
         return read_tensors(message.content, name)
-    except (ValueError, TypeError, EOFError, OSError, MemoryError) as error:
+    except Exception as error:
+        # numpy's reader of .npy headers raises what Python's tokenizer and parser raise, besides its own.
         raise RefusedError(f"its arrays {name!r} cannot be read: {error}") from error
 
 

@@ -109,7 +109,10 @@ def meet(grid: Grid, config: RunConfig, lineage: str) -> dict[str, Member]:
         node = asked.requests[reply.metadata.reply_to_message_id].metadata.dst_node_id
         if reply.has_error():
             raise UserError(f"node {node} cannot describe itself; the reason is in its client.log")
-        description = Description.of(reply.content)
+        try:
+            description = Description.of(reply.content)
+        except ValueError as error:
+            raise UserError(f"node {node} describes itself in another way ({error}); is its srfed another version?") from error
         if description.client in members:
             raise UserError(f"two clients call themselves {description.client!r}")
         members[description.client] = Member(node, description)

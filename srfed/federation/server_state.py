@@ -1,5 +1,6 @@
 """The server's state between rounds, and its checkpoints: `<run>/server/round-00012/`."""
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,6 +69,8 @@ class ServerCheckpoints:
         write_checkpoint(self._path(state.round), Checkpoint(groups, manifest))
         for number in self.rounds()[: -self._keep]:
             remove_checkpoint(self._path(number))
+        for leftover in self.folder.glob(".*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def rounds(self) -> list[int]:
         """Rounds that have a checkpoint, in order."""

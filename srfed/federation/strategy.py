@@ -264,7 +264,7 @@ class SharedRepresentationStrategy(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Screen the samples and score them; None where no client sent any."""
         settings = self.config.evaluation
-        heard = self._hear(replies, partial(screen_evaluate, shape=self.state.shape))
+        heard = self._hear(replies, partial(screen_evaluate, shape=self.state.shape, timestep=settings.ssim_timestep))
         if not heard.accepted:
             self._observer.on_notice(f"evaluation {server_round}: no client sent samples")
             return None

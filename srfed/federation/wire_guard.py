@@ -29,6 +29,7 @@ from srfed.federation.messages import (
 )
 from srfed.federation.runtime import runtime_for
 from srfed.federation.site import own_task, site_of
+from srfed.training.local import LOSS_QUARTERS
 from srfed.training.optimizers import MOMENTS
 
 TRAIN_METRICS = frozenset({"examples", "loss", "loss_by_quarter", "images", "seconds", "shared_steps"})
@@ -68,12 +69,15 @@ def check_outgoing(message: Message, context: Context, content: RecordDict) -> N
             extra = sorted(set(record) - arrays[name])
             if extra:
                 raise NotAllowedError(f"array {extra[0]!r} among {name!r} in a reply to {kind}")
-            if name == GENERATED and any(array.dtype != "uint8" for array in record.values()):
-                raise NotAllowedError("generated images that are not uint8")
+            if name == GENERATED:
+                _check_generated(record, {"images": request.samples, "strip": config.evaluation.strip_steps})
         elif isinstance(record, MetricRecord):
             extra = sorted(set(record) - metrics)
             if name != METRICS or extra:
                 raise NotAllowedError(f"number {extra[:1]} in record {name!r} of a reply to {kind}")
+            longest = max(LOSS_QUARTERS, 1 + len(config.evaluation.ssim_curve))
+            if any(isinstance(value, list) and len(value) > longest for value in record.values()):
+                raise NotAllowedError(f"a list of more than {longest} numbers in a reply to {kind}")
         elif isinstance(record, ConfigRecord):
             extra = sorted(set(record) - header)
             if name != REPLY or extra:
@@ -81,6 +85,15 @@ def check_outgoing(message: Message, context: Context, content: RecordDict) -> N
             for key, value in record.items():
                 if not isinstance(value, (int, str)) or len(str(value)) > LONGEST_TEXT:
                     raise NotAllowedError(f"field {key!r} of a reply to {kind} is no short text or number")
+
+
+def _check_generated(record: ArrayRecord, most: dict[str, int]) -> None:
+    """Images must be uint8 and no more than were asked for."""
+    for name, array in record.items():
+        if array.dtype != "uint8":
+            raise NotAllowedError("generated images that are not uint8")
+        if not array.shape or array.shape[0] > most[name]:
+            raise NotAllowedError(f"{name} of shape {tuple(array.shape)}, where {most[name]} were asked for")
 
 
 def _allowed(

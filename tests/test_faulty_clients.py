@@ -1,0 +1,417 @@
+"""One client that fails, lies or is late: the round goes on, it is named, and φ is as if it were absent."""
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SType
+from tiny_run import all_bits, begin, records, round_lines, run_in_process, run_on_grid, server_bits
+
+from srfed.errors import UserError
+from srfed.federation import client_app
+from srfed.federation.inline_grid import InlineGrid
+from srfed.federation.messages import GENERATED, METRICS, REPLY, SHARED, Request
+from srfed.federation.screening import MOST_STEPS
+from srfed.reporting.metrics_log import MetricsLog
+from srfed.reporting.run_directory import RunDirectory
+
+Faults = list[Callable[[Message], Message | None]]
+"""What becomes of a reply in round 1, 2, ...: changed in place, or another one."""
+
+MIDDLE, LAST = 1, 2
+"""Positions of the client that fails; the middle one would show in any sum over the clients."""
+
+
+def app_with(offender: int, train: Faults | None = None, evaluate: Faults | None = None) -> ClientApp:
+    """The real handlers, without the guard: a hostile client has none."""
+    app = ClientApp()
+
+    def faulty(handler: Callable[[Message, Context], Message], faults: Faults | None) -> Callable[..., Message]:
+        def handle(message: Message, context: Context) -> Message:
+            reply = handler(message, context)
+            number = Request.of(message.content).round
+            if faults is None or context.node_config["partition-id"] != offender or number > len(faults):
+                return reply
+            return faults[number - 1](reply) or reply
+
+        return handle
+
+    app.query("describe")(client_app.describe)
+    app.train()(faulty(client_app.train, train))
+    app.evaluate()(faulty(client_app.evaluate, evaluate))
+    return app
+
+
+def fail(reply: Message) -> None:
+    raise RuntimeError("no such luck")
+
+
+def edit_array(edit: Callable[[np.ndarray], np.ndarray], record: str = SHARED) -> Callable[[Message], None]:
+    """Change the first array of a record."""
+
+    def change(reply: Message) -> None:
+        arrays = reply.content.array_records[record]
+        name = next(iter(arrays))
+        arrays[name] = Array(edit(arrays[name].numpy().copy()))
+
+    return change
+
+
+def with_first_value(value: float) -> Callable[[np.ndarray], np.ndarray]:
+    def edit(values: np.ndarray) -> np.ndarray:
+        values.flat[0] = value
+        return values
+
+    return edit
+
+
+def edit_bytes(edit: Callable[[bytes], bytes]) -> Callable[[Message], None]:
+    """Change the first array's bytes, not what is said of them."""
+
+    def change(reply: Message) -> None:
+        arrays = reply.content.array_records[SHARED]
+        name, array = next(iter(arrays.items()))
+        arrays[name] = Array(array.dtype, array.shape, SType.NUMPY, edit(array.data))
+
+    return change
+
+
+def drop_array(reply: Message) -> None:
+    arrays = reply.content.array_records[SHARED]
+    del arrays[next(iter(arrays))]
+
+
+def extra_array(reply: Message) -> None:
+    reply.content.array_records[SHARED]["head.weight"] = Array(np.zeros(3, np.float32))
+
+
+def swap_arrays(reply: Message) -> None:
+    arrays = reply.content.array_records[SHARED]
+    names = list(arrays)
+    first = names[0]
+    other = next(name for name in names if arrays[name].shape != arrays[first].shape)
+    arrays[first], arrays[other] = arrays[other], arrays[first]
+
+
+def permute_values(reply: Message) -> None:
+    """A list of tensors that slipped by one: every value finite, every name known."""
+    arrays = reply.content.array_records[SHARED]
+    values = list(arrays.values())
+    reply.content[SHARED] = ArrayRecord(dict(zip(arrays, values[1:] + values[:1], strict=True)))
+
+
+def set_field(name: str, value: Any) -> Callable[[Message], None]:
+    def change(reply: Message) -> None:
+        reply.content.config_records[REPLY][name] = value
+
+    return change
+
+
+def set_number(name: str, value: Any) -> Callable[[Message], None]:
+    def change(reply: Message) -> None:
+        reply.content.metric_records[METRICS][name] = value
+
+    return change
+
+
+def without(record: str) -> Callable[[Message], None]:
+    def change(reply: Message) -> None:
+        del reply.content[record]
+
+    return change
+
+
+def as_error(reply: Message) -> Message:
+    return Message(Error(100, "secret text"), reply_to=reply_to(reply))
+
+
+def reply_to(reply: Message) -> Message:
+    """A stand-in for the request: an error reply needs only its metadata."""
+    request = Message(reply.content, reply.metadata.src_node_id, reply.metadata.message_type)
+    request.metadata.__dict__["_message_id"] = reply.metadata.reply_to_message_id
+    return request
+
+
+TRAIN_FAULTS: dict[str, tuple[Callable[[Message], Message | None], str]] = {
+    "it raises": (fail, "failed"),
+    "it answers with an error": (as_error, "failed (code 100)"),
+    "NaN": (edit_array(with_first_value(np.nan)), "not finite"),
+    "infinity": (edit_array(with_first_value(np.inf)), "not finite"),
+    "minus infinity": (edit_array(with_first_value(-np.inf)), "not finite"),
+    "a tensor is missing": (drop_array, "1 tensors are missing"),
+    "a tensor too many": (extra_array, "1 unknown ['head.weight']"),
+    "wrong shape": (edit_array(lambda values: values[None]), "torch.float32 (1, "),
+    "transposed": (edit_array(lambda values: values.reshape(-1)), "torch.float32"),
+    "wrong dtype": (edit_array(lambda values: values.astype(np.float64)), "torch.float64"),
+    "integers": (edit_array(lambda values: values.astype(np.int32)), "torch.int32"),
+    "two tensors swapped": (swap_arrays, "tensor "),
+    "all tensors permuted": (permute_values, "tensor "),
+    "bytes that are no array": (edit_bytes(lambda data: b"garbage"), "cannot be read"),
+    "half an array": (edit_bytes(lambda data: data[: len(data) // 2]), "cannot be read"),
+    "a header that does not parse": (edit_bytes(lambda data: data[:10] + b"(" * 118 + data[128:]), "cannot be read"),
+    "bytes of another shape than announced": (
+        edit_bytes(lambda data: Array(np.zeros(2, np.float32)).data),
+        "not what its header says",
+    ),
+    "no tensors": (without(SHARED), "no arrays 'shared'"),
+    "no header": (without(REPLY), "header is malformed"),
+    "no numbers": (without(METRICS), "'examples'"),
+    "another client's name": (set_field("client", "digit-0"), "answers as 'digit-0'"),
+    "an older attempt": (set_field("attempt", "round-00001-0123abcd"), "attempt 'round-00001-0123abcd'"),
+    "an older round": (set_field("round", 1), "not for this one"),
+    "a round that is no number": (set_field("round", "2"), "header is malformed"),
+    "no images": (set_number("examples", 0.0), "claims 0"),
+    "half an image": (set_number("examples", 0.5), "claims 0.5"),
+    "infinitely many images": (set_number("examples", float("inf")), "'examples'"),
+    "a loss that is no number": (set_number("loss", float("nan")), "'loss'"),
+    "a list for a loss": (set_number("loss", [0.5]), "'loss'"),
+    "three quarters": (set_number("loss_by_quarter", [0.5] * 3), "loss by quarter"),
+    "steps without end": (set_number("shared_steps", 1e15), "steps"),
+    "steps backwards": (set_number("shared_steps", -3.0), "steps"),
+}
+
+EVALUATE_FAULTS: dict[str, tuple[Callable[[Message], Message | None], str]] = {
+    "it raises": (fail, "failed"),
+    "too few images": (edit_array(lambda images: images[1:], GENERATED), "its images are"),
+    "too many images": (edit_array(lambda images: np.concatenate([images, images]), GENERATED), "its images are"),
+    "images of another size": (edit_array(lambda images: images[:, 1:], GENERATED), "its images are"),
+    "float images": (edit_array(lambda images: images / 255, GENERATED), "its images are"),
+    "no images": (without(GENERATED), "no arrays 'generated'"),
+    "a strip that is a number": (
+        lambda reply: reply.content.array_records[GENERATED].__setitem__("strip", Array(np.array(3, np.uint8))),
+        "its strip are",
+    ),
+    "SSIM above 1": (set_number("ssim", [1.5]), "impossible"),
+    "SSIM that is no number": (set_number("ssim", [float("nan")]), "impossible"),
+    "more SSIM than timesteps": (set_number("ssim", [0.5] * 7), "malformed"),
+    "SSIM at another timestep": (set_number("ssim_timesteps", [7.0]), "not at t = 5"),
+    "SSIM at infinity": (set_number("ssim_timesteps", [float("inf")]), "not at t = 5"),
+    "no window": (
+        lambda reply: reply.content.__setitem__(
+            METRICS, MetricRecord({k: v for k, v in reply.content[METRICS].items() if k != "ssim_window"})
+        ),
+        "'ssim_window'",
+    ),
+    "another client's name": (set_field("client", "digit-0"), "answers as 'digit-0'"),
+    "an older attempt": (set_field("attempt", "round-00001-0123abcd"), "attempt 'round-00001-0123abcd'"),
+}
+
+
+class Runs(NamedTuple):
+    faulty: RunDirectory
+    absent: RunDirectory
+
+
+def settings_for(faults: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "federation.rounds": len(faults) + 1,
+        "federation.server_optimizer": "momentum",
+        "federation.weights": "examples",
+        "evaluation.every": 0,
+        "evaluation.samples": 6,
+        "evaluation.samples_between": 6,
+        "evaluation.ssim_images": 1,
+        "evaluation.ssim_curve": [],
+        "sampling.steps": 2,
+        "training.local_steps": 1,
+        "training.batch_size": 4,
+    }
+
+
+@pytest.fixture(scope="module")
+def training_runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """One fault a round, then an honest round; and the same where the offender merely raises."""
+    folder, settings = tmp_path_factory.mktemp("training"), settings_for(TRAIN_FAULTS)
+    runs = []
+    for name, faults in (("faulty", [f for f, _ in TRAIN_FAULTS.values()]), ("absent", [fail] * len(TRAIN_FAULTS))):
+        runs.append(run_in_process(begin(folder / name, settings), app_with(MIDDLE, train=faults)))
+    return Runs(*runs)
+
+
+@pytest.fixture(scope="module")
+def evaluation_runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """The same for evaluations."""
+    folder, settings = tmp_path_factory.mktemp("evaluation"), settings_for(EVALUATE_FAULTS)
+    settings = {**settings, "evaluation.every": 1}
+    runs = []
+    for name, faults in (
+        ("faulty", [f for f, _ in EVALUATE_FAULTS.values()]),
+        ("absent", [fail] * len(EVALUATE_FAULTS)),
+    ):
+        runs.append(run_in_process(begin(folder / name, settings), app_with(MIDDLE, evaluate=faults)))
+    return Runs(*runs)
+
+
+@pytest.mark.parametrize("what", TRAIN_FAULTS)
+def test_a_faulty_update_is_refused_with_its_reason_and_leaves_no_trace(training_runs: Runs, what: str) -> None:
+    place = list(TRAIN_FAULTS).index(what)
+    line, reference = (round_lines(run)[place] for run in training_runs)
+    assert line["accepted"] == ["digit-0", "digit-2"]
+    assert line["missing"] == []
+    assert list(line["refused"]) == ["digit-1"]
+    assert TRAIN_FAULTS[what][1] in line["refused"]["digit-1"]
+    assert "secret text" not in line["refused"]["digit-1"]
+    for name in ("loss", "loss_by_client", "loss_by_quarter", "images", "update_norm", "disagreement"):
+        assert line[name] == reference[name], name
+
+
+def test_after_faults_of_every_kind_every_bit_is_as_if_the_client_had_been_absent(training_runs: Runs) -> None:
+    assert round_lines(training_runs.faulty)[-1]["accepted"] == ["digit-0", "digit-1", "digit-2"]
+    assert all_bits(training_runs.faulty) == all_bits(training_runs.absent)
+
+
+@pytest.mark.parametrize("what", EVALUATE_FAULTS)
+def test_a_faulty_evaluation_is_refused_and_the_others_are_scored(evaluation_runs: Runs, what: str) -> None:
+    place = list(EVALUATE_FAULTS).index(what)
+    line, reference = (MetricsLog(run.metrics).evaluations()[place] for run in evaluation_runs)
+    assert list(line["refused"]) == ["digit-1"]
+    assert EVALUATE_FAULTS[what][1] in line["refused"]["digit-1"]
+    assert sorted(line["ssim_by_client"]) == ["digit-0", "digit-2"]
+    for name in ("score", "score_by_client", "ssim", "ssim_by_client", "floor", "samples", "references"):
+        assert line[name] == reference[name], name
+    assert line["samples"] == 4
+
+
+def test_an_evaluation_that_every_client_fails_is_left_out_and_the_run_goes_on(tmp_path: Path) -> None:
+    app = ClientApp()
+    app.query("describe")(client_app.describe)
+    app.train()(client_app.train)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        raise RuntimeError
+
+    run = run_in_process(begin(tmp_path / "run", {"federation.rounds": 2, "evaluation.every": 1}), app)
+    assert [line["kind"] for line in records(run)] == ["tasks", "round", "round"]
+
+
+def test_the_order_of_the_tensors_in_a_reply_does_not_matter(tmp_path: Path) -> None:
+    def reverse(reply: Message) -> None:
+        arrays = reply.content.array_records[SHARED]
+        reply.content[SHARED] = ArrayRecord({name: arrays[name] for name in reversed(list(arrays))})
+
+    settings = {"federation.rounds": 2, "evaluation.samples": 3}
+    ordered = run_in_process(begin(tmp_path / "ordered", settings))
+    reversed_ = run_in_process(begin(tmp_path / "reversed", settings), app_with(0, train=[reverse, reverse]))
+    assert all_bits(ordered) == all_bits(reversed_)
+
+
+def test_too_few_accepted_updates_stop_the_run_in_one_line(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", {"federation.min_clients": 3, "federation.rounds": 2})
+    with pytest.raises(UserError) as caught:
+        run_in_process(run, app_with(MIDDLE, train=[lambda reply: None, fail]))
+    text = str(caught.value)
+    assert "federation.min_clients = 3" in text
+    assert "round 2 has 2 accepted updates" in text
+    assert "digit-1: it failed" in text
+    assert "\n" not in text
+    assert server_bits(run)["round"] == 1
+
+
+# --- Late replies --------------------------------------------------------------------------------
+
+TIMEOUT = 4.0
+
+
+class LateGrid(InlineGrid):
+    """Holds the last client's reply of round 2 back and hands it over, unasked, in round 3 (twice)."""
+
+    def __init__(self, app: ClientApp, nodes: int) -> None:
+        super().__init__(app, nodes)
+        self._held: list[Message] = []
+        self.handed_over = 0
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        replies = super().pull_messages(message_ids)
+        if replies and replies[0].has_content() and REPLY in replies[0].content.config_records:
+            header = replies[0].content.config_records[REPLY]
+            if header.get("round") == 2 and header["client"] == "digit-2":
+                self._held = [replies[0], replies[0]]
+                return []
+            if header.get("round") == 3:
+                late, self._held = self._held, []
+                self.handed_over += len(late)
+                return [*late, *replies, *replies]
+        return replies
+
+
+def test_late_and_repeated_replies_are_ignored_now_and_for_ever(tmp_path: Path) -> None:
+    settings = {
+        "federation.rounds": 3,
+        "federation.round_timeout": TIMEOUT,
+        "federation.server_optimizer": "momentum",
+        "evaluation.every": 0,
+        "evaluation.samples": 3,
+    }
+    absent = begin(tmp_path / "absent", settings)
+    run_in_process(absent, app_with(LAST, train=[fail, fail]))
+
+    def sleep(reply: Message) -> None:
+        time.sleep(TIMEOUT + 0.5)
+
+    late = begin(tmp_path / "late", settings)
+    grid = run_on_grid(late, LateGrid, app_with(LAST, train=[sleep]))
+    assert isinstance(grid, LateGrid)
+    assert grid.handed_over == 2
+    lines = round_lines(late)
+    assert [line["missing"] for line in lines] == [["digit-2"], ["digit-2"], []]
+    assert [line["accepted"] for line in lines] == [["digit-0", "digit-1"]] * 2 + [["digit-0", "digit-1", "digit-2"]]
+    assert all_bits(late) == all_bits(absent)
+
+
+# --- Clients that do not fit ---------------------------------------------------------------------
+
+
+def describing(change: Callable[[Message, int], Message | None]) -> ClientApp:
+    app = ClientApp()
+
+    @app.query("describe")
+    def describe(message: Message, context: Context) -> Message:
+        reply = client_app.describe(message, context)
+        return change(reply, int(context.node_config["partition-id"])) or reply
+
+    return app
+
+
+def set_own(name: str, value: Any) -> Callable[[Message, int], None]:
+    """A client that says something else of itself; the others do not."""
+
+    def change(reply: Message, index: int) -> None:
+        if index == MIDDLE:
+            reply.content.config_records[REPLY][name] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("client", "digit-0", "two clients call themselves 'digit-0'"),
+        ("partition", "0" * 64, "'digit-1' divides the model differently"),
+        ("height", 9, "differ in shape"),
+        ("images", "many", "'images'"),
+    ],
+)
+def test_clients_that_do_not_fit_together_stop_the_run_at_the_door(
+    tmp_path: Path, name: str, value: Any, expected: str
+) -> None:
+    run = begin(tmp_path / "run")
+    with pytest.raises(UserError) as caught:
+        run_in_process(run, describing(set_own(name, value)))
+    assert expected in str(caught.value)
+    assert not run.started
+
+
+def test_a_client_that_cannot_describe_itself_is_named(tmp_path: Path) -> None:
+    def raising(reply: Message, index: int) -> None:
+        if index == MIDDLE:
+            raise RuntimeError(uuid4().hex)
+
+    with pytest.raises(UserError, match=r"cannot describe itself; the reason is in .*client\.log"):
+        run_in_process(begin(tmp_path / "run"), describing(raising))

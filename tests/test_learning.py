@@ -1,0 +1,41 @@
+"""The main job learns: after a short run, each client's θ_i draws its own digit."""
+
+from pathlib import Path
+
+from simulations.class_agreement import accuracy_on_real_images, class_agreement
+from srfed.config import ResourcesConfig, load_config
+from srfed.data import load_tasks
+from srfed.evaluation.generation import generate
+from srfed.federation.client_app import app as client_app
+from srfed.federation.inline_grid import run_inline
+from srfed.federation.server_app import app as server_app
+from srfed.federation.trained_run import TrainedRun
+from srfed.reporting.metrics_log import MetricsLog
+from srfed.reporting.run_directory import RunDirectory
+
+
+def test_samples_belong_to_their_tasks(tmp_path: Path) -> None:
+    overrides = [
+        "federation={clients: 3, rounds: 14}",
+        "evaluation={every: 7, samples: 150, samples_between: 150, ssim_images: 0}",
+        "sampling.steps=25",
+    ]
+    config = load_config(None, overrides)
+    directory = RunDirectory.create(tmp_path / "run", config)
+    run_inline(directory, server_app, client_app)
+
+    run = TrainedRun(directory.path, ResourcesConfig())
+    tasks = load_tasks(config.data, 10)
+    assert accuracy_on_real_images(tasks) > 0.95
+    samples = {
+        info.task: generate(
+            run.model_of(info), run.diffusion, config.sampling,
+            count=50, shape=run.shape, seed=1, task=info.client,
+        ).images
+        for info in run.tasks
+    }  # fmt: skip
+    agreement = class_agreement(tasks, samples)
+    assert min(agreement.values()) > 0.7
+
+    early, late = (line["score"] for line in MetricsLog(directory.metrics).evaluations())
+    assert late < 0.8 * early

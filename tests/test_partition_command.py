@@ -1,0 +1,49 @@
+"""The partition command: what it prints adds up to what the model has."""
+
+import re
+
+import pytest
+
+from srfed.config import load_config
+from srfed.partition import main
+from srfed.training.setup import build_model
+
+
+@pytest.mark.parametrize("rule", ["none", "io", "1", "2", "4", "all", "[up.0, down.0.blocks.0.conv_in, timestep.mix]"])
+def test_modules_and_totals_add_up(rule: str, capsys: pytest.CaptureFixture[str]) -> None:
+    override = f"model.exclusive_stages={rule}"
+    assert main(["--image-channels", "3", "--set", override]) == 0
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^(\S+) +(shared|exclusive) +([\d,]+)$", printed, re.MULTILINE)
+    counts = {"shared": 0, "exclusive": 0}
+    for _, part, count in rows:
+        counts[part] += int(count.replace(",", ""))
+    model = build_model(load_config(None, [override]), 3)
+    assert sum(counts.values()) == sum(tensor.numel() for tensor in model.state_dict().values())
+    for part, total in counts.items():
+        assert re.search(rf"^{part} .* {total:,} parameters", printed, re.MULTILINE)
+    assert len({name for name, _, _ in rows}) == len(rows)
+
+
+def test_a_round_carries_four_bytes_a_shared_parameter(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--image-channels", "1", "--set", "model.exclusive_stages=io"]) == 0
+    assert "4.7 MB to each client" in capsys.readouterr().out
+    averaged = ["--set", "training.shared_moments=average"]
+    assert main(["--image-channels", "1", "--set", "model.exclusive_stages=io", *averaged]) == 0
+    assert "14.2 MB to each client" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "model.exclusive_stages=[no.such.module]"], "no.such.module"),
+        (["--image-channels", "0"], "--image-channels 0"),
+        (["--set", "data.dataset=mnist", "--data-dir", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert words in error

@@ -1,0 +1,111 @@
+"""The smallest federation there is: three clients, a few thousand weights, a few steps a round."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from flwr.clientapp import ClientApp
+
+from srfed.config import RunConfig, parse_config
+from srfed.federation.client_app import app as real_client_app
+from srfed.federation.inline_grid import InlineGrid, run_inline
+from srfed.federation.server_app import RUN_DIR_VARIABLE, run_federation
+from srfed.federation.server_app import app as server_app
+from srfed.federation.site import STATE_DIR_VARIABLE
+from srfed.reporting.metrics_log import MetricsLog
+from srfed.reporting.run_directory import RunDirectory
+from srfed.tensors import read_manifest
+
+TINY: dict[str, dict[str, Any]] = {
+    "model": {"channels": [8, 16, 16, 16], "groups": 4},
+    "training": {"batch_size": 16, "local_steps": 2},
+    "federation": {"clients": 3, "rounds": 3},
+    "sampling": {"steps": 5},
+    "evaluation": {
+        "every": 2,
+        "samples": 30,
+        "samples_between": 12,
+        "ssim_images": 3,
+        "ssim_timestep": 5,
+        "ssim_curve": [5, 10],
+        "grid_columns": 4,
+        "strip_steps": 3,
+    },
+    "resources": {"backend": "inline", "device": "cpu"},
+}
+CLIENTS = ["digit-0", "digit-1", "digit-2"]
+TIMINGS = {"seconds", "images_per_second"}
+
+
+def tiny_config(overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """The tiny configuration with some "section.key" set otherwise."""
+    content: dict[str, Any] = {"name": "tiny", **{section: dict(keys) for section, keys in TINY.items()}}
+    for name, value in (overrides or {}).items():
+        section, key = name.split(".")
+        content[section] = {**content.get(section, {}), key: value}
+    return parse_config(content)
+
+
+def write_tiny_yaml(path: Path) -> Path:
+    path.write_text(yaml.safe_dump({"name": "tiny", **TINY}))
+    return path
+
+
+def begin(path: Path, overrides: Mapping[str, Any] | None = None) -> RunDirectory:
+    """A new run's folder."""
+    return RunDirectory.create(path, tiny_config(overrides))
+
+
+def run_in_process(run: RunDirectory, client_app: ClientApp = real_client_app) -> RunDirectory:
+    """The whole run through the real ServerApp and the in-process grid."""
+    run_inline(run, server_app, client_app)
+    return run
+
+
+def run_on_grid(
+    run: RunDirectory, grid_type: type[InlineGrid], client_app: ClientApp = real_client_app
+) -> InlineGrid:
+    """As :func:`run_in_process`, on a grid that does something besides."""
+    os.environ[RUN_DIR_VARIABLE], os.environ[STATE_DIR_VARIABLE] = str(run.path), str(run.clients)
+    grid = grid_type(client_app, run.config.federation.clients)
+    run_federation(grid, run)
+    return grid
+
+
+def server_bits(run: RunDirectory) -> dict[str, Any]:
+    """What tells whether two servers ended in the same bits: φ, its average, optimizer, moments."""
+    manifest = read_manifest(sorted(run.server.glob("round-*"))[-1])
+    return {name: manifest[name] for name in ("round", "shared_steps", "sha256")}
+
+
+def accepted_attempts(run: RunDirectory) -> dict[str, Path]:
+    """The folder of each client's last accepted attempt."""
+    manifest = read_manifest(sorted(run.server.glob("round-*"))[-1])
+    return {
+        client: run.clients / client / run.lineage / attempt
+        for client, attempt in manifest["attempts"].items()
+    }
+
+
+def all_bits(run: RunDirectory) -> dict[str, Any]:
+    """:func:`server_bits`, and the same of every client's θ_i, its average and its moments."""
+    bits: dict[str, Any] = {"server": server_bits(run)}
+    for client, folder in accepted_attempts(run).items():
+        manifest = read_manifest(folder)
+        bits[client] = {name: manifest[name] for name in ("round", "steps", "exclusive_steps", "sha256")}
+    return bits
+
+
+def records(run: RunDirectory) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    return [
+        {key: value for key, value in line.items() if key not in TIMINGS}
+        for line in map(json.loads, run.metrics.read_text().splitlines())
+    ]
+
+
+def round_lines(run: RunDirectory) -> list[dict[str, Any]]:
+    return MetricsLog(run.metrics).rounds()
