@@ -16,13 +16,12 @@ from tiny_run import all_bits, begin, records, round_lines, run_in_process, run_
 from srfed.errors import UserError
 from srfed.federation import client_app
 from srfed.federation.inline_grid import InlineGrid
-from srfed.federation.messages import GENERATED, METRICS, REPLY, SHARED, Request
-from srfed.federation.screening import MOST_STEPS
+from srfed.federation.messages import GENERATED, METRICS, REPLY, SHARED
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import RunDirectory
 
 Faults = list[Callable[[Message], Message | None]]
-"""What becomes of a reply in round 1, 2, ...: changed in place, or another one."""
+"""What becomes of a client's first, second, ... reply: changed in place, or another one."""
 
 MIDDLE, LAST = 1, 2
 """Positions of the client that fails; the middle one would show in any sum over the clients."""
@@ -33,12 +32,13 @@ def app_with(offender: int, train: Faults | None = None, evaluate: Faults | None
     app = ClientApp()
 
     def faulty(handler: Callable[[Message, Context], Message], faults: Faults | None) -> Callable[..., Message]:
+        left = list(faults or [])
+
         def handle(message: Message, context: Context) -> Message:
             reply = handler(message, context)
-            number = Request.of(message.content).round
-            if faults is None or context.node_config["partition-id"] != offender or number > len(faults):
+            if context.node_config["partition-id"] != offender or not left:
                 return reply
-            return faults[number - 1](reply) or reply
+            return left.pop(0)(reply) or reply
 
         return handle
 
@@ -208,50 +208,36 @@ class Runs(NamedTuple):
     absent: RunDirectory
 
 
-def settings_for(faults: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "federation.rounds": len(faults) + 1,
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """A fault a round, another an evaluation, then an honest round; and the same with mere exceptions."""
+    folder = tmp_path_factory.mktemp("faults")
+    settings = {
+        "federation.rounds": len(TRAIN_FAULTS) + 1,
         "federation.server_optimizer": "momentum",
         "federation.weights": "examples",
-        "evaluation.every": 0,
+        "evaluation.every": 2,
         "evaluation.samples": 6,
         "evaluation.samples_between": 6,
         "evaluation.ssim_images": 1,
         "evaluation.ssim_curve": [],
-        "sampling.steps": 2,
+        "sampling.steps": 1,
         "training.local_steps": 1,
         "training.batch_size": 4,
     }
-
-
-@pytest.fixture(scope="module")
-def training_runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """One fault a round, then an honest round; and the same where the offender merely raises."""
-    folder, settings = tmp_path_factory.mktemp("training"), settings_for(TRAIN_FAULTS)
-    runs = []
-    for name, faults in (("faulty", [f for f, _ in TRAIN_FAULTS.values()]), ("absent", [fail] * len(TRAIN_FAULTS))):
-        runs.append(run_in_process(begin(folder / name, settings), app_with(MIDDLE, train=faults)))
-    return Runs(*runs)
-
-
-@pytest.fixture(scope="module")
-def evaluation_runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """The same for evaluations."""
-    folder, settings = tmp_path_factory.mktemp("evaluation"), settings_for(EVALUATE_FAULTS)
-    settings = {**settings, "evaluation.every": 1}
-    runs = []
-    for name, faults in (
-        ("faulty", [f for f, _ in EVALUATE_FAULTS.values()]),
-        ("absent", [fail] * len(EVALUATE_FAULTS)),
-    ):
-        runs.append(run_in_process(begin(folder / name, settings), app_with(MIDDLE, evaluate=faults)))
-    return Runs(*runs)
+    train, evaluate = ([fault for fault, _ in faults.values()] for faults in (TRAIN_FAULTS, EVALUATE_FAULTS))
+    return Runs(
+        run_in_process(begin(folder / "faulty", settings), app_with(MIDDLE, train, evaluate)),
+        run_in_process(
+            begin(folder / "absent", settings), app_with(MIDDLE, [fail] * len(train), [fail] * len(evaluate))
+        ),
+    )
 
 
 @pytest.mark.parametrize("what", TRAIN_FAULTS)
-def test_a_faulty_update_is_refused_with_its_reason_and_leaves_no_trace(training_runs: Runs, what: str) -> None:
+def test_a_faulty_update_is_refused_with_its_reason_and_leaves_no_trace(runs: Runs, what: str) -> None:
     place = list(TRAIN_FAULTS).index(what)
-    line, reference = (round_lines(run)[place] for run in training_runs)
+    line, reference = (round_lines(run)[place] for run in runs)
     assert line["accepted"] == ["digit-0", "digit-2"]
     assert line["missing"] == []
     assert list(line["refused"]) == ["digit-1"]
@@ -261,15 +247,15 @@ def test_a_faulty_update_is_refused_with_its_reason_and_leaves_no_trace(training
         assert line[name] == reference[name], name
 
 
-def test_after_faults_of_every_kind_every_bit_is_as_if_the_client_had_been_absent(training_runs: Runs) -> None:
-    assert round_lines(training_runs.faulty)[-1]["accepted"] == ["digit-0", "digit-1", "digit-2"]
-    assert all_bits(training_runs.faulty) == all_bits(training_runs.absent)
+def test_after_faults_of_every_kind_every_bit_is_as_if_the_client_had_been_absent(runs: Runs) -> None:
+    assert round_lines(runs.faulty)[-1]["accepted"] == ["digit-0", "digit-1", "digit-2"]
+    assert all_bits(runs.faulty) == all_bits(runs.absent)
 
 
 @pytest.mark.parametrize("what", EVALUATE_FAULTS)
-def test_a_faulty_evaluation_is_refused_and_the_others_are_scored(evaluation_runs: Runs, what: str) -> None:
+def test_a_faulty_evaluation_is_refused_and_the_others_are_scored(runs: Runs, what: str) -> None:
     place = list(EVALUATE_FAULTS).index(what)
-    line, reference = (MetricsLog(run.metrics).evaluations()[place] for run in evaluation_runs)
+    line, reference = (MetricsLog(run.metrics).evaluations()[place] for run in runs)
     assert list(line["refused"]) == ["digit-1"]
     assert EVALUATE_FAULTS[what][1] in line["refused"]["digit-1"]
     assert sorted(line["ssim_by_client"]) == ["digit-0", "digit-2"]
@@ -296,7 +282,7 @@ def test_the_order_of_the_tensors_in_a_reply_does_not_matter(tmp_path: Path) -> 
         arrays = reply.content.array_records[SHARED]
         reply.content[SHARED] = ArrayRecord({name: arrays[name] for name in reversed(list(arrays))})
 
-    settings = {"federation.rounds": 2, "evaluation.samples": 3}
+    settings = {"federation.rounds": 2, "evaluation.samples": 6}
     ordered = run_in_process(begin(tmp_path / "ordered", settings))
     reversed_ = run_in_process(begin(tmp_path / "reversed", settings), app_with(0, train=[reverse, reverse]))
     assert all_bits(ordered) == all_bits(reversed_)
@@ -347,7 +333,7 @@ def test_late_and_repeated_replies_are_ignored_now_and_for_ever(tmp_path: Path) 
         "federation.round_timeout": TIMEOUT,
         "federation.server_optimizer": "momentum",
         "evaluation.every": 0,
-        "evaluation.samples": 3,
+        "evaluation.samples": 6,
     }
     absent = begin(tmp_path / "absent", settings)
     run_in_process(absent, app_with(LAST, train=[fail, fail]))

@@ -176,7 +176,7 @@ def test_every_position_of_the_dial_runs_with_its_evaluation(tmp_path: Path, sta
 
 
 def test_every_client_keeps_a_state_of_its_own(tmp_path: Path) -> None:
-    settings = {"federation.rounds": 1, "evaluation.samples": 3, "training.shared_moments": "keep"}
+    settings = {"federation.rounds": 1, "evaluation.samples": 6, "training.shared_moments": "keep"}
     run = run_in_process(begin(tmp_path / "run", settings))
     states = [read_checkpoint(folder) for folder in accepted_attempts(run).values()]
     for group in ("exclusive", "exclusive_average", "exclusive_moments", "shared_moments"):

@@ -112,7 +112,9 @@ def meet(grid: Grid, config: RunConfig, lineage: str) -> dict[str, Member]:
         try:
             description = Description.of(reply.content)
         except ValueError as error:
-            raise UserError(f"node {node} describes itself in another way ({error}); is its srfed another version?") from error
+            raise UserError(
+                f"node {node} describes itself in another way ({error}); is its srfed another version?"
+            ) from error
         if description.client in members:
             raise UserError(f"two clients call themselves {description.client!r}")
         members[description.client] = Member(node, description)

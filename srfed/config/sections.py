@@ -1,23 +1,17 @@
-"""The typed, strict configuration of a run: YAML and ``--set`` overrides in, validated objects out.
+"""Every setting, declared once: type, range, default and meaning.
 
-Every setting is declared once, below, with its type, range, default and meaning; ``describe`` prints
-them. The defaults are the embedded digits' experiment, ``configs/digits.yaml``.
+The defaults are the embedded digits' experiment, ``configs/digits.yaml``.
 """
 
 import hashlib
 import json
 import math
-import re
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from srfed.errors import UserError
+from srfed.config.yaml_rules import Dumper
 
 DatasetName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "npz", "folder"]
 STAGES = 4
@@ -229,7 +223,9 @@ class ResourcesConfig(Section):
     backend: Literal["ray", "inline"] = Field(
         "ray", description="ray: clients in parallel processes; inline: one after the other in this process"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one (under Ray: where client_gpus is above 0)")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto takes CUDA where there is one (under Ray: where client_gpus is above 0)"
+    )
     cpus: int | None = Field(None, ge=1, description="cores for all clients together; null takes every core")
     client_cpus: int = Field(1, ge=1, description="cores, and so threads, of one client")
     client_gpus: float = Field(0.0, ge=0, le=8, description="share of a GPU for one client, e.g. 0.25")
@@ -287,7 +283,7 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         """The whole configuration as YAML that :func:`load_config` reads back to an equal object."""
-        return yaml.dump(json.loads(self.to_json()), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return yaml.dump(json.loads(self.to_json()), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
     def fingerprint(self) -> str:
         """SHA-256 over the settings that decide the result (not backend, paths, or time limits)."""
@@ -326,187 +322,3 @@ NOT_DECISIVE = frozenset(
     }
 )
 """Settings that may differ between a run and its resumption: where and how long it runs, not its bits."""
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 5e-4 as a number (YAML 1.1 would make it a string) and refuses double keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} is set twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes a text such as 1e5, which _Loader would read as a number."""
-
-
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)$"),
-        list("-+0123456789."),
-    )
-# JSON has no dates, and no setting is one: a folder named 2025-01-31 is meant as text.
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: str(node.value))
-
-
-def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a configuration file and apply ``section.key=value`` overrides.
-
-    Args:
-        path: a YAML file; None starts from the defaults. What the file leaves out keeps its default.
-        overrides: each "section.key=value" (or "seed=value"), the value in YAML.
-
-    Raises:
-        UserError: the file cannot be read, a key is unknown, a value has the wrong type or is impossible.
-    """
-    source = "configuration" if path is None else str(path)
-    content: dict[str, Any] = {}
-    if path is not None:
-        try:
-            loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from error
-        if loaded is not None and not isinstance(loaded, dict):
-            raise UserError(f"{path} must hold sections such as `training:`, not a {type(loaded).__name__}")
-        content = loaded or {}
-    for override in overrides:
-        _apply_override(content, override)
-    return parse_config(content, source)
-
-
-def parse_config(content: dict[str, Any], source: str = "configuration") -> RunConfig:
-    """Validate a nested mapping; raises UserError as :func:`load_config`."""
-    try:
-        return RunConfig.model_validate_json(json.dumps(content))
-    except ValidationError as error:
-        raise UserError(f"{source}: {'; '.join(_explain(content, error))}") from error
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{source}: {_one_line(error)}") from error
-
-
-@lru_cache(maxsize=8)
-def parse_config_json(text: str) -> RunConfig:
-    """Validate what :meth:`RunConfig.to_json` wrote; raises UserError as :func:`load_config`."""
-    try:
-        return RunConfig.model_validate_json(text)
-    except ValidationError as error:
-        raise UserError(f"configuration: {_one_line(error)}") from error
-
-
-def describe() -> str:
-    """One line for each setting: name, type, default, meaning."""
-    lines = []
-    for name, field in _settings(RunConfig):
-        default = json.dumps(json.loads(RunConfig().to_json())[name]) if "." not in name else _default(name)
-        lines.append(f"  {name} = {default}  ({_allowed(field)})\n      {field.description}")
-    return "\n".join(lines)
-
-
-def _default(name: str) -> str:
-    section, key = name.split(".")
-    return json.dumps(json.loads(RunConfig().to_json())[section][key])
-
-
-def _settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from _settings(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", field
-
-
-def _allowed(field: FieldInfo) -> str:
-    """The type and range of a field, in words."""
-    return _type_words(field.annotation) + _bound_words(field.metadata)
-
-
-def _bound_words(metadata: Sequence[Any]) -> str:
-    symbols = {
-        "ge": "≥",
-        "gt": ">",
-        "le": "≤",
-        "lt": "<",
-        "min_length": "length ≥",
-        "max_length": "length ≤",
-        "pattern": "matching",
-    }
-    words = ""
-    for constraint in metadata:
-        for attribute, symbol in symbols.items():
-            bound = getattr(constraint, attribute, None)
-            if bound is not None:
-                words += f", {symbol} {bound}"
-    return words
-
-
-def _type_words(annotation: Any) -> str:
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return " | ".join(str(value) for value in arguments)
-    if origin is Annotated:
-        bounds = [constraint for field in arguments[1:] for constraint in field.metadata]
-        return f"({_type_words(arguments[0])}{_bound_words(bounds)})"
-    if origin is tuple:
-        return f"list of {_type_words(arguments[0])}"
-    if arguments:
-        return " | ".join(_type_words(argument) for argument in arguments)
-    words = {
-        "NoneType": "null",
-        "int": "whole number",
-        "float": "number",
-        "str": "text",
-        "bool": "true | false",
-    }
-    return words[annotation.__name__]
-
-
-def _apply_override(content: dict[str, Any], override: str) -> None:
-    name, separator, text = override.partition("=")
-    keys = name.strip().split(".")
-    if not separator or not all(keys) or len(keys) > 2:
-        raise UserError(f"--set {override!r}: write section.key=value, for example training.batch_size=32")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override!r}: the value is not valid YAML: {_one_line(error)}") from error
-    target = content
-    for key in keys[:-1]:
-        target = target.setdefault(key, {})
-        if not isinstance(target, dict):
-            raise UserError(f"--set {override!r}: `{key}` is not a section")
-    target[keys[-1]] = value
-
-
-def _explain(content: dict[str, Any], error: ValidationError) -> list[str]:
-    """Each thing that is wrong, once: the key, the value, what is allowed."""
-    lines: dict[str, None] = {}
-    known = dict(_settings(RunConfig))
-    for problem in error.errors(include_url=False):
-        path = [str(part) for part in problem["loc"]]
-        name = ".".join(path[:2]) if ".".join(path[:2]) in known else ".".join(path[:1])
-        if problem["type"] == "extra_forbidden":
-            siblings = RunConfig.model_fields[path[0]].annotation if len(path) > 1 else RunConfig
-            allowed = ", ".join(siblings.model_fields) if isinstance(siblings, type) else ""
-            lines[f"unknown key `{'.'.join(path)}`; allowed: {allowed}"] = None
-        elif problem["type"] == "value_error":
-            where = f"{'.'.join(path)}: " if path else ""
-            lines[where + str(problem["ctx"]["error"])] = None
-        elif name in known:
-            value = content.get(path[0])
-            if "." in name and isinstance(value, dict):
-                value = value.get(path[1])
-            shown = json.dumps(value, ensure_ascii=False)
-            lines[f"{name} = {shown} is not allowed; allowed: {_allowed(known[name])}"] = None
-        else:
-            lines[f"{name} = {json.dumps(problem['input'])} is not allowed; it must be a section of settings"] = None
-    return list(lines)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -1,0 +1,37 @@
+"""The typed, strict configuration of a run: YAML and ``--set`` overrides in, validated objects out."""
+
+from srfed.config.loading import load_config, parse_config, parse_config_json
+from srfed.config.sections import (
+    NOT_DECISIVE,
+    STAGES,
+    DataConfig,
+    DiffusionConfig,
+    EvaluationConfig,
+    FederationConfig,
+    ModelConfig,
+    ResourcesConfig,
+    RunConfig,
+    SamplingConfig,
+    Section,
+    TrainingConfig,
+)
+from srfed.config.words import describe
+
+__all__ = [
+    "NOT_DECISIVE",
+    "STAGES",
+    "DataConfig",
+    "DiffusionConfig",
+    "EvaluationConfig",
+    "FederationConfig",
+    "ModelConfig",
+    "ResourcesConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "Section",
+    "TrainingConfig",
+    "describe",
+    "load_config",
+    "parse_config",
+    "parse_config_json",
+]

@@ -1,0 +1,82 @@
+"""YAML files and ``--set`` overrides in, a validated configuration out."""
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from srfed.config.sections import RunConfig
+from srfed.config.words import explain
+from srfed.config.yaml_rules import Loader
+from srfed.errors import UserError
+
+
+def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration file and apply ``section.key=value`` overrides.
+
+    Args:
+        path: a YAML file; None starts from the defaults. What the file leaves out keeps its default.
+        overrides: each "section.key=value" (or "seed=value"), the value in YAML.
+
+    Raises:
+        UserError: the file cannot be read, a key is unknown, a value has the wrong type or is impossible.
+    """
+    source = "configuration" if path is None else str(path)
+    content: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise UserError(f"{path} must hold sections such as `training:`, not a {type(loaded).__name__}")
+        content = loaded or {}
+    for override in overrides:
+        _apply_override(content, override)
+    return parse_config(content, source)
+
+
+def parse_config(content: dict[str, Any], source: str = "configuration") -> RunConfig:
+    """Validate a nested mapping; raises UserError as :func:`load_config`."""
+    try:
+        return RunConfig.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        raise UserError(f"{source}: {'; '.join(explain(content, error))}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source}: {_one_line(error)}") from error
+
+
+@lru_cache(maxsize=8)
+def parse_config_json(text: str) -> RunConfig:
+    """Validate what :meth:`RunConfig.to_json` wrote; raises UserError as :func:`load_config`."""
+    try:
+        return RunConfig.model_validate_json(text)
+    except ValidationError as error:
+        raise UserError(f"configuration: {_one_line(error)}") from error
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not separator or not all(keys) or len(keys) > 2:
+        raise UserError(f"--set {override!r}: write section.key=value, for example training.batch_size=32")
+    try:
+        value = yaml.load(text, Loader=Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is not valid YAML: {_one_line(error)}") from error
+    target = content
+    for key in keys[:-1]:
+        target = target.setdefault(key, {})
+        if not isinstance(target, dict):
+            raise UserError(f"--set {override!r}: `{key}` is not a section")
+    target[keys[-1]] = value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

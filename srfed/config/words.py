@@ -1,0 +1,102 @@
+"""The settings in words: what each is, and what is wrong with a value."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from srfed.config.sections import RunConfig, Section
+
+
+def describe() -> str:
+    """One line for each setting: name, type, default, meaning."""
+    lines = []
+    for name, field in _settings(RunConfig):
+        default = json.dumps(json.loads(RunConfig().to_json())[name]) if "." not in name else _default(name)
+        lines.append(f"  {name} = {default}  ({_allowed(field)})\n      {field.description}")
+    return "\n".join(lines)
+
+
+def _default(name: str) -> str:
+    section, key = name.split(".")
+    return json.dumps(json.loads(RunConfig().to_json())[section][key])
+
+
+def _settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _settings(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def _allowed(field: FieldInfo) -> str:
+    """The type and range of a field, in words."""
+    return _type_words(field.annotation) + _bound_words(field.metadata)
+
+
+def _bound_words(metadata: Sequence[Any]) -> str:
+    symbols = {
+        "ge": "≥",
+        "gt": ">",
+        "le": "≤",
+        "lt": "<",
+        "min_length": "length ≥",
+        "max_length": "length ≤",
+        "pattern": "matching",
+    }
+    words = ""
+    for constraint in metadata:
+        for attribute, symbol in symbols.items():
+            bound = getattr(constraint, attribute, None)
+            if bound is not None:
+                words += f", {symbol} {bound}"
+    return words
+
+
+def _type_words(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(str(value) for value in arguments)
+    if origin is Annotated:
+        bounds = [constraint for field in arguments[1:] for constraint in field.metadata]
+        return f"({_type_words(arguments[0])}{_bound_words(bounds)})"
+    if origin is tuple:
+        return f"list of {_type_words(arguments[0])}"
+    if arguments:
+        return " | ".join(_type_words(argument) for argument in arguments)
+    words = {
+        "NoneType": "null",
+        "int": "whole number",
+        "float": "number",
+        "str": "text",
+        "bool": "true | false",
+    }
+    return words[annotation.__name__]
+
+
+def explain(content: dict[str, Any], error: ValidationError) -> list[str]:
+    """Each thing that is wrong, once: the key, the value, what is allowed."""
+    lines: dict[str, None] = {}
+    known = dict(_settings(RunConfig))
+    for problem in error.errors(include_url=False):
+        path = [str(part) for part in problem["loc"]]
+        name = ".".join(path[:2]) if ".".join(path[:2]) in known else ".".join(path[:1])
+        if problem["type"] == "extra_forbidden":
+            siblings = RunConfig.model_fields[path[0]].annotation if len(path) > 1 else RunConfig
+            allowed = ", ".join(siblings.model_fields) if isinstance(siblings, type) else ""
+            lines[f"unknown key `{'.'.join(path)}`; allowed: {allowed}"] = None
+        elif problem["type"] == "value_error":
+            where = f"{'.'.join(path)}: " if path else ""
+            lines[where + str(problem["ctx"]["error"])] = None
+        elif name in known:
+            value = content.get(path[0])
+            if "." in name and isinstance(value, dict):
+                value = value.get(path[1])
+            shown = json.dumps(value, ensure_ascii=False)
+            lines[f"{name} = {shown} is not allowed; allowed: {_allowed(known[name])}"] = None
+        else:
+            lines[f"{name} = {json.dumps(problem['input'])} is not allowed; it must be a section of settings"] = None
+    return list(lines)
