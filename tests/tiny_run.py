@@ -21,7 +21,7 @@ from srfed.tensors import read_manifest
 
 TINY: dict[str, dict[str, Any]] = {
     "model": {"channels": [8, 16, 16, 16], "groups": 4},
-    "training": {"batch_size": 16, "local_steps": 2},
+    "training": {"batch_size": 16, "local_steps": 2, "learning_rate_schedule": "constant"},
     "federation": {"clients": 3, "rounds": 3},
     "sampling": {"steps": 5},
     "evaluation": {

@@ -112,6 +112,9 @@ class ModelConfig(Section):
         for count in self.channels:
             if count % self.groups:
                 raise ValueError(f"groups {self.groups} does not divide channels entry {count}")
+            if count == self.groups:
+                # At 1 x 1 pixel a group of one channel is a single value, which normalisation makes 0.
+                raise ValueError(f"groups {self.groups} leaves one channel to a group at channels entry {count}")
         for stage in {*self.attention_stages, STAGES - 1}:
             count = self.channels[stage]
             if count % min(count, self.attention_head_channels):

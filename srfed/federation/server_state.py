@@ -74,7 +74,8 @@ class ServerCheckpoints:
 
     def rounds(self) -> list[int]:
         """Rounds that have a checkpoint, in order."""
-        return sorted(int(path.name.removeprefix("round-")) for path in self.folder.glob("round-*"))
+        names = (path.name.removeprefix("round-") for path in self.folder.glob("round-*"))
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def load_last(self) -> ServerState:
         """The last checkpoint.

@@ -48,7 +48,7 @@ class ResidualBlock(nn.Module):
         self, in_channels: int, out_channels: int, embedding_dimension: int, groups: int, dropout: float
     ) -> None:
         super().__init__()
-        self.norm_in = nn.GroupNorm(groups if in_channels % groups == 0 else 1, in_channels)
+        self.norm_in = nn.GroupNorm(groups, in_channels)
         self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.condition = nn.Linear(embedding_dimension, 2 * out_channels)
         self.norm_out = nn.GroupNorm(groups, out_channels)
