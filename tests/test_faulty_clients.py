@@ -302,7 +302,7 @@ def test_too_few_accepted_updates_stop_the_run_in_one_line(tmp_path: Path) -> No
 
 # --- Late replies --------------------------------------------------------------------------------
 
-TIMEOUT = 4.0
+TIMEOUT = 3.0
 
 
 class LateGrid(InlineGrid):

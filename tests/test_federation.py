@@ -101,9 +101,7 @@ def test_a_ray_run_prints_a_line_a_round_and_the_table(ray_runs: RayRuns) -> Non
     assert any(line.startswith("all tasks") for line in lines)
 
 
-def test_a_ray_run_stopped_by_ctrl_c_goes_on_in_process_with_the_same_bits(
-    ray_runs: RayRuns, tmp_path: Path
-) -> None:
+def test_a_ray_run_stopped_by_ctrl_c_goes_on_in_process_with_the_same_bits(ray_runs: RayRuns, tmp_path: Path) -> None:
     assert ray_runs.stop_code == 130
     assert f"--resume {ray_runs.stopped.path}" in ray_runs.stop_message
     assert "Traceback" not in ray_runs.stop_message
@@ -116,9 +114,7 @@ def test_a_ray_run_stopped_by_ctrl_c_goes_on_in_process_with_the_same_bits(
         }
     )
     resumed = run_in_process(ray_runs.stopped.reconfigure(config))
-    whole = run_in_process(
-        begin(tmp_path / "run", {"federation.rounds": done + 1, "evaluation.every": 0})
-    )
+    whole = run_in_process(begin(tmp_path / "run", {"federation.rounds": done + 1, "evaluation.every": 0}))
     assert all_bits(resumed) == all_bits(whole)
 
 
@@ -238,7 +234,6 @@ def reference_server(kind: str, deltas: list[float], rate: float, m: float, v: f
 @pytest.mark.parametrize("kind", ["average", "momentum", "adam"])
 def test_server_optimizers_follow_their_papers(kind: str) -> None:
 
-
     settings = tiny_config(
         {
             "federation.server_optimizer": kind,
@@ -263,11 +258,8 @@ def test_disagreement_is_0_for_equal_moves_and_1_for_moves_that_cancel(
     moves: tuple[float, float], expected: float
 ) -> None:
 
-
     updates = {name: {"w": torch.full((3,), move)} for name, move in zip("ab", moves, strict=True)}
-    outcome = aggregate(
-        tiny_config().federation, {"w": torch.zeros(3)}, updates, {"a": 0.5, "b": 0.5}, {}
-    )
+    outcome = aggregate(tiny_config().federation, {"w": torch.zeros(3)}, updates, {"a": 0.5, "b": 0.5}, {})
     assert outcome.disagreement == pytest.approx(expected)
     assert outcome.update_norm == pytest.approx(abs(sum(moves) / 2) * 3**0.5)
 
@@ -280,5 +272,3 @@ def test_the_averaged_core_moves_by_local_steps_not_by_rounds(tmp_path: Path) ->
         expected = start.group("shared")[name].lerp(tensor, 1 - 0.9**2)  # two local steps a round
         torch.testing.assert_close(end.group("shared_average")[name], expected)
     assert not torch.equal(end.group("shared_average")[name], start.group("shared")[name])
-
-

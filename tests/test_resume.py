@@ -29,7 +29,12 @@ from srfed.reporting.run_directory import RunDirectory
 from srfed.tensors import MANIFEST_FILE, STATE_FILE, read_manifest
 from srfed.training.local import ClientState
 
-ROUNDS = {"federation.rounds": 4, "federation.keep_attempts": 9, "evaluation.samples": 6, "evaluation.samples_between": 6}
+ROUNDS = {
+    "federation.rounds": 4,
+    "federation.keep_attempts": 9,
+    "evaluation.samples": 6,
+    "evaluation.samples_between": 6,
+}
 
 
 class StoppingGrid(InlineGrid):
@@ -70,13 +75,12 @@ def test_a_stopped_and_resumed_run_ends_in_the_bits_of_an_unbroken_one(
     assert records(stopped) == records(whole)
     assert [line["round"] for line in round_lines(stopped)] == [1, 2, 3, 4]
 
-    # The server crashed after the clients had stored round 4, and again before that.
-    for lost in (1, 2):
-        for path in sorted(stopped.server.glob("round-*"))[-lost:]:
-            shutil.rmtree(path)
-        run_in_process(reopen(stopped))
-        assert all_bits(stopped) == all_bits(whole)
-        assert records(stopped) == records(whole)
+    # The server crashed after the clients had stored round 4, and before that had not stored round 3.
+    for path in sorted(stopped.server.glob("round-*"))[-2:]:
+        shutil.rmtree(path)
+    run_in_process(reopen(stopped))
+    assert all_bits(stopped) == all_bits(whole)
+    assert records(stopped) == records(whole)
 
 
 def test_a_killed_command_goes_on_with_the_same_bits(tiny_yaml: Path, tmp_path: Path) -> None:

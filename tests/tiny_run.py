@@ -65,9 +65,7 @@ def run_in_process(run: RunDirectory, client_app: ClientApp = real_client_app) -
     return run
 
 
-def run_on_grid(
-    run: RunDirectory, grid_type: type[InlineGrid], client_app: ClientApp = real_client_app
-) -> InlineGrid:
+def run_on_grid(run: RunDirectory, grid_type: type[InlineGrid], client_app: ClientApp = real_client_app) -> InlineGrid:
     """As :func:`run_in_process`, on a grid that does something besides."""
     os.environ[RUN_DIR_VARIABLE], os.environ[STATE_DIR_VARIABLE] = str(run.path), str(run.clients)
     grid = grid_type(client_app, run.config.federation.clients)
@@ -84,10 +82,7 @@ def server_bits(run: RunDirectory) -> dict[str, Any]:
 def accepted_attempts(run: RunDirectory) -> dict[str, Path]:
     """The folder of each client's last accepted attempt."""
     manifest = read_manifest(sorted(run.server.glob("round-*"))[-1])
-    return {
-        client: run.clients / client / run.lineage / attempt
-        for client, attempt in manifest["attempts"].items()
-    }
+    return {client: run.clients / client / run.lineage / attempt for client, attempt in manifest["attempts"].items()}
 
 
 def all_bits(run: RunDirectory) -> dict[str, Any]:

@@ -74,10 +74,11 @@ def _table(log: MetricsLog, evaluation: dict[str, Any]) -> list[str]:
         f"{_cell(evaluation['score'], 12, 3)}  {_cell(overall, 12, 3)}"
     )
     lines.append("")
+    floor = evaluation["floor"]
+    real = "" if floor is None else f"; the real training images score {floor:.3f}"
     lines.append(
         f"{score}: Fréchet distance of {evaluation['samples']} samples to {evaluation['references']} held-out "
-        f"images (0 is best; the real training images score {evaluation['floor']:.3f}); by task it rests on few "
-        "images and is biased upwards"
+        f"images (0 is best{real}); by task it rests on few images and is biased upwards"
     )
     curve = ", ".join(f"t={timestep}: {value:.3f}" for timestep, value in evaluation["ssim"].items())
     if curve:
