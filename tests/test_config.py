@@ -278,7 +278,7 @@ def test_describe_names_every_setting_once_with_default_and_meaning() -> None:
         "training.learning_rate=1e-3",
         "model.exclusive_stages=1",
         "resources.device=cpu",
-        "sampling.eta=1",
+        "sampling.eta=0",
         "federation.rounds=99",
     ],
 )
