@@ -195,7 +195,7 @@ class FederationConfig(Section):
 
 class SamplingConfig(Section):
     sampler: Literal["ddim", "ancestral"] = Field("ddim", description="DDIM, or Algorithm 2 over all T timesteps")
-    steps: int = Field(50, ge=1, description="DDIM's steps; ancestral sampling always takes T")
+    steps: int = Field(25, ge=1, description="DDIM's steps; ancestral sampling always takes T")
     eta: float = Field(1.0, ge=0, le=1, description="DDIM's noise: 0 is deterministic, 1 is like ancestral")
     variance: Literal["beta", "posterior"] = Field("beta", description="σ_t² of ancestral sampling: β_t or β̃_t")
     clip: bool = Field(True, description="clamp each predicted x_0 to [-1, 1]")
