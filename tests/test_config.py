@@ -55,9 +55,7 @@ def test_nothing_given_is_the_defaults(tmp_path: Path) -> None:
 
 
 def test_yaml_and_json_round_trip(tmp_path: Path) -> None:
-    config = load_config(
-        overrides=["seed=3", "training.learning_rate=1e-5", "model.exclusive_stages=['up.0.*']"]
-    )
+    config = load_config(overrides=["seed=3", "training.learning_rate=1e-5", "model.exclusive_stages=['up.0.*']"])
     assert config.model.exclusive_stages == ("up.0.*",)
     assert load_config(write(tmp_path, config.to_yaml())) == config
     assert parse_config_json(config.to_json()) == config
@@ -65,9 +63,7 @@ def test_yaml_and_json_round_trip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["5e-4", "5E-4", "+5e-4", "0.0005", "5.e-4", ".0005", ".5e-3"])
 def test_every_way_to_write_a_number_is_a_number(tmp_path: Path, text: str) -> None:
-    assert (
-        load_config(write(tmp_path, f"training:\n  learning_rate: {text}\n")).training.learning_rate == 5e-4
-    )
+    assert load_config(write(tmp_path, f"training:\n  learning_rate: {text}\n")).training.learning_rate == 5e-4
     assert load_config(overrides=[f"training.learning_rate={text}"]).training.learning_rate == 5e-4
 
 
@@ -236,10 +232,7 @@ def test_a_bad_file_is_refused_by_name(tmp_path: Path, text: str, words: str) ->
 
 
 def test_an_unreadable_file_is_refused_by_name(tmp_path: Path) -> None:
-    assert (
-        refusal(tmp_path / "absent.yaml")
-        == f"cannot read {tmp_path / 'absent.yaml'}: No such file or directory"
-    )
+    assert refusal(tmp_path / "absent.yaml") == f"cannot read {tmp_path / 'absent.yaml'}: No such file or directory"
     assert f"cannot read {tmp_path}: " in refusal(tmp_path)
     (tmp_path / "latin.yaml").write_bytes("name: größe".encode("latin-1"))
     assert "latin.yaml is not valid YAML" in refusal(tmp_path / "latin.yaml")
@@ -307,9 +300,7 @@ def test_every_setting_that_is_not_decisive_exists() -> None:
 
 
 def test_decisive_differences_are_named_with_both_values() -> None:
-    changed = load_config(
-        overrides=["seed=1", "training.batch_size=8", "resources.backend=inline", "name=other"]
-    )
+    changed = load_config(overrides=["seed=1", "training.batch_size=8", "resources.backend=inline", "name=other"])
     default = RunConfig().training.batch_size
     assert RunConfig().decisive_differences(changed) == [
         "seed: 0 -> 1",
@@ -362,9 +353,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 
 @settings(max_examples=60, deadline=None)
 @given(st.fixed_dictionaries({}, optional=VALUES))
-def test_any_valid_overrides_survive_yaml(
-    tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]
-) -> None:
+def test_any_valid_overrides_survive_yaml(tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]) -> None:
     config = load_config(overrides=[f"{name}={yaml_text(value)}" for name, value in changes.items()])
     flat = settings_of(dump(config))
     assert {name: flat[name] for name in changes} == changes
@@ -375,9 +364,7 @@ def test_any_valid_overrides_survive_yaml(
 
 def yaml_text(value: Any) -> str:
     """YAML as a careful user writes it: every text in quotes."""
-    return yaml.safe_dump(
-        value, default_flow_style=True, default_style='"' if isinstance(value, str) else None
-    )
+    return yaml.safe_dump(value, default_flow_style=True, default_style='"' if isinstance(value, str) else None)
 
 
 @settings(max_examples=60, deadline=None)

@@ -60,9 +60,7 @@ def test_all_256_levels_survive_the_round_trip_and_fill_the_range() -> None:
     assert scaled.dtype == torch.float32
     assert scaled.shape == (2, 4, 8, 4)
     assert scaled.is_contiguous()
-    torch.testing.assert_close(
-        scaled, torch.from_numpy(levels).permute(0, 3, 1, 2) / 127.5 - 1, rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(scaled, torch.from_numpy(levels).permute(0, 3, 1, 2) / 127.5 - 1, rtol=0, atol=1e-6)
     assert (scaled.min(), scaled.max()) == (-1, 1)
     np.testing.assert_array_equal(to_uint8(scaled), levels)
 
@@ -87,9 +85,7 @@ def test_images_at_the_door_are_checked() -> None:
 # --- the rule for modes, sizes and channels ---
 
 
-@pytest.mark.parametrize(
-    ("height", "width"), [(40, 61), (61, 40), (17, 90), (40, 40), (12, 21), (32, 35), (35, 32)]
-)
+@pytest.mark.parametrize(("height", "width"), [(40, 61), (61, 40), (17, 90), (40, 40), (12, 21), (32, 35), (35, 32)])
 @pytest.mark.parametrize("depth", [1, 3])
 def test_resize_and_crop_are_torchvisions(height: int, width: int, depth: int) -> None:
     pixels = random_images(height, width, depth)
@@ -138,9 +134,7 @@ def test_deep_grey_is_scaled_by_its_own_range(dtype: type[np.generic]) -> None:
 
 
 def test_values_that_are_not_finite_are_refused() -> None:
-    assert "not finite" in message_of(
-        fit_image, Image.fromarray(np.full((8, 8), np.nan, np.float32)), None, None
-    )
+    assert "not finite" in message_of(fit_image, Image.fromarray(np.full((8, 8), np.nan, np.float32)), None, None)
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
@@ -214,9 +208,7 @@ def test_importing_the_room_leaves_slow_libraries_alone() -> None:
 
 
 @pytest.fixture(scope="module", params=[("mnist", datasets.MNIST), ("fashion_mnist", datasets.FashionMNIST)])
-def idx_copy(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Any, Path]:
+def idx_copy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Path]:
     """(our name, torchvision's class, a root where torchvision can read: unpacked files only)."""
     name, published = request.param
     root = tmp_path_factory.mktemp(name)
@@ -317,9 +309,7 @@ def test_compact_cifar(dataset: Any, tasks: int, labels: str, name: str) -> None
 
 
 @pytest.fixture(params=["cifar10", "cifar100"])
-def cifar_archive(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Any, Path]:
+def cifar_archive(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Path]:
     """A small archive in the original layout whose checksums stand in torchvision's tables."""
     published: Any = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[request.param]
     folder = tmp_path / published.base_folder
@@ -349,9 +339,7 @@ def cifar_archive(
     }
     if request.param == "cifar10":
         names = {"label_names": [f"class_{k}" for k in range(10)]}
-    monkeypatch.setattr(
-        published, "meta", {**published.meta, "md5": write(published.meta["filename"], names)}
-    )
+    monkeypatch.setattr(published, "meta", {**published.meta, "md5": write(published.meta["filename"], names)})
     return published, tmp_path
 
 
@@ -367,9 +355,7 @@ def test_cifar_archives_are_read_as_torchvision_reads_them(cifar_archive: tuple[
     assert len(tasks) == {"cifar10": 10, "cifar100": 20}[dataset]
     assert tasks[4].name == {"cifar10": "class-4", "cifar100": "coarse-4"}[dataset]
     for task in tasks:
-        np.testing.assert_array_equal(
-            task.train, train.data[np.array(train.targets) // per_task == task.index]
-        )
+        np.testing.assert_array_equal(task.train, train.data[np.array(train.targets) // per_task == task.index])
         np.testing.assert_array_equal(task.test, test.data[np.array(test.targets) // per_task == task.index])
 
 
@@ -480,12 +466,8 @@ def test_npz_that_is_none_is_refused(tmp_path: Path) -> None:
     with open(config.dir, "wb") as file:
         np.save(file, np.zeros(3))
     assert "not a sound .npz file" in message_of(load_task, config, 0)
-    assert "no array train_labels" in message_of(
-        load_task, npz(tmp_path, train_images=GOOD["train_images"]), 0
-    )
-    assert "not a sound .npz file" in message_of(
-        load_task, config.model_copy(update={"dir": str(tmp_path)}), 0
-    )
+    assert "no array train_labels" in message_of(load_task, npz(tmp_path, train_images=GOOD["train_images"]), 0)
+    assert "not a sound .npz file" in message_of(load_task, config.model_copy(update={"dir": str(tmp_path)}), 0)
 
 
 # --- folders ---
@@ -511,9 +493,7 @@ def test_folder_tasks_in_order_with_the_last_files_held_out(tmp_path: Path) -> N
     task = load_task(config, 1)
     np.testing.assert_array_equal(task.train, [pixels[name] for name in names[:3]])
     np.testing.assert_array_equal(task.test, [pixels[name] for name in names[3:]])
-    np.testing.assert_array_equal(
-        read_images(tmp_path / "Site B", None, None), [pixels[name] for name in names]
-    )
+    np.testing.assert_array_equal(read_images(tmp_path / "Site B", None, None), [pixels[name] for name in names])
     assert [len(part) for part in (load_task(config, 0).train, load_task(config, 0).test)] == [1, 1]
 
 

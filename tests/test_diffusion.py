@@ -47,9 +47,7 @@ def exact(scheduler: Any, timesteps: int = T) -> Any:
 
 
 @pytest.mark.parametrize(("scale", "left"), [("none", "0.080"), ("match_1000", "0.006")])
-def test_linear_schedule_leaves_the_stated_part_of_the_image(
-    scale: Literal["none", "match_1000"], left: str
-) -> None:
+def test_linear_schedule_leaves_the_stated_part_of_the_image(scale: Literal["none", "match_1000"], left: str) -> None:
     assert f"{linear_schedule(500, scale=scale).alpha_bars[-1].sqrt():.3f}" == left
 
 
@@ -213,9 +211,7 @@ def test_a_prediction_that_would_broadcast_is_refused() -> None:
 
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize(("variance", "theirs"), [("beta", "fixed_large"), ("posterior", "fixed_small")])
-def test_ancestral_sampling_is_ddpm_scheduler(
-    variance: Literal["beta", "posterior"], theirs: Any, clip: bool
-) -> None:
+def test_ancestral_sampling_is_ddpm_scheduler(variance: Literal["beta", "posterior"], theirs: Any, clip: bool) -> None:
     scheduler = exact(DDPMScheduler(T, variance_type=theirs, clip_sample=clip))
     x, draws, states = normal(*SHAPE), generator(7), {}
     for index in range(T - 1, -1, -1):
@@ -239,9 +235,7 @@ def test_ddim_is_ddim_scheduler(steps: int, eta: float, clip: bool) -> None:
     x, draws = normal(*SHAPE), generator(7)
     for index in scheduler.timesteps.tolist():
         noise = network(x, torch.full((3,), index + 1))
-        x = scheduler.step(
-            noise, index, x, eta=eta, use_clipped_model_output=True, generator=draws
-        ).prev_sample
+        x = scheduler.step(noise, index, x, eta=eta, use_clipped_model_output=True, generator=draws).prev_sample
     sampled = ddim_sample(network, diffusion(), normal(*SHAPE), generator(7), steps=steps, eta=eta, clip=clip)
     torch.testing.assert_close(sampled.images, x, rtol=1e-8, atol=1e-8)
 
@@ -265,9 +259,7 @@ def small(x: Tensor, t: Tensor) -> Tensor:
 
 def test_clipping_changes_nothing_where_nothing_is_clipped() -> None:
     start = normal(*SHAPE)
-    clipped, plain = (
-        ancestral_sample(small, diffusion(), start, generator(7), clip=clip) for clip in (True, False)
-    )
+    clipped, plain = (ancestral_sample(small, diffusion(), start, generator(7), clip=clip) for clip in (True, False))
     torch.testing.assert_close(clipped.images, plain.images, rtol=1e-8, atol=1e-9)
     clipped, plain = (
         ddim_sample(small, diffusion(), start, generator(7), steps=9, clip=clip) for clip in (True, False)
@@ -317,9 +309,7 @@ def test_the_exact_noise_leads_back_to_the_image(from_timestep: int) -> None:
     ancestral = ancestral_sample(predict, process, start, generator(), from_timestep=from_timestep)
     torch.testing.assert_close(ancestral.images, images)
     for steps, eta in ((1, 0.0), (7, 0.0), (T, 0.5)):
-        ddim = ddim_sample(
-            predict, process, start, generator(), steps=steps, eta=eta, from_timestep=from_timestep
-        )
+        ddim = ddim_sample(predict, process, start, generator(), steps=steps, eta=eta, from_timestep=from_timestep)
         torch.testing.assert_close(ddim.images, images)
 
 

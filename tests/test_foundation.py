@@ -43,9 +43,7 @@ def test_write_json_is_readable_and_reads_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
-def test_a_failed_write_leaves_the_old_file_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
-) -> None:
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     path = tmp_path / "state.bin"
     write_bytes(path, b"old")
     monkeypatch.setattr(os, broken, fail)
@@ -82,18 +80,14 @@ def test_a_folder_is_never_overwritten(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["attempt"]
 
 
-@pytest.mark.parametrize(
-    "write", [lambda path: write_bytes(path, b"x"), lambda path: write_folder(path, {"a": b"x"})]
-)
+@pytest.mark.parametrize("write", [lambda path: write_bytes(path, b"x"), lambda path: write_folder(path, {"a": b"x"})])
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, write: Callable[[Path], None]) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match=r"^cannot write .*file/below: "):
         write(tmp_path / "file" / "below")
 
 
-@pytest.mark.parametrize(
-    "write", [lambda path: write_bytes(path, b"x"), lambda path: write_folder(path, {"a": b"x"})]
-)
+@pytest.mark.parametrize("write", [lambda path: write_bytes(path, b"x"), lambda path: write_folder(path, {"a": b"x"})])
 def test_content_is_on_disk_before_it_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None]
 ) -> None:
@@ -147,9 +141,7 @@ def test_every_part_of_the_name_counts() -> None:
 
 
 @given(st.integers(), st.text(), st.lists(st.text() | st.integers()))
-def test_any_name_gives_a_seed_that_a_generator_takes(
-    seed: int, purpose: str, parts: list[str | int]
-) -> None:
+def test_any_name_gives_a_seed_that_a_generator_takes(seed: int, purpose: str, parts: list[str | int]) -> None:
     derived = derive_seed(seed, purpose, *parts)
     assert 0 <= derived < 2**63
     assert derive_generator(seed, purpose, *parts).initial_seed() == derived
@@ -164,8 +156,6 @@ def test_a_generator_repeats_its_draws_and_leaves_the_global_one_alone() -> None
 
 
 def test_generators_of_neighbouring_steps_are_independent() -> None:
-    draws = torch.stack(
-        [torch.randn(2000, generator=derive_generator(0, "noise", step)) for step in range(20)]
-    )
+    draws = torch.stack([torch.randn(2000, generator=derive_generator(0, "noise", step)) for step in range(20)])
     correlations = torch.corrcoef(draws) - torch.eye(20)
     assert correlations.abs().max() < 5 / 2000**0.5

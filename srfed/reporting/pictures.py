@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from srfed.files import write_bytes
 
 Images = NDArray[np.uint8]
-SMALLEST_CELL = 40
+SMALLEST_CELL = 56
 GAP = 2
 LABEL_SIZE = 13
 
