@@ -15,7 +15,7 @@ from pathlib import Path
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.summary import totals
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
 
 
 def main() -> None:

@@ -217,11 +217,27 @@ def replace_array(record: str, name: str, values: np.ndarray) -> Leak:
     return leak
 
 
+def append_bytes(record: str) -> Leak:
+    """Bytes behind a tensor's values: numpy reads over them, but they would travel."""
+
+    def leak(reply: Message) -> None:
+        arrays = reply.content.array_records[record]
+        name, array = next(iter(arrays.items()))
+        arrays[name] = Array(array.dtype, array.shape, array.stype, array.data + SECRET.encode() * 40)
+
+    return leak
+
+
 AS_NUMBERS = [float(byte) for byte in SECRET.encode()]
 LEAKS: dict[str, tuple[str, Leak]] = {
     "an exclusive tensor among φ": (TRAIN, add_array(SHARED, "head.conv.weight")),
     "an exclusive tensor in a record of its own": (TRAIN, add_array("exclusive", "head.conv.weight")),
     "moments of θ among φ": (TRAIN, add_array(SHARED, "exp_avg.head.conv.weight")),
+    "training images under the name of a shared tensor": (
+        TRAIN,
+        replace_array(SHARED, "bottleneck.attention.norm.bias", np.zeros((142, 64), np.float32)),
+    ),
+    "bytes behind a shared tensor": (TRAIN, append_bytes(SHARED)),
     "moments nobody asked for": (TRAIN, add_array(SHARED_MOMENTS, "exp_avg.stem.weight")),
     "training images with an update": (TRAIN, add_array(GENERATED, "images")),
     "training images in an unknown record": (TRAIN, add_array("debug", "batch")),

@@ -5,12 +5,14 @@ It reads the finished reply, not the code that made it: an exclusive tensor, an 
 exception turns the reply into a bare error. The reason goes to the client's own log.
 """
 
+import math
 import traceback
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from torch import Tensor
 
 from srfed.config import RunConfig, parse_config_json
 from srfed.federation.messages import (
@@ -28,18 +30,27 @@ from srfed.federation.messages import (
     Request,
 )
 from srfed.federation.runtime import runtime_for
+from srfed.federation.screening import moment_templates
 from srfed.federation.site import own_task, site_of
 from srfed.training.local import LOSS_QUARTERS
-from srfed.training.optimizers import MOMENTS
 
 TRAIN_METRICS = frozenset({"examples", "loss", "loss_by_quarter", "images", "seconds", "shared_steps"})
 EVALUATE_METRICS = frozenset({"ssim", "ssim_timesteps", "ssim_images", "ssim_window", "seconds"})
-GENERATED_ARRAYS = frozenset({"images", "strip"})
 LONGEST_TEXT = 200
+NPY_HEADER = 256
+"""Bytes that an array may have beyond its values: numpy's header takes 128, for very long shapes 192."""
 
 
 class NotAllowedError(Exception):
     """A reply holds something that must not leave the client."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What one array may be at most: its dtype, and the bytes of its values."""
+
+    dtype: str
+    bytes: int
 
 
 def wire_guard(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
@@ -66,11 +77,7 @@ def check_outgoing(message: Message, context: Context, content: RecordDict) -> N
         if isinstance(record, ArrayRecord):
             if name not in arrays:
                 raise NotAllowedError(f"arrays {name!r} in a reply to {kind}")
-            extra = sorted(set(record) - arrays[name])
-            if extra:
-                raise NotAllowedError(f"array {extra[0]!r} among {name!r} in a reply to {kind}")
-            if name == GENERATED:
-                _check_generated(record, {"images": request.samples, "strip": config.evaluation.strip_steps})
+            _check_arrays(name, record, arrays[name], kind)
         elif isinstance(record, MetricRecord):
             extra = sorted(set(record) - metrics)
             if name != METRICS or extra:
@@ -87,32 +94,43 @@ def check_outgoing(message: Message, context: Context, content: RecordDict) -> N
                     raise NotAllowedError(f"field {key!r} of a reply to {kind} is no short text or number")
 
 
-def _check_generated(record: ArrayRecord, most: dict[str, int]) -> None:
-    """Images must be uint8 and no more than were asked for."""
-    for name, array in record.items():
-        if array.dtype != "uint8":
-            raise NotAllowedError("generated images that are not uint8")
-        if not array.shape or array.shape[0] > most[name]:
-            raise NotAllowedError(f"{name} of shape {tuple(array.shape)}, where {most[name]} were asked for")
+def _check_arrays(name: str, record: ArrayRecord, limits: dict[str, Limit], kind: str) -> None:
+    """Each array must be one of the protocol's, and carry no more bytes than its tensor has."""
+    for key, array in record.items():
+        if key not in limits:
+            raise NotAllowedError(f"array {key!r} among {name!r} in a reply to {kind}")
+        limit = limits[key]
+        if array.dtype != limit.dtype or len(array.data) > limit.bytes + NPY_HEADER:
+            raise NotAllowedError(
+                f"array {key!r} among {name!r} is {array.dtype} with {len(array.data)} bytes, "
+                f"where {limit.dtype} with {limit.bytes} were asked for"
+            )
 
 
 def _allowed(
     kind: str, config: RunConfig, request: Request, context: Context
-) -> tuple[dict[str, frozenset[str]], frozenset[str], frozenset[str]]:
-    """Array names by record, metric names and header fields that a reply to this kind may hold."""
+) -> tuple[dict[str, dict[str, Limit]], frozenset[str], frozenset[str]]:
+    """Arrays by record, metric names and header fields that a reply to this kind may hold."""
     header = frozenset(field.name for field in fields(ReplyHeader))
     if kind == DESCRIBE:
         return {}, frozenset(), frozenset(field.name for field in fields(Description))
+    shape = own_task(config.data, site_of(context, config).index).train.shape[1:]
     if kind == EVALUATE:
-        return {GENERATED: GENERATED_ARRAYS if request.samples else frozenset()}, EVALUATE_METRICS, header
+        counts = {"images": request.samples, "strip": config.evaluation.strip_steps}
+        pixels = math.prod(shape)
+        return {GENERATED: {n: Limit("uint8", c * pixels) for n, c in counts.items()}}, EVALUATE_METRICS, header
     if kind == TRAIN:
-        task = own_task(config.data, site_of(context, config).index)
-        shared = runtime_for(request, task.train.shape[-1]).partition.shared
-        arrays = {SHARED: frozenset(shared)}
+        runtime = runtime_for(request, shape[-1])
+        shared = runtime.partition.take_shared(runtime.model.state_dict())
+        arrays = {SHARED: _limits(shared)}
         if config.training.shared_moments == "average":
-            arrays[SHARED_MOMENTS] = frozenset(f"{moment}.{name}" for moment in MOMENTS for name in shared)
+            arrays[SHARED_MOMENTS] = _limits(moment_templates(shared))
         return arrays, TRAIN_METRICS, header
     raise NotAllowedError(f"a reply to a message of unknown kind {kind!r}")
+
+
+def _limits(tensors: Mapping[str, Tensor]) -> dict[str, Limit]:
+    return {name: Limit(str(tensor.dtype).removeprefix("torch."), tensor.nbytes) for name, tensor in tensors.items()}
 
 
 def _log(message: Message, context: Context, text: str) -> None:
