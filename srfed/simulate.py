@@ -138,6 +138,7 @@ def _run(run: RunDirectory) -> None:
         stop_requested.set()
         print("\nstopping (again to stop at once)", file=sys.stderr, flush=True)
 
+    go_on = f"python -m srfed.simulate --resume {_relative(run.path)}"
     stop_requested.clear()
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -148,8 +149,10 @@ def _run(run: RunDirectory) -> None:
         else:
             run_inline(run, server_app, client_app)
     except (StoppedError, KeyboardInterrupt):
-        print(f"stopped; go on with: python -m srfed.simulate --resume {_relative(run.path)}", file=sys.stderr)
+        print(f"stopped; go on with: {go_on}", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+    except UserError as error:
+        raise UserError(f"{error}; once it is mended, go on with: {go_on}") from error
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -140,7 +140,7 @@ def reply_to(reply: Message) -> Message:
 
 TRAIN_FAULTS: dict[str, tuple[Callable[[Message], Message | None], str]] = {
     "it raises": (fail, "failed"),
-    "it answers with an error": (as_error, "failed (code 100)"),
+    "it answers with an error": (as_error, "the reason is in the client's own log"),
     "NaN": (edit_array(with_first_value(np.nan)), "not finite"),
     "infinity": (edit_array(with_first_value(np.inf)), "not finite"),
     "minus infinity": (edit_array(with_first_value(-np.inf)), "not finite"),

@@ -8,6 +8,7 @@ from flwr.app import Message
 from torch import Tensor
 
 from srfed.federation.messages import (
+    FAILED,
     GENERATED,
     SHARED,
     SHARED_MOMENTS,
@@ -19,6 +20,7 @@ from srfed.training.local import LOSS_QUARTERS
 from srfed.training.optimizers import MOMENTS
 
 MOST_STEPS = 1_000_000
+LONGEST_REASON = 200
 
 
 class RefusedError(Exception):
@@ -124,7 +126,10 @@ def moment_templates(shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_header(message: Message, expected: ReplyHeader) -> None:
     if message.has_error():
-        raise RefusedError(f"it failed (code {message.error.code}); the reason is in the client's own log")
+        if message.error.code == FAILED:
+            raise RefusedError("it failed; the reason is in the client's own log")
+        reason = " ".join((message.error.reason or "no reason given").split())[:LONGEST_REASON]
+        raise RefusedError(f"it failed: Flower's error {message.error.code}, {reason}")
     try:
         header = ReplyHeader.of(message.content)
     except ValueError as error:
