@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--n", type=int, default=64, metavar="N", help="images of each task (default 64)")
     parser.add_argument("--sampler", metavar="NAME", help="ddim or ancestral; default: the run's")
     parser.add_argument("--steps", type=int, metavar="N", help="DDIM steps; default: the run's")
+    parser.add_argument("--eta", type=float, metavar="X", help="DDIM's noise, 0 to 1; default: the run's")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images (default 0)")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, metavar="PNG", help="where the grid goes (default samples.png)")
@@ -51,10 +52,10 @@ def _sample(options: argparse.Namespace) -> None:
         raise UserError(f"--n {options.n} is impossible; allowed: 1 or more")
     resources = load_config(None, [f"resources.device={options.device}"]).resources
     trained = TrainedRun(options.run, resources)
-    given = {"sampler": options.sampler, "steps": options.steps}
+    given = {"sampler": options.sampler, "steps": options.steps, "eta": options.eta}
     content = trained.config.model_dump(mode="json")
     content["sampling"] |= {key: value for key, value in given.items() if value is not None}
-    sampling = parse_config(content, "--sampler and --steps").sampling
+    sampling = parse_config(content, "--sampler, --steps, --eta").sampling
     torch.set_num_threads(trained.config.resources.client_cpus)
     tasks = trained.tasks if options.task is None else [trained.find_task(options.task)]
     images = {}

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import all_bits, begin, records, run_in_process
 
 from srfed import sample, simulate
+from srfed.reporting.pictures import GAP, SMALLEST_CELL
 from srfed.reporting.run_directory import RunDirectory
 from srfed.tensors import STATE_FILE
 
@@ -42,7 +43,7 @@ def test_the_main_job_from_the_command_line(tiny_yaml: Path, tmp_path: Path, fin
     assert [line.split()[0] for line in lines if line.startswith("digit-")] == ["digit-0", "digit-1", "digit-2"]
     for name in ("round-00002", "round-00003", "reverse-process-00002", "reverse-process-00003"):
         with Image.open(run.samples / f"{name}.png") as picture:
-            assert picture.size[1] == 3 * 42, "one row a task"
+            assert picture.size[1] == 3 * (SMALLEST_CELL + GAP), "one row a task"
     # A process of its own, or this one: the same bits.
     assert all_bits(run) == all_bits(finished_run)
     assert records(run) == records(finished_run)
