@@ -38,6 +38,27 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def read_json(path: Path, key: str) -> dict[str, Any]:
+    """Read a mapping that :func:`write_json` wrote.
+
+    Args:
+        path: the file.
+        key: a key that it must have.
+
+    Raises:
+        UserError: the file cannot be read, is no JSON, or lacks the key.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict) or key not in content:
+        raise UserError(f"{path} is damaged: it has no {key!r}")
+    return content
+
+
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     """Write a folder of files so that it appears complete or not at all.
 

@@ -11,7 +11,7 @@ import safetensors.torch
 from torch import Tensor
 
 from srfed.errors import UserError
-from srfed.files import write_folder
+from srfed.files import read_json, write_folder
 
 STATE_FILE = "state.safetensors"
 MANIFEST_FILE = "manifest.json"
@@ -43,16 +43,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read a checkpoint's manifest alone; raises UserError where it is missing or damaged."""
-    path = folder / MANIFEST_FILE
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(manifest, dict) or "sha256" not in manifest:
-        raise UserError(f"{path} is damaged: it is not a manifest")
-    return manifest
+    return read_json(folder / MANIFEST_FILE, "sha256")
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

@@ -10,19 +10,17 @@ server/          checkpoints of φ
 clients/         simulation only: each client's own store, with θ_i and the client's log
 """
 
-import json
 import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 from srfed import __version__
 from srfed.config import RunConfig, load_config
 from srfed.errors import UserError
-from srfed.files import write_bytes, write_json
+from srfed.files import read_json, write_bytes, write_json
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,9 @@ class RunDirectory:
     def open(cls, path: Path) -> "RunDirectory":
         """Open a run's folder; raises UserError where it is none, or its files are damaged."""
         path = path.absolute()
-        identity = _read_identity(path)
+        if not (path / "run.json").is_file():
+            raise UserError(f"{path} is not the folder of a run: it has no run.json")
+        identity = read_json(path / "run.json", "lineage")
         return cls(path, load_config(path / "config.yaml"), str(identity["lineage"]))
 
     def reconfigure(self, config: RunConfig) -> "RunDirectory":
@@ -111,15 +111,3 @@ class RunDirectory:
     def started(self) -> bool:
         """Whether the server has written a checkpoint."""
         return any(self.server.glob("round-*"))
-
-
-def _read_identity(path: Path) -> dict[str, Any]:
-    try:
-        identity = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} is not the folder of a run: {error.strerror} (run.json)") from error
-    except ValueError as error:
-        raise UserError(f"{path / 'run.json'} is damaged: {error}") from error
-    if not isinstance(identity, dict) or "lineage" not in identity:
-        raise UserError(f"{path / 'run.json'} is damaged: it names no lineage")
-    return identity
