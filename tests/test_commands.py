@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import all_bits, begin, records, run_in_process
+from tiny_run import all_bits, begin, records, run_in_process, stop_after_a_round
 
 from srfed import sample, simulate
 from srfed.reporting.pictures import GAP, SMALLEST_CELL
@@ -68,14 +68,8 @@ def test_the_main_job_from_the_command_line(tiny_yaml: Path, tmp_path: Path, fin
 def test_ctrl_c_stops_with_code_130_says_how_to_go_on_and_that_works(tiny_yaml: Path, tmp_path: Path) -> None:
     arguments = [sys.executable, "-m", "srfed.simulate", "--config", str(tiny_yaml), "--run-dir", str(tmp_path / "run")]
     arguments += ["--set", "federation.rounds=9999", "--set", "evaluation.every=0"]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("round"):
-                break
-        process.send_signal(signal.SIGINT)
-        _, message = process.communicate(timeout=60)
-    assert process.returncode == 130
+    code, message = stop_after_a_round(arguments, signal.SIGINT)
+    assert code == 130
     assert "Traceback" not in message
     assert f"python -m srfed.simulate --resume {tmp_path / 'run'}" in message
     run = RunDirectory.open(tmp_path / "run")

@@ -20,6 +20,7 @@ from tiny_run import (
     round_lines,
     run_in_process,
     run_on_grid,
+    stop_after_a_round,
     tiny_config,
 )
 
@@ -59,21 +60,12 @@ def ray_runs(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> RayRu
     )
     assert done.returncode == 0, done.stderr
     endless = ray_command(tiny_yaml, folder / "stopped", "federation.rounds=9999", "evaluation.every=0")
-    with subprocess.Popen(endless, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith("round"):
-                    break
-            process.send_signal(signal.SIGINT)
-            _, message = process.communicate(timeout=200)
-        finally:
-            process.kill()
+    code, message = stop_after_a_round(endless, signal.SIGINT)
     return RayRuns(
         RunDirectory.open(folder / "whole"),
         done.stdout,
         RunDirectory.open(folder / "stopped"),
-        process.returncode,
+        code,
         message,
     )
 

@@ -5,7 +5,6 @@ import json
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Message
-from tiny_run import all_bits, begin, records, round_lines, run_in_process, run_on_grid, server_bits
+from tiny_run import all_bits, begin, records, round_lines, run_in_process, run_on_grid, server_bits, stop_after_a_round
 
 from srfed import simulate
 from srfed.errors import UserError
@@ -86,12 +85,7 @@ def test_a_stopped_and_resumed_run_ends_in_the_bits_of_an_unbroken_one(
 def test_a_killed_command_goes_on_with_the_same_bits(tiny_yaml: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "srfed.simulate", "--config", str(tiny_yaml), "--run-dir", str(tmp_path / "run")]
     command += ["--set", "federation.rounds=9999", "--set", "evaluation.every=0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("round"):
-                break
-        process.send_signal(signal.SIGKILL)
+    stop_after_a_round(command, signal.SIGKILL)
     run = RunDirectory.open(tmp_path / "run")
     done = len(round_lines(run))
     assert simulate.main(["--resume", str(run.path), "--set", f"federation.rounds={done + 1}"]) == 0

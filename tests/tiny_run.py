@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,3 +106,18 @@ def records(run: RunDirectory) -> list[dict[str, Any]]:
 
 def round_lines(run: RunDirectory) -> list[dict[str, Any]]:
     return MetricsLog(run.metrics).rounds()
+
+
+def stop_after_a_round(command: list[str], number: signal.Signals) -> tuple[int, str]:
+    """Start a command, send it a signal once it has printed a round; its exit code and standard error."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("round"):
+                    break
+            process.send_signal(number)
+            _, message = process.communicate(timeout=200)
+        finally:
+            process.kill()
+    return process.returncode, message
