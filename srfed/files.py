@@ -1,10 +1,11 @@
 """Writing that leaves either the old content or the new, never a part of it."""
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -83,6 +84,30 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def held(path: Path, *, wait: bool) -> Iterator[None]:
+    """Hold a lock file for this process; the system lets go of it when the process ends, however it ends.
+
+    Args:
+        path: the file; it is made, and stays.
+        wait: for another process to let go; otherwise that is an error.
+
+    Raises:
+        UserError: the file cannot be written, or another process has it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            raise UserError(f"{path.parent} is in use by another process") from error
+        yield
 
 
 def _sync_folder(path: Path) -> None:

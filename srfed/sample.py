@@ -19,7 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m srfed.sample",
         description="Generate images through the averaged weights of a run's last checkpoint.",
     )
-    parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="the run's folder")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, metavar="RUN", help="the folder of a simulation's run")
+    source.add_argument(
+        "--store", type=Path, metavar="DIR", help="a deployed site's own store, <state-dir>/<client-id>"
+    )
     parser.add_argument("--task", metavar="TASK", help="a task's name or position; default: every task")
     parser.add_argument("--n", type=int, default=64, metavar="N", help="images of each task (default 64)")
     parser.add_argument("--sampler", metavar="NAME", help="ddim or ancestral; default: the run's")
@@ -44,14 +48,14 @@ def _sample(options: argparse.Namespace) -> None:
     from srfed.config import load_config, parse_config
     from srfed.errors import UserError
     from srfed.evaluation.generation import generate
-    from srfed.federation.trained_run import TrainedRun
+    from srfed.federation.trained_run import TrainedRun, TrainedSite
     from srfed.files import write_bytes
     from srfed.reporting.pictures import draw_grid, write_png
 
     if options.n < 1:
         raise UserError(f"--n {options.n} is impossible; allowed: 1 or more")
     resources = load_config(None, [f"resources.device={options.device}"]).resources
-    trained = TrainedRun(options.run, resources)
+    trained = TrainedRun(options.run, resources) if options.store is None else TrainedSite(options.store, resources)
     given = {"sampler": options.sampler, "steps": options.steps, "eta": options.eta}
     content = trained.config.model_dump(mode="json")
     content["sampling"] |= {key: value for key, value in given.items() if value is not None}

@@ -89,6 +89,11 @@ def check(config: RunConfig) -> None:
     from srfed.training.batches import MinibatchOrder
     from srfed.training.setup import build_model, build_partition, check_resources, resolve_device
 
+    if config.data.dataset == "sites":
+        raise UserError(
+            "data.dataset = sites is for deployed sites (docs/deployment.md); for a simulation name a data set, "
+            "for example --set data.dataset=folder --data-dir DIR"
+        )
     training = config.training
     device = resolve_device(config.resources)
     check_resources(config.resources)

@@ -8,7 +8,8 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord
+import torch
+from flwr.app import Array, Context, Error, Message, MetricRecord
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SType
 from tiny_run import all_bits, begin, records, round_lines, run_in_process, run_on_grid, server_bits
@@ -16,7 +17,7 @@ from tiny_run import all_bits, begin, records, round_lines, run_in_process, run_
 from srfed.errors import UserError
 from srfed.federation import client_app
 from srfed.federation.inline_grid import InlineGrid
-from srfed.federation.messages import GENERATED, METRICS, REPLY, SHARED
+from srfed.federation.messages import GENERATED, LAYOUT, METRICS, REPLY, SHARED, array_record, read_tensors
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import RunDirectory
 
@@ -52,15 +53,25 @@ def fail(reply: Message) -> None:
     raise RuntimeError("no such luck")
 
 
-def edit_array(edit: Callable[[np.ndarray], np.ndarray], record: str = SHARED) -> Callable[[Message], None]:
-    """Change the first array of a record."""
+def edit_tensors(
+    edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], record: str = SHARED
+) -> Callable[[Message], None]:
+    """Change the tensors of a record."""
 
     def change(reply: Message) -> None:
-        arrays = reply.content.array_records[record]
-        name = next(iter(arrays))
-        arrays[name] = Array(edit(arrays[name].numpy().copy()))
+        reply.content[record] = array_record(edit(read_tensors(reply.content, record)))
 
     return change
+
+
+def edit_array(edit: Callable[[np.ndarray], np.ndarray], record: str = SHARED) -> Callable[[Message], None]:
+    """Change the first tensor of a record."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        name = next(iter(tensors))
+        return {**tensors, name: torch.from_numpy(np.ascontiguousarray(edit(tensors[name].numpy())))}
+
+    return edit_tensors(change, record)
 
 
 def with_first_value(value: float) -> Callable[[np.ndarray], np.ndarray]:
@@ -71,39 +82,52 @@ def with_first_value(value: float) -> Callable[[np.ndarray], np.ndarray]:
     return edit
 
 
-def edit_bytes(edit: Callable[[bytes], bytes]) -> Callable[[Message], None]:
-    """Change the first array's bytes, not what is said of them."""
+def edit_bytes(edit: Callable[[bytes], bytes], name: str = "float32") -> Callable[[Message], None]:
+    """Change an array's bytes, not what is said of them."""
 
     def change(reply: Message) -> None:
         arrays = reply.content.array_records[SHARED]
-        name, array = next(iter(arrays.items()))
+        array = arrays[name]
         arrays[name] = Array(array.dtype, array.shape, SType.NUMPY, edit(array.data))
 
     return change
 
 
-def drop_array(reply: Message) -> None:
-    arrays = reply.content.array_records[SHARED]
-    del arrays[next(iter(arrays))]
+Tensors = dict[str, torch.Tensor]
 
 
-def extra_array(reply: Message) -> None:
-    reply.content.array_records[SHARED]["head.weight"] = Array(np.zeros(3, np.float32))
+def without_first(tensors: Tensors) -> Tensors:
+    return dict(list(tensors.items())[1:])
 
 
-def swap_arrays(reply: Message) -> None:
-    arrays = reply.content.array_records[SHARED]
-    names = list(arrays)
-    first = names[0]
-    other = next(name for name in names if arrays[name].shape != arrays[first].shape)
-    arrays[first], arrays[other] = arrays[other], arrays[first]
+def with_another(tensors: Tensors) -> Tensors:
+    return {**tensors, "head.weight": torch.zeros(3)}
 
 
-def permute_values(reply: Message) -> None:
+def swapped(tensors: Tensors) -> Tensors:
+    first = next(iter(tensors))
+    other = next(name for name in tensors if tensors[name].shape != tensors[first].shape)
+    return {**tensors, first: tensors[other], other: tensors[first]}
+
+
+def permuted(tensors: Tensors) -> Tensors:
     """A list of tensors that slipped by one: every value finite, every name known."""
-    arrays = reply.content.array_records[SHARED]
-    values = list(arrays.values())
-    reply.content[SHARED] = ArrayRecord(dict(zip(arrays, values[1:] + values[:1], strict=True)))
+    values = list(tensors.values())
+    return dict(zip(tensors, values[1:] + values[:1], strict=True))
+
+
+def scaled(tensors: Tensors) -> Tensors:
+    return {name: 1000 * tensor for name, tensor in tensors.items()}
+
+
+def relaid(edit: Callable[[bytes], bytes]) -> Callable[[Message], None]:
+    """Another layout, the same values."""
+
+    def change(reply: Message) -> None:
+        arrays = reply.content.array_records[SHARED]
+        arrays[LAYOUT] = Array(np.frombuffer(edit(arrays[LAYOUT].numpy().tobytes()), np.uint8))
+
+    return change
 
 
 def set_field(name: str, value: Any) -> Callable[[Message], None]:
@@ -144,21 +168,33 @@ TRAIN_FAULTS: dict[str, tuple[Callable[[Message], Message | None], str]] = {
     "NaN": (edit_array(with_first_value(np.nan)), "not finite"),
     "infinity": (edit_array(with_first_value(np.inf)), "not finite"),
     "minus infinity": (edit_array(with_first_value(-np.inf)), "not finite"),
-    "a tensor is missing": (drop_array, "1 tensors are missing"),
-    "a tensor too many": (extra_array, "1 unknown ['head.weight']"),
+    "a tensor is missing": (edit_tensors(without_first), "1 tensors are missing"),
+    "a tensor too many": (edit_tensors(with_another), "1 unknown ['head.weight']"),
     "wrong shape": (edit_array(lambda values: values[None]), "torch.float32 (1, "),
     "transposed": (edit_array(lambda values: values.reshape(-1)), "torch.float32"),
     "wrong dtype": (edit_array(lambda values: values.astype(np.float64)), "torch.float64"),
     "integers": (edit_array(lambda values: values.astype(np.int32)), "torch.int32"),
-    "two tensors swapped": (swap_arrays, "tensor "),
-    "all tensors permuted": (permute_values, "tensor "),
+    "a thousand times too large": (edit_tensors(scaled), "100 times the usual"),
+    "two tensors swapped": (edit_tensors(swapped), "tensor "),
+    "all tensors permuted": (edit_tensors(permuted), "tensor "),
     "bytes that are no array": (edit_bytes(lambda data: b"garbage"), "cannot be read"),
     "half an array": (edit_bytes(lambda data: data[: len(data) // 2]), "cannot be read"),
     "a header that does not parse": (edit_bytes(lambda data: data[:10] + b"(" * 118 + data[128:]), "cannot be read"),
     "bytes of another shape than announced": (
         edit_bytes(lambda data: Array(np.zeros(2, np.float32)).data),
-        "not what its header says",
+        "of its",
     ),
+    "values in two dimensions": (edit_bytes(lambda data: Array(np.zeros((2, 2), np.float32)).data), "has no values"),
+    "more values than announced": (
+        edit_bytes(lambda data: Array(np.zeros(10**6, np.float32)).data),
+        "that no array claims",
+    ),
+    "no layout": (lambda reply: reply.content.array_records[SHARED].__delitem__(LAYOUT), "no layout"),
+    "a layout that is no JSON": (relaid(lambda text: text[:-3]), "cannot be read"),
+    "a layout of something else": (relaid(lambda text: b"7"), "cannot be read"),
+    "a layout with negative shapes": (relaid(lambda text: text.replace(b"[16]", b"[-16]", 1)), "cannot be read"),
+    "a layout that names a tensor twice": (relaid(lambda text: b"[" + text[1:-1] + b"," + text[1:]), "named twice"),
+    "a layout without end": (relaid(lambda text: b"[" * 10**5), "cannot be read"),
     "no tensors": (without(SHARED), "no arrays 'shared'"),
     "no header": (without(REPLY), "header is malformed"),
     "no numbers": (without(METRICS), "'examples'"),
@@ -184,7 +220,7 @@ EVALUATE_FAULTS: dict[str, tuple[Callable[[Message], Message | None], str]] = {
     "float images": (edit_array(lambda images: images / 255, GENERATED), "its images are"),
     "no images": (without(GENERATED), "no arrays 'generated'"),
     "a strip that is a number": (
-        lambda reply: reply.content.array_records[GENERATED].__setitem__("strip", Array(np.array(3, np.uint8))),
+        edit_tensors(lambda tensors: {**tensors, "strip": torch.tensor(3, dtype=torch.uint8)}, GENERATED),
         "its strip are",
     ),
     "SSIM above 1": (set_number("ssim", [1.5]), "impossible"),
@@ -239,7 +275,7 @@ def test_a_faulty_update_is_refused_with_its_reason_and_leaves_no_trace(runs: Ru
     place = list(TRAIN_FAULTS).index(what)
     line, reference = (round_lines(run)[place] for run in runs)
     assert line["accepted"] == ["digit-0", "digit-2"]
-    assert line["missing"] == []
+    assert line["missing"] == {}
     assert list(line["refused"]) == ["digit-1"]
     assert TRAIN_FAULTS[what][1] in line["refused"]["digit-1"]
     assert "secret text" not in line["refused"]["digit-1"]
@@ -279,8 +315,8 @@ def test_an_evaluation_that_every_client_fails_is_left_out_and_the_run_goes_on(t
 
 def test_the_order_of_the_tensors_in_a_reply_does_not_matter(tmp_path: Path) -> None:
     def reverse(reply: Message) -> None:
-        arrays = reply.content.array_records[SHARED]
-        reply.content[SHARED] = ArrayRecord({name: arrays[name] for name in reversed(list(arrays))})
+        tensors = read_tensors(reply.content, SHARED)
+        reply.content[SHARED] = array_record({name: tensors[name] for name in reversed(list(tensors))})
 
     settings = {"federation.rounds": 2, "evaluation.samples": 6}
     ordered = run_in_process(begin(tmp_path / "ordered", settings))
@@ -346,7 +382,7 @@ def test_late_and_repeated_replies_are_ignored_now_and_for_ever(tmp_path: Path) 
     assert isinstance(grid, LateGrid)
     assert grid.handed_over == 2
     lines = round_lines(late)
-    assert [line["missing"] for line in lines] == [["digit-2"], ["digit-2"], []]
+    assert [line["missing"] for line in lines] == [{"digit-2": "no reply in time"}] * 2 + [{}]
     assert [line["accepted"] for line in lines] == [["digit-0", "digit-1"]] * 2 + [["digit-0", "digit-1", "digit-2"]]
     assert all_bits(late) == all_bits(absent)
 
@@ -378,10 +414,13 @@ def set_own(name: str, value: Any) -> Callable[[Message, int], None]:
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("client", "digit-0", "two clients call themselves 'digit-0'"),
-        ("partition", "0" * 64, "'digit-1' divides the model differently"),
-        ("height", 9, "differ in shape"),
+        ("client", "digit-0", "another node is client 'digit-0' already"),
+        ("partition", "0" * 64, "'digit-1': it divides the model differently"),
+        ("height", 9, "its images are 9x8x1, this run's are 8x8x1"),
         ("images", "many", "'images'"),
+        ("client", "../digit-1", "is no name for a store"),
+        ("client", "digit-7", "no such task"),
+        ("version", "0.0.1", "it runs srfed '0.0.1'"),
     ],
 )
 def test_clients_that_do_not_fit_together_stop_the_run_at_the_door(

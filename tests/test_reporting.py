@@ -31,7 +31,7 @@ def round_record(number: int, **changes: Any) -> RoundRecord:
         "loss_by_quarter": [0.1, 0.2, 0.3, math.nan],
         "accepted": ["client-a", "client-b"],
         "refused": {},
-        "missing": [],
+        "missing": {},
         "images": 96,
         "images_per_second": 48.0,
         "bytes_up": 1_000_000,
@@ -62,7 +62,7 @@ def evaluation_record(number: int, **changes: Any) -> EvaluationRecord:
         "grids": {"client-a": picture, "client-b": picture},
         "strips": {"client-a": picture, "client-b": picture},
         "refused": {},
-        "missing": [],
+        "missing": {},
         "bytes_up": 500_000,
         "bytes_down": 250_000,
         "seconds": 3.0,
@@ -308,14 +308,14 @@ def test_the_reporter_prints_one_plain_line_a_round_and_names_who_was_absent(
     reporter.begin(0, TASKS)
     capsys.readouterr()
     reporter.on_reply("round 1", 1, 2)
-    reporter.on_round(round_record(1, refused={"client-a": "it lies"}, missing=["client-b"]))
+    reporter.on_round(round_record(1, refused={"client-a": "it lies"}, missing={"client-b": "not connected"}))
     reporter.on_evaluation(evaluation_record(1))
     reporter.close()
     reporter.close()
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     assert lines[0].startswith("round  1/10  loss 1.0000  48 images/s  up 1.0 MB  down 2.0 MB  left ")
-    assert lines[1:3] == ["  refused client-a: it lies", "  no reply in time from client-b"]
+    assert lines[1:3] == ["  refused client-a: it lies", "  missing client-b: not connected"]
     assert lines[3].startswith("evaluation 1: fd_embedded 12.346 (12 samples; real training images 1.250)  SSIM-rec@50")
     assert printed.err == ""
 

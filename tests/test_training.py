@@ -1,6 +1,9 @@
 """Local training against loops written here with torch's own optimizers on the draws that it made."""
 
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from srfed.config import RunConfig, parse_config
@@ -21,13 +25,14 @@ from srfed.federation.aggregation import aggregate, weighted_mean
 from srfed.training.batches import MinibatchOrder
 from srfed.training.ema import round_decay, step_decay, update_average
 from srfed.training.local import LocalResult, LocalTrainer, initial_state, load_tensors
-from srfed.training.optimizers import build_optimizer, export_moments, learning_rate_factor, load_moments
+from srfed.training.optimizers import MOMENTS, PartOptimizer, learning_rate_factor
 from srfed.training.setup import build_diffusion, build_model, build_partition, resolve_device
 
 torch.set_num_threads(1)
 
 T = 100
 Tensors = dict[str, Tensor]
+NamedParameters = dict[str, nn.Parameter]
 
 
 def run_config(
@@ -315,60 +320,121 @@ def test_the_servers_average_with_one_local_step_is_the_clients(warmup: bool) ->
 # Optimizers
 
 
-def named_parameters() -> dict[str, nn.Parameter]:
-    return {name: nn.Parameter(torch.randn(2, 3, generator=torch.Generator().manual_seed(i)))
-            for i, name in enumerate(("up.0.weight", "stem.bias"))}  # fmt: skip
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
+SHAPES = {"up.0.weight": (16, 5, 3, 3), "up.0.bias": (16,), "stem.weight": (7, 33), "stem.bias": ()}
 
 
-def descend(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], steps: int) -> None:
-    for _ in range(steps):
-        optimizer.zero_grad()
-        torch.stack([(p**3).sum() for p in parameters.values()]).sum().backward()
+def named_parameters(device: str = "cpu", layout: torch.memory_format = torch.contiguous_format) -> NamedParameters:
+    generator = torch.Generator().manual_seed(0)
+    parameters = {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
+    for parameter in parameters.values():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
+        parameter.data = parameter.data.to(device)
+    return parameters
+
+
+def give_gradients(parameters: NamedParameters, step: int, without: str | None = None) -> None:
+    """The gradients of one step, from noise and the weights; None for the names that begin with ``without``.
+
+    Each parameter's are 100 times smaller than those of the one before, so that Adam's ε shows in some.
+    """
+    generator = torch.Generator().manual_seed(100 + step)
+    for place, (name, parameter) in enumerate(parameters.items()):
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+        gradient = torch.empty_like(parameter).copy_((noise + parameter.detach()) / 100**place)
+        parameter.grad = None if without is not None and name.startswith(without) else gradient
+
+
+def torchs_optimizer(kind: str, parameters: NamedParameters) -> torch.optim.Optimizer:
+    if kind == "sgd":
+        return torch.optim.SGD(parameters.values(), lr=3e-2)
+    return torch.optim.Adam(parameters.values(), lr=3e-2, fused=True)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_steps_are_torchs_own_to_the_bit(device: str, kind: str, layout: torch.memory_format) -> None:
+    """Parts without gradients for a while, at first too; moments that go through a file on the way."""
+    ours, theirs = named_parameters(device, layout), named_parameters(device, layout)
+    training = run_config(optimizer=kind).training
+    optimizer, reference = PartOptimizer(training, ours, 3e-2), torchs_optimizer(kind, theirs)
+    without = ["up.0.bias", "stem", "stem", None, "up", "", None, None, None]
+    for step, part in enumerate(without):
+        give_gradients(ours, step, part)
+        give_gradients(theirs, step, part)
         optimizer.step()
+        reference.step()
+        assert same_bits(ours, theirs), step
+        moments = optimizer.export_moments()
+        expected = {
+            f"{key}.{name}": reference.state[parameter][key].cpu()
+            for key in MOMENTS for name, parameter in theirs.items() if key in reference.state[parameter]
+        }  # fmt: skip
+        assert same_bits(moments, expected), step
+        assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in moments.values())
+        if step in (1, 4, 7):
+            optimizer = PartOptimizer(training, ours, 3e-2, load(save(moments)))
+    assert bool(moments) == (kind == "adam")
+    if kind == "adam":
+        assert [float(moments[f"step.{name}"]) for name in SHAPES] == [7, 6, 6, 6]
 
 
-def test_moments_taken_out_and_put_back_continue_to_the_bit() -> None:
-    training = run_config().training
-    straight, split = named_parameters(), named_parameters()
-    descend(build_optimizer(training, straight.values(), 1e-2), straight, 5)
+def test_moments_are_named_and_shaped_after_the_parameters() -> None:
+    parameters = named_parameters()
+    optimizer = PartOptimizer(run_config().training, parameters, 1e-2)
+    assert optimizer.export_moments() == {}
+    give_gradients(parameters, 0)
+    optimizer.step()
+    shapes = {name: tuple(tensor.shape) for name, tensor in optimizer.export_moments().items()}
+    assert shapes == {
+        **{f"exp_avg.{name}": shape for name, shape in SHAPES.items()},
+        **{f"exp_avg_sq.{name}": shape for name, shape in SHAPES.items()},
+        **{f"step.{name}": () for name in SHAPES},
+    }
 
-    first = build_optimizer(training, split.values(), 1e-2)
-    descend(first, split, 3)
-    moments = export_moments(first, split)
-    assert set(moments) == {f"{key}.{name}" for key in ("exp_avg", "exp_avg_sq", "step") for name in split}
-    state = first.state[split["stem.bias"]]
-    assert torch.equal(moments["exp_avg_sq.stem.bias"], state["exp_avg_sq"])
-    assert float(moments["step.up.0.weight"]) == 3
+
+def test_the_optimizer_writes_into_no_moments_that_were_handed_out_or_in() -> None:
+    training, parameters = run_config().training, named_parameters()
+    first = PartOptimizer(training, parameters, 1e-2)
+    give_gradients(parameters, 0)
+    first.step()
+    moments = first.export_moments()
     kept = {name: tensor.clone() for name, tensor in moments.items()}
-    second = build_optimizer(training, split.values(), 1e-2)
-    load_moments(second, split, moments)
-    assert same_bits(export_moments(second, split), kept)
-    descend(second, split, 2)
-    assert same_bits(split, straight)
-    assert same_bits(moments, kept), "the optimizer must not write into what was handed out or in"
+    second = PartOptimizer(training, parameters, 1e-2, moments)
+    assert same_bits(second.export_moments(), kept)
+    first.step()
+    second.step()
+    assert same_bits(moments, kept)
 
 
 def test_parameters_without_moments_start_afresh() -> None:
-    training = run_config().training
-    parameters = named_parameters()
-    first = build_optimizer(training, parameters.values(), 1e-2)
-    descend(first, parameters, 2)
-    partial = {name: t for name, t in export_moments(first, parameters).items() if "stem" in name}
-    second = build_optimizer(training, parameters.values(), 1e-2)
-    load_moments(second, parameters, partial)
-    assert set(export_moments(second, parameters)) == set(partial)
-    descend(second, parameters, 1)
-    moments = export_moments(second, parameters)
-    assert (float(moments["step.stem.bias"]), float(moments["step.up.0.weight"])) == (3, 1)
+    training, parameters = run_config().training, named_parameters()
+    first = PartOptimizer(training, parameters, 1e-2)
+    for step in range(2):
+        give_gradients(parameters, step)
+        first.step()
+    partial = {name: tensor for name, tensor in first.export_moments().items() if "stem" in name}
+    second = PartOptimizer(training, parameters, 1e-2, partial)
+    assert same_bits(second.export_moments(), partial)
+    second.step()
+    steps = {name: float(tensor) for name, tensor in second.export_moments().items() if name.startswith("step.")}
+    assert steps == {"step.up.0.weight": 1, "step.up.0.bias": 1, "step.stem.weight": 3, "step.stem.bias": 3}
 
 
-def test_sgd_is_plain_and_has_no_moments() -> None:
-    parameters = named_parameters()
-    before = {name: p.detach().clone() for name, p in parameters.items()}
-    optimizer = build_optimizer(run_config(optimizer="sgd").training, parameters.values(), 1e-2)
-    descend(optimizer, parameters, 1)
-    assert_close(parameters, {name: p - 1e-2 * 3 * p**2 for name, p in before.items()})
-    assert export_moments(optimizer, parameters) == {}
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_a_part_may_be_empty_and_gradients_can_be_cleared(kind: str) -> None:
+    training, parameters = run_config(optimizer=kind).training, named_parameters()
+    give_gradients(parameters, 0)
+    optimizer = PartOptimizer(training, parameters, 1e-2)
+    optimizer.clear_gradients()
+    assert all(parameter.grad is None for parameter in parameters.values())
+    optimizer.step()
+    empty = PartOptimizer(training, {}, 1e-2)
+    empty.step()
+    assert same_bits(parameters, named_parameters())
+    assert optimizer.export_moments() == empty.export_moments() == {}
 
 
 def test_cosine_rates_are_torchs_annealing_over_the_rounds() -> None:
@@ -380,6 +446,43 @@ def test_cosine_rates_are_torchs_annealing_over_the_rounds() -> None:
         assert learning_rate_factor(run_config(federation={"rounds": 7}), number) == 1
         optimizer.step()
         schedule.step()
+
+
+# What a fresh process imports
+
+
+TRAIN_IN_MANY_WAYS = """
+from test_training import Client, run_config, some_images
+for optimizer in ("adam", "sgd"):
+    for update in ("joint", "alternating"):
+        Client(run_config(optimizer=optimizer, update=update, gradient_clip=1.0, dropout=0.1)).train(1, 2)
+every_option = {"channels_last": True, "precision": "bfloat16"}
+Client(run_config(resources=every_option, data={"horizontal_flip": True})).train(1, 2)
+"""
+
+SAMPLE_IN_MANY_WAYS = """
+import torch
+from srfed.config import SamplingConfig
+from srfed.evaluation.generation import generate
+from srfed.training.setup import build_diffusion, build_model
+from test_training import run_config
+config = run_config()
+model = build_model(config, 1).eval()
+diffusion = build_diffusion(config, torch.device("cpu"))
+for sampler in ("ancestral", "ddim"):
+    sampling = SamplingConfig(sampler=sampler, steps=2, batch_size=2)
+    generate(model, diffusion, sampling, count=3, shape=(8, 8, 1), seed=0, task="a", strip_steps=2)
+"""
+
+
+@pytest.mark.parametrize("program", [TRAIN_IN_MANY_WAYS, SAMPLE_IN_MANY_WAYS], ids=["training", "sampling"])
+def test_a_fresh_process_never_imports_torchs_compiler(program: str) -> None:
+    """A deployed client is one for every message, and the import takes over a second."""
+    program += "import sys; print('torch' in sys.modules, 'torch._dynamo' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "False"]
 
 
 # Setup

@@ -21,12 +21,17 @@ from srfed.federation.messages import (
     EVALUATE,
     FAILED,
     GENERATED,
+    LAYOUT,
     METRICS,
     REPLY,
     SHARED,
     SHARED_MOMENTS,
     TRAIN,
     Request,
+    array_record,
+    layout_bytes,
+    read_layout,
+    read_tensors,
 )
 from srfed.federation.site import STATE_DIR_VARIABLE
 from srfed.federation.wire_guard import wire_guard
@@ -56,12 +61,21 @@ class RecordingGrid(InlineGrid):
         self.replies.append(reply)
         return reply
 
-    def arrays(self) -> Iterator[tuple[str, Array]]:
-        """Every array of every message, with its name."""
+    def records(self) -> Iterator[ArrayRecord]:
+        """Every record of arrays of every message."""
         for message in (*self.requests, *self.replies):
             assert message.has_content(), message.error.reason
-            for record in message.content.array_records.values():
-                yield from record.items()
+            yield from message.content.array_records.values()
+
+    @property
+    def names(self) -> set[str]:
+        """Of every tensor in them."""
+        return {name for record in self.records() for name, _, _ in read_layout(record)}
+
+    @property
+    def data(self) -> bytes:
+        """What travelled, each array once."""
+        return b"".join({array.data for record in self.records() for array in record.values()})
 
 
 def contents(tensor: torch.Tensor) -> bytes | None:
@@ -96,11 +110,10 @@ def test_no_private_tensor_and_no_image_is_in_any_message_of_a_whole_run(
     # Three descriptions, nine updates, six evaluations.
     assert len(grid.requests) == len(grid.replies) == 3 + 9 + 6
     partition = build_partition(run.config, build_model(run.config, 1))
-    names = {name for name, _ in grid.arrays()}
-    assert set(partition.shared) <= names
-    assert not [name for name in names if any(name.endswith(own) for own in partition.exclusive)]
+    assert set(partition.shared) <= grid.names
+    assert not [name for name in grid.names if any(name.endswith(own) for own in partition.exclusive)]
 
-    haystack = b"".join({array.data for _, array in grid.arrays()})
+    haystack = grid.data
     # The search finds what does travel ...
     shared = read_checkpoint(run.server / "round-00002").group("shared")
     assert all(contents(tensor) is None or contents(tensor) in haystack for tensor in shared.values())
@@ -149,7 +162,7 @@ def test_clients_send_deltas_of_nothing_when_nothing_is_shared(tmp_path: Path) -
     run = begin(tmp_path / "run", {"federation.rounds": 1, "model.exclusive_stages": "all"})
     grid = run_on_grid(run, RecordingGrid)
     assert isinstance(grid, RecordingGrid)
-    assert {name for name, _ in grid.arrays()} == {"images", "strip"}
+    assert grid.names == {"images", "strip"}
     assert round_lines(run)[0]["bytes_up"] < 2000
 
 
@@ -179,7 +192,7 @@ def ask(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
         model = build_model(config, 1)
         shared = build_partition(config, model).take_shared(model.state_dict())
         attempt = f"attempt-{len(list(tmp_path.glob('*/lineage/*')))}"
-        request = Request(config.to_json(), "lineage", 1, attempt, samples=samples)
+        request = Request(config.to_json(), "lineage", round=1, attempt=attempt, samples=samples)
         content = request.to_content({SHARED: shared} if kind != DESCRIBE else None)
         return grid.send_and_receive([Message(content, 1, kind)])[0]
 
@@ -188,8 +201,17 @@ def ask(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
 
 def add_array(record: str, name: str) -> Leak:
     def leak(reply: Message) -> None:
-        arrays = dict(reply.content.array_records.get(record, {}))
-        reply.content[record] = ArrayRecord({**arrays, name: Array(LEAK)})
+        tensors = read_tensors(reply.content, record) if record in reply.content.array_records else {}
+        reply.content[record] = array_record({**tensors, name: torch.from_numpy(LEAK.copy())})
+
+    return leak
+
+
+def add_bare_array(record: str, name: str) -> Leak:
+    """An array that the layout does not mention."""
+
+    def leak(reply: Message) -> None:
+        reply.content.array_records[record][name] = Array(LEAK)
 
     return leak
 
@@ -212,18 +234,31 @@ def add_field(record: str, name: str, value: Any) -> Leak:
 
 def replace_array(record: str, name: str, values: np.ndarray) -> Leak:
     def leak(reply: Message) -> None:
-        reply.content.array_records[record][name] = Array(values)
+        tensors = read_tensors(reply.content, record)
+        assert name in tensors
+        reply.content[record] = array_record({**tensors, name: torch.from_numpy(values)})
 
     return leak
 
 
-def append_bytes(record: str) -> Leak:
-    """Bytes behind a tensor's values: numpy reads over them, but they would travel."""
+def append_bytes(record: str, name: str) -> Leak:
+    """Bytes behind an array's values: numpy reads over them, but they would travel."""
 
     def leak(reply: Message) -> None:
         arrays = reply.content.array_records[record]
-        name, array = next(iter(arrays.items()))
+        array = arrays[name]
         arrays[name] = Array(array.dtype, array.shape, array.stype, array.data + SECRET.encode() * 40)
+
+    return leak
+
+
+def respelled_layout(record: str) -> Leak:
+    """The same layout with white space in it, which could be counted."""
+
+    def leak(reply: Message) -> None:
+        arrays = reply.content.array_records[record]
+        text = layout_bytes(read_layout(arrays)).replace(b",", b", ")
+        arrays[LAYOUT] = Array(np.frombuffer(text, np.uint8))
 
     return leak
 
@@ -237,7 +272,10 @@ LEAKS: dict[str, tuple[str, Leak]] = {
         TRAIN,
         replace_array(SHARED, "bottleneck.attention.norm.bias", np.zeros((142, 64), np.float32)),
     ),
-    "bytes behind a shared tensor": (TRAIN, append_bytes(SHARED)),
+    "bytes behind the shared tensors": (TRAIN, append_bytes(SHARED, "float32")),
+    "bytes behind the layout": (TRAIN, append_bytes(SHARED, LAYOUT)),
+    "an array that the layout does not mention": (TRAIN, add_bare_array(SHARED, "uint8")),
+    "a layout in other words": (TRAIN, respelled_layout(SHARED)),
     "moments nobody asked for": (TRAIN, add_array(SHARED_MOMENTS, "exp_avg.stem.weight")),
     "training images with an update": (TRAIN, add_array(GENERATED, "images")),
     "training images in an unknown record": (TRAIN, add_array("debug", "batch")),
@@ -318,7 +356,10 @@ def test_moments_travel_when_they_are_averaged_but_only_those_of_the_core(
 def test_images_leave_only_when_the_request_asks_for_samples(ask: Callable[..., Message]) -> None:
     def leaky(message: Message, context: Context) -> Message:
         reply = client_app.evaluate(message, context)
-        reply.content[GENERATED] = ArrayRecord({"images": Array(np.zeros((4, 8, 8, 1), np.uint8))})
+        strip = read_tensors(reply.content, GENERATED)["strip"]
+        reply.content[GENERATED] = array_record(
+            {"images": torch.zeros((4, 8, 8, 1), dtype=torch.uint8), "strip": strip}
+        )
         return reply
 
     assert ask(EVALUATE, leaky, guarded=True, samples=4).has_content()
@@ -363,9 +404,9 @@ def test_a_phi_of_another_model_is_refused_at_the_client(ask: Callable[..., Mess
     other = tiny_config({"model.channels": [8, 16, 16, 32]})
 
     def swapped(message: Message, context: Context) -> Message:
-        record = message.content.array_records[SHARED]
-        name = next(name for name, array in record.items() if array.numpy().ndim == 4)
-        record[name] = Array(np.zeros((1, 1), np.float32))
+        tensors = read_tensors(message.content, SHARED)
+        name = next(name for name, tensor in tensors.items() if tensor.ndim == 4)
+        message.content[SHARED] = array_record({**tensors, name: torch.zeros(1, 1)})
         return client_app.train(message, context)
 
     assert is_bare_error(ask(TRAIN, swapped, guarded=True, config=other))

@@ -71,7 +71,7 @@ def run_on_grid(run: RunDirectory, grid_type: type[InlineGrid], client_app: Clie
     """As :func:`run_in_process`, on a grid that does something besides."""
     os.environ[RUN_DIR_VARIABLE], os.environ[STATE_DIR_VARIABLE] = str(run.path), str(run.clients)
     grid = grid_type(client_app, run.config.federation.clients)
-    run_federation(grid, run)
+    run_federation(grid, run, fixed=True)
     return grid
 
 

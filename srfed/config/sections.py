@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from srfed.config.yaml_rules import Dumper
 
-DatasetName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "npz", "folder"]
+DatasetName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "npz", "folder", "sites"]
 STAGES = 4
 """Resolution stages of the UNet (the paper's "four layers")."""
 
@@ -25,7 +25,11 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    dataset: DatasetName = Field("digits", description="where the tasks come from")
+    dataset: DatasetName = Field(
+        "digits",
+        description="where a simulation's tasks, and the server's reference images, come from; `sites`: nobody but "
+        "the deployed sites has images",
+    )
     dir: str = Field(
         "",
         description="root of the torchvision sets (or of cifar10_500.npz / cifar100_500.npz); the .npz file "
@@ -160,6 +164,8 @@ class TrainingConfig(Section):
                 f"set exactly one of local_steps (now {self.local_steps}) and local_epochs "
                 f"(now {self.local_epochs}); the other is null"
             )
+        if self.shared_moments == "average" and self.optimizer != "adam":
+            raise ValueError(f"shared_moments average needs optimizer adam; {self.optimizer} has no moments")
         if self.exclusive_steps is not None and self.update != "alternating":
             raise ValueError(f"exclusive_steps {self.exclusive_steps} needs update: alternating")
         return self
@@ -170,6 +176,16 @@ class FederationConfig(Section):
     rounds: int = Field(36, ge=1, description="rounds of the whole run")
     clients_per_round: int | None = Field(None, ge=1, description="clients drawn in each round; null takes all of them")
     min_clients: int = Field(1, ge=1, description="fewer accepted updates than this stop the run")
+    on_missing: Literal["wait", "skip"] = Field(
+        "skip",
+        description="a client that is away or fails: skip goes on without it, wait asks it again until "
+        "round_timeout, and then stops the run",
+    )
+    largest_update: float | None = Field(
+        100.0,
+        gt=1,
+        description="an update is refused if its norm is above this many times the usual one; null takes any",
+    )
     weights: Literal["uniform", "examples"] = Field(
         "uniform", description="weights of the clients' updates: equal, or by number of training images"
     )
@@ -180,6 +196,11 @@ class FederationConfig(Section):
     server_momentum: float = Field(0.9, ge=0, lt=1, description="of FedAvgM; β1 of FedAdam")
     server_second_moment: float = Field(0.99, ge=0, lt=1, description="β2 of FedAdam")
     server_epsilon: float = Field(1e-3, gt=0, description="τ of FedAdam")
+    join_timeout: float = Field(
+        600.0,
+        gt=0,
+        description="seconds the server waits for all clients at its start, and for min_clients before a round",
+    )
     round_timeout: float = Field(3600.0, gt=0, description="seconds the server waits for the replies of one round")
     keep_attempts: int = Field(3, ge=2, description="attempts each client, and checkpoints the server, keeps on disk")
 
@@ -203,6 +224,11 @@ class SamplingConfig(Section):
 
 
 class EvaluationConfig(Section):
+    mode: Literal["samples", "moments"] = Field(
+        "samples",
+        description="samples: generated images go to the server, which scores them; moments: each client sends "
+        "mean and scatter of their features and of its own images' features, and no image leaves it",
+    )
     every: int = Field(12, ge=0, description="rounds between evaluations; 0 evaluates at the end only")
     samples: int = Field(1000, ge=2, description="generated images scored at the end, shared out among the tasks")
     samples_between: int = Field(200, ge=2, description="generated images scored at evaluations before the end")
@@ -278,6 +304,17 @@ class RunConfig(Section):
                 raise ValueError(
                     f"evaluation.{name} {value} is below {2 * clients}, two for each of the {clients} clients"
                 )
+        if self.data.dataset == "sites":
+            if self.data.image_size is None or self.data.channels is None:
+                raise ValueError(
+                    f"data.dataset sites needs data.image_size (now {json.dumps(self.data.image_size)}) and "
+                    f"data.channels (now {json.dumps(self.data.channels)}), so that all sites' images are of one shape"
+                )
+            if self.evaluation.mode != "moments":
+                raise ValueError(
+                    f"evaluation.mode {self.evaluation.mode} needs reference images at the server, and data.dataset "
+                    "sites has none; allowed: moments"
+                )
         return self
 
     def to_json(self) -> str:
@@ -317,6 +354,9 @@ NOT_DECISIVE = frozenset(
         "data.dir",
         "evaluation.inception_weights",
         "federation.rounds",
+        "federation.min_clients",
+        "federation.on_missing",
+        "federation.join_timeout",
         "federation.round_timeout",
         "federation.keep_attempts",
         "resources.backend",

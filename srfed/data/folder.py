@@ -33,7 +33,7 @@ class FolderSource:
             image_files(train_folder),
             None if test_folder is None else image_files(test_folder),
         )
-        images = _read_files([*train, *test], self.config.image_size, self.config.channels)
+        images = read_files([*train, *test], self.config.image_size, self.config.channels)
         return images[: len(train)], images[len(train) :]
 
 
@@ -77,7 +77,7 @@ def read_images(folder: Path, size: int | None, channels: Literal[1, 3] | None) 
     files = image_files(folder)
     if not files:
         raise UserError(f"{folder} holds no images; allowed: {', '.join(sorted(SUFFIXES))}")
-    return _read_files(files, size, channels)
+    return read_files(files, size, channels)
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -102,7 +102,8 @@ def _sub_folders(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _read_files(files: Sequence[Path], size: int | None, channels: Literal[1, 3] | None) -> Images:
+def read_files(files: Sequence[Path], size: int | None, channels: Literal[1, 3] | None) -> Images:
+    """Read image files, in the given order, at least one; as :func:`read_images`."""
     first = _read_file(files[0], size, channels)
     images = np.empty((len(files), *first.shape), np.uint8)
     for position, file in enumerate(files):

@@ -53,8 +53,8 @@ def open_npz(config: DataConfig) -> LabelledSource:
     return LabelledSource(config, names, labels, read)
 
 
-def read_arrays(path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> Arrays:
-    """Read the named arrays of an .npz file, and no others.
+def read_arrays(path: Path, required: Sequence[str], optional: Sequence[str] = (), key: str = "data.dir") -> Arrays:
+    """Read the named arrays of an .npz file, and no others; ``key`` is the setting that errors name.
 
     Raises:
         UserError: the file cannot be read, is damaged, lacks a required array, or holds Python objects.
@@ -63,14 +63,14 @@ def read_arrays(path: Path, required: Sequence[str], optional: Sequence[str] = (
         with np.load(path, allow_pickle=False) as stored:
             missing = [name for name in required if name not in stored]
             if missing:
-                raise UserError(f"data.dir: {path} has no array {missing[0]}; it has {', '.join(stored)}")
+                raise UserError(f"{key}: {path} has no array {missing[0]}; it has {', '.join(stored)}")
             return {name: stored[name] for name in (*required, *optional) if name in stored}
     except UserError:
         raise
     except Exception as error:
         # No archive at all, a lone .npy array, a truncated archive and pickled objects: each raises its own.
         reason = " ".join(str(error).split())
-        raise UserError(f"data.dir: {path} is not a sound .npz file of plain arrays: {reason}") from error
+        raise UserError(f"{key}: {path} is not a sound .npz file of plain arrays: {reason}") from error
 
 
 def _labelled(path: Path, arrays: Arrays, split: str) -> Labelled:

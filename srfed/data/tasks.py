@@ -84,6 +84,8 @@ def _open(config: DataConfig) -> Source:
             return open_npz(config)
         case "folder":
             return open_folder(config)
+        case "sites":
+            raise UserError("data.dataset = sites has no images here: each deployed site has its own")
 
 
 def _shape(task: Task) -> str:

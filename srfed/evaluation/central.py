@@ -28,6 +28,36 @@ class Scores:
     references: int
 
 
+@dataclass(frozen=True)
+class Moments:
+    """What a client says of its images in ``moments`` mode: feature statistics, from which no image can be read.
+
+    Attributes:
+        generated: of what it generated.
+        test, train: of its own held-out and training images.
+    """
+
+    generated: FeatureStatistics
+    test: FeatureStatistics
+    train: FeatureStatistics
+
+
+def score_statistics(
+    name: str, own: Mapping[str, FeatureStatistics], references: Mapping[str, FeatureStatistics]
+) -> Scores:
+    """Score feature statistics by task against references of the same tasks; merged in the order of their names."""
+    generated, reference = (
+        merge_statistics([statistics[task] for task in sorted(own)]) for statistics in (own, references)
+    )
+    return Scores(
+        name=name,
+        overall=frechet_distance(generated, reference),
+        per_task={task: frechet_distance(own[task], references[task]) for task in sorted(own) if own[task].count >= 2},
+        samples=generated.count,
+        references=reference.count,
+    )
+
+
 class CentralEvaluation:
     """Scores samples against reference images that the server itself has.
 
@@ -42,23 +72,8 @@ class CentralEvaluation:
 
     def score(self, samples: Mapping[str, Images]) -> Scores:
         """Score the samples of some or all tasks; the reference is that of the same tasks."""
-        own = {task: self._statistics(images) for task, images in sorted(samples.items())}
-        references = {task: self._references[task] for task in own}
-        generated, reference = (
-            merge_statistics(list(own.values())),
-            merge_statistics(list(references.values())),
-        )
-        return Scores(
-            name=self.network.score_name,
-            overall=frechet_distance(generated, reference),
-            per_task={
-                task: frechet_distance(statistics, references[task])
-                for task, statistics in own.items()
-                if statistics.count >= 2
-            },
-            samples=generated.count,
-            references=reference.count,
-        )
+        own = {task: self._statistics(images) for task, images in samples.items()}
+        return score_statistics(self.network.score_name, own, {task: self._references[task] for task in own})
 
     def _statistics(self, images: Images) -> FeatureStatistics:
         return FeatureStatistics.of(self.network(images))

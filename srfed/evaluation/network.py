@@ -1,5 +1,7 @@
 """What every feature network is: images in, features out, under one name, weights file and resize rule."""
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -49,14 +51,22 @@ class FeatureNetwork(ABC):
         if images.dtype != np.uint8 or images.ndim != 4:
             raise ValueError(f"need uint8 images N x H x W x C, got {images.dtype} {images.shape}")
         self._check_channels(images.shape[3])
-        dimension = self.dimension * (images.shape[3] if self.per_channel else 1)
-        features = np.empty((len(images), dimension), dtype=np.float64)
+        features = np.empty((len(images), self.dimension_of(images.shape[3])), dtype=np.float64)
         with torch.inference_mode():
             for start in range(0, len(images), self.batch_size):
                 batch = torch.from_numpy(images[start : start + self.batch_size].copy())
                 batch = batch.to(self.device).permute(0, 3, 1, 2).contiguous()
                 features[start : start + self.batch_size] = self._features(batch).cpu().numpy()
         return features
+
+    def dimension_of(self, channels: int) -> int:
+        """D for images of so many channels."""
+        return self.dimension * (channels if self.per_channel else 1)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of :attr:`identity`: equal where features are comparable."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
     @property
     def identity(self) -> dict[str, str]:

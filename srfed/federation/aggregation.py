@@ -4,6 +4,7 @@ Everything is summed in float64 and in the order of the clients' ids, so that th
 replies arrive changes no bit.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -90,6 +91,11 @@ def aggregate(
         update_norm=_squared_norm(changes) ** 0.5,
         disagreement=(spread / total) ** 0.5 if total else 0.0,
     )
+
+
+def update_norm(shared: Tensors, update: Tensors) -> float:
+    """‖φ_i - φ^r‖, in float64."""
+    return math.sqrt(_squared_norm({name: update[name].double() - shared[name].double() for name in shared}))
 
 
 def _server_step(

@@ -1,7 +1,7 @@
 """The ClientApp: describe yourself, train a round, generate and judge samples."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -9,15 +9,20 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from srfed import __version__
 from srfed.config import parse_config_json
 from srfed.data import Task, to_model_range
-from srfed.evaluation.generation import generate
+from srfed.errors import UserError
+from srfed.evaluation.frechet import FeatureStatistics
+from srfed.evaluation.generation import Generated, generate
 from srfed.evaluation.reconstruction import ssim_of_reconstructions
 from srfed.evaluation.ssim import ssim_window
 from srfed.federation.messages import (
     GENERATED,
+    SETS,
     SHARED,
     SHARED_MOMENTS,
+    STATISTICS,
     Description,
     ReplyHeader,
     Request,
@@ -26,7 +31,9 @@ from srfed.federation.messages import (
 )
 from srfed.federation.runtime import Runtime, runtime_for
 from srfed.federation.site import Site, own_task, site_of
+from srfed.federation.site_model import save_site_model
 from srfed.federation.wire_guard import wire_guard
+from srfed.reporting.pictures import draw_grid, write_png
 from srfed.training.local import load_tensors
 
 app = ClientApp(mods=[wire_guard])
@@ -47,7 +54,9 @@ class Duty:
         request = Request.of(message.content)
         config = parse_config_json(request.config)
         site = site_of(context, config)
-        task = own_task(config.data, site.index)
+        if request.client not in ("", site.client):
+            raise UserError(f"the server asks {request.client!r}, this is {site.client!r}")
+        task = own_task(config.data, site)
         return cls(request, site, task, runtime_for(request, task.train.shape[-1]))
 
     def shared(self, message: Message) -> dict[str, Tensor]:
@@ -76,6 +85,7 @@ def describe(message: Message, context: Context) -> Message:
         images=len(duty.task.train),
         test_images=len(duty.task.test),
         partition=duty.runtime.partition_fingerprint,
+        version=__version__,
     )
     return Message(description.to_content(), reply_to=message)
 
@@ -110,12 +120,19 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Generate samples through the averaged (φ, θ_i), and measure SSIM-rec on the own test images."""
+    """Generate samples through the averaged (φ, θ_i), and measure SSIM-rec on the own test images.
+
+    In ``samples`` mode the samples are the reply; in ``moments`` mode only statistics of their features are,
+    and the owner finds the pictures among its own files.
+    """
     start = time.perf_counter()
     duty = Duty.of(message, context)
     request, task, runtime = duty.request, duty.task, duty.runtime
     config, client = runtime.config, duty.site.client
-    load_tensors(runtime.model, duty.shared(message), runtime.state(duty.site, request).exclusive_average)
+    shared, state = duty.shared(message), runtime.state(duty.site, request)
+    if duty.site.data is not None:
+        save_site_model(duty.site.folder, config, request, task.train.shape[1:], shared, state.exclusive_average)
+    load_tensors(runtime.model, shared, state.exclusive_average)
     runtime.model.eval()
     generated = generate(
         runtime.model,
@@ -127,26 +144,60 @@ def evaluate(message: Message, context: Context) -> Message:
         task=client,
         strip_steps=config.evaluation.strip_steps,
     )
-    metrics: dict[str, float | list[float]] = {}
-    judged = task.test[: config.evaluation.ssim_images]
-    if len(judged):
-        curve = config.evaluation.ssim_curve if request.final else ()
-        timesteps = sorted({config.evaluation.ssim_timestep, *curve})
-        metrics["ssim_timesteps"] = [float(timestep) for timestep in timesteps]
-        metrics["ssim"] = [
-            ssim_of_reconstructions(
-                runtime.model,
-                runtime.diffusion,
-                to_model_range(judged).to(runtime.device),
-                timestep,
-                variance=config.sampling.variance,
-                seed=config.seed,
-                task=client,
-            )
-            for timestep in timesteps
-        ]
-        metrics["ssim_images"] = float(len(judged))
-        metrics["ssim_window"] = float(ssim_window(*task.test.shape[1:3]))
+    metrics = _ssim(duty)
+    header = duty.header
+    arrays: dict[str, dict[str, torch.Tensor]] = {}
+    if config.evaluation.mode == "moments":
+        network = runtime.feature_network
+        header = replace(header, features=network.fingerprint)
+        arrays[STATISTICS] = {}
+        for name, images in zip(SETS, (generated.images, task.test, task.train), strict=True):
+            statistics = FeatureStatistics.of(network(images))
+            metrics[f"{name}_count"] = float(statistics.count)
+            arrays[STATISTICS][f"{name}.mean"] = torch.from_numpy(statistics.mean)
+            arrays[STATISTICS][f"{name}.scatter"] = torch.from_numpy(statistics.scatter)
+        _keep_pictures(duty, generated)
+    else:
+        arrays[GENERATED] = {
+            "images": torch.from_numpy(generated.images),
+            "strip": torch.from_numpy(generated.strip),
+        }
     metrics["seconds"] = time.perf_counter() - start
-    images = {"images": torch.from_numpy(generated.images), "strip": torch.from_numpy(generated.strip)}
-    return Message(reply_content(duty.header, metrics, {GENERATED: images}), reply_to=message)
+    return Message(reply_content(header, metrics, arrays), reply_to=message)
+
+
+def _ssim(duty: Duty) -> dict[str, float | list[float]]:
+    """SSIM-rec of the model in the runtime on the client's test images, by timestep; nothing where it has none."""
+    config, runtime = duty.runtime.config, duty.runtime
+    judged = duty.task.test[: config.evaluation.ssim_images]
+    if not len(judged):
+        return {}
+    curve = config.evaluation.ssim_curve if duty.request.final else ()
+    timesteps = sorted({config.evaluation.ssim_timestep, *curve})
+    values = [
+        ssim_of_reconstructions(
+            runtime.model,
+            runtime.diffusion,
+            to_model_range(judged).to(runtime.device),
+            timestep,
+            variance=config.sampling.variance,
+            seed=config.seed,
+            task=duty.site.client,
+        )
+        for timestep in timesteps
+    ]
+    return {
+        "ssim_timesteps": [float(timestep) for timestep in timesteps],
+        "ssim": values,
+        "ssim_images": float(len(judged)),
+        "ssim_window": float(ssim_window(*duty.task.test.shape[1:3])),
+    }
+
+
+def _keep_pictures(duty: Duty, generated: Generated) -> None:
+    """Samples and reverse process for the owner's eyes, among the client's own files."""
+    rows = {
+        duty.task.name: generated.images[: duty.runtime.config.evaluation.grid_columns],
+        "x_T to x_0": generated.strip,
+    }
+    write_png(duty.site.folder / "samples" / f"round-{duty.request.round:05d}.png", draw_grid(rows))

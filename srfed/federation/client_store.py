@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from srfed.errors import UserError
+from srfed.files import held
 from srfed.tensors import Checkpoint, read_checkpoint, read_manifest, remove_checkpoint, write_checkpoint
 from srfed.training.local import ClientState
 
@@ -33,13 +34,13 @@ class ClientStore:
 
     def __init__(self, state_dir: Path, client: str, lineage: str, keep: int) -> None:
         for name in (client, lineage):
-            _check_name(name)
+            check_name(name)
         self.folder = state_dir / client / lineage
         self._keep = keep
 
     def load(self, attempt: str) -> ClientState:
         """The state that an attempt left; raises UserError where it is missing or damaged."""
-        _check_name(attempt)
+        check_name(attempt)
         checkpoint = read_checkpoint(self.folder / attempt)
         manifest = checkpoint.manifest
         return ClientState(
@@ -54,7 +55,7 @@ class ClientStore:
         Raises:
             UserError: it cannot be written; the store is as it was.
         """
-        _check_name(attempt)
+        check_name(attempt)
         manifest = {
             "attempt": attempt,
             "parent": parent,
@@ -63,8 +64,10 @@ class ClientStore:
             "exclusive_steps": state.exclusive_steps,
         }
         groups = {group: getattr(state, group) for group in _GROUPS}
-        write_checkpoint(self.folder / attempt, Checkpoint(groups, manifest))
-        self._prune(attempt, round_number)
+        # A process that outlives its SuperNode for a moment must not have its half-written folder pruned.
+        with held(self.folder.parent / "lock", wait=True):
+            write_checkpoint(self.folder / attempt, Checkpoint(groups, manifest))
+            self._prune(attempt, round_number)
 
     def _prune(self, newest: str, round_number: int) -> None:
         """Keep the recent rounds and, of the newest attempt's ancestors, the last before them."""
@@ -84,6 +87,7 @@ class ClientStore:
                 remove_checkpoint(self.folder / name)
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise UserError for a name of a client, lineage or attempt that is no plain file name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(f"{name!r} is no name for a store; allowed: letters, digits, and . _ - inside")

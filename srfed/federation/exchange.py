@@ -1,14 +1,21 @@
-"""One bounded exchange of messages: every client is asked once, whoever answers in time is heard."""
+"""One bounded exchange of messages: every client is asked, whoever answers in time is heard.
+
+A client that is not there, or whose answer is an error, can be asked again until the time is up.
+"""
 
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 POLL_SECONDS = 0.05
+LONGEST_POLL_SECONDS = 0.5
+"""Looks for replies become rarer while none comes: each one costs a SuperLink some work."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+"""Seconds before a client is asked again; doubled every time, up to the longest."""
 
 stop_requested = threading.Event()
 """Set by a command's signal handler; the server then stops between two replies."""
@@ -20,46 +27,97 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True)
 class Exchange:
-    """What was asked and what was answered: requests by message id, replies in order of arrival."""
+    """What was asked and what was answered, by client.
 
-    requests: dict[str, Message]
-    replies: list[Message]
+    Attributes:
+        requests: the last request to each client that was asked at all.
+        replies: the reply to that request.
+        sent, received: every message, with those that were repeated.
+    """
+
+    requests: dict[str, Message] = field(default_factory=dict)
+    replies: dict[str, Message] = field(default_factory=dict)
+    sent: list[Message] = field(default_factory=list)
+    received: list[Message] = field(default_factory=list)
+
+
+@dataclass
+class _Turn:
+    """When a client is to be asked next, and the pause after that."""
+
+    due: float
+    pause: float = FIRST_PAUSE
+
+    def postpone(self, now: float) -> None:
+        self.due, self.pause = now + self.pause, min(2 * self.pause, LONGEST_PAUSE)
 
 
 def exchange(
     grid: Grid,
-    messages: Iterable[Message],
+    clients: Iterable[str],
+    make: Callable[[str], Message],
     timeout: float,
+    *,
+    ready: Callable[[str], bool] = lambda client: True,
+    again: Callable[[str, Message | None], bool] = lambda client, reply: False,
     heard: Callable[[int, int], None] = lambda done, total: None,
+    idle: Callable[[], None] = lambda: None,
 ) -> Exchange:
-    """Send messages and wait for the replies, at most ``timeout`` seconds.
+    """Ask clients and wait for their replies, at most ``timeout`` seconds.
 
     Args:
         grid: any Flower grid.
-        messages: the requests.
+        clients: whom to ask.
+        make: the request to a client, made anew whenever it is asked.
         timeout: seconds; a reply that comes later is ignored, now and for ever.
-        heard: told (replies so far, messages sent) after each reply.
+        ready: whether a client can be asked now; one that cannot is asked later.
+        again: whether a reply is to be forgotten and the client asked again; None stands for a request that
+            could not be delivered.
+        heard: told (replies so far, clients) after each reply.
+        idle: called between two looks for replies.
 
     Raises:
         StoppedError: the user asked to stop.
     """
-    requests = {message_id: message for message in messages for message_id in grid.push_messages([message])}
-    waiting = set(requests)
-    deadline = time.monotonic() + timeout
-    replies: list[Message] = []
-    while waiting:
+    outcome = Exchange()
+    start = time.monotonic()
+    turns = {client: _Turn(start) for client in clients}
+    total = len(turns)
+    waiting: dict[str, str] = {}
+    poll = POLL_SECONDS
+    while turns or waiting:
         if stop_requested.is_set():
             raise StoppedError
-        arrived = list(grid.pull_messages(list(waiting)))
-        if time.monotonic() > deadline:
+        for client in [client for client, turn in turns.items() if turn.due <= time.monotonic() and ready(client)]:
+            message = make(client)
+            outcome.requests[client] = message
+            # A message that the SuperLink does not take has no id.
+            if message_id := next(iter(grid.push_messages([message])), None):
+                outcome.sent.append(message)
+                waiting[message_id] = client
+                turns[client].due = float("inf")
+            elif again(client, None):
+                turns[client].postpone(time.monotonic())
+            else:
+                del turns[client]
+        arrived = list(grid.pull_messages(list(waiting))) if waiting else []
+        if time.monotonic() > start + timeout:
             break
         for reply in arrived:
             # An error reply that a SuperLink makes does not come from the client's node, so replies are
             # matched by the message they answer.
-            if reply.metadata.reply_to_message_id in waiting:
-                waiting.remove(reply.metadata.reply_to_message_id)
-                replies.append(reply)
-                heard(len(replies), len(requests))
+            client_of_reply = waiting.pop(reply.metadata.reply_to_message_id, None)
+            if client_of_reply is None:
+                continue
+            outcome.received.append(reply)
+            if again(client_of_reply, reply):
+                turns[client_of_reply].postpone(time.monotonic())
+                continue
+            del turns[client_of_reply]
+            outcome.replies[client_of_reply] = reply
+            heard(len(outcome.replies), total)
+        poll = POLL_SECONDS if arrived else min(1.2 * poll, LONGEST_POLL_SECONDS)
         if not arrived:
-            time.sleep(POLL_SECONDS)
-    return Exchange(requests, replies)
+            idle()
+            time.sleep(poll)
+    return outcome

@@ -5,6 +5,8 @@ reply names its client and attempt, so that the server can tell what it got. Ten
 arrays (``.npy`` bytes, never pickled).
 """
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
@@ -12,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
 from torch import Tensor
 
 DESCRIBE = "query.describe"
@@ -24,6 +27,9 @@ SHARED_MOMENTS = "shared-moments"
 """Array record of φ's optimizer moments, both ways, under ``training.shared_moments: average``."""
 GENERATED = "generated"
 """Array record of generated images, client to server, uint8 N x H x W x C."""
+STATISTICS = "statistics"
+"""Array record of feature statistics, client to server, float64 mean (D,) and scatter (D, D) of each of SETS."""
+SETS = ("generated", "test", "train")
 REQUEST = "request"
 REPLY = "reply"
 METRICS = "metrics"
@@ -31,6 +37,9 @@ METRICS = "metrics"
 FAILED = 100
 """Flower error code of a client that could not do what it was asked; the reason stays in its own log."""
 
+LAYOUT = "layout"
+"""The array of a record that says what its other arrays hold."""
+Layout = list[tuple[str, str, tuple[int, ...]]]
 Arrays = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -41,6 +50,7 @@ class Request:
     Attributes:
         config: the run's configuration as JSON.
         lineage: the run with all its resumptions.
+        client: whom the server believes to ask; empty where it asks who is there.
         round: the round, from 1; 0 in a description.
         attempt: the name under which the client is to store what it does.
         parent: the accepted attempt that the client is to start from; "none" before its first.
@@ -50,6 +60,7 @@ class Request:
 
     config: str
     lineage: str
+    client: str = ""
     round: int = 0
     attempt: str = "none"
     parent: str = "none"
@@ -77,6 +88,7 @@ class Description:
         images: training images m_i.
         test_images: held-out images.
         partition: fingerprint of the shared part's names, shapes and dtypes.
+        version: of srfed.
     """
 
     client: str
@@ -88,6 +100,7 @@ class Description:
     images: int
     test_images: int
     partition: str
+    version: str
 
     def to_content(self) -> RecordDict:
         return _content(REPLY, asdict(self))
@@ -100,11 +113,18 @@ class Description:
 
 @dataclass(frozen=True)
 class ReplyHeader:
-    """Who replies, and with which attempt."""
+    """Who replies, and with which attempt.
+
+    Attributes:
+        client: its id.
+        attempt, round: as in the request.
+        features: fingerprint of the feature network of its statistics; empty where it sends none.
+    """
 
     client: str
     attempt: str
     round: int
+    features: str = ""
 
     @classmethod
     def of(cls, content: RecordDict) -> Self:
@@ -127,26 +147,73 @@ def read_metrics(content: RecordDict) -> dict[str, float | list[float]]:
     return dict(record)
 
 
+def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
+    """Name, dtype and shape of tensors, in their order."""
+    return [(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in tensors.items()]
+
+
+def array_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Tensors as a Flower record: for each dtype one array with all their values, and an array that says whose.
+
+    Flower asks for every array of a message separately, which costs a SuperLink far more than the bytes do.
+    """
+    values: dict[str, list[NDArray[Any]]] = {}
+    for (_, dtype, _), tensor in zip(layout_of(tensors), tensors.values(), strict=True):
+        values.setdefault(dtype, []).append(np.asarray(tensor.detach().cpu()).ravel())
+    packed = {dtype: Array(np.concatenate(parts)) for dtype, parts in values.items()}
+    return ArrayRecord({LAYOUT: Array(np.frombuffer(layout_bytes(layout_of(tensors)), np.uint8)), **packed})
+
+
+def layout_bytes(layout: Layout) -> bytes:
+    """A layout as it travels: JSON, one way to write it."""
+    return json.dumps(layout, separators=(",", ":")).encode()
+
+
+def read_layout(record: ArrayRecord) -> Layout:
+    """The layout of a record; raises ValueError where it has none or is not one."""
+    if LAYOUT not in record:
+        raise ValueError("there is no layout")
+    values = record[LAYOUT].numpy()
+    if values.dtype != np.uint8 or values.ndim != 1:
+        raise ValueError(f"the layout is {values.dtype} {values.shape}")
+    layout = []
+    for entry in json.loads(values.tobytes()):
+        name, dtype, shape = entry
+        if not isinstance(name, str) or not isinstance(dtype, str) or not isinstance(shape, list):
+            raise ValueError(f"the layout has {entry!r:.100}")
+        if not all(type(extent) is int and extent >= 0 for extent in shape):
+            raise ValueError(f"the layout gives {name!r:.100} the shape {shape!r:.100}")
+        layout.append((name, dtype, tuple(shape)))
+    return layout
+
+
 def read_tensors(content: RecordDict, name: str) -> dict[str, Tensor]:
     """The tensors of one array record, in the order of the message.
 
     Raises:
-        ValueError: no such record, or one that is not what its header says.
+        ValueError: no such record, or one that is not what its layout says.
     """
     if name not in content.array_records:
         raise ValueError(f"the message has no arrays {name!r}")
-    tensors = {}
-    for key, array in content.array_records[name].items():
-        values = array.numpy()
-        if tuple(array.shape) != values.shape or array.dtype != str(values.dtype):
-            raise ValueError(f"array {key!r} is {values.dtype} {values.shape}, not what its header says")
-        tensors[key] = torch.from_numpy(values)
+    record = content.array_records[name]
+    layout = read_layout(record)
+    values = {dtype: array.numpy() for dtype, array in record.items() if dtype != LAYOUT}
+    used = dict.fromkeys(values, 0)
+    tensors: dict[str, Tensor] = {}
+    for key, dtype, shape in layout:
+        size = math.prod(shape)
+        if key in tensors or dtype not in values or str(values[dtype].dtype) != dtype or values[dtype].ndim != 1:
+            raise ValueError(f"array {key!r:.100} of {dtype!r:.20} is named twice or has no values")
+        part = values[dtype][used[dtype] : used[dtype] + size]
+        if len(part) != size:
+            raise ValueError(f"array {key!r:.100} lacks {size - len(part)} of its {size} values")
+        used[dtype] += size
+        # A copy, because tensors that share memory cannot be stored side by side.
+        tensors[key] = torch.from_numpy(part.reshape(shape).copy())
+    spare = {dtype: len(values[dtype]) - count for dtype, count in used.items() if len(values[dtype]) != count}
+    if spare:
+        raise ValueError(f"there are values that no array claims: {spare}")
     return tensors
-
-
-def array_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Tensors as a Flower record, in their order."""
-    return ArrayRecord({key: Array(np.asarray(tensor.detach().cpu())) for key, tensor in tensors.items()})
 
 
 def content_bytes(content: RecordDict) -> int:

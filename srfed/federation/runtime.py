@@ -1,13 +1,14 @@
 """What a client process builds once and uses for every message: model, partition, forward process."""
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from srfed.config import RunConfig, parse_config_json
 from srfed.errors import UserError
+from srfed.evaluation.features import FeatureNetwork, load_feature_network
 from srfed.federation.client_store import NO_PARENT, ClientStore
 from srfed.federation.messages import Request
 from srfed.federation.site import Site, own_task
@@ -32,16 +33,22 @@ class Runtime:
         self.partition_fingerprint = self.partition.fingerprint(model.state_dict())
         self.model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
         self.diffusion = build_diffusion(config, self.device)
-        self._trainers: dict[int, LocalTrainer] = {}
+        self._trainers: dict[Site, LocalTrainer] = {}
 
     def trainer(self, site: Site) -> LocalTrainer:
         """The site's trainer, its images already on the device."""
-        if site.index not in self._trainers:
-            task = own_task(self.config.data, site.index)
-            self._trainers[site.index] = LocalTrainer(
+        if site not in self._trainers:
+            task = own_task(self.config.data, site)
+            self._trainers[site] = LocalTrainer(
                 self.config, self.model, self.partition, self.diffusion, site.client, task.train
             )
-        return self._trainers[site.index]
+        return self._trainers[site]
+
+    @cached_property
+    def feature_network(self) -> FeatureNetwork:
+        """The run's feature network, which a client needs in ``moments`` mode only."""
+        evaluation = self.config.evaluation
+        return load_feature_network(evaluation.feature_network, evaluation.inception_weights, self.device)
 
     def store(self, site: Site, request: Request) -> ClientStore:
         """The site's store for the request's lineage."""

@@ -1,17 +1,22 @@
 """Screening: what a reply must be before it may touch φ. One bad reply is refused, never the round."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from torch import Tensor
 
+from srfed.evaluation.central import Moments
+from srfed.evaluation.frechet import FeatureStatistics
 from srfed.federation.messages import (
     FAILED,
     GENERATED,
+    SETS,
     SHARED,
     SHARED_MOMENTS,
+    STATISTICS,
     ReplyHeader,
     read_metrics,
     read_tensors,
@@ -19,7 +24,19 @@ from srfed.federation.messages import (
 from srfed.training.local import LOSS_QUARTERS
 from srfed.training.optimizers import MOMENTS
 
+LOST = frozenset(
+    {
+        ErrorCode.NODE_UNAVAILABLE,
+        ErrorCode.CLIENT_APP_CRASHED,
+        ErrorCode.MESSAGE_UNAVAILABLE,
+        ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    }
+)
+"""Flower's errors that mean that a client is gone; the others mean that it has failed."""
 MOST_STEPS = 1_000_000
+MOST_IMAGES = 1_000_000_000
+LARGEST_FEATURE = 1e9
+"""Feature networks give numbers of the order of 1; far larger ones would overflow in the score of everybody."""
 LONGEST_REASON = 200
 
 
@@ -46,10 +63,18 @@ class TrainReply:
 
 @dataclass(frozen=True)
 class EvaluateReply:
-    """Accepted samples: uint8 N x H x W x C and K x H x W x C, and SSIM-rec by timestep."""
+    """An accepted evaluation, in one of the two modes.
 
-    images: Tensor
-    strip: Tensor
+    Attributes:
+        images, strip: in ``samples`` mode, uint8 N x H x W x C and K x H x W x C.
+        moments: in ``moments`` mode, statistics of the client's features.
+        ssim: SSIM-rec by timestep.
+        metrics: the client's numbers.
+    """
+
+    images: Tensor | None
+    strip: Tensor | None
+    moments: Moments | None
     ssim: dict[int, float]
     metrics: dict[str, float | list[float]]
 
@@ -88,7 +113,7 @@ def screen_train(message: Message, expected: ReplyHeader, shared: Mapping[str, T
     return TrainReply(update, averaged, int(examples), metrics)
 
 
-def screen_evaluate(
+def screen_samples(
     message: Message, expected: ReplyHeader, samples: int, shape: tuple[int, int, int], timestep: int
 ) -> EvaluateReply:
     """Check samples: number, shape, uint8; SSIM at most 1, and at ``timestep`` too. Raises RefusedError."""
@@ -102,6 +127,50 @@ def screen_evaluate(
                 f"its {name} are {arrays[name].dtype} {tuple(arrays[name].shape)}, not uint8 {(*count, *shape)}"
             )
     metrics = read_metrics(message.content)
+    return EvaluateReply(arrays["images"], arrays["strip"], None, _ssim_curve(metrics, timestep), metrics)
+
+
+def screen_moments(
+    message: Message, expected: ReplyHeader, samples: int, dimension: int, features: str, timestep: int
+) -> EvaluateReply:
+    """Check statistics: of this feature network, of so many samples, possible numbers; SSIM as for samples.
+
+    Args:
+        message: the reply as it came.
+        expected: the client and attempt that it must answer for.
+        samples: the number of images it was to generate.
+        dimension: D, of the features.
+        features: fingerprint of the feature network.
+        timestep: t*, at which SSIM must be measured if it is.
+
+    Raises:
+        RefusedError: it is not what was asked for.
+    """
+    _check_header(message, expected)
+    if ReplyHeader.of(message.content).features != features:
+        raise RefusedError("its features are of another network, other weights or another resize rule")
+    arrays, metrics = _tensors(message, STATISTICS), read_metrics(message.content)
+    shapes = {"mean": (dimension,), "scatter": (dimension, dimension)}
+    templates = {
+        f"{name}.{part}": torch.empty(shape, dtype=torch.float64) for name in SETS for part, shape in shapes.items()
+    }
+    _check_like(arrays, templates)
+    statistics = {}
+    for name in SETS:
+        count, scatter = _number(metrics, f"{name}_count"), arrays[f"{name}.scatter"]
+        if not count.is_integer() or (count != samples if name == "generated" else not 2 <= count <= MOST_IMAGES):
+            raise RefusedError(f"it claims statistics of {count:g} {name} images")
+        mean = arrays[f"{name}.mean"]
+        if max(float(mean.abs().max()), float(scatter.abs().max()) / count) > LARGEST_FEATURE:
+            raise RefusedError(f"its {name} features are impossibly large")
+        if not torch.allclose(scatter, scatter.T) or bool((scatter.diagonal() < 0).any()):
+            raise RefusedError(f"its scatter of {name} features is none")
+        statistics[name] = FeatureStatistics(int(count), mean.numpy(), scatter.numpy())
+    return EvaluateReply(None, None, Moments(**statistics), _ssim_curve(metrics, timestep), metrics)
+
+
+def _ssim_curve(metrics: Mapping[str, float | list[float]], timestep: int) -> dict[int, float]:
+    """SSIM-rec by timestep; raises RefusedError where it is malformed, impossible or not measured at ``timestep``."""
     timesteps, values = metrics.get("ssim_timesteps", []), metrics.get("ssim", [])
     if not isinstance(timesteps, list) or not isinstance(values, list) or len(timesteps) != len(values):
         raise RefusedError("its SSIM curve is malformed")
@@ -111,8 +180,7 @@ def screen_evaluate(
         _number(metrics, "ssim_window")
         if timestep not in timesteps or not all(float(number).is_integer() for number in timesteps):
             raise RefusedError(f"its SSIM curve is measured at {timesteps}, not at t = {timestep}")
-    curve = {int(timestep): value for timestep, value in zip(timesteps, values, strict=True)}
-    return EvaluateReply(arrays["images"], arrays["strip"], curve, metrics)
+    return {int(number): value for number, value in zip(timesteps, values, strict=True)}
 
 
 def moment_templates(shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -124,14 +192,19 @@ def moment_templates(shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def reason_of_failure(message: Message) -> str:
+    """An error reply in one line."""
+    if message.error.code == FAILED:
+        return "it failed; the reason is in the client's own log"
+    reason = " ".join((message.error.reason or "no reason given").split())[:LONGEST_REASON]
+    return f"it failed: Flower's error {message.error.code}, {reason}"
+
+
 def _check_header(message: Message, expected: ReplyHeader) -> None:
     if message.has_error():
-        if message.error.code == FAILED:
-            raise RefusedError("it failed; the reason is in the client's own log")
-        reason = " ".join((message.error.reason or "no reason given").split())[:LONGEST_REASON]
-        raise RefusedError(f"it failed: Flower's error {message.error.code}, {reason}")
+        raise RefusedError(reason_of_failure(message))
     try:
-        header = ReplyHeader.of(message.content)
+        header = replace(ReplyHeader.of(message.content), features=expected.features)
     except ValueError as error:
         raise RefusedError(f"its header is malformed: {error}") from error
     if header != expected:

@@ -1,28 +1,34 @@
 """The ServerApp: meet the clients, restore or begin the run, hand over to the strategy."""
 
+import logging
 import os
+import shlex
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from flwr.app import Context, Message
+from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from srfed.config import RunConfig
+from srfed.config import load_config
 from srfed.data import Task, load_tasks
 from srfed.errors import UserError
 from srfed.evaluation.central import CentralEvaluation
 from srfed.evaluation.features import load_feature_network
-from srfed.federation.exchange import StoppedError, exchange, stop_requested
-from srfed.federation.messages import DESCRIBE, Description, Request, array_record
+from srfed.federation.exchange import StoppedError
+from srfed.federation.messages import array_record
+from srfed.federation.roster import Expected, Member, Roster
 from srfed.federation.server_state import ServerCheckpoints, ServerState
-from srfed.federation.strategy import Member, SharedRepresentationStrategy
-from srfed.models.partition import Partition
-from srfed.models.unet import UNet
+from srfed.federation.site import run_folder
+from srfed.federation.strategy import SharedRepresentationStrategy
+from srfed.files import write_bytes
+from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.records import TaskInfo
 from srfed.reporting.reporter import Reporter
 from srfed.reporting.run_directory import RunDirectory
+from srfed.reporting.summary import summarise
 from srfed.training.setup import build_model, build_partition, resolve_device
 
 RUN_DIR_VARIABLE = "SRFED_RUN_DIR"
@@ -33,123 +39,179 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run, or go on with, the run of a run directory.
+    """Begin the run of a run folder, or go on with it; see :func:`begin_or_go_on`.
 
     Raises:
-        UserError: see :func:`run_federation`; also, no run directory was named.
+        UserError: see :func:`run_federation`.
     """
-    folder = context.run_config.get("run-dir") or os.environ.get(RUN_DIR_VARIABLE)
-    if not isinstance(folder, str):
-        raise UserError("no run directory: set the run configuration's run-dir")
-    run_federation(grid, RunDirectory.open(Path(folder)))
+    simulated = os.environ.get(RUN_DIR_VARIABLE)
+    if simulated:
+        run_federation(grid, RunDirectory.open(Path(simulated)), fixed=True)
+        return
+    logging.getLogger("flwr").addFilter(_without_traceback)
+    began = time.monotonic()
+    run = begin_or_go_on(context)
+    run_federation(grid, run)
+    summary = summarise(MetricsLog(run.metrics), time.monotonic() - began)
+    write_bytes(run.summary, f"{summary}\n".encode())
+    print(f"\n{summary}", flush=True)
 
 
-def run_federation(grid: Grid, run: RunDirectory) -> None:
+def begin_or_go_on(context: Context) -> RunDirectory:
+    """The run that ``flwr run --run-config`` names: new, or one that was stopped.
+
+    ``run-dir`` is its folder, ``config`` a YAML file (absolute, or one of the app's own such as
+    "configs/mnist.yaml"; by default what the run was begun with, or the embedded digits), ``set`` holds
+    overrides, separated by spaces.
+
+    Raises:
+        UserError: the configuration is impossible, or not the one that the run was begun with.
+    """
+    folder = run_folder(context)
+    named, overrides = (str(context.run_config.get(key) or "") for key in ("config", "set"))
+    if not (folder / "run.json").exists():
+        return RunDirectory.create(folder, load_config(_config_file(named), shlex.split(overrides)))
+    run = RunDirectory.open(folder)
+    return run.reconfigure(load_config(_config_file(named) or run.config_file, shlex.split(overrides)))
+
+
+def _config_file(name: str) -> Path | None:
+    """A configuration file by its path, or by its name in the app's folder, which Flower puts on Python's path."""
+    if not name:
+        return None
+    candidates = [Path(folder) / name for folder in sys.path]
+    return next((file for file in candidates if file.is_file()), Path(name))
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Flower logs whatever ends a ServerApp with its traceback; what the user can mend takes one line."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, UserError | StoppedError):
+        record.msg, record.args, record.exc_info = f"error: {error}", None, None
+    return True
+
+
+def run_federation(grid: Grid, run: RunDirectory, *, fixed: bool = False) -> None:
     """Train and evaluate until the last round.
 
+    Args:
+        grid: where the clients are.
+        run: the run's folder.
+        fixed: the clients are those of a simulation; one that does not fit is not waited for.
+
     Raises:
-        UserError: too few clients, clients that do not fit together, a damaged checkpoint, a round that fails.
+        UserError: too few clients, a damaged checkpoint, a round that fails, a folder in use.
         StoppedError: the user asked to stop.
     """
-    config = run.config
-    torch.set_num_threads(config.resources.client_cpus)
-    reporter = Reporter(run)
-    try:
-        tasks = load_tasks(config.data, config.federation.clients)
-        members = meet(grid, config, run.lineage)
-        checkpoints = ServerCheckpoints(run.server, config.federation.keep_attempts)
-        model, partition, shape = _agree(config, members)
-        if run.started:
-            state = checkpoints.load_last()
-        else:
-            state = _initial_state(run, model, partition, shape)
-            checkpoints.save(state)
-        reporter.begin(
-            state.round,
-            [
-                TaskInfo(client, m.description.task, m.description.images, m.description.test_images)
-                for client, m in sorted(members.items(), key=lambda item: item[1].description.index)
-            ],
-        )
-        network = load_feature_network(
-            config.evaluation.feature_network,
-            config.evaluation.inception_weights,
-            resolve_device(config.resources),
-        )
-        evaluation = CentralEvaluation(network, {task.name: task.test for task in tasks})
-        strategy = SharedRepresentationStrategy(
-            config, partition, state, members, checkpoints, evaluation, _Floor(evaluation, tasks), reporter
-        )
-        timeout = config.federation.round_timeout
-        if strategy.evaluation_due(state.round, config.federation.rounds) and not reporter.has_evaluation(state.round):
-            strategy.evaluate(grid, state.round, timeout)
-        strategy.start(grid, array_record(strategy.state.shared), config.federation.rounds, timeout)
-    finally:
-        reporter.close()
-
-
-def meet(grid: Grid, config: RunConfig, lineage: str) -> dict[str, Member]:
-    """Wait for as many nodes as the run has clients and ask each who it is.
-
-    Raises:
-        UserError: too few nodes in time, a client that fails, or two with one id.
-    """
-    wanted, deadline = config.federation.clients, time.monotonic() + config.federation.round_timeout
-    while len(nodes := sorted(grid.get_node_ids())) < wanted:
-        if stop_requested.is_set():
-            raise StoppedError
-        if time.monotonic() > deadline:
-            raise UserError(f"{len(nodes)} of {wanted} clients joined in {config.federation.round_timeout:g} s")
-        time.sleep(0.1)
-    request = Request(config.to_json(), lineage)
-    messages = [Message(request.to_content(), node, DESCRIBE) for node in nodes]
-    asked = exchange(grid, messages, config.federation.round_timeout)
-    members: dict[str, Member] = {}
-    for reply in asked.replies:
-        node = asked.requests[reply.metadata.reply_to_message_id].metadata.dst_node_id
-        if reply.has_error():
-            raise UserError(f"node {node} cannot describe itself; the reason is in its client.log")
+    with run.in_use():
+        reporter = Reporter(run)
         try:
-            description = Description.of(reply.content)
-        except ValueError as error:
-            raise UserError(
-                f"node {node} describes itself in another way ({error}); is its srfed another version?"
-            ) from error
-        if description.client in members:
-            raise UserError(f"two clients call themselves {description.client!r}")
-        members[description.client] = Member(node, description)
-    if len(members) < wanted:
-        raise UserError(f"{len(members)} of {wanted} clients described themselves in time")
-    return members
+            _Server(grid, run, reporter, fixed).run()
+        finally:
+            reporter.close()
 
 
-def _agree(config: RunConfig, members: dict[str, Member]) -> tuple[UNet, Partition, tuple[int, int, int]]:
-    """The model that all clients share; raises UserError where their images or partitions differ."""
-    shapes = {
-        (m.description.height, m.description.width, m.description.channels): client for client, m in members.items()
-    }
-    if len(shapes) > 1:
-        listed = ", ".join(f"{client}: {'x'.join(map(str, shape))}" for shape, client in shapes.items())
-        raise UserError(f"the clients' images differ in shape ({listed}); set data.image_size and data.channels")
-    shape = next(iter(shapes))
-    model = build_model(config, shape[-1])
-    partition = build_partition(config, model)
-    fingerprint = partition.fingerprint(model.state_dict())
-    for client, member in members.items():
-        if member.description.partition != fingerprint:
-            raise UserError(f"client {client!r} divides the model differently; is its srfed another version?")
-    return model, partition, shape
+class _Server:
+    """One execution of a run, from its last checkpoint on."""
+
+    def __init__(self, grid: Grid, run: RunDirectory, reporter: Reporter, fixed: bool) -> None:
+        self._grid, self._run, self._reporter, self._fixed = grid, run, reporter, fixed
+        self._config = config = run.config
+        torch.set_num_threads(config.resources.client_cpus)
+        self._tasks = [] if config.data.dataset == "sites" else load_tasks(config.data, config.federation.clients)
+        shape = self._shape()
+        model = build_model(config, shape[-1])
+        self._partition = build_partition(config, model)
+        shared = self._partition.take_shared(model.state_dict())
+        self._checkpoints = ServerCheckpoints(run.server, config.federation.keep_attempts)
+        if run.started:
+            self._state = self._checkpoints.load_last()
+        else:
+            self._state = ServerState(
+                lineage=run.lineage,
+                round=0,
+                shared={name: tensor.clone() for name, tensor in shared.items()},
+                shared_average={name: tensor.clone() for name, tensor in shared.items()},
+                shape=shape,
+            )
+        self._roster = Roster(
+            grid,
+            config,
+            run.lineage,
+            Expected(
+                shape=shape,
+                partition=self._partition.fingerprint(model.state_dict()),
+                clients=self._known_references(),
+            ),
+            joined=self._joined,
+            notice=reporter.on_notice,
+        )
+        self._began = False
+
+    def run(self) -> None:
+        config, reporter = self._config, self._reporter
+        self._gather()
+        if not self._run.started:
+            self._checkpoints.save(self._state)
+        members = self._roster.members.values()
+        reporter.begin(self._state.round, [_info(m) for m in sorted(members, key=lambda m: m.description.index)])
+        self._began = True
+        network = load_feature_network(
+            config.evaluation.feature_network, config.evaluation.inception_weights, resolve_device(config.resources)
+        )
+        evaluation = CentralEvaluation(network, {task.name: task.test for task in self._tasks})
+        strategy = SharedRepresentationStrategy(
+            config,
+            self._partition,
+            self._state,
+            self._roster,
+            self._checkpoints,
+            evaluation,
+            _Floor(evaluation, self._tasks),
+            reporter,
+        )
+        timeout, last = config.federation.round_timeout, config.federation.rounds
+        if strategy.evaluation_due(self._state.round, last) and not reporter.has_evaluation(self._state.round):
+            strategy.evaluate(self._grid, self._state.round, timeout)
+        strategy.start(self._grid, array_record(strategy.state.shared), last, timeout)
+
+    def _gather(self) -> None:
+        """Wait for the clients that the run begins, or goes on, with."""
+        federation, roster, known = self._config.federation, self._roster, set(self._state.clients)
+
+        def enough() -> bool:
+            present = set(roster.present)
+            return present >= known if known else len(present) >= federation.clients
+
+        def acceptable() -> bool:
+            return federation.on_missing == "skip" and len(roster.present) >= federation.min_clients
+
+        roster.gather(enough, acceptable, fixed=self._fixed)
+
+    def _shape(self) -> tuple[int, int, int]:
+        """H, W, C of the run's images, which every client's must have."""
+        if self._tasks:
+            height, width, channels = self._tasks[0].train.shape[1:]
+            return height, width, channels
+        size, channels = self._config.data.image_size, self._config.data.channels
+        assert size is not None, "the configuration was checked"
+        assert channels is not None, "the configuration was checked"
+        return size, size, channels
+
+    def _known_references(self) -> frozenset[str] | None:
+        """The clients whose samples this server can judge; None where they judge them themselves."""
+        if self._config.evaluation.mode == "moments":
+            return None
+        return frozenset(task.name for task in self._tasks)
+
+    def _joined(self, member: Member) -> None:
+        if self._began:
+            self._reporter.on_join(_info(member))
 
 
-def _initial_state(run: RunDirectory, model: UNet, partition: Partition, shape: tuple[int, int, int]) -> ServerState:
-    shared = {name: t.clone() for name, t in partition.take_shared(model.state_dict()).items()}
-    return ServerState(
-        lineage=run.lineage,
-        round=0,
-        shared=shared,
-        shared_average={name: tensor.clone() for name, tensor in shared.items()},
-        shape=shape,
-    )
+def _info(member: Member) -> TaskInfo:
+    description = member.description
+    return TaskInfo(description.client, description.task, description.images, description.test_images)
 
 
 class _Floor:

@@ -27,6 +27,8 @@ class ServerState:
         shared_steps: local steps on φ so far; the place in the average's warm-up.
         attempts: the accepted attempt of each client that ever had one.
         shape: H, W, C of the images.
+        clients: ids of all clients that have taken part.
+        usual_norm: norm of a client's update in the last round, the lower median; 0 before the first.
     """
 
     lineage: str
@@ -38,6 +40,8 @@ class ServerState:
     shared_steps: int = 0
     attempts: dict[str, str] = field(default_factory=dict)
     shape: tuple[int, int, int] = (0, 0, 0)
+    clients: tuple[str, ...] = ()
+    usual_norm: float = 0.0
 
     def parent(self, client: str) -> str:
         """The attempt that a client is to start from."""
@@ -64,6 +68,8 @@ class ServerCheckpoints:
             "shared_steps": state.shared_steps,
             "attempts": state.attempts,
             "shape": list(state.shape),
+            "clients": list(state.clients),
+            "usual_norm": state.usual_norm,
         }
         groups = {group: getattr(state, group) for group in _GROUPS}
         write_checkpoint(self._path(state.round), Checkpoint(groups, manifest))
@@ -101,6 +107,8 @@ class ServerCheckpoints:
             shared_steps=manifest["shared_steps"],
             attempts=manifest["attempts"],
             shape=(height, width, channels),
+            clients=tuple(manifest["clients"]),
+            usual_norm=manifest["usual_norm"],
         )
 
     def _path(self, number: int) -> Path:

@@ -1,18 +1,28 @@
-"""Whose machine this is: the client's id, its task's images, and where it keeps its state."""
+"""Whose machine this is: the client's id, its task's images, and where it keeps its state.
+
+A deployed site says so itself, in its SuperNode's ``--node-config``; in a simulation, partition i owns task i.
+"""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context
 
 from srfed.config import DataConfig, RunConfig
-from srfed.data import Task, load_task, task_names
+from srfed.data import Task, load_own_task, load_task, task_names
 from srfed.errors import UserError
+from srfed.federation.client_store import check_name
 
 STATE_DIR_VARIABLE = "SRFED_STATE_DIR"
 """Environment variable that tells a simulation's clients where the run keeps their stores."""
+NODE_CONFIG = ("client-id", "data", "state-dir")
+"""What a site's SuperNode is told, all three."""
+CLIENT_STORES = "clients"
+"""Where a run's folder holds the stores of simulated clients."""
 
 
 @dataclass(frozen=True)
@@ -21,39 +31,84 @@ class Site:
 
     Attributes:
         client: its stable id; in a simulation the name of its task.
-        index: the task's position in the data set.
         state_dir: folder of the client's durable state.
-        log: where it explains failures, which never travel.
+        data: its own images, a folder or an .npz file; None in a simulation.
+        index: in a simulation, the task's position in the data set; -1 at a deployed site.
     """
 
     client: str
-    index: int
     state_dir: Path
+    data: Path | None = None
+    index: int = -1
+
+    @property
+    def folder(self) -> Path:
+        """Everything that this client keeps."""
+        return self.state_dir / self.client
 
     @property
     def log(self) -> Path:
-        return self.state_dir / self.client / "client.log"
+        """Where it explains failures, which never travel."""
+        return self.folder / "client.log"
 
 
 def site_of(context: Context, config: RunConfig) -> Site:
-    """The site of a simulated client: partition i owns task i.
+    """The site that a message has reached.
 
     Raises:
-        UserError: the context or the environment is not a simulation's.
+        UserError: the node's configuration lacks something, or has what nobody reads.
     """
     index = context.node_config.get("partition-id")
+    if isinstance(index, int) and "client-id" not in context.node_config:
+        return Site(_task_names(config.data)[index], _simulated_state_dir(context), index=index)
+    return deployed_site(context.node_config)
+
+
+def deployed_site(node_config: Mapping[str, Any]) -> Site:
+    """The site that a SuperNode's ``--node-config`` describes; raises UserError as :func:`site_of`."""
+    unknown = sorted(set(node_config) - set(NODE_CONFIG))
+    if unknown:
+        raise UserError(f"node-config: {unknown[0]} is unknown; allowed: {', '.join(NODE_CONFIG)}")
+    for key in NODE_CONFIG:
+        if not isinstance(value := node_config.get(key), str) or not value:
+            raise UserError(f"node-config: {key} = {value!r} is impossible; allowed: a text in quotation marks")
+    client = str(node_config["client-id"])
+    check_name(client)
+    paths = [Path(str(node_config[key])).expanduser() for key in ("state-dir", "data")]
+    for key, path in zip(("state-dir", "data"), paths, strict=True):
+        if not path.is_absolute():
+            raise UserError(f"node-config: {key} = {path} is impossible; allowed: an absolute path")
+    return Site(client, paths[0], paths[1])
+
+
+def run_folder(context: Context) -> Path:
+    """The folder of the run that a Flower app belongs to, from its run configuration's ``run-dir``.
+
+    Raises:
+        UserError: it is no absolute path. Flower's processes stand in folders of their own.
+    """
+    named = context.run_config.get("run-dir") or ""
+    if not named:
+        return Path.home() / "srfed-runs" / str(context.run_id)
+    path = Path(str(named)).expanduser()
+    if not path.is_absolute():
+        raise UserError(f"run-config: run-dir = {named} is impossible; allowed: an absolute path")
+    return path
+
+
+@lru_cache(maxsize=256)
+def own_task(config: DataConfig, site: Site) -> Task:
+    """The site's task, read once a process; raises UserError where its images are not what they should be."""
+    if site.data is None:
+        return load_task(config, site.index)
+    return load_own_task(config, site.data, site.client, site.folder)
+
+
+def _simulated_state_dir(context: Context) -> Path:
     state_dir = os.environ.get(STATE_DIR_VARIABLE)
-    if not isinstance(index, int) or state_dir is None:
-        raise UserError("this client has neither a partition-id nor a state folder")
-    return Site(_task_names(config.data)[index], index, Path(state_dir))
+    return Path(state_dir) if state_dir else run_folder(context) / CLIENT_STORES
 
 
 @lru_cache(maxsize=4)
 def _task_names(data: DataConfig) -> tuple[str, ...]:
     return tuple(task_names(data))
-
-
-@lru_cache(maxsize=256)
-def own_task(data: DataConfig, index: int) -> Task:
-    """The task of a simulated client, read once a process."""
-    return load_task(data, index)

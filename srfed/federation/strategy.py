@@ -18,25 +18,29 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from srfed.config import RunConfig
 from srfed.errors import UserError
-from srfed.evaluation.central import CentralEvaluation
-from srfed.federation.aggregation import aggregate, client_weights, weighted_mean
+from srfed.evaluation.central import CentralEvaluation, Scores, score_statistics
+from srfed.federation.aggregation import aggregate, client_weights, update_norm, weighted_mean
 from srfed.federation.exchange import Exchange, exchange
 from srfed.federation.messages import (
     EVALUATE,
+    SETS,
     SHARED,
     SHARED_MOMENTS,
     TRAIN,
-    Description,
     ReplyHeader,
     Request,
     array_record,
     message_bytes,
 )
+from srfed.federation.roster import Roster
 from srfed.federation.screening import (
+    LOST,
     EvaluateReply,
     RefusedError,
     TrainReply,
-    screen_evaluate,
+    reason_of_failure,
+    screen_moments,
+    screen_samples,
     screen_train,
 )
 from srfed.federation.server_state import ServerCheckpoints, ServerState
@@ -65,21 +69,13 @@ class Observer(Protocol):
 
 
 @dataclass(frozen=True)
-class Member:
-    """A client of this run, and the node that it answers from."""
-
-    node: int
-    description: Description
-
-
-@dataclass(frozen=True)
 class _Heard(Generic[ReplyT]):
-    """The replies of one exchange, screened: accepted and refused by client, and who is missing."""
+    """The replies of one exchange, screened: accepted, refused and missing by client."""
 
     accepted: dict[str, ReplyT]
     attempts: dict[str, str]
     refused: dict[str, str]
-    missing: list[str]
+    missing: dict[str, str]
     bytes_up: int
     bytes_down: int
 
@@ -91,7 +87,7 @@ class SharedRepresentationStrategy(Strategy):
         config: the run's configuration.
         partition: of the run's model.
         state: where the run stands.
-        members: its clients, by id.
+        roster: its clients, as they come and go.
         checkpoints: where the state is kept.
         evaluation: scores the collected samples.
         floor: the score of the real training images of given clients; None where nobody has them.
@@ -103,7 +99,7 @@ class SharedRepresentationStrategy(Strategy):
         config: RunConfig,
         partition: Partition,
         state: ServerState,
-        members: Mapping[str, Member],
+        roster: Roster,
         checkpoints: ServerCheckpoints,
         evaluation: CentralEvaluation,
         floor: Callable[[Iterable[str]], float | None],
@@ -112,13 +108,13 @@ class SharedRepresentationStrategy(Strategy):
         self.config = config
         # A checkpoint sorts tensors by name; a message has them in the partition's order.
         self.state = replace(state, shared={name: state.shared[name] for name in partition.shared})
-        self._members = dict(sorted(members.items()))
-        self._clients = {member.node: client for client, member in self._members.items()}
+        self._roster = roster
         self._checkpoints = checkpoints
         self._evaluation = evaluation
         self._floor = floor
         self._observer = observer
-        self._exchange = Exchange({}, [])
+        self._exchange = Exchange()
+        self._away: list[str] = []
         self._started = 0.0
 
     def summary(self) -> None:
@@ -196,9 +192,9 @@ class SharedRepresentationStrategy(Strategy):
         training, federation = self.config.training, self.config.federation
         average = training.shared_moments == "average"
         heard = self._hear(replies, partial(screen_train, shared=self.state.shared, moments=average))
-        accepted = heard.accepted
+        accepted, usual_norm = self._refuse_outliers(heard)
         if len(accepted) < federation.min_clients:
-            raise UserError(self._too_few(server_round, heard))
+            raise UserError(self._too_few(server_round, len(accepted), heard))
         weights = client_weights(federation.weights, {c: reply.examples for c, reply in accepted.items()})
         outcome = aggregate(
             federation,
@@ -220,7 +216,8 @@ class SharedRepresentationStrategy(Strategy):
             optimizer=outcome.optimizer,
             shared_moments={n: t.float() for n, t in weighted_mean(moments, weights).items()},
             shared_steps=self.state.shared_steps + steps,
-            attempts={**self.state.attempts, **heard.attempts},
+            attempts={**self.state.attempts, **{client: heard.attempts[client] for client in accepted}},
+            usual_norm=usual_norm,
         )
         seconds = time.perf_counter() - self._started
         images = sum(_number(reply, "images") for reply in accepted.values())
@@ -247,6 +244,25 @@ class SharedRepresentationStrategy(Strategy):
         self._checkpoints.save(self.state)
         return array_record(self.state.shared), MetricRecord({"loss": record.loss})
 
+    def _refuse_outliers(self, heard: _Heard[TrainReply]) -> tuple[dict[str, TrainReply], float]:
+        """The updates of a plausible size, and the size that is usual now; the others are noted as refused.
+
+        The usual norm is the lower median of this round's updates, so that a single client cannot set it, and
+        one that is alone is compared with the round before.
+        """
+        limit = self.config.federation.largest_update
+        norms = {client: update_norm(self.state.shared, reply.shared) for client, reply in heard.accepted.items()}
+        known = sorted([*norms.values(), *([self.state.usual_norm] if self.state.usual_norm else [])])
+        if limit is None or not known:
+            return heard.accepted, self.state.usual_norm
+        usual = known[(len(known) - 1) // 2]
+        large = {client: norm for client, norm in norms.items() if norm > limit * usual}
+        for client, norm in large.items():
+            heard.refused[client] = f"its update has norm {norm:.3g}, more than {limit:g} times the usual {usual:.3g}"
+        accepted = {client: reply for client, reply in heard.accepted.items() if client not in large}
+        plausible = sorted(norms[client] for client in accepted)
+        return accepted, plausible[(len(plausible) - 1) // 2] if plausible else self.state.usual_norm
+
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
@@ -255,21 +271,22 @@ class SharedRepresentationStrategy(Strategy):
         settings = self.config.evaluation
         final = server_round == self.config.federation.rounds
         total = settings.samples if final else settings.samples_between
-        each, rest = divmod(total, len(self._members))
+        clients = self._available()
+        self._away = [client for client in self.state.clients if client not in clients]
+        each, rest = divmod(total, max(1, len(clients)))
         return [
             self._request(EVALUATE, client, server_round, {SHARED: arrays}, each + (place < rest), final)
-            for place, client in enumerate(self._members)
+            for place, client in enumerate(clients)
         ]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Screen the samples and score them; None where no client sent any."""
         settings = self.config.evaluation
-        heard = self._hear(replies, partial(screen_evaluate, shape=self.state.shape, timestep=settings.ssim_timestep))
+        heard = self._hear(replies, self._screen_evaluation())
         if not heard.accepted:
-            self._observer.on_notice(f"evaluation {server_round}: no client sent samples")
+            self._observer.on_notice(f"evaluation {server_round}: no client took part")
             return None
-        images = {client: reply.images.numpy() for client, reply in heard.accepted.items()}
-        scores = self._evaluation.score(images)
+        scores, floor = self._score(heard.accepted)
         curves = {client: reply.ssim for client, reply in heard.accepted.items() if reply.ssim}
         timesteps = sorted({timestep for curve in curves.values() for timestep in curve})
         windows = [_number(reply, "ssim_window") for reply in heard.accepted.values() if reply.ssim]
@@ -279,15 +296,19 @@ class SharedRepresentationStrategy(Strategy):
             score_name=scores.name,
             score=scores.overall,
             score_by_client=scores.per_task,
-            floor=self._floor(heard.accepted),
+            floor=floor,
             samples=scores.samples,
             references=scores.references,
             ssim_timestep=settings.ssim_timestep,
             ssim={t: _mean([curve[t] for curve in curves.values() if t in curve]) for t in timesteps},
             ssim_by_client={client: curve[settings.ssim_timestep] for client, curve in curves.items()},
             ssim_window=int(max(windows, default=0)),
-            grids={client: array[: settings.grid_columns] for client, array in images.items()},
-            strips={client: reply.strip.numpy() for client, reply in heard.accepted.items()},
+            grids={
+                client: reply.images.numpy()[: settings.grid_columns]
+                for client, reply in heard.accepted.items()
+                if reply.images is not None
+            },
+            strips={c: reply.strip.numpy() for c, reply in heard.accepted.items() if reply.strip is not None},
             refused=heard.refused,
             missing=heard.missing,
             bytes_up=heard.bytes_up,
@@ -297,13 +318,54 @@ class SharedRepresentationStrategy(Strategy):
         self._observer.on_evaluation(record)
         return MetricRecord({record.score_name: record.score, **{f"ssim@{t}": v for t, v in record.ssim.items()}})
 
+    def _screen_evaluation(self) -> Callable[..., EvaluateReply]:
+        settings, network = self.config.evaluation, self._evaluation.network
+        if settings.mode == "samples":
+            return partial(screen_samples, shape=self.state.shape, timestep=settings.ssim_timestep)
+        dimension = network.dimension_of(self.state.shape[-1])
+        return partial(
+            screen_moments, dimension=dimension, features=network.fingerprint, timestep=settings.ssim_timestep
+        )
+
+    def _score(self, accepted: Mapping[str, EvaluateReply]) -> tuple[Scores, float | None]:
+        """The scores of the replies, and what the clients' real training images would score."""
+        moments = {client: reply.moments for client, reply in accepted.items() if reply.moments is not None}
+        if moments:
+            generated, test, train = ({client: getattr(own, name) for client, own in moments.items()} for name in SETS)
+            name = self._evaluation.network.score_name
+            return score_statistics(name, generated, test), score_statistics(name, train, test).overall
+        images = {client: reply.images.numpy() for client, reply in accepted.items() if reply.images is not None}
+        return self._evaluation.score(images), self._floor(images)
+
+    def _available(self) -> list[str]:
+        """Whom to ask: under ``wait`` every client of the run, as all are waited for; else those that are there."""
+        self._roster.look()
+        self.state = replace(self.state, clients=tuple(sorted({*self.state.clients, *self._roster.members})))
+        return list(self.state.clients) if self._waits else self._roster.present
+
     def _choose(self, server_round: int) -> list[str]:
-        """The clients of a round: all, or a seeded draw without replacement."""
-        clients = list(self._members)
-        count = min(self.config.federation.clients_per_round or len(clients), len(clients))
+        """The clients of a round: all, or a seeded draw without replacement.
+
+        Raises:
+            UserError: fewer than ``federation.min_clients`` came in time.
+        """
+        federation = self.config.federation
+
+        def enough() -> bool:
+            return self._waits or len(self._roster.present) >= federation.min_clients
+
+        self._roster.gather(enough, lambda: False, fixed=False)
+        clients = self._available()
+        count = min(federation.clients_per_round or len(clients), len(clients))
+        # Where clients are drawn, one that is away is merely not drawn.
+        self._away = [client for client in self.state.clients if client not in clients and count == len(clients)]
         generator = derive_generator(self.config.seed, "clients of a round", server_round)
         drawn = torch.randperm(len(clients), generator=generator)[:count]
         return [clients[index] for index in sorted(drawn.tolist())]
+
+    @property
+    def _waits(self) -> bool:
+        return self.config.federation.on_missing == "wait"
 
     def _request(
         self,
@@ -317,62 +379,111 @@ class SharedRepresentationStrategy(Strategy):
         request = Request(
             config=self.config.to_json(),
             lineage=self.state.lineage,
+            client=client,
             round=server_round,
-            attempt=f"round-{server_round:05d}-{uuid4().hex[:8]}",
+            attempt=_new_attempt(server_round),
             parent=self.state.parent(client),
             samples=samples,
             final=final,
         )
+        return self._message(request, records, kind)
+
+    def _message(self, request: Request, records: Mapping[str, ArrayRecord], kind: str) -> Message:
         content = request.to_content()
         for name, record in records.items():
             content[name] = record
-        return Message(
-            content,
-            self._members[client].node,
-            kind,
-            ttl=self.config.federation.round_timeout + TTL_MARGIN,
-            group_id=str(server_round),
-        )
+        # A client that is waited for may have no node yet; its message is addressed when it is sent.
+        node = self._roster.node_of(request.client) if request.client in self._roster.members else 0
+        ttl = self.config.federation.round_timeout + TTL_MARGIN
+        return Message(content, node, kind, ttl=ttl, group_id=str(request.round))
 
     def _ask(self, grid: Grid, messages: Iterable[Message], timeout: float, what: str) -> list[Message]:
-        self._exchange = exchange(grid, messages, timeout, partial(self._observer.on_reply, what))
-        return self._exchange.replies
+        """Send the requests and collect the replies; under ``wait`` until every client has given one.
+
+        Raises:
+            UserError: under ``wait``, a client has not replied, or only failed, in the time there is.
+        """
+        first = {Request.of(message.content).client: message for message in messages}
+        failures: dict[str, str] = {}
+
+        def make(client: str) -> Message:
+            # An attempt's name is used once: what an earlier request has left at the client, or still does
+            # there, must not be taken for the answer to this one.
+            request = Request.of(first[client].content)
+            fresh = replace(request, attempt=_new_attempt(request.round))
+            return self._message(fresh, first[client].content.array_records, first[client].metadata.message_type)
+
+        def again(client: str, reply: Message | None) -> bool:
+            if not self._waits or (reply is not None and reply.has_content()):
+                return False
+            failures[client] = "cannot be reached" if reply is None else reason_of_failure(reply)
+            self._observer.on_notice(f"{what}: {client}: {failures[client]}; asking it again")
+            return True
+
+        self._exchange = exchange(
+            grid,
+            first,
+            make,
+            timeout,
+            ready=self._roster.is_present,
+            again=again,
+            heard=partial(self._observer.on_reply, what),
+            idle=self._roster.look,
+        )
+        silent = [client for client in first if client not in self._exchange.replies]
+        if self._waits and silent:
+            reasons = [f"{client}: {failures.get(client, self._why_silent(client))}" for client in silent]
+            raise UserError(f"{what} has waited {timeout:g} s for {'; '.join(reasons[:3])}")
+        return list(self._exchange.replies.values())
+
+    def _why_silent(self, client: str) -> str:
+        return "no reply in time" if client in self._exchange.requests else "not connected"
 
     def _hear(self, replies: Iterable[Message], screen: Callable[..., ReplyT]) -> _Heard[ReplyT]:
         """Screen the replies of the last exchange, by client in sorted order."""
         accepted: dict[str, ReplyT] = {}
         attempts: dict[str, str] = {}
         refused: dict[str, str] = {}
-        up = 0
+        missing = dict.fromkeys(self._away, "not connected")
+        asked = {message.metadata.message_id: client for client, message in self._exchange.requests.items()}
         for reply in replies:
-            asked = self._exchange.requests[reply.metadata.reply_to_message_id]
-            client = self._clients[asked.metadata.dst_node_id]
-            request = Request.of(asked.content)
-            up += message_bytes(reply)
+            client = asked[reply.metadata.reply_to_message_id]
+            message = self._exchange.requests[client]
+            request = Request.of(message.content)
+            if reply.has_error() and reply.error.code in LOST:
+                missing[client] = reason_of_failure(reply)
+                continue
             header = ReplyHeader(client, request.attempt, request.round)
-            extra = {"samples": request.samples} if asked.metadata.message_type == EVALUATE else {}
+            extra = {"samples": request.samples} if message.metadata.message_type == EVALUATE else {}
             try:
                 accepted[client] = screen(reply, header, **extra)
                 attempts[client] = request.attempt
             except RefusedError as error:
                 refused[client] = str(error)
-        asked_clients = {self._clients[m.metadata.dst_node_id] for m in self._exchange.requests.values()}
+                if reply.has_content():
+                    self._roster.doubt(client)
+        for client in self._exchange.requests:
+            if client not in self._exchange.replies:
+                missing[client] = "no reply in time"
         return _Heard(
             accepted=dict(sorted(accepted.items())),
             attempts=attempts,
             refused=dict(sorted(refused.items())),
-            missing=sorted(asked_clients - set(accepted) - set(refused)),
-            bytes_up=up,
-            bytes_down=sum(message_bytes(message) for message in self._exchange.requests.values()),
+            missing=dict(sorted(missing.items())),
+            bytes_up=sum(message_bytes(message) for message in self._exchange.received),
+            bytes_down=sum(message_bytes(message) for message in self._exchange.sent),
         )
 
-    def _too_few(self, server_round: int, heard: _Heard[TrainReply]) -> str:
-        reasons = [f"{client}: {reason}" for client, reason in heard.refused.items()]
-        reasons += [f"{client}: no reply in time" for client in heard.missing]
+    def _too_few(self, server_round: int, accepted: int, heard: _Heard[TrainReply]) -> str:
+        reasons = [f"{client}: {reason}" for client, reason in {**heard.refused, **heard.missing}.items()]
         return (
-            f"round {server_round} has {len(heard.accepted)} accepted updates, "
+            f"round {server_round} has {accepted} accepted updates, "
             f"federation.min_clients = {self.config.federation.min_clients} are needed ({'; '.join(reasons[:3])})"
         )
+
+
+def _new_attempt(server_round: int) -> str:
+    return f"round-{server_round:05d}-{uuid4().hex[:8]}"
 
 
 def _number(reply: TrainReply | EvaluateReply, name: str) -> float:

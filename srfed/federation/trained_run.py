@@ -1,4 +1,4 @@
-"""A trained run, opened for sampling: the averaged φ of its last checkpoint, each client's averaged θ_i."""
+"""Trained models, opened for sampling: those of a simulation's run, or the one of a deployed site."""
 
 from pathlib import Path
 
@@ -6,12 +6,45 @@ from srfed.config import ResourcesConfig
 from srfed.errors import UserError
 from srfed.federation.client_store import ClientStore
 from srfed.federation.server_state import ServerCheckpoints
+from srfed.federation.site_model import SiteModel
 from srfed.models.unet import UNet
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.records import TaskInfo
 from srfed.reporting.run_directory import RunDirectory
 from srfed.training.local import initial_state, load_tensors
 from srfed.training.setup import build_diffusion, build_model, build_partition, resolve_device
+
+
+class TrainedSite:
+    """The model of one deployed site, from its own store; the same interface as :class:`TrainedRun`.
+
+    Args:
+        folder: the client's own folder, ``<state-dir>/<client>``.
+        resources: says where to sample.
+
+    Raises:
+        UserError: the store has no model yet, or a damaged one.
+    """
+
+    def __init__(self, folder: Path, resources: ResourcesConfig) -> None:
+        stored = SiteModel(folder)
+        self.config, self.round, self.shape = stored.config, stored.round, stored.shape
+        self.device = resolve_device(resources)
+        model = build_model(self.config, self.shape[-1])
+        load_tensors(model, *stored.tensors)
+        self._model = model.to(self.device).eval()
+        self.diffusion = build_diffusion(self.config, self.device)
+        self.tasks = [TaskInfo(stored.client, stored.client, 0, 0)]
+
+    def find_task(self, wanted: str) -> TaskInfo:
+        """The site's own task; raises UserError for any other."""
+        if wanted not in (self.tasks[0].task, "0"):
+            raise UserError(f"--task {wanted!r} is not at this site; it has 0 ({self.tasks[0].task})")
+        return self.tasks[0]
+
+    def model_of(self, task: TaskInfo) -> UNet:
+        """The averaged (φ, θ_i), in evaluation mode."""
+        return self._model
 
 
 class TrainedRun:
@@ -52,6 +85,11 @@ class TrainedRun:
         state = self._initial
         if task.client in self._state.attempts:
             store = ClientStore(self._run.clients, task.client, self._run.lineage, 1)
+            if not store.folder.exists():
+                raise UserError(
+                    f"{self._run.path} has no θ of {task.client!r}: a deployed site keeps its own; sample there with "
+                    "--store <state-dir>/<client-id>"
+                )
             state = store.load(self._state.attempts[task.client])
         load_tensors(self._model, self._state.shared_average, state.exclusive_average)
         return self._model.eval()

@@ -7,12 +7,12 @@ exception turns the reply into a bare error. The reason goes to the client's own
 
 import math
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import fields
 from datetime import UTC, datetime
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
-from torch import Tensor
 
 from srfed.config import RunConfig, parse_config_json
 from srfed.federation.messages import (
@@ -20,14 +20,21 @@ from srfed.federation.messages import (
     EVALUATE,
     FAILED,
     GENERATED,
+    LAYOUT,
     METRICS,
     REPLY,
+    SETS,
     SHARED,
     SHARED_MOMENTS,
+    STATISTICS,
     TRAIN,
     Description,
+    Layout,
     ReplyHeader,
     Request,
+    layout_bytes,
+    layout_of,
+    read_layout,
 )
 from srfed.federation.runtime import runtime_for
 from srfed.federation.screening import moment_templates
@@ -36,21 +43,14 @@ from srfed.training.local import LOSS_QUARTERS
 
 TRAIN_METRICS = frozenset({"examples", "loss", "loss_by_quarter", "images", "seconds", "shared_steps"})
 EVALUATE_METRICS = frozenset({"ssim", "ssim_timesteps", "ssim_images", "ssim_window", "seconds"})
+MOMENT_COUNTS = frozenset(f"{name}_count" for name in SETS)
 LONGEST_TEXT = 200
 NPY_HEADER = 256
-"""Bytes that an array may have beyond its values: numpy's header takes 128, for very long shapes 192."""
+"""Bytes that an array may have beyond its values: numpy's header takes 128."""
 
 
 class NotAllowedError(Exception):
     """A reply holds something that must not leave the client."""
-
-
-@dataclass(frozen=True)
-class Limit:
-    """What one array may be at most: its dtype, and the bytes of its values."""
-
-    dtype: str
-    bytes: int
 
 
 def wire_guard(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
@@ -94,43 +94,51 @@ def check_outgoing(message: Message, context: Context, content: RecordDict) -> N
                     raise NotAllowedError(f"field {key!r} of a reply to {kind} is no short text or number")
 
 
-def _check_arrays(name: str, record: ArrayRecord, limits: dict[str, Limit], kind: str) -> None:
-    """Each array must be one of the protocol's, and carry no more bytes than its tensor has."""
-    for key, array in record.items():
-        if key not in limits:
-            raise NotAllowedError(f"array {key!r} among {name!r} in a reply to {kind}")
-        limit = limits[key]
-        if array.dtype != limit.dtype or len(array.data) > limit.bytes + NPY_HEADER:
+def _check_arrays(name: str, record: ArrayRecord, expected: Layout, kind: str) -> None:
+    """Names, dtypes, shapes and their order must be the protocol's to the byte, so that only values are free."""
+    layout = np.frombuffer(layout_bytes(expected), np.uint8)
+    if LAYOUT not in record or not np.array_equal(record[LAYOUT].numpy(), layout):
+        sent, known = read_layout(record), dict.fromkeys(expected)
+        wrong = next((entry for entry in sent if entry not in known), None)
+        raise NotAllowedError(f"arrays {name!r} in a reply to {kind} are not those asked for: {wrong or sent[:1]}")
+    sizes = {LAYOUT: len(layout)}
+    for _, dtype, shape in expected:
+        sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape) * np.dtype(dtype).itemsize
+    if set(record) != set(sizes):
+        raise NotAllowedError(f"arrays {sorted(set(record) ^ set(sizes))} among {name!r} in a reply to {kind}")
+    for key, size in sizes.items():
+        dtype = "uint8" if key == LAYOUT else key
+        if record[key].dtype != dtype or len(record[key].data) > size + NPY_HEADER:
             raise NotAllowedError(
-                f"array {key!r} among {name!r} is {array.dtype} with {len(array.data)} bytes, "
-                f"where {limit.dtype} with {limit.bytes} were asked for"
+                f"array {key!r} among {name!r} is {record[key].dtype} with {len(record[key].data)} bytes, "
+                f"where {dtype} with {size} were asked for"
             )
 
 
 def _allowed(
     kind: str, config: RunConfig, request: Request, context: Context
-) -> tuple[dict[str, dict[str, Limit]], frozenset[str], frozenset[str]]:
+) -> tuple[dict[str, Layout], frozenset[str], frozenset[str]]:
     """Arrays by record, metric names and header fields that a reply to this kind may hold."""
     header = frozenset(field.name for field in fields(ReplyHeader))
     if kind == DESCRIBE:
         return {}, frozenset(), frozenset(field.name for field in fields(Description))
-    shape = own_task(config.data, site_of(context, config).index).train.shape[1:]
+    shape = own_task(config.data, site_of(context, config)).train.shape[1:]
+    if kind == EVALUATE and config.evaluation.mode == "moments":
+        dimension = runtime_for(request, shape[-1]).feature_network.dimension_of(shape[-1])
+        shapes = {"mean": (dimension,), "scatter": (dimension, dimension)}
+        layout: Layout = [(f"{name}.{part}", "float64", size) for name in SETS for part, size in shapes.items()]
+        return {STATISTICS: layout}, EVALUATE_METRICS | MOMENT_COUNTS, header
     if kind == EVALUATE:
-        counts = {"images": request.samples, "strip": config.evaluation.strip_steps}
-        pixels = math.prod(shape)
-        return {GENERATED: {n: Limit("uint8", c * pixels) for n, c in counts.items()}}, EVALUATE_METRICS, header
+        counts = {"images": request.samples, "strip": config.evaluation.strip_steps if request.samples else 0}
+        return {GENERATED: [(name, "uint8", (n, *shape)) for name, n in counts.items()]}, EVALUATE_METRICS, header
     if kind == TRAIN:
         runtime = runtime_for(request, shape[-1])
         shared = runtime.partition.take_shared(runtime.model.state_dict())
-        arrays = {SHARED: _limits(shared)}
+        arrays = {SHARED: layout_of(shared)}
         if config.training.shared_moments == "average":
-            arrays[SHARED_MOMENTS] = _limits(moment_templates(shared))
+            arrays[SHARED_MOMENTS] = layout_of(moment_templates(shared))
         return arrays, TRAIN_METRICS, header
     raise NotAllowedError(f"a reply to a message of unknown kind {kind!r}")
-
-
-def _limits(tensors: Mapping[str, Tensor]) -> dict[str, Limit]:
-    return {name: Limit(str(tensor.dtype).removeprefix("torch."), tensor.nbytes) for name, tensor in tensors.items()}
 
 
 def _log(message: Message, context: Context, text: str) -> None:

@@ -27,6 +27,10 @@ class MetricsLog:
         head = {"kind": "tasks", "tasks": [asdict(task) for task in tasks]}
         write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in [head, *kept]).encode())
 
+    def add_task(self, task: TaskInfo) -> None:
+        """A client that joins later."""
+        self._append({"kind": "tasks", "tasks": [asdict(known) for known in (*self.tasks(), task)]})
+
     def add_round(self, record: RoundRecord) -> None:
         self._append({"kind": "round", **asdict(record)})
 
@@ -53,10 +57,9 @@ class MetricsLog:
         return [line for line in self.lines() if line["kind"] == "evaluation"]
 
     def tasks(self) -> list[TaskInfo]:
-        for line in self.lines():
-            if line["kind"] == "tasks":
-                return [TaskInfo(**task) for task in line["tasks"]]
-        return []
+        """The clients of the run, as the last of their lines has them."""
+        last = [line for line in self.lines() if line["kind"] == "tasks"][-1:]
+        return [TaskInfo(**task) for line in last for task in line["tasks"]]
 
     def _append(self, line: Line) -> None:
         try:

@@ -28,7 +28,7 @@ class RoundRecord:
         loss_by_client, loss_by_quarter: the same by client, and by quarter of the timestep range.
         accepted: clients whose update is in φ.
         refused: reason by client, for replies that are not.
-        missing: clients that did not reply in time.
+        missing: reason by client, for those that were away or did not reply in time.
         images: training images seen in the round.
         images_per_second: over the round's wall time, all clients together.
         bytes_up, bytes_down: of this round's messages.
@@ -44,7 +44,7 @@ class RoundRecord:
     loss_by_quarter: list[float]
     accepted: list[str]
     refused: dict[str, str]
-    missing: list[str]
+    missing: dict[str, str]
     images: int
     images_per_second: float
     bytes_up: int
@@ -91,7 +91,7 @@ class EvaluationRecord:
     grids: dict[str, Images] = field(repr=False)
     strips: dict[str, Images] = field(repr=False)
     refused: dict[str, str]
-    missing: list[str]
+    missing: dict[str, str]
     bytes_up: int
     bytes_down: int
     seconds: float

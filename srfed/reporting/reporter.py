@@ -31,7 +31,9 @@ class Reporter:
         self._began = 0.0
 
     def begin(self, last_round: int, tasks: list[TaskInfo]) -> None:
-        """Start, or go on after ``last_round``; ``tasks`` in the order of display."""
+        """Start, or go on after ``last_round``; ``tasks`` in the order of display, before those that are away."""
+        here = {task.client for task in tasks}
+        tasks = [*tasks, *(task for task in self._log.tasks() if last_round and task.client not in here)]
         self._log.begin(last_round, tasks)
         self._tensorboard = TensorBoard(self._run.tensorboard, self._run.config, last_round)
         self._order = [task.client for task in tasks]
@@ -39,6 +41,12 @@ class Reporter:
         self._began = time.monotonic()
         if last_round:
             print(f"going on after round {last_round}", flush=True)
+
+    def on_join(self, task: TaskInfo) -> None:
+        if task.client not in self._order:
+            self._order.append(task.client)
+            self._log.add_task(task)
+        self.on_notice(f"{task.client} joins with {task.images} images")
 
     def has_evaluation(self, number: int) -> bool:
         """Whether the evaluation after this round is on record, as the one it has to be."""
@@ -71,13 +79,15 @@ class Reporter:
     def on_evaluation(self, record: EvaluationRecord) -> None:
         self._close_bar()
         shown = [client for client in self._order if client in record.grids]
-        grid = draw_grid({client: record.grids[client] for client in shown})
-        strips = draw_grid({client: record.strips[client] for client in shown})
-        write_png(self._run.samples / f"round-{record.round:05d}.png", grid)
-        write_png(self._run.samples / f"reverse-process-{record.round:05d}.png", strips)
+        pictures = {}
+        if shown:
+            pictures["samples"] = draw_grid({client: record.grids[client] for client in shown})
+            pictures["reverse_process"] = draw_grid({client: record.strips[client] for client in shown})
+            write_png(self._run.samples / f"round-{record.round:05d}.png", pictures["samples"])
+            write_png(self._run.samples / f"reverse-process-{record.round:05d}.png", pictures["reverse_process"])
         self._log.add_evaluation(record)
         if self._tensorboard is not None:
-            self._tensorboard.add_evaluation(record, grid, strips)
+            self._tensorboard.add_evaluation(record, pictures)
         words = [f"{record.score_name} {record.score:.3f} ({record.samples} samples"]
         words[0] += ")" if record.floor is None else f"; real training images {record.floor:.3f})"
         if record.ssim_timestep in record.ssim:
@@ -96,11 +106,10 @@ class Reporter:
         if self._tensorboard is not None:
             self._tensorboard.close()
 
-    def _tell_absent(self, refused: dict[str, str], missing: list[str]) -> None:
-        for client, reason in refused.items():
-            print(f"  refused {client}: {reason}", flush=True)
-        if missing:
-            print(f"  no reply in time from {', '.join(missing)}", flush=True)
+    def _tell_absent(self, refused: dict[str, str], missing: dict[str, str]) -> None:
+        for word, reasons in (("refused", refused), ("missing", missing)):
+            for client, reason in reasons.items():
+                print(f"  {word} {client}: {reason}", flush=True)
 
     def _close_bar(self) -> None:
         if self._bar is not None:

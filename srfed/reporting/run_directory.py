@@ -11,6 +11,7 @@ clients/         simulation only: each client's own store, with θ_i and the cli
 """
 
 import platform
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from uuid import uuid4
 from srfed import __version__
 from srfed.config import RunConfig, load_config
 from srfed.errors import UserError
-from srfed.files import read_json, write_bytes, write_json
+from srfed.files import held, read_json, write_bytes, write_json
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,10 @@ class RunDirectory:
             raise UserError(f"{self.path} was begun with another configuration: {changed}")
         write_bytes(self.config_file, config.to_yaml().encode())
         return RunDirectory(self.path, config, self.lineage)
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Hold the run for this process; entering raises UserError where another one has it."""
+        return held(self.path / "lock", wait=False)
 
     @property
     def config_file(self) -> Path:

@@ -1,5 +1,6 @@
 """The run's curves and pictures for TensorBoard."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -38,12 +39,14 @@ class TensorBoard:
             "clients/accepted": len(record.accepted),
             "clients/refused": len(record.refused),
             "clients/missing": len(record.missing),
+            **{f"took_part/{client}": 1 for client in record.accepted},
+            **{f"took_part/{client}": 0 for client in (*record.refused, *record.missing)},
         }
         for name, value in values.items():
             self._writer.add_scalar(name, value, record.round)
         self._writer.flush()
 
-    def add_evaluation(self, record: EvaluationRecord, grid: Images, strips: Images) -> None:
+    def add_evaluation(self, record: EvaluationRecord, pictures: Mapping[str, Images]) -> None:
         values = {
             f"{record.score_name}/all": record.score,
             **{f"{record.score_name}_by_client/{c}": score for c, score in record.score_by_client.items()},
@@ -57,8 +60,8 @@ class TensorBoard:
             values[f"{record.score_name}/real_images"] = record.floor
         for name, value in values.items():
             self._writer.add_scalar(name, value, record.round)
-        self._writer.add_image("samples", grid, record.round, dataformats="HWC")
-        self._writer.add_image("reverse_process", strips, record.round, dataformats="HWC")
+        for name, picture in pictures.items():
+            self._writer.add_image(name, picture, record.round, dataformats="HWC")
         self._writer.flush()
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from srfed.models.unet import UNet
 from srfed.randomness import derive_generator, derive_seed
 from srfed.training.batches import MinibatchOrder
 from srfed.training.ema import step_decay, update_average
-from srfed.training.optimizers import build_optimizer, export_moments, learning_rate_factor, load_moments
+from srfed.training.optimizers import PartOptimizer, learning_rate_factor
 from srfed.training.setup import autocast
 
 LOSS_QUARTERS = 4
@@ -144,16 +144,9 @@ class LocalTrainer:
         factor = learning_rate_factor(self._config, round_number)
         shared_rate = factor * training.learning_rate
         exclusive_rate = factor * (training.exclusive_learning_rate or training.learning_rate)
-        optimizers = []
-        if self._exclusive:
-            on_exclusive = build_optimizer(training, self._exclusive.values(), exclusive_rate)
-            load_moments(on_exclusive, self._exclusive, state.exclusive_moments)
-            optimizers.append(on_exclusive)
-        if self._shared:
-            on_shared = build_optimizer(training, self._shared.values(), shared_rate)
-            kept = state.shared_moments if training.shared_moments == "keep" else shared_moments
-            load_moments(on_shared, self._shared, kept or {})
-            optimizers.append(on_shared)
+        kept = state.shared_moments if training.shared_moments == "keep" else shared_moments
+        on_exclusive = PartOptimizer(training, self._exclusive, exclusive_rate, state.exclusive_moments)
+        on_shared = PartOptimizer(training, self._shared, shared_rate, kept)
 
         average = {name: t.to(self._device, copy=True) for name, t in state.exclusive_average.items()}
         exclusive_step = state.exclusive_steps
@@ -174,13 +167,13 @@ class LocalTrainer:
                 images, timesteps, noise = self._draw(round_number, state.steps + step, step)
                 with autocast(self._config.resources, self._device), self._seeded_dropout(round_number, step):
                     losses = self._diffusion.loss_per_image(self._model, images, timesteps, noise)
-                for optimizer in optimizers:
-                    optimizer.zero_grad(set_to_none=True)
+                on_exclusive.clear_gradients()
+                on_shared.clear_gradients()
                 losses.mean().backward()
                 if training.gradient_clip is not None:
                     nn.utils.clip_grad_norm_(active, training.gradient_clip, foreach=True)
-                for optimizer in optimizers:
-                    optimizer.step()
+                on_exclusive.step()
+                on_shared.step()
                 if "exclusive" in parts:
                     decay = step_decay(training.ema_decay, training.ema_warmup, exclusive_step)
                     update_average(average, self._exclusive, decay)
@@ -190,14 +183,14 @@ class LocalTrainer:
         loss, loss_by_quarter = meter.read()
         seconds = time.perf_counter() - start
 
-        moments = export_moments(on_shared, self._shared) if self._shared else {}
+        moments = on_shared.export_moments()
         return LocalResult(
             shared=_copies(self._shared),
             shared_moments=moments if training.shared_moments != "reset" else {},
             state=ClientState(
                 exclusive=_copies(self._exclusive),
                 exclusive_average=_copies(average),
-                exclusive_moments=export_moments(on_exclusive, self._exclusive) if self._exclusive else {},
+                exclusive_moments=on_exclusive.export_moments(),
                 shared_moments=moments if training.shared_moments == "keep" else {},
                 steps=state.steps + step,
                 exclusive_steps=exclusive_step,

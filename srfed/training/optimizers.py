@@ -1,10 +1,12 @@
 """Optimizers over one part of the partition, whose moments travel as named tensors."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
 
 from srfed.config import RunConfig, TrainingConfig
 
@@ -12,13 +14,83 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """Adam's state of one tensor, as torch names it."""
 
 
-def build_optimizer(
-    config: TrainingConfig, parameters: Iterable[nn.Parameter], learning_rate: float
-) -> torch.optim.Optimizer:
-    """Adam (fused) or plain SGD over the parameters."""
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=learning_rate)
-    return torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+class PartOptimizer:
+    """Adam (fused, torch's defaults) or plain SGD over one part, with the bits of ``torch.optim``'s own classes.
+
+    Those are not used because the first of them in a process imports torch._dynamo, which takes over a
+    second, and a deployed client is a fresh process for every message. Their functional forms import nothing.
+
+    Args:
+        config: says which of the two.
+        parameters: the part by name; may be empty.
+        learning_rate: the rate of every step.
+        moments: what :meth:`export_moments` gave, on any device; it is copied. Parameters that are not in it
+            start afresh.
+
+    Raises:
+        KeyError: ``moments`` has a parameter's "exp_avg" without the others.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        parameters: Mapping[str, nn.Parameter],
+        learning_rate: float,
+        moments: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._kind = config.optimizer
+        self._parameters = dict(parameters)
+        self._learning_rate = learning_rate
+        self._states: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self._parameters.items():
+            if moments and f"exp_avg.{name}" in moments:
+                self._states[name] = _fresh_state(parameter)
+                for key, tensor in self._states[name].items():
+                    tensor.copy_(moments[f"{key}.{name}"])
+
+    def clear_gradients(self) -> None:
+        """Set every gradient of the part to None."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step on the parameters that have a gradient; others, and their moments, stay as they are."""
+        names: list[str] = []
+        parameters: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                names.append(name)
+                parameters.append(parameter)
+                gradients.append(parameter.grad)
+        if self._kind == "sgd":
+            sgd(
+                parameters, gradients, [None] * len(parameters), lr=self._learning_rate,
+                weight_decay=0, momentum=0, dampening=0, nesterov=False, maximize=False,
+            )  # fmt: skip
+            return
+        for name in names:
+            if name not in self._states:
+                self._states[name] = _fresh_state(self._parameters[name])
+        averages, squares, steps = ([self._states[name][key] for name in names] for key in MOMENTS)
+        adam(
+            parameters, gradients, averages, squares, [], steps, fused=True, lr=self._learning_rate,
+            beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0, amsgrad=False, maximize=False,
+        )  # fmt: skip
+
+    def export_moments(self) -> dict[str, Tensor]:
+        """Adam's moments as contiguous CPU tensors of their own; empty for SGD.
+
+        "exp_avg.<parameter>" and "exp_avg_sq.<parameter>" have the parameter's shape, "step.<parameter>" has
+        none; all three are missing for a parameter that never had a gradient.
+        """
+        return {
+            f"{key}.{name}": self._states[name][key].cpu().clone(memory_format=torch.contiguous_format)
+            for key in MOMENTS
+            for name in self._parameters
+            if name in self._states
+        }
 
 
 def learning_rate_factor(config: RunConfig, round_number: int) -> float:
@@ -28,23 +100,11 @@ def learning_rate_factor(config: RunConfig, round_number: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (round_number - 1) / config.federation.rounds))
 
 
-def load_moments(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], moments: Mapping[str, Tensor]
-) -> None:
-    """Give an optimizer the moments that :func:`export_moments` took; parameters without any start afresh."""
-    for name, parameter in parameters.items():
-        if f"exp_avg.{name}" in moments:
-            optimizer.state[parameter] = {
-                key: moments[f"{key}.{name}"].to(parameter.device, copy=True) for key in MOMENTS
-            }
-
-
-def export_moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Adam's moments as CPU tensors named "exp_avg.<parameter>" and so on; empty for SGD."""
-    moments = {}
-    for key in MOMENTS:
-        for name, parameter in parameters.items():
-            state = optimizer.state.get(parameter, {})
-            if key in state:
-                moments[f"{key}.{name}"] = state[key].detach().cpu().clone()
-    return moments
+def _fresh_state(parameter: nn.Parameter) -> dict[str, Tensor]:
+    # In the parameter's own memory layout, which moments that come from a file do not have: the fused
+    # kernel pairs elements by their place in memory.
+    return {
+        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+        "step": torch.zeros((), device=parameter.device),
+    }

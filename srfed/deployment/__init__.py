@@ -1,0 +1,5 @@
+"""Running on real machines: certificates and keys, a site's own check, and a rehearsal on one machine.
+
+Flower and PyTorch run only in the processes that :mod:`srfed.deployment.processes` starts, or where a function
+needs them; importing this room loads neither.
+"""

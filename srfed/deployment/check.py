@@ -1,0 +1,163 @@
+"""What a site's owner wants to know before joining: is the data right, is there room, what will leave."""
+
+import json
+import os
+import shlex
+import shutil
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+
+from srfed.config import RunConfig
+from srfed.data import Task, load_own_task
+from srfed.data.images import Images
+from srfed.errors import UserError
+from srfed.evaluation.features import load_feature_network
+from srfed.federation.client_store import check_name
+from srfed.reporting.pictures import draw_grid, write_png
+from srfed.reporting.words import bytes_in_words
+from srfed.training.batches import MinibatchOrder
+from srfed.training.setup import build_model, build_partition, resolve_device
+
+TRAINING_ROWS, TEST_ROWS, COLUMNS = 4, 2, 12
+"""Of the picture: at most so many rows of either kind, and images in a row."""
+
+
+def check_site(config: RunConfig, data: Path, state_dir: Path, client: str, picture: Path | None = None) -> str:
+    """Try all that a site will need, and write a picture of its images.
+
+    Args:
+        config: the run's configuration.
+        data: the site's images, a folder or an .npz file.
+        state_dir: where it will keep its state; made if it is not there.
+        client: the id that it will have.
+        picture: where the picture goes; None takes ``check.png`` in the state directory.
+
+    Returns:
+        What was found, what will travel, and the command that joins the federation.
+
+    Raises:
+        UserError: something would fail later: the id, the images, the minibatches, the device, the feature
+            network, the state directory, the disk.
+    """
+    check_name(client)
+    data, state_dir = data.expanduser().absolute(), state_dir.expanduser().absolute()
+    training, evaluation = config.training, config.evaluation
+    device = resolve_device(config.resources)
+    task = load_own_task(config.data, data, client)
+    MinibatchOrder(len(task.train), training.batch_size, training.drop_last, config.seed, client)
+    if evaluation.mode == "moments":
+        if len(task.test) < 2:
+            raise UserError(f"{data} gives {len(task.test)} test images; evaluation needs at least 2")
+        load_feature_network(evaluation.feature_network, evaluation.inception_weights, device)
+    _try_to_write(state_dir)
+
+    _, height, width, channels = task.train.shape
+    model = build_model(config, channels)
+    tensors, partition = model.state_dict(), build_partition(config, model)
+    shared, exclusive = (
+        sum(tensors[name].nbytes for name in names) for names in (partition.shared, partition.exclusive)
+    )
+    moments = 3 if training.shared_moments == "average" else 1
+    parameters = sum(tensors[name].numel() for name in partition.shared)
+    needed = _bytes_of_store(config, task, shared, exclusive)
+    free = shutil.disk_usage(state_dir).free
+    if free < needed:
+        raise UserError(
+            f"{state_dir} has {bytes_in_words(free)} free, but the state takes up to {bytes_in_words(needed)}"
+        )
+    picture = picture or state_dir / "check.png"
+    write_png(
+        picture, draw_grid({**_rows("training", task.train, TRAINING_ROWS), **_rows("test", task.test, TEST_ROWS)})
+    )
+
+    payload = shared * moments
+    what = "φ" if moments == 1 else "φ and its two averaged moments"
+    return "\n".join(
+        [
+            f"images:     {data}",
+            f"            {len(task.train)} for training, {len(task.test)} for tests; "
+            f"{height} x {width} px, {channels} channel{'s' if channels > 1 else ''}",
+            f"picture:    {picture}  (look at it: this is what the network will see)",
+            f"minibatch:  {min(training.batch_size, len(task.train))} of {len(task.train)} images",
+            f"state:      {state_dir} can be written",
+            f"            {bytes_in_words(free)} free, up to {bytes_in_words(needed)} needed",
+            f"computes:   on {device.type}",
+            "",
+            f"each round: {payload:,} bytes ({bytes_in_words(payload)}) come and as many go: {what}, "
+            f"{parameters:,} parameters in {len(partition.shared)} tensors",
+            "also go:    the client's id, numbers of images and their size, losses and times, "
+            "a fingerprint of the partition",
+            *_of_evaluation(config, height * width * channels),
+            "never go:   your images, θ_i, its moving average, its optimizer's moments, the texts of errors",
+            "",
+            "join with (SUPERLINK:PORT and ca.crt come from who runs the server; the key is your own):",
+            "",
+            _command(data, state_dir, client),
+        ]
+    )
+
+
+def _of_evaluation(config: RunConfig, pixels: int) -> list[str]:
+    """What evaluation rounds send."""
+    evaluation, clients = config.evaluation, config.federation.clients
+    if evaluation.mode == "moments":
+        first = "mean and scatter of the features of generated images and of your own; no image"
+    else:
+        # Shared out among the clients, the first get one more.
+        last, between = (-(-count // clients) for count in (evaluation.samples, evaluation.samples_between))
+        first = (
+            f"generated images: {last} at the end, {between} at evaluations before, of {pixels} bytes each, and "
+            f"{evaluation.strip_steps} of a reverse process"
+        )
+    second = "SSIM of reconstructed test images, as numbers"
+    return [f"evaluation: {first}", *([f"            {second}"] if evaluation.ssim_images else [])]
+
+
+def _bytes_of_store(config: RunConfig, task: Task, shared: int, exclusive: int) -> int:
+    """What the site's store takes at most: its attempts, and the copy of the decoded images."""
+    moments = 2 if config.training.optimizer == "adam" else 1
+    attempt = exclusive * (2 + moments)  # θ_i, its moving average, its moments
+    if config.training.shared_moments == "keep":
+        attempt += shared * moments
+    # The kept ones, the ancestor of the oldest, and the one that is being written before the last is dropped.
+    return (config.federation.keep_attempts + 2) * attempt + task.train.nbytes + task.test.nbytes
+
+
+def _try_to_write(folder: Path) -> None:
+    """Make a file in the folder and remove it; raises UserError where that does not work."""
+    probe = folder / f".check-{uuid4().hex[:8]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with probe.open("wb") as file:
+            file.write(b"srfed")
+            file.flush()
+            os.fsync(file.fileno())
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"the state directory {folder} cannot be written: {error.strerror or error}") from error
+
+
+def _rows(label: str, images: Images, rows: int) -> dict[str, Images]:
+    """Images evenly drawn from the whole, in labelled rows."""
+    chosen = np.unique(np.linspace(0, len(images) - 1, rows * COLUMNS).round().astype(int))
+    return {
+        f"{label} {chosen[first] + 1}": images[chosen[first : first + COLUMNS]]
+        for first in range(0, len(chosen), COLUMNS)
+    }
+
+
+def _command(data: Path, state_dir: Path, client: str) -> str:
+    values = {"client-id": client, "data": str(data), "state-dir": str(state_dir)}
+    for value in values.values():
+        if not value.isprintable() or set('"\\') & set(value):
+            raise UserError(f"{value!r} has a character that Flower's --node-config cannot carry; rename it")
+    node_config = " ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items())
+    return " \\\n    ".join(
+        [
+            "flower-supernode --superlink SUPERLINK:PORT --root-certificates ca.crt",
+            f"--auth-supernode-private-key site-{client}.key",
+            f"--node-config {shlex.quote(node_config)}",
+        ]
+    )

@@ -1,0 +1,563 @@
+"""A federation's processes on one machine: SuperLink, SuperNodes, runs, all on loopback, and their end.
+
+Used by the rehearsal, by tests that kill some of them, and by long-running measurements. Nothing here
+imports Flower or PyTorch; only the processes do.
+"""
+
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import srfed
+from srfed.deployment.certificates import (
+    CA_CERTIFICATE,
+    SERVER_CERTIFICATE,
+    SERVER_KEY,
+    make_certificates,
+    site_key,
+)
+from srfed.errors import UserError
+from srfed.files import write_bytes
+
+Role = Literal["superlink", "supernode", "serverapp", "client"]
+HOST = "127.0.0.1"
+CONNECTION = "deployment"
+"""Name of the connection to the SuperLink in Flower's configuration."""
+FOLDER_VARIABLE = "SRFED_DEPLOYMENT"
+"""Environment variable that marks every process of a deployment with its folder; descendants inherit it."""
+PART_VARIABLE = "SRFED_DEPLOYMENT_PART"
+"""Environment variable that says whose process it is: "superlink", "site <client>" or "flwr"."""
+PORTS = range(15_000, 32_000)
+"""Below the ports that systems give to outgoing connections, so that a free one is still free when it is bound."""
+READY_SECONDS = 120.0
+"""How long a process may take until it is ready: each imports much, and machines are busy."""
+GRACE_SECONDS = 5.0
+"""How long a process may take to end by itself before it is killed."""
+REJOIN_SECONDS = 180.0
+"""How long a SuperNode may be refused because the SuperLink takes its predecessor, which was killed, for alive."""
+POLL_SECONDS = 0.05
+_PROGRAMS: Mapping[Role, str] = {
+    "superlink": "flower-superlink",
+    "supernode": "flower-supernode",
+    "serverapp": "flwr-serverapp",
+    "client": "flwr-clientapp",
+}
+
+
+class Deployment:
+    """One SuperLink and its sites, each process with its log in a file, all ended on leaving the context.
+
+    The folder holds what the machines of a real deployment would: ``certificates/``, the SuperLink's
+    ``superlink.db``, Flower's homes (``flower/``, ``sites/<client>/flower/``) and ``logs/``. A deployment in a
+    folder that had one before goes on with its certificates, keys and database.
+
+    Args:
+        folder: where it all lies.
+        tls: encrypt; without it a test can disturb what travels.
+        authentication: let in only SuperNodes whose keys are registered; needs ``tls``.
+        threads: OMP_NUM_THREADS of every process.
+
+    Raises:
+        ValueError: authentication without TLS, which Flower refuses.
+        UserError: the folder cannot be written, or processes of an earlier deployment there still live.
+    """
+
+    def __init__(self, folder: Path, *, tls: bool = True, authentication: bool = True, threads: int = 1) -> None:
+        if authentication and not tls:
+            raise ValueError("authentication needs tls")
+        self.folder = folder.absolute()
+        self.certificates = self.folder / "certificates"
+        self.logs = self.folder / "logs"
+        self._tls, self._authentication, self._threads = tls, authentication, threads
+        self._superlink: _Process | None = None
+        self._sites: dict[str, _Site] = {}
+        self._started: list[_Process] = []
+        if alive := self._alive():
+            pids = " ".join(str(process.pid) for process in alive)
+            raise UserError(f"processes of an earlier run in {self.folder} still live; end them with: kill {pids}")
+        self._ports = _free_ports()
+        self.superlink_port = next(self._ports)
+        self._write_app()
+        self._write_connection()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def superlink_address(self) -> str:
+        """Where SuperNodes and ``flwr`` find the SuperLink."""
+        return f"{HOST}:{self.superlink_port}"
+
+    # --- SuperLink -------------------------------------------------------------------------------
+
+    def start_superlink(self) -> None:
+        """Start the SuperLink, or start it again on the same port and database; returns once it listens.
+
+        Raises:
+            UserError: it ends or does not listen in time; the text has its last words.
+        """
+        command = ["flower-superlink", "--host", HOST, "--port", str(self.superlink_port)]
+        command += ["--database", str(self.folder / "superlink.db"), "--disable-runtime-dependency-installation"]
+        if self._tls:
+            command += ["--ssl-certfile", str(self.certificates / SERVER_CERTIFICATE)]
+            command += ["--ssl-keyfile", str(self.certificates / SERVER_KEY)]
+            command += ["--ssl-ca-certfile", str(self.certificates / CA_CERTIFICATE)]
+        else:
+            command.append("--insecure")
+        if self._authentication:
+            command.append("--enable-supernode-auth")
+        self._end(signal.SIGKILL, "superlink")  # what is left of an earlier one, as a service manager would
+        self._superlink = self._start(command, "superlink", self.folder / "flower", "superlink.log")
+        self._superlink.wait_until(lambda: _listens(self.superlink_port))
+
+    def stop_superlink(self) -> None:
+        """End the SuperLink and its ServerApps as an administrator would (SIGTERM)."""
+        self._end(signal.SIGTERM, "superlink")
+
+    def kill_superlink(self) -> None:
+        """End the SuperLink and its ServerApps at once (SIGKILL), as a power cut would."""
+        self._end(signal.SIGKILL, "superlink")
+
+    # --- Sites -----------------------------------------------------------------------------------
+
+    def add_site(
+        self,
+        client: str,
+        data: Path,
+        state_dir: Path,
+        *,
+        key: Path | None = None,
+        superlink_address: str | None = None,
+        wait: bool = True,
+    ) -> None:
+        """Register a site's key with the running SuperLink, and start its SuperNode.
+
+        Args:
+            client: the client's id.
+            data: its images, a folder or an .npz file.
+            state_dir: where it keeps its state.
+            key: its private key ``<name>.key``, with the public key ``<name>.pub`` beside it; by default a
+                pair is made, once.
+            superlink_address: where the SuperNode is to look for the SuperLink; by default where it is.
+            wait: return only once it is connected.
+
+        Raises:
+            UserError: the SuperLink does not take the key, or as :meth:`start_site`.
+        """
+        if self._authentication:
+            if key is None:
+                key = self.certificates / site_key(client)
+                if not key.exists():
+                    make_certificates(self.certificates, [], [client])
+            self._register(key.with_suffix(".pub"))
+        self._sites[client] = _Site(
+            data.absolute(), state_dir.absolute(), key, superlink_address or self.superlink_address, next(self._ports)
+        )
+        self.start_site(client, wait=wait)
+
+    def start_site(self, client: str, *, wait: bool = True) -> None:
+        """Start a site's SuperNode, or start it again with the same key, data, state and port.
+
+        Raises:
+            UserError: with ``wait``, as :meth:`wait_for_site`.
+        """
+        site = self._sites[client]
+        home = self.folder / "sites" / client
+        node_config = {"client-id": client, "data": str(site.data), "state-dir": str(site.state_dir)}
+        write_bytes(home / "node-config.toml", _toml(node_config))
+        command = ["flower-supernode", "--superlink", site.superlink_address, "--host", HOST]
+        command += ["--port", str(site.port), "--node-config", str(home / "node-config.toml")]
+        command += ["--root-certificates", str(self.certificates / CA_CERTIFICATE)] if self._tls else ["--insecure"]
+        if site.key is not None:
+            command += ["--auth-supernode-private-key", str(site.key)]
+        self._end(signal.SIGKILL, f"site {client}")  # what is left of an earlier one, as a service manager would
+        # Each site has a home of its own, as each machine has: two processes that unpack the app there at once fail.
+        site.process = self._start(command, f"site {client}", home / "flower", f"site-{client}.log")
+        if wait:
+            self.wait_for_site(client)
+
+    def wait_for_site(self, client: str) -> None:
+        """Wait until a site's SuperNode is connected.
+
+        After a SuperNode was killed, the SuperLink refuses another with its key until the heartbeat is overdue, for
+        about a minute; so a refused one is started again, as the service manager of a real site would.
+
+        Raises:
+            UserError: it ends or does not connect in time; the text has its last words.
+        """
+        deadline = time.monotonic() + REJOIN_SECONDS
+        while True:
+            process = self._sites[client].process
+            assert process is not None
+            try:
+                process.wait_until(partial(_connected, process))
+                return
+            except UserError:
+                if "Failed to activate SuperNode" not in process.output() or time.monotonic() > deadline:
+                    raise
+                self.start_site(client, wait=False)
+
+    def stop_site(self, client: str) -> None:
+        """End a site's SuperNode and its ClientApps as an administrator would (SIGTERM)."""
+        self._end(signal.SIGTERM, f"site {client}")
+
+    def kill_site(self, client: str) -> None:
+        """End all processes of a site at once (SIGKILL), as a power cut would."""
+        self._end(signal.SIGKILL, f"site {client}")
+
+    # --- Runs ------------------------------------------------------------------------------------
+
+    def run(self, run_dir: Path, config: Path | None = None, overrides: Sequence[str] = ()) -> "FlowerRun":
+        """Submit a run; it begins in ``run_dir``, or goes on with what is there.
+
+        Args:
+            run_dir: the run's folder at the server.
+            config: its YAML file; None takes what the run was begun with, or the defaults.
+            overrides: "section.key=value" each.
+        """
+        values = {
+            "run-dir": str(run_dir.absolute()),
+            "config": "" if config is None else str(config.absolute()),
+            "set": shlex.join(overrides),
+        }
+        # A file, because the option's own syntax knows no way to write quotation marks.
+        file = self.folder / "flower" / "run-config.toml"
+        write_bytes(file, _toml(values))
+        arguments = [str(self.folder / "app"), CONNECTION, "--stream", "--run-config", str(file)]
+        return FlowerRun(self, self._start(["flwr", "run", *arguments], "flwr", self.folder / "flower", "run.log"))
+
+    def flwr(self, *arguments: str, timeout: float = READY_SECONDS) -> str:
+        """The output of a command of ``flwr``; raises UserError with its last words where it fails or takes longer."""
+        process = self._start(["flwr", *arguments], "flwr", self.folder / "flower", "flwr.log")
+        if process.wait(timeout) != 0:
+            raise process.failure("failed")
+        return process.output()
+
+    # --- Processes -------------------------------------------------------------------------------
+
+    def pids(self, role: Role, client: str | None = None) -> list[int]:
+        """The living processes of a role, oldest first.
+
+        Args:
+            role: "superlink", "supernode" (a site's own process), "serverapp" or "client" (what Flower starts
+                for a run, and for a message to a site).
+            client: only this site's.
+        """
+        parts = () if client is None else (f"site {client}",)
+        return [process.pid for process in self._alive(*parts) if process.program == _PROGRAMS[role]]
+
+    def close(self) -> None:
+        """End every process of this deployment, and only those; signals to this one wait until that is done.
+
+        ServerApps first, so that none takes what follows for clients that fail; then the sites, so that each can
+        still tell the SuperLink; then the SuperLink.
+        """
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+        try:
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                _send(number, self.pids("serverapp"))
+                self._wait_while(lambda: self.pids("serverapp"))
+            self._end(signal.SIGTERM, "flwr", *(f"site {client}" for client in self._sites))
+            self._end(signal.SIGTERM, "superlink")
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _start(self, command: Sequence[str], part: str, home: Path, log: str) -> "_Process":
+        home.mkdir(parents=True, exist_ok=True)
+        self.logs.mkdir(parents=True, exist_ok=True)
+        # Without what a simulation in this process may have set for its own apps.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SRFED_")}
+        # Flower's helpers are started by name; without an activated environment they are not on the path.
+        programs = Path(sys.executable).parent
+        environment |= {
+            "PATH": f"{programs}{os.pathsep}{environment.get('PATH', os.defpath)}",
+            "FLWR_HOME": str(home),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+            "OMP_NUM_THREADS": str(self._threads),
+            "PYTHONUNBUFFERED": "1",
+            # Where there is a proxy, it cannot reach this machine's loopback.
+            **dict.fromkeys(("NO_PROXY", "no_proxy"), f"{environment.get('NO_PROXY', '')},{HOST},localhost".strip(",")),
+            FOLDER_VARIABLE: str(self.folder),
+            PART_VARIABLE: part,
+        }
+        package = Path(srfed.__file__).parent.parent
+        if package != Path(sysconfig.get_path("purelib")):
+            # Not installed, or not this copy: what the processes run is to be what runs here.
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package), environment.get("PYTHONPATH", "")]))
+        path = programs / command[0]
+        if not path.exists():
+            raise UserError(f"{path} is missing; install Flower with: pip install 'flwr[simulation]'")
+        process = _Process([str(path), *command[1:]], part, environment, self.logs / log)
+        self._started.append(process)
+        return process
+
+    def _register(self, public_key: Path) -> None:
+        try:
+            self.flwr("supernode", "register", str(public_key), CONNECTION)
+        except UserError as error:
+            # The database of an earlier deployment in this folder knows the key already.
+            if "already in use" not in str(error):
+                raise
+
+    def _alive(self, *parts: str) -> list["_Alive"]:
+        """Living processes of some parts, or of all; children of children too, whoever their parent is by now."""
+        return [process for process in _marked(str(self.folder)) if not parts or process.part in parts]
+
+    def _end(self, number: signal.Signals, *parts: str) -> None:
+        """End the processes of some parts: first those that were started here, then by force what is left."""
+        ours = [process for process in self._started if process.part in parts]
+        if number != signal.SIGKILL:
+            for process in ours:
+                process.send(number)
+            # Their children are not waited for: those that hold something commit it whole or not at all, and all
+            # would go on for a while asking the dead.
+            self._wait_while(lambda: any(process.lives for process in ours))
+        while alive := self._alive(*parts):
+            _send(signal.SIGKILL, [process.pid for process in alive])
+            time.sleep(POLL_SECONDS)
+        for process in ours:
+            process.send(signal.SIGKILL)  # finds them all ended, except where there is no /proc to look into
+            process.wait()
+        self._started = [process for process in self._started if process not in ours]
+
+    def _wait_while(self, condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + GRACE_SECONDS
+        while condition() and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+
+    def _write_app(self) -> None:
+        """The Flower app to submit. It holds no code: each party has srfed installed."""
+        app = {
+            "project": {
+                "name": "srfed",
+                "version": srfed.__version__,
+                "description": "Federated SR-DDPM",
+                "license": "Apache-2.0",
+            },
+            "tool.flwr.app": {"publisher": "srfed"},
+            "tool.flwr.app.components": {
+                "serverapp": "srfed.federation.server_app:app",
+                "clientapp": "srfed.federation.client_app:app",
+            },
+            "tool.flwr.app.config": {"run-dir": "", "config": "", "set": ""},
+        }
+        write_bytes(self.folder / "app" / "pyproject.toml", b"\n".join(_toml(t, name) for name, t in app.items()))
+
+    def _write_connection(self) -> None:
+        if self._tls and not (self.certificates / CA_CERTIFICATE).exists():
+            make_certificates(self.certificates, [HOST])
+        security = {"root-certificates": str(self.certificates / CA_CERTIFICATE)} if self._tls else {"insecure": True}
+        connection = {"address": self.superlink_address, **security}
+        content = _toml({"default": CONNECTION}, "superlink") + _toml(connection, f"superlink.{CONNECTION}")
+        write_bytes(self.folder / "flower" / "config.toml", content)
+
+
+class FlowerRun:
+    """A run that was submitted, followed through the log that ``flwr run --stream`` writes.
+
+    Args:
+        deployment: whose run it is.
+        process: the process of ``flwr run``.
+    """
+
+    def __init__(self, deployment: Deployment, process: "_Process") -> None:
+        self._deployment = deployment
+        self._process = process
+
+    def lines(self) -> Iterator[str]:
+        """The output as it comes, Flower's own words included, until the run ends."""
+        with self._process.log.open(encoding="utf-8", errors="replace") as file:
+            file.seek(self._process.begin)
+            rest = ""
+            while True:
+                # Asked before reading, so that the last words are not missed.
+                lives = self._process.lives
+                rest += file.read()
+                *lines, rest = rest.split("\n")
+                yield from lines
+                if not lives:
+                    break
+                if not lines:
+                    time.sleep(POLL_SECONDS)
+        if rest:
+            yield rest
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait until ``flwr run`` ends; its exit code, which says nothing of success, or None after the timeout."""
+        return self._process.wait(timeout)
+
+    @property
+    def run_id(self) -> str | None:
+        """Flower's number of the run, as soon as it was accepted."""
+        found = re.search(r"Successfully started run (\d+)", self._process.output())
+        return found[1] if found else None
+
+    def status(self) -> tuple[str, str]:
+        """How the run stands, such as "running" or "finished:completed", and why.
+
+        Raises:
+            UserError: it was not accepted, or the SuperLink does not answer; the text has the last words.
+        """
+        number = self.run_id
+        if number is None:
+            raise self._process.failure("did not start")
+        answer = self._deployment.flwr("ls", CONNECTION, "--run-id", number, "--format", "json")
+        (run,) = json.loads(answer[answer.index("{") :])["runs"]
+        return str(run["status"]), str(run["status-details"])
+
+
+@dataclass
+class _Site:
+    data: Path
+    state_dir: Path
+    key: Path | None
+    superlink_address: str
+    port: int
+    process: "_Process | None" = None
+
+
+class _Process:
+    """A process of its own session, so that a terminal's Ctrl-C does not reach it, with its output in a file."""
+
+    def __init__(self, command: Sequence[str], part: str, environment: Mapping[str, str], log: Path) -> None:
+        self.part = part
+        self.log = log
+        self.begin = log.stat().st_size if log.exists() else 0
+        self._name = Path(command[0]).name + (f" of {part}" if part.startswith("site") else "")
+        with log.open("ab") as file:
+            self._popen = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def lives(self) -> bool:
+        return self._popen.poll() is None
+
+    def output(self) -> str:
+        """What it has written since it started."""
+        with self.log.open("rb") as file:
+            file.seek(self.begin)
+            return file.read().decode(errors="replace")
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Its exit code; None where it lives on after the timeout."""
+        with suppress(subprocess.TimeoutExpired):
+            return self._popen.wait(timeout)
+        return None
+
+    def wait_until(self, ready: Callable[[], bool]) -> None:
+        """Wait until it is ready; raises UserError where it ends, or takes too long."""
+        deadline = time.monotonic() + READY_SECONDS
+        while not ready():
+            if not self.lives:
+                raise self.failure(f"ended with code {self._popen.returncode}")
+            if time.monotonic() > deadline:
+                raise self.failure(f"is not ready after {READY_SECONDS:g} s")
+            time.sleep(POLL_SECONDS)
+
+    def send(self, number: signal.Signals) -> None:
+        self._popen.send_signal(number)
+
+    def failure(self, what: str) -> UserError:
+        """An error with what the process said last of an error, or at all."""
+        lines = [line for line in map(_plain, self.output().splitlines()) if line] or ["no output"]
+        said = [number for number, line in enumerate(lines) if line.startswith("ERROR")]
+        # Flower's own errors take three lines: the code, the matter, the reason.
+        first, count = (said[-1], 3 if "Exit Code" in lines[said[-1]] else 1) if said else (len(lines) - 1, 1)
+        return UserError(f"{self._name} {what}: {' '.join(lines[first : first + count])} (all of it: {self.log})")
+
+
+@dataclass(frozen=True)
+class _Alive:
+    """A living process of a deployment: its part, and the program it runs."""
+
+    pid: int
+    part: str
+    program: str
+
+
+def _marked(folder: str) -> list[_Alive]:
+    """Processes that carry a deployment's mark; without /proc none is found, and Flower's children end alone."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            # A process that has ended but is not yet collected by its parent has an empty environment.
+            environment = dict(pair.partition("=")[::2] for pair in _words(entry / "environ"))
+            if environment.get(FOLDER_VARIABLE) == folder:
+                # Scripts run as "python /where/flower-superlink ...".
+                program = next((Path(word).name for word in _words(entry / "cmdline")[1:2]), "")
+                found.append(_Alive(int(entry.name), environment.get(PART_VARIABLE, ""), program))
+        except (OSError, ValueError):
+            continue  # it ended meanwhile, or is another user's
+    return sorted(found, key=lambda process: process.pid)
+
+
+def _send(number: signal.Signals, pids: Iterable[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _words(file: Path) -> list[str]:
+    return file.read_bytes().decode(errors="surrogateescape").split("\0")
+
+
+def _connected(supernode: _Process) -> bool:
+    return "SuperNode ID:" in supernode.output()
+
+
+def _free_ports() -> Iterator[int]:
+    """Ports of the loopback that nobody listens on, each once."""
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as probe:
+            # As servers do: a connection that was closed a moment ago does not occupy its port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+        yield port
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) == 0
+
+
+def _plain(line: str) -> str:
+    """A line without its colours and frames."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", line).strip(" │╭╮╰╯─\t\r")
+
+
+def _toml(values: Mapping[str, Any], table: str = "") -> bytes:
+    """A flat TOML table; JSON's texts and truth values are TOML's too."""
+    lines = [f"[{table}]"] if table else []
+    lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    return ("\n".join(lines) + "\n").encode()

@@ -1,0 +1,108 @@
+"""A whole federation rehearsed on one machine: real processes, TLS, keys, and each site with its own images."""
+
+import io
+import re
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+
+from srfed.config import RunConfig
+from srfed.data import load_tasks
+from srfed.deployment.processes import Deployment
+from srfed.errors import UserError
+from srfed.files import write_bytes
+from srfed.reporting.run_directory import RunDirectory
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_FLOWERS = re.compile(
+    r"(\x1b\[\d+m)?(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) *(\x1b\[0m)?:|Successfully installed "
+)
+"""How a line of Flower's begins, as against one that the ServerApp prints."""
+
+
+def rehearse(folder: Path, config: RunConfig) -> None:
+    """Run a configuration's federation as it would be deployed, or go on with the run that the folder holds.
+
+    Each site gets its task's images as ``sites/<client>/images.npz``, and the task's name as its id; so the run
+    has the same bits as a simulation of the same configuration.
+
+    Args:
+        folder: where everything goes: ``run`` (the server's), ``sites/<client>/state``, ``certificates``,
+            ``superlink.db``, ``logs``.
+        config: the run's configuration.
+
+    Raises:
+        UserError: the folder holds something else, the configuration is impossible, a process fails or the run does.
+        KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came; every process has been ended.
+    """
+    folder = folder.absolute()
+    if folder.exists() and not (folder / "certificates").is_dir() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is neither an empty folder nor that of a rehearsal; name another one with --dir")
+    if (folder / "run" / "run.json").exists():
+        # Refused here, and not after everything has been started.
+        RunDirectory.open(folder / "run").reconfigure(config)
+    tasks = load_tasks(config.data, config.federation.clients)
+    for task in tasks:
+        buffer = io.BytesIO()
+        np.savez(buffer, train_images=task.train, test_images=task.test)
+        write_bytes(_images(folder, task.name), buffer.getvalue())
+    names = [task.name for task in tasks]
+    with _signals_as_interrupts(), Deployment(folder, threads=config.resources.client_cpus) as deployment:
+        write_bytes(folder / "config.yaml", config.to_yaml().encode())
+        deployment.start_superlink()
+        _say(f"SuperLink on {deployment.superlink_address}, with TLS and authentication")
+        for name in names:
+            deployment.add_site(name, _images(folder, name), folder / "sites" / name / "state", wait=False)
+        for name in names:
+            deployment.wait_for_site(name)
+        _say(f"connected: {', '.join(names)}")
+        run = deployment.run(folder / "run", folder / "config.yaml")
+        for line in _own_lines(run.lines()):
+            _say(line)
+        status, details = run.status()
+    if status != "finished:completed":
+        reason = " ".join(details.split()).removeprefix("ServerApp failed with exception: ")
+        raise UserError(f"the run did not succeed ({status}): {reason} (logs: {folder / 'logs'})")
+
+
+def _images(folder: Path, client: str) -> Path:
+    return folder / "sites" / client / "images.npz"
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _own_lines(lines: Iterable[str]) -> Iterator[str]:
+    """What the ServerApp itself prints; an error ends it, as it is told at the end, in one line."""
+    started = False
+    for line in lines:
+        if flowers := _FLOWERS.match(line):
+            started = started or "Starting logstream" in line
+            if flowers["level"] in ("ERROR", "CRITICAL"):
+                return
+        elif started and line.strip():
+            yield line
+
+
+@contextmanager
+def _signals_as_interrupts() -> Iterator[None]:
+    """The first signal raises KeyboardInterrupt; more of them change nothing, as all is being ended already."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        print("ending all processes", file=sys.stderr, flush=True)
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, interrupt) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,210 @@
+"""The roster: which clients take part, and at which node each of them is.
+
+A node that comes is asked who it is. One that does not fit is refused with a reason, and asked again
+when it has been away or some time has passed; the others are not held up.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from srfed import __version__
+from srfed.config import RunConfig
+from srfed.errors import UserError
+from srfed.federation.client_store import check_name
+from srfed.federation.exchange import POLL_SECONDS, StoppedError, stop_requested
+from srfed.federation.messages import DESCRIBE, Description, Request
+
+LOOK_SECONDS = 1.0
+"""Least time between two looks at who is connected."""
+ASK_AGAIN_SECONDS = 30.0
+"""A refused node that stays is asked again after this time: its owner may have mended it."""
+TELL_SECONDS = 60.0
+"""While the server waits for clients it says so this often."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client of this run, and the node that it answers from."""
+
+    node: int
+    description: Description
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a client must say of itself to take part.
+
+    Attributes:
+        shape: H, W, C of its images.
+        partition: fingerprint of the partition.
+        clients: the only ids there can be; None where any will do.
+    """
+
+    shape: tuple[int, int, int]
+    partition: str
+    clients: frozenset[str] | None
+
+
+class Roster:
+    """The clients of one run, as they come and go.
+
+    Args:
+        grid: where the nodes are.
+        config: the run's configuration.
+        lineage: the run.
+        expected: what a client must be like.
+        joined: told of each client that is new to the roster.
+        notice: told what the user should know.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        config: RunConfig,
+        lineage: str,
+        expected: Expected,
+        joined: Callable[[Member], None],
+        notice: Callable[[str], None],
+    ) -> None:
+        self._grid = grid
+        self._config = config
+        self._request = Request(config.to_json(), lineage)
+        self._expected = expected
+        self._joined = joined
+        self._notice = notice
+        self._members: dict[str, Member] = {}
+        self._asked: dict[str, int] = {}
+        self._refused: dict[int, tuple[float, str]] = {}
+        self._doubted: set[int] = set()
+        self._connected: frozenset[int] = frozenset()
+        self._looked = float("-inf")
+
+    @property
+    def members(self) -> dict[str, Member]:
+        """Every client that has taken part since the server started, by id, in the order of their ids."""
+        return dict(sorted(self._members.items()))
+
+    @property
+    def present(self) -> list[str]:
+        """The clients whose node is connected, in the order of their ids."""
+        return [client for client, member in self.members.items() if member.node in self._connected]
+
+    def node_of(self, client: str) -> int:
+        """The node to which messages for a client go."""
+        return self._members[client].node
+
+    def is_present(self, client: str) -> bool:
+        """Whether the client's node is connected."""
+        return client in self._members and self._members[client].node in self._connected
+
+    def doubt(self, client: str) -> None:
+        """Ask a client's node once more who it is: what it has sent was not to be expected of this client."""
+        self._doubted.add(self._members[client].node)
+
+    def look(self) -> None:
+        """See who is connected, ask the new ones, hear those that have answered; never waits for anybody."""
+        now = time.monotonic()
+        if now - self._looked >= LOOK_SECONDS:
+            self._looked = now
+            self._connected = frozenset(self._grid.get_node_ids())
+            self._refused = {node: why for node, why in self._refused.items() if node in self._connected}
+            known = {member.node for member in self._members.values()} | set(self._asked.values())
+            for node in sorted(self._connected - (known - self._doubted)):
+                if node in self._refused and now - self._refused[node][0] < ASK_AGAIN_SECONDS:
+                    continue
+                message = Message(self._request.to_content(), node, DESCRIBE, ttl=self._config.federation.round_timeout)
+                self._asked.update({i: node for i in self._grid.push_messages([message]) if i is not None})
+            self._doubted -= self._connected
+        if self._asked:
+            for reply in list(self._grid.pull_messages(list(self._asked))):
+                if reply.metadata.reply_to_message_id in self._asked:
+                    self._hear(self._asked.pop(reply.metadata.reply_to_message_id), reply)
+
+    def gather(self, enough: Callable[[], bool], acceptable: Callable[[], bool], *, fixed: bool) -> None:
+        """Wait for clients, at most ``federation.join_timeout`` seconds.
+
+        Args:
+            enough: whether there is nothing more to wait for.
+            acceptable: whether, the time being up, the run can go on all the same.
+            fixed: the nodes are those of a simulation, and no other will ever come.
+
+        Raises:
+            UserError: the time is up, or all nodes are refused, and it cannot.
+            StoppedError: the user asked to stop.
+        """
+        timeout = self._config.federation.join_timeout
+        start = told = time.monotonic()
+        while True:
+            self.look()
+            if enough():
+                return
+            if stop_requested.is_set():
+                raise StoppedError
+            heard_all = fixed and bool(self._connected) and not self._asked and len(self._refused) > 0
+            if heard_all or time.monotonic() - start > timeout:
+                if acceptable() and not heard_all:
+                    return
+                raise UserError(self._too_few(timeout))
+            if time.monotonic() - told > TELL_SECONDS:
+                told = time.monotonic()
+                self._notice(f"waiting for clients; here are {', '.join(self.present) or 'none'}")
+            time.sleep(POLL_SECONDS)
+
+    def _hear(self, node: int, reply: Message) -> None:
+        try:
+            description = self._admit(node, reply)
+        except UserError as error:
+            self._members = {client: member for client, member in self._members.items() if member.node != node}
+            if self._refused.get(node, (0.0, ""))[1] != str(error):
+                self._notice(f"refused {error}")
+            self._refused[node] = (time.monotonic(), str(error))
+            return
+        self._refused.pop(node, None)
+        new = description.client not in self._members
+        self._members = {client: member for client, member in self._members.items() if member.node != node}
+        self._members[description.client] = member = Member(node, description)
+        if new:
+            self._joined(member)
+
+    def _admit(self, node: int, reply: Message) -> Description:
+        """The description of a client that may take part; raises UserError with the reason where it may not."""
+        if reply.has_error():
+            raise UserError(f"node {node}: it cannot describe itself; the reason is in its client.log")
+        try:
+            description = Description.of(reply.content)
+        except ValueError as error:
+            raise UserError(
+                f"node {node}: it describes itself in another way ({error}); is its srfed another version?"
+            ) from error
+        client, expected = description.client, self._expected
+        try:
+            check_name(client)
+        except UserError as error:
+            raise UserError(f"node {node}: {error}") from error
+        if description.version != __version__:
+            raise UserError(f"client {client!r}: it runs srfed {description.version!r}, this server {__version__!r}")
+        shape = (description.height, description.width, description.channels)
+        if shape != expected.shape:
+            theirs, ours = ("x".join(map(str, extents)) for extents in (shape, expected.shape))
+            raise UserError(f"client {client!r}: its images are {theirs}, this run's are {ours}")
+        if description.partition != expected.partition:
+            raise UserError(f"client {client!r}: it divides the model differently; is its srfed another version?")
+        if expected.clients is not None and client not in expected.clients:
+            raise UserError(
+                f"client {client!r}: the server's reference images have no such task; "
+                "set evaluation.mode to moments, or name the client after its task"
+            )
+        holder = self._members.get(client)
+        if holder is not None and holder.node != node and holder.node in self._connected:
+            raise UserError(f"node {node}: another node is client {client!r} already")
+        return description
+
+    def _too_few(self, timeout: float) -> str:
+        reasons = [why for _, why in self._refused.values()]
+        told = f" ({'; '.join(reasons[:3])})" if reasons else ""
+        wanted = self._config.federation.clients
+        return f"{len(self.present)} of {wanted} clients can take part after at most {timeout:g} s{told}"

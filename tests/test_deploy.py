@@ -1,0 +1,490 @@
+"""Deployment: certificates as others verify them, a site's check, and a whole federation of real processes."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import threading
+import tomllib
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.cli.supernode.register import try_load_public_key
+from flwr.common.config import parse_config_args
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from PIL import Image
+from tiny_run import CLIENTS, all_bits, begin, run_in_process, server_bits, tiny_config
+
+from srfed import deploy
+from srfed.deployment import processes
+from srfed.deployment.certificates import make_certificates
+from srfed.deployment.processes import FOLDER_VARIABLE, Deployment
+from srfed.errors import UserError
+from srfed.models.partition import divide
+from srfed.reporting.metrics_log import MetricsLog
+from srfed.reporting.run_directory import RunDirectory
+from srfed.tensors import read_manifest
+from srfed.training.setup import build_model
+
+HOSTS = ("fed.example.org", "10.0.0.5")
+
+
+def command(*arguments: object, folder: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    """The command in a process of its own, standing in a folder."""
+    whole = [sys.executable, "-m", "srfed.deploy", *map(str, arguments)]
+    # The package that is tested here, wherever the process stands.
+    environment = {**os.environ, "PYTHONPATH": str(Path(deploy.__file__).parent.parent)}
+    return subprocess.run(whole, capture_output=True, text=True, timeout=300, cwd=folder, env=environment)
+
+
+def assert_one_line(done: "subprocess.CompletedProcess[str]", *words: str) -> None:
+    """Exit code 2, and one line on standard error that has the words."""
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stdout
+    for word in words:
+        assert word in done.stderr
+
+
+# --- Certificates --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command makes for two hosts and two sites, with Flower's files beside another's."""
+    folder = tmp_path_factory.mktemp("certificates") / "new"
+    options = [option for host in HOSTS for option in ("--host", host)]
+    done = command("certificates", "--out", folder, *options, "--site", "north", "--site", "south", "--days", 30)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    names = {line.split()[0] for line in done.stdout.splitlines()} - {"in"}
+    assert names == {path.name for path in folder.iterdir()}, "each file is explained, and there are no others"
+    return folder
+
+
+def test_private_keys_are_for_their_owner_only(certificates: Path) -> None:
+    for path in certificates.iterdir():
+        if path.suffix == ".key":
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+    assert {path.name for path in certificates.glob("*.key")} == {
+        "ca.key", "superlink.key", "site-north.key", "site-south.key",
+    }  # fmt: skip
+
+
+def test_a_private_key_is_never_readable_by_others_not_even_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = []
+    replace = os.replace
+
+    def spy(source: Path, target: Path) -> None:
+        modes.append((Path(target).suffix, stat.S_IMODE(os.stat(source).st_mode)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", spy)
+    make_certificates(tmp_path, ["localhost"], ["a"])
+    assert [mode for suffix, mode in modes if suffix == ".key"] == [0o600] * 3
+
+
+def test_openssl_accepts_the_certificates(certificates: Path) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("there is no openssl command here to verify with")
+
+    def verify(*options: str) -> int:
+        files = ["-CAfile", str(certificates / "ca.crt"), str(certificates / "superlink.crt")]
+        return subprocess.run(
+            [openssl, "verify", "-x509_strict", "-purpose", "sslserver", *options, *files], capture_output=True
+        ).returncode
+
+    assert verify() == 0
+    for host in ("fed.example.org", "localhost"):
+        assert verify("-verify_hostname", host) == 0
+    for address in ("10.0.0.5", "127.0.0.1"):
+        assert verify("-verify_ip", address) == 0
+    assert verify("-verify_hostname", "other.example.org") != 0
+    text = subprocess.run(
+        [openssl, "x509", "-in", str(certificates / "ca.crt"), "-noout", "-text"], capture_output=True, text=True
+    ).stdout
+    assert re.search(r"Basic Constraints: critical\s+CA:TRUE, pathlen:0", text)
+    assert re.search(r"Key Usage: critical\s+Certificate Sign, CRL Sign\n", text)
+
+
+def test_the_certificates_are_valid_as_long_as_was_asked(certificates: Path) -> None:
+    for name in ("ca.crt", "superlink.crt"):
+        certificate = x509.load_pem_x509_certificate((certificates / name).read_bytes())
+        left = certificate.not_valid_after_utc - datetime.now(UTC)
+        assert timedelta(days=29, hours=23) < left <= timedelta(days=30)
+        assert certificate.not_valid_before_utc < datetime.now(UTC)
+
+
+def handshake(server: Path, authority: Path, host: str) -> None:
+    """A strict TLS handshake over the loopback; raises ssl.SSLError where the client refuses."""
+    server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_context.load_cert_chain(server / "superlink.crt", server / "superlink.key")
+    client_context = ssl.create_default_context(cafile=authority / "ca.crt")
+    client_context.verify_flags |= ssl.VERIFY_X509_STRICT
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            # A client that refuses says why itself.
+            with connection, suppress(ssl.SSLError, ConnectionError):
+                server_context.wrap_socket(connection, server_side=True).close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            with socket.create_connection(listener.getsockname()) as connection:
+                client_context.wrap_socket(connection, server_hostname=host).close()
+        finally:
+            thread.join()
+
+
+def test_a_tls_handshake_succeeds_with_the_authority_and_host_names_only(certificates: Path, tmp_path: Path) -> None:
+    for host in (*HOSTS, "localhost", "127.0.0.1"):
+        handshake(certificates, certificates, host)
+    with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
+        handshake(certificates, certificates, "other.example.org")
+    make_certificates(tmp_path, list(HOSTS))
+    with pytest.raises(ssl.SSLCertVerificationError, match="verify failed"):
+        handshake(certificates, tmp_path, HOSTS[0])
+
+
+def test_site_keys_are_what_flower_reads(certificates: Path) -> None:
+    private = load_ssh_private_key((certificates / "site-north.key").read_bytes(), None)
+    assert isinstance(private, ec.EllipticCurvePrivateKey)
+    registered = try_load_public_key(certificates / "site-north.pub")
+    assert registered == public_key_to_bytes(private.public_key())
+    assert registered != try_load_public_key(certificates / "site-south.pub")
+
+
+def test_a_site_makes_its_own_keys_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert deploy.main(["certificates", "--out", str(tmp_path), "--site", "east"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"site-east.key", "site-east.pub"}
+    assert "valid" not in capsys.readouterr().out
+
+
+def test_nothing_is_overwritten_and_then_nothing_is_written(tmp_path: Path) -> None:
+    (tmp_path / "site-b.pub").write_text("mine")
+    done = command("certificates", "--out", tmp_path, "--host", "localhost", "--site", "a", "--site", "b")
+    assert_one_line(done, "site-b.pub exists already")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"site-b.pub": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ([], "nothing to make"),
+        (["--host", "fed.example.org:8000"], "without a port"),
+        (["--host", "späth.de"], "a DNS name"),
+        (["--host", "localhost", "--days", "0"], "allowed: 1 to"),
+        (["--site", "../up"], "no name for a site"),
+        (["--site", "a", "--site", "a"], "given twice"),
+    ],
+)
+def test_impossible_certificates_take_one_line(
+    options: list[str], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert deploy.main(["certificates", "--out", str(tmp_path), *options]) == 2
+    message = capsys.readouterr().err
+    assert word in message
+    assert message.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+# --- A site's check ------------------------------------------------------------------------------
+
+
+def node_config_of(output: str) -> dict[str, Any]:
+    """What the printed command tells the SuperNode, read as a shell and Flower read it."""
+    words = shlex.split(output[output.index("flower-supernode") :])
+    assert words[0] == "flower-supernode"
+    return parse_config_args([words[words.index("--node-config") + 1]])
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of pictures of several sizes and modes, as owners have them."""
+    folder = tmp_path / "my pictures"
+    folder.mkdir()
+    pixels = np.random.default_rng(0)
+    for number, mode in enumerate(["RGB", "L", "RGBA", "P", "1", "RGB", "CMYK", "LA", "L", "RGB"]):
+        size = (9 + number, 20 - number, 3)
+        image = Image.fromarray(pixels.integers(0, 256, size, dtype=np.uint8)).convert(mode)
+        image.save(folder / f"{number}.{'tif' if mode in ('CMYK', 'LA') else 'png'}")
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def test_check_of_a_folder_of_mixed_pictures(pictures: Path, tiny_yaml: Path, tmp_path: Path) -> None:
+    state = tmp_path / "new" / "state"
+    settings = ["data.image_size=8", "data.channels=3", "training.batch_size=4", "training.shared_moments=average"]
+    done = command(
+        "check", "--data", pictures, "--state-dir", state, "--client-id", "clinic-1", "--config", tiny_yaml,
+        *(word for setting in settings for word in ("--set", setting)),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "8 for training, 2 for tests; 8 x 8 px, 3 channels" in done.stdout
+    assert "minibatch:  4 of 8 images" in done.stdout
+    with Image.open(state / "check.png") as picture:
+        assert picture.format == "PNG"
+    assert [path.name for path in state.iterdir()] == ["check.png"], "what it tried to write is gone again"
+    values = {"client-id": "clinic-1", "data": str(pictures), "state-dir": str(state)}
+    assert node_config_of(done.stdout) == values
+    assert "--auth-supernode-private-key site-clinic-1.key" in done.stdout
+
+    config = tiny_config()
+    model = build_model(config, 3)
+    shared = divide(model, config.model.exclusive_stages).shared
+    payload = 3 * 4 * sum(model.state_dict()[name].numel() for name in shared)
+    assert f"each round: {payload:,} bytes" in done.stdout
+    for word in ("never go:   your images, θ_i", "generated images: 10 at the end, 4 at", "of 192 bytes"):
+        assert word in done.stdout
+
+
+def test_check_of_an_npz_file_in_moments_mode(tiny_yaml: Path, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "site-7.npz", train_images=images[:20], test_images=images[20:])
+    out = tmp_path / "grid.png"
+    done = command(
+        "check", "--data", "site-7.npz", "--state-dir", "state", "--config", tiny_yaml,
+        "--out", out, "--set", "evaluation.mode=moments", "--set", "model.exclusive_stages=none", folder=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "20 for training, 10 for tests; 8 x 8 px, 1 channel\n" in done.stdout
+    values = {"client-id": "site-7", "data": str(tmp_path / "site-7.npz"), "state-dir": str(tmp_path / "state")}
+    assert node_config_of(done.stdout) == values, "absolute, as a SuperNode may stand elsewhere"
+    assert not any((tmp_path / "state").iterdir())
+    with Image.open(out) as picture:
+        assert picture.size[0] > picture.size[1] > 0
+    payload = 4 * sum(tensor.numel() for tensor in build_model(tiny_config(), 1).state_dict().values())
+    assert f"each round: {payload:,} bytes" in done.stdout
+    assert "no image" in done.stdout
+    assert "generated images: " not in done.stdout
+
+
+SMALL = ["--data", "small.npz", "--set", "training.batch_size=2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--data", "missing"], "missing does not exist"),
+        (["--data", "empty"], "holds no images"),
+        (["--data", "my pictures"], "data.image_size"),
+        (["--data", "small.npz"], "training.batch_size = 16 is above the 4 training images"),
+        ([*SMALL, "--state-dir", "small.npz/state"], "cannot be written"),
+        ([*SMALL, "--client-id", "a/b"], "'a/b' is no name"),
+        ([*SMALL, "--out", "small.npz/x.png"], "cannot write"),
+        (["--data", "small.npz", "--set", "training.batchsize=2"], "batchsize"),
+    ],
+)
+@pytest.mark.usefixtures("pictures")
+def test_what_check_finds_wrong_takes_one_line(options: list[str], words: str, tiny_yaml: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    images = np.zeros((6, 8, 8), np.uint8)
+    np.savez(tmp_path / "small.npz", train_images=images[:4], test_images=images[4:])
+    done = command("check", "--state-dir", "state", "--config", tiny_yaml, *options, folder=tmp_path)
+    assert_one_line(done, words)
+
+
+# --- Processes -----------------------------------------------------------------------------------
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Living processes other than this one that were told of the folder, by whatever way."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            told = (entry / "environ").read_bytes() + (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if os.fsencode(folder) in told and int(entry.name) != os.getpid():
+            found.append((entry / "cmdline").read_text().replace("\0", " "))
+    return found
+
+
+class Rehearsal:
+    """The command in a process of its own, its lines as they come."""
+
+    def __init__(self, *arguments: object) -> None:
+        whole = [sys.executable, "-m", "srfed.deploy", "rehearse", *map(str, arguments)]
+        self.process = subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.lines: list[str] = []
+
+    def read_until(self, beginning: str) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if line.startswith(beginning):
+                return
+        raise AssertionError(f"{beginning!r} never came: {self.lines} {self.finish()}")
+
+    def finish(self) -> tuple[int, str]:
+        """The exit code, and what it said on standard error."""
+        rest, errors = self.process.communicate(timeout=400)
+        self.lines += rest.splitlines()
+        return self.process.returncode, errors
+
+
+def deployed_bits(folder: Path) -> dict[str, Any]:
+    """As tiny_run.all_bits, from the sites' own stores."""
+    run = RunDirectory.open(folder / "run")
+    bits: dict[str, Any] = {"server": server_bits(run)}
+    attempts = read_manifest(sorted(run.server.glob("round-*"))[-1])["attempts"]
+    for client, attempt in attempts.items():
+        manifest = read_manifest(folder / "sites" / client / "state" / client / run.lineage / attempt)
+        bits[client] = {name: manifest[name] for name in ("round", "steps", "exclusive_steps", "sha256")}
+    return bits
+
+
+def assert_none_left(folder: Path) -> None:
+    assert processes_of(folder) == []
+
+
+def test_a_rehearsal_stopped_and_resumed_has_the_bits_of_a_simulation(tiny_yaml: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "rehearsal"
+    first = Rehearsal("--clients", 3, "--config", tiny_yaml, "--set", "federation.rounds=2", "--dir", folder)
+    first.read_until("round 1/2")
+    assert len(processes_of(folder)) >= 1 + 1 + 3, "this command, a SuperLink, three SuperNodes"
+    first.process.send_signal(signal.SIGTERM)
+    code, errors = first.finish()
+    assert code == 130
+    assert f"go on with: python -m srfed.deploy rehearse --dir {folder}" in errors
+    assert "Traceback" not in errors
+    assert_none_left(folder)
+    certificate = (folder / "certificates" / "ca.crt").read_bytes()
+    assert len(MetricsLog(folder / "run" / "metrics.jsonl").rounds()) == 1
+
+    second = Rehearsal("--dir", folder)
+    code, errors = second.finish()
+    assert (code, errors) == (0, "")
+    output = "\n".join(second.lines)
+    assert "going on after round 1" in output
+    assert "round 2/2" in output
+    assert "INFO" not in output, "Flower's own log is in the files"
+    assert_none_left(folder)
+    assert (folder / "certificates" / "ca.crt").read_bytes() == certificate
+
+    run = RunDirectory.open(folder / "run")
+    assert (run.server / "round-00002" / "manifest.json").is_file()
+    log = MetricsLog(run.metrics)
+    assert [line["round"] for line in log.rounds()] == [1, 2]
+    assert [(line["round"], line["final"]) for line in log.evaluations()] == [(2, True)]
+    assert not run.clients.exists(), "what clients keep is at the sites"
+    simulated = run_in_process(begin(tmp_path / "simulated", {"federation.rounds": 2}))
+    bits = deployed_bits(folder)
+    assert set(bits) == {"server", *CLIENTS}
+    assert bits == all_bits(simulated)
+
+    # A setting that decides the result cannot change any more; that is said before anything starts.
+    changed = Rehearsal("--dir", folder, "--set", "seed=1")
+    code, errors = changed.finish()
+    assert code == 2
+    assert "was begun with another configuration: seed: 0 -> 1" in errors
+
+
+def test_a_run_that_fails_takes_one_line_and_leaves_nothing(tiny_yaml: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "rehearsal"
+    make_certificates(folder / "certificates", ["localhost"])
+    (folder / "run").write_text("in the way")
+    failed = Rehearsal("--clients", 1, "--config", tiny_yaml, "--dir", folder)
+    code, errors = failed.finish()
+    assert code == 2
+    assert errors.count("\n") == 1
+    assert "is not an empty folder" in errors
+    assert "Traceback" not in "".join(failed.lines)
+    assert_none_left(folder)
+
+
+def test_a_folder_of_something_else_is_left_alone(tiny_yaml: Path, tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_text("mine")
+    done = command("rehearse", "--clients", 1, "--config", tiny_yaml, "--dir", tmp_path)
+    assert_one_line(done, "neither an empty folder nor that of a rehearsal")
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+
+
+def test_a_deployment_starts_flower_as_a_real_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Deployment(tmp_path / "d") as deployment:
+        deployment.start_superlink()
+        (superlink,) = deployment.pids("superlink")
+        words = Path(f"/proc/{superlink}/cmdline").read_text().split("\0")
+        for word in ("--enable-supernode-auth", "--ssl-certfile", "--disable-runtime-dependency-installation"):
+            assert word in words
+        certificates = tmp_path / "d" / "certificates"
+        context = ssl.create_default_context(cafile=certificates / "ca.crt")
+        with socket.create_connection(("127.0.0.1", deployment.superlink_port)) as connection:
+            context.wrap_socket(connection, server_hostname="127.0.0.1").close()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(deployment, "_register", lambda public_key: None)
+            patch.setattr(processes, "REJOIN_SECONDS", 0)
+            with pytest.raises(UserError, match="flower-supernode of site stranger ended"):
+                deployment.add_site("stranger", tmp_path, tmp_path / "state")
+
+        deployment.add_site("a", tmp_path, tmp_path / "state")
+        (supernode,) = deployment.pids("supernode", "a")
+        deployment.kill_superlink()
+        assert deployment.pids("superlink") == []
+        assert deployment.pids("supernode") == [supernode], "another machine"
+        deployment.start_superlink()
+        (again,) = deployment.pids("superlink")
+        assert again != superlink
+        assert Path(f"/proc/{again}/cmdline").read_text().split("\0") == words, "the same port and database"
+        deployment.stop_site("a")
+        assert deployment.pids("supernode") == []
+    assert processes_of(tmp_path / "d") == []
+
+
+def test_only_marked_processes_are_ended_and_living_ones_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    with subprocess.Popen(["sleep", "60"], env={**os.environ, FOLDER_VARIABLE: str(folder)}) as left:
+        try:
+            with pytest.raises(UserError, match=f"kill {left.pid}$"):
+                Deployment(folder)
+        finally:
+            left.kill()
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", str(folder)]) as other:
+        try:
+            Deployment(folder, tls=False, authentication=False).close()
+            assert other.poll() is None
+        finally:
+            other.kill()
+
+
+def test_authentication_needs_tls(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs tls"):
+        Deployment(tmp_path / "d", tls=False)
+
+
+def test_the_submitted_app_is_the_projects(tmp_path: Path) -> None:
+    Deployment(tmp_path / "d")
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    submitted = tomllib.loads((tmp_path / "d" / "app" / "pyproject.toml").read_text())
+    for key in ("components", "config", "publisher"):
+        assert submitted["tool"]["flwr"]["app"][key] == project["tool"]["flwr"]["app"][key]
+    for key in ("name", "version", "license"):
+        assert submitted["project"][key] == project["project"][key]
+
+
+def test_importing_the_processes_loads_neither_flower_nor_torch() -> None:
+    modules = "{'flwr', 'ray', 'torch'} & set(sys.modules)"
+    code = f"import sys, srfed.deploy, srfed.deployment.processes; print(sorted({modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,488 @@
+"""A site's own images: a folder or an .npz file, split as the data sets are, decoded once and then copied."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from flwr.app import Context, RecordDict
+from test_data import message_of, random_images, save
+from test_resume import files_of_at_most
+from tiny_run import tiny_config
+
+from srfed.config import DataConfig
+from srfed.data import Task, load_own_task, load_task
+from srfed.errors import UserError
+from srfed.federation.site import Site, deployed_site, own_task, site_of
+
+NAME = "clinic-7"
+SMALL = DataConfig(image_size=6, channels=1)
+
+
+def flat(value: int, *shape: int) -> np.ndarray:
+    """A picture that its value tells from the others."""
+    return np.full(shape or (8, 8), value, np.uint8)
+
+
+def values(images: np.ndarray) -> list[int]:
+    return images[:, 0, 0, 0].tolist()
+
+
+def assert_same_images(first: Task, second: Task) -> None:
+    for name in ("train", "test"):
+        one, other = getattr(first, name), getattr(second, name)
+        assert one.dtype == other.dtype == np.uint8
+        np.testing.assert_array_equal(one, other, err_msg=name)
+
+
+def mixed_pictures(folder: Path) -> Path:
+    """Twelve pictures of different sizes, modes and formats, in folders three deep."""
+    save(folder / "a.png", random_images(12, 10, seed=1))
+    save(folder / "b.jpg", random_images(15, 20, 3, seed=2))
+    save(folder / "C.BMP", random_images(9, 9, 3, seed=3))
+    save(folder / "sub" / "alpha.png", random_images(11, 14, 4, seed=4))
+    save(folder / "sub" / "deep" / "grey16.tif", random_images(10, 10, seed=5).astype(np.uint16) * 200)
+    save(folder / "sub" / "deep" / "lossy.webp", random_images(16, 9, 3, seed=6))
+    for number in range(6):
+        save(folder / "more" / f"{number}.jpeg", random_images(10 + number, 8, seed=10 + number))
+    return folder
+
+
+# --- Folders ---
+
+
+def test_a_folder_is_read_to_its_depths_in_the_order_of_its_paths(tmp_path: Path) -> None:
+    for value, name in enumerate(["a.png", "b/1.png", "b/2/x.png", "b.png", "c.tif", "d/z.bmp"]):
+        save(tmp_path / name, flat(value))
+    for hidden in (".x.png", ".cache/y.png", "b/.thumbs/z.png"):
+        save(tmp_path / hidden, flat(99))
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "folder.png").mkdir()
+    task = load_own_task(DataConfig(test_fraction=0.34), tmp_path, NAME)
+    assert values(task.train) == [0, 1, 2, 3]
+    assert values(task.test) == [4, 5]
+    assert task.train.shape == (4, 8, 8, 1)
+    assert (task.index, task.name) == (-1, NAME)
+
+
+def test_pixels_arrive_as_they_were_saved(tmp_path: Path) -> None:
+    pixels = random_images(5, 7, 9, 3)
+    for number, picture in enumerate(pixels):
+        save(tmp_path / f"{number}.png", picture)
+    task = load_own_task(DataConfig(), tmp_path, NAME)
+    np.testing.assert_array_equal(np.concatenate([task.train, task.test]), pixels)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"image_size": 8, "channels": 1},
+        {"image_size": 6, "channels": 3},
+        {"image_size": 8, "channels": 3, "images_per_task": 4},
+        {"image_size": 5, "channels": 1, "test_fraction": 0.5},
+        {"image_size": 9, "channels": 1, "test_fraction": 0.01, "images_per_task": 11},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("splits", [False, True], ids=["one-folder", "train-and-test"])
+def test_a_folder_becomes_what_the_folder_data_set_makes_of_it(
+    tmp_path: Path, settings: dict[str, Any], splits: bool
+) -> None:
+    """The data set has a folder for each task; below it, or below ``train`` and ``test``, are the same pictures."""
+    parts = ["train", "test"] if splits else ["."]
+    for number, part in enumerate(parts):
+        mixed_pictures(tmp_path / "own" / part)
+        mixed_pictures(tmp_path / "parent" / part / "task")
+        for folder in (tmp_path / "own" / part, tmp_path / "parent" / part / "task"):
+            save(folder / "mark.png", flat(number, 12, 12))
+    own = load_own_task(DataConfig(**settings), tmp_path / "own", NAME)
+    size, channels = settings["image_size"], settings["channels"]
+    assert own.train.shape[1:] == own.test.shape[1:] == (size, size, channels)
+    reference = load_task(DataConfig(dataset="folder", dir=str(tmp_path / "parent"), **settings), 0)
+    assert_same_images(own, reference)
+
+
+@pytest.mark.parametrize(("fraction", "held_out"), [(0.1, 1), (0.25, 3), (0.375, 4), (0.5, 6), (0.9, 11)])
+def test_the_last_files_are_held_out(tmp_path: Path, fraction: float, held_out: int) -> None:
+    for value in range(12):
+        save(tmp_path / f"{value:02d}.png", flat(value))
+    task = load_own_task(DataConfig(test_fraction=fraction), tmp_path, NAME)
+    assert values(task.train) == list(range(12 - held_out))
+    assert values(task.test) == list(range(12 - held_out, 12))
+    if held_out < 9:
+        few = load_own_task(DataConfig(test_fraction=fraction, images_per_task=3), tmp_path, NAME)
+        assert values(few.train) == [0, 1, 2]
+        assert values(few.test) == values(task.test)
+
+
+def test_exactly_the_folders_train_and_test_are_the_splits(tmp_path: Path) -> None:
+    for value, name in enumerate(["train/b.png", "train/a/x.png", "test/c.png", "test/d/y.png", "train/e.png"]):
+        save(tmp_path / name, flat(value))
+    save(tmp_path / ".thumbs" / "z.png", flat(99))
+    task = load_own_task(DataConfig(test_fraction=0.9), tmp_path, NAME)
+    assert (values(task.train), values(task.test)) == ([1, 0, 4], [2, 3])
+    save(tmp_path / "validation" / "w.png", flat(5))
+    task = load_own_task(DataConfig(test_fraction=0.34), tmp_path, NAME)
+    assert (values(task.train), values(task.test)) == ([2, 3, 1, 0], [4, 5])
+    shutil.rmtree(tmp_path / "validation")
+    shutil.rmtree(tmp_path / "test")
+    task = load_own_task(DataConfig(test_fraction=0.34), tmp_path, NAME)
+    assert (values(task.train), values(task.test)) == ([1, 0], [4])
+
+
+# --- .npz files ---
+
+
+@pytest.mark.parametrize("shape", [(8, 9), (8, 9, 1), (8, 9, 3)], ids=str)
+@pytest.mark.parametrize("with_test", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"image_size": 6, "channels": 1, "images_per_task": 5}], ids=str)
+def test_an_npz_becomes_what_the_npz_data_set_makes_of_it(
+    tmp_path: Path, shape: tuple[int, ...], with_test: bool, settings: dict[str, Any]
+) -> None:
+    train, test = random_images(10, *shape), random_images(4, *shape, seed=1)
+    own: dict[str, np.ndarray] = {"train_images": train}
+    labelled = {"train_images": train, "train_labels": np.zeros(10, int)}
+    if with_test:
+        own["test_images"] = labelled["test_images"] = test
+        labelled["test_labels"] = np.zeros(4, int)
+    np.savez(tmp_path / "own.npz", **own)
+    np.savez_compressed(tmp_path / "labelled.npz", **labelled)
+    task = load_own_task(DataConfig(**settings), tmp_path / "own.npz", NAME)
+    reference = load_task(DataConfig(dataset="npz", dir=str(tmp_path / "labelled.npz"), **settings), 0)
+    assert_same_images(task, reference)
+    if not settings:
+        whole = train.reshape(10, 8, 9, -1)
+        expected = (whole, test.reshape(4, 8, 9, -1)) if with_test else (whole[:8], whole[8:])
+        assert all(np.array_equal(*pair) for pair in zip((task.train, task.test), expected, strict=True))
+
+
+def test_labels_in_an_npz_are_not_looked_at(tmp_path: Path) -> None:
+    np.savez(tmp_path / "own.npz", train_images=random_images(10, 8, 8), train_labels=np.arange(10))
+    assert len(load_own_task(DataConfig(), tmp_path / "own.npz", NAME).train) == 8
+
+
+# --- Errors ---
+
+Prepare = Callable[[Path], Path]
+
+
+def prepared(name: str = "own.npz", **arrays: Any) -> Prepare:
+    def prepare(folder: Path) -> Path:
+        np.savez(folder / name, **arrays)
+        return folder / name
+
+    return prepare
+
+
+def pictures(*named: tuple[str, np.ndarray], damage: str = "") -> Prepare:
+    def prepare(folder: Path) -> Path:
+        for name, pixels in named:
+            save(folder / "own" / name, pixels)
+        if damage:
+            file = folder / "own" / damage
+            file.write_bytes(file.read_bytes()[:20])
+        return folder / "own"
+
+    return prepare
+
+
+def empty_test_folder(folder: Path) -> Path:
+    (folder / "own" / "test").mkdir(parents=True)
+    return pictures(("train/a.png", flat(1)))(folder)
+
+
+def half_an_archive(folder: Path) -> Path:
+    path = prepared(train_images=random_images(9, 8, 8))(folder)
+    path.write_bytes(path.read_bytes()[:200])
+    return path
+
+
+OBJECTS = np.array([[1, 2], None], dtype=object)
+ERRORS: dict[str, tuple[Prepare, dict[str, Any], list[str]]] = {
+    "missing": (lambda folder: folder / "nowhere", {}, ["nowhere does not exist", "a folder of images or an .npz"]),
+    "an empty folder": (pictures(), {}, ["does not exist"]),
+    "a folder without pictures": (pictures((".hidden.png", flat(1))), {}, ["own holds no images"]),
+    "an empty test folder": (empty_test_folder, {}, ["own/test holds no images"]),
+    "a damaged picture": (
+        pictures(("a.png", flat(1)), ("b.png", flat(2)), damage="b.png"),
+        {},
+        ["cannot read image", "b.png"],
+    ),
+    "different sizes": (
+        pictures(("a.png", flat(1)), ("b.png", flat(2, 9, 8))),
+        {},
+        ["differ in size", "a.png is 8 x 8", "b.png is 8 x 9", "set data.image_size"],
+    ),
+    "grey and colour": (
+        pictures(("a.png", flat(1)), ("b.png", flat(2, 8, 8, 3))),
+        {},
+        ["grey and colour", "set data.channels"],
+    ),
+    "tiny pictures": (pictures(("a.png", flat(1, 4, 4)), ("b.png", flat(1, 4, 4))), {}, ["4 x 4 px are too small"]),
+    "one picture": (pictures(("a.png", flat(1))), {}, ["leaves nothing to train on of the 1 images of task clinic-7"]),
+    "too few pictures": (
+        pictures(*((f"{number}.png", flat(number)) for number in range(5))),
+        {"images_per_task": 5},
+        ["data.images_per_task = 5 is more than the 4 training images of task clinic-7", "1 to 4"],
+    ),
+    "no archive": (lambda folder: save(folder / "a.png", flat(1)), {}, ["is not a sound .npz file of plain arrays"]),
+    "half an archive": (half_an_archive, {}, ["own.npz is not a sound .npz file"]),
+    "labels only": (prepared(train_labels=np.zeros(9, int)), {}, ["no array train_images", "it has train_labels"]),
+    "pickled": (prepared(train_images=OBJECTS), {}, ["own.npz is not a sound .npz file of plain arrays"]),
+    "a pickled test split": (prepared(train_images=random_images(9, 8, 8), test_images=OBJECTS), {}, ["plain arrays"]),
+    "floats": (prepared(train_images=np.zeros((9, 8, 8))), {}, ["train_images is float64 (9, 8, 8)", "uint8"]),
+    "signed": (prepared(train_images=np.zeros((9, 8, 8), np.int8)), {}, ["train_images is int8", "uint8"]),
+    "flat rows": (prepared(train_images=random_images(9, 64)), {}, ["uint8 (9, 64)", "N x H x W x C or N x H x W"]),
+    "no training images": (prepared(train_images=random_images(0, 8, 8)), {}, ["train_images is uint8 (0, 8, 8)"]),
+    "no test images": (
+        prepared(train_images=random_images(9, 8, 8), test_images=random_images(0, 8, 8)),
+        {},
+        ["test_images is uint8 (0, 8, 8)"],
+    ),
+    "splits of different size": (
+        prepared(train_images=random_images(9, 8, 8), test_images=random_images(2, 9, 8)),
+        {},
+        ["differ in size", "set data.image_size"],
+    ),
+    "two channels as RGB": (
+        prepared(train_images=random_images(9, 8, 8, 2)),
+        {"channels": 3},
+        ["data.channels = 3 is impossible", "allowed: null"],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ERRORS)
+def test_images_that_will_not_do_are_one_line_that_says_what_would(tmp_path: Path, what: str) -> None:
+    prepare, settings, expected = ERRORS[what]
+    path, cache = prepare(tmp_path), tmp_path / "cache"
+    text = message_of(load_own_task, DataConfig(**settings), path, NAME)
+    assert all(part in text for part in expected), text
+    assert "data.dir" not in text, "a site has no such setting"
+    assert message_of(load_own_task, DataConfig(**settings), path, NAME, cache) == text
+    assert not cache.exists(), "nothing is kept of images that will not do"
+
+
+@contextmanager
+def as_another_user() -> Iterator[None]:
+    """Root may read everything; "nobody" may not."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def locked() -> Iterator[Path]:
+    """A folder of images that only somebody else may enter, below one that everybody may."""
+    with TemporaryDirectory() as root:
+        Path(root).chmod(0o755)
+        own = pictures(*((f"{number}.png", flat(number)) for number in range(9)))(Path(root))
+        own.chmod(0)
+        yield own
+        own.chmod(0o755)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["the-folder", "below-the-folder"])
+def test_a_folder_that_may_not_be_read_is_the_owners_to_mend(locked: Path, inside: bool) -> None:
+    path = locked / "pictures" if inside else locked
+    with as_another_user():
+        text = message_of(load_own_task, DataConfig(), path, NAME)
+    assert str(locked) in text
+    assert "ermission denied" in text
+
+
+# --- The copy of the decoded images ---
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """Nine pictures in a format whose size does not depend on the pixels."""
+    for value in range(9):
+        save(tmp_path / "own" / f"{value}.bmp", random_images(8, 8, seed=value))
+    return tmp_path / "own"
+
+
+def copies(cache: Path) -> list[Path]:
+    return list(cache.iterdir())
+
+
+def replace(file: Path, pixels: np.ndarray) -> None:
+    """Other pixels behind the same name, size and time of change."""
+    before = file.stat()
+    save(file, pixels)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+
+
+def test_the_second_load_is_of_the_copy_until_a_file_changes(own: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "store"
+    first = load_own_task(SMALL, own, NAME, cache)
+    assert_same_images(first, load_own_task(SMALL, own, NAME))
+    replace(own / "3.bmp", random_images(8, 8, seed=99))
+    changed = load_own_task(SMALL, own, NAME)
+    assert not np.array_equal(changed.train, first.train)
+
+    second = load_own_task(SMALL, own, NAME, cache)
+    assert_same_images(second, first)
+    assert (second.index, second.name) == (-1, NAME)
+    os.utime(own / "3.bmp", (1, 1))
+    assert_same_images(load_own_task(SMALL, own, NAME, cache), changed)
+    assert len(copies(cache)) == 1
+
+
+@pytest.mark.parametrize("change", ["another picture", "one less", "another name", "another size", "another folder"])
+def test_a_change_of_the_folder_is_noticed(own: Path, tmp_path: Path, change: str) -> None:
+    cache = tmp_path / "store"
+    load_own_task(SMALL, own, NAME, cache)
+    (old,) = copies(cache)
+    match change:
+        case "another picture":
+            save(own / "sub" / "new.png", flat(1))
+        case "one less":
+            (own / "8.bmp").unlink()
+        case "another name":
+            (own / "0.bmp").rename(own / "zero.bmp")
+        case "another size":
+            save(own / "2.bmp", random_images(9, 9))
+        case "another folder":
+            own = own.rename(tmp_path / "moved")
+            replace(own / "0.bmp", random_images(8, 8, seed=99))
+    assert_same_images(load_own_task(SMALL, own, NAME, cache), load_own_task(SMALL, own, NAME))
+    assert old not in copies(cache)
+    assert len(copies(cache)) == 1
+
+
+@pytest.mark.parametrize(
+    "other", [{"images_per_task": 2}, {"image_size": 7}, {"channels": 3}, {"test_fraction": 0.5}], ids=str
+)
+def test_other_settings_do_not_get_the_old_copy(own: Path, tmp_path: Path, other: dict[str, Any]) -> None:
+    cache = tmp_path / "store"
+    load_own_task(SMALL, own, NAME, cache)
+    settings = SMALL.model_copy(update=other)
+    assert_same_images(load_own_task(settings, own, NAME, cache), load_own_task(settings, own, NAME))
+    assert len(copies(cache)) == 1
+
+
+def test_settings_that_do_not_concern_the_images_get_the_old_copy(own: Path, tmp_path: Path) -> None:
+    first = load_own_task(SMALL, own, NAME, tmp_path / "store")
+    replace(own / "0.bmp", random_images(8, 8, seed=99))
+    settings = SMALL.model_copy(update={"dataset": "sites", "dir": "/elsewhere", "horizontal_flip": True})
+    assert_same_images(load_own_task(settings, own, NAME, tmp_path / "store"), first)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "other arrays", "a folder of that name"])
+def test_a_damaged_copy_is_made_again(own: Path, tmp_path: Path, damage: str) -> None:
+    cache = tmp_path / "store"
+    first = load_own_task(SMALL, own, NAME, cache)
+    (copy,) = copies(cache)
+    sound = copy.read_bytes()
+    match damage:
+        case "truncated":
+            copy.write_bytes(sound[:-1])
+        case "garbage":
+            copy.write_bytes(b"\xff" * len(sound))
+        case "empty":
+            copy.write_bytes(b"")
+        case "other arrays":
+            copy.write_bytes(safetensors.numpy.save({"train": first.train}))
+        case "a folder of that name":
+            copy.unlink()
+            copy.mkdir()
+            message_of(load_own_task, SMALL, own, NAME, cache)
+            return
+    assert_same_images(load_own_task(SMALL, own, NAME, cache), first)
+    assert copies(cache) == [copy]
+    assert copy.read_bytes() == sound
+
+
+def test_an_npz_is_copied_too(tmp_path: Path) -> None:
+    pixels = random_images(20, 8, 8)
+    np.savez(tmp_path / "own.npz", train_images=pixels)
+    first = load_own_task(DataConfig(), tmp_path / "own.npz", NAME, tmp_path / "store")
+    before = (tmp_path / "own.npz").stat()
+    np.savez(tmp_path / "own.npz", train_images=pixels[::-1])
+    os.utime(tmp_path / "own.npz", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert_same_images(load_own_task(DataConfig(), tmp_path / "own.npz", NAME, tmp_path / "store"), first)
+    os.utime(tmp_path / "own.npz", (1, 1))
+    again = load_own_task(DataConfig(), tmp_path / "own.npz", NAME, tmp_path / "store")
+    np.testing.assert_array_equal(again.train[..., 0], pixels[::-1][:16])
+
+
+def test_a_full_disk_or_a_file_in_the_way_is_one_line_and_leaves_no_copy(own: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "store"
+    with files_of_at_most(100):
+        text = message_of(load_own_task, SMALL, own, NAME, cache)
+    assert f"cannot write {cache}" in text
+    assert copies(cache) == []
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot write" in message_of(load_own_task, SMALL, own, NAME, tmp_path / "file")
+
+
+# --- The site that a SuperNode's --node-config describes ---
+
+NODE_CONFIG: dict[str, Any] = {"client-id": NAME, "data": "/data/own", "state-dir": "/var/lib/srfed"}
+
+
+def context_of(**node_config: Any) -> Context:
+    return Context(run_id=0, node_id=1, node_config=node_config, state=RecordDict(), run_config={})
+
+
+def test_a_site_is_what_its_node_config_says() -> None:
+    site = deployed_site(NODE_CONFIG)
+    assert site == Site(NAME, Path("/var/lib/srfed"), Path("/data/own"))
+    assert site.folder == Path("/var/lib/srfed/clinic-7")
+    at_home = deployed_site({**NODE_CONFIG, "data": "~/own.npz"})
+    assert at_home.data == Path.home() / "own.npz"
+    assert site_of(context_of(**NODE_CONFIG), tiny_config()) == site
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"stat-dir": "/x"}, ["stat-dir is unknown", "client-id, data, state-dir"]),
+        ({"partition-id": 1}, ["partition-id is unknown"]),
+        *[({key: None}, [f"{key} = None is impossible", "a text in quotation marks"]) for key in NODE_CONFIG],
+        ({"client-id": 7}, ["client-id = 7 is impossible", "quotation marks"]),
+        ({"data": True}, ["data = True is impossible"]),
+        ({"state-dir": 1.5}, ["state-dir = 1.5 is impossible"]),
+        ({"client-id": ""}, ["client-id = '' is impossible"]),
+        ({"data": "own"}, ["data = own is impossible", "an absolute path"]),
+        ({"state-dir": "./state"}, ["state-dir = state is impossible", "an absolute path"]),
+        *[
+            ({"client-id": name}, ["is no name for a store"])
+            for name in ("../up", "a/b", "a b", ".x", "..", "ü", "a\n")
+        ],
+    ],
+    ids=str,
+)
+def test_a_node_config_that_will_not_do_is_one_line(change: dict[str, Any], expected: list[str]) -> None:
+    config = {key: value for key, value in {**NODE_CONFIG, **change}.items() if value is not None}
+    text = message_of(deployed_site, config)
+    assert all(part in text for part in expected), text
+    with pytest.raises(UserError):
+        site_of(context_of(**config), tiny_config())
+
+
+def test_a_node_without_any_configuration_is_no_site() -> None:
+    assert "client-id = None" in message_of(site_of, context_of(), tiny_config())
+
+
+def test_a_sites_task_is_its_own_images_and_the_copy_lies_in_its_store(own: Path, tmp_path: Path) -> None:
+    site = deployed_site({"client-id": NAME, "data": str(own), "state-dir": str(tmp_path / "state")})
+    settings = DataConfig(dataset="sites", image_size=6, channels=1)
+    task = own_task(settings, site)
+    assert task.name == NAME
+    assert_same_images(task, load_own_task(SMALL, own, NAME))
+    assert [file.suffix for file in copies(tmp_path / "state" / NAME)] == [".safetensors"]
+    assert own_task(settings, site) is task, "read once a process"
