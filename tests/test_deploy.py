@@ -454,14 +454,21 @@ def test_a_deployment_starts_flower_as_a_real_one(tmp_path: Path, monkeypatch: p
 
 def test_only_marked_processes_are_ended_and_living_ones_refused(tmp_path: Path) -> None:
     folder = tmp_path / "d"
-    with subprocess.Popen(["sleep", "60"], env={**os.environ, FOLDER_VARIABLE: str(folder)}) as left:
+    # A process's environment can be read only a moment after it was started: this one says when it runs.
+    waits = [sys.executable, "-c", "import time; print('runs', flush=True); time.sleep(60)"]
+    marked = {**os.environ, FOLDER_VARIABLE: str(folder)}
+    with subprocess.Popen(waits, env=marked, stdout=subprocess.PIPE, text=True) as left:
         try:
+            assert left.stdout is not None
+            assert left.stdout.readline() == "runs\n"
             with pytest.raises(UserError, match=f"kill {left.pid}$"):
                 Deployment(folder)
         finally:
             left.kill()
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", str(folder)]) as other:
+    with subprocess.Popen([*waits, str(folder)], stdout=subprocess.PIPE, text=True) as other:
         try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "runs\n"
             Deployment(folder, tls=False, authentication=False).close()
             assert other.poll() is None
         finally:

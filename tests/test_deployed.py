@@ -74,7 +74,7 @@ def assert_succeeded(run: FlowerRun) -> None:
     code = run.wait(RUN_SECONDS)
     output = "\n".join(run.lines()) if code is not None else "it still goes on"
     assert code is not None, output
-    assert run.status()[0] == "finished:completed", output
+    assert run.result()[0] == "finished:completed", output
 
 
 # --- Recording what travels ----------------------------------------------------------------------

@@ -414,8 +414,11 @@ class FlowerRun:
         found = re.search(r"Successfully started run (\d+)", self._process.output())
         return found[1] if found else None
 
-    def status(self) -> tuple[str, str]:
-        """How the run stands, such as "running" or "finished:completed", and why.
+    def result(self) -> tuple[str, str]:
+        """How the run ended, such as "finished:completed", and why.
+
+        The log ends a little before the SuperLink knows of it, so this waits; a run that goes on for longer is
+        reported as it stands then, such as "running".
 
         Raises:
             UserError: it was not accepted, or the SuperLink does not answer; the text has the last words.
@@ -423,9 +426,13 @@ class FlowerRun:
         number = self.run_id
         if number is None:
             raise self._process.failure("did not start")
-        answer = self._deployment.flwr("ls", CONNECTION, "--run-id", number, "--format", "json")
-        (run,) = json.loads(answer[answer.index("{") :])["runs"]
-        return str(run["status"]), str(run["status-details"])
+        deadline = time.monotonic() + READY_SECONDS
+        while True:
+            answer = self._deployment.flwr("ls", CONNECTION, "--run-id", number, "--format", "json")
+            (run,) = json.loads(answer[answer.index("{") :])["runs"]
+            if str(run["status"]).startswith("finished") or time.monotonic() > deadline:
+                return str(run["status"]), str(run["status-details"])
+            time.sleep(POLL_SECONDS)
 
 
 @dataclass

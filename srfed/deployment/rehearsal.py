@@ -64,7 +64,7 @@ def rehearse(folder: Path, config: RunConfig) -> None:
         run = deployment.run(folder / "run", folder / "config.yaml")
         for line in _own_lines(run.lines()):
             _say(line)
-        status, details = run.status()
+        status, details = run.result()
     if status != "finished:completed":
         reason = " ".join(details.split()).removeprefix("ServerApp failed with exception: ")
         raise UserError(f"the run did not succeed ({status}): {reason} (logs: {folder / 'logs'})")
