@@ -268,7 +268,8 @@ def test_a_handler_that_raises_is_asked_again_until_it_does_not(
     grid = ChangingGrid(run, app_with(MIDDLE, train=[keep, fail, fail], evaluate=[fail]))
     start(run, grid)
     notices = [line for line in capsys.readouterr().err.splitlines() if "asking it again" in line]
-    assert [notice.split(": it failed")[0] for notice in notices] == ["round 2: digit-1"] * 2 + ["evaluation 3: digit-1"]
+    clients = [notice.split(": it failed")[0] for notice in notices]
+    assert clients == ["round 2: digit-1"] * 2 + ["evaluation 3: digit-1"]
     assert grid.nodes_asked(TRAIN, 2) == [1, 2, 3, 2, 2]
     assert all_bits(run) == all_bits(undisturbed)
     assert same_but_for_traffic(run, undisturbed)
