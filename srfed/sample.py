@@ -45,10 +45,10 @@ def _sample(options: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
+    from srfed.checkpoints.trained_run import TrainedRun, TrainedSite
     from srfed.config import load_config, parse_config
     from srfed.errors import UserError
     from srfed.evaluation.generation import generate
-    from srfed.federation.trained_run import TrainedRun, TrainedSite
     from srfed.files import write_bytes
     from srfed.reporting.pictures import draw_grid, write_png
 

@@ -111,6 +111,12 @@ class ModelConfig(Section):
         "'up.0.*'",
     )
 
+    task_embedding: Literal["none", "shared", "exclusive"] = Field(
+        "none",
+        description="tell the network its task beside the timestep: shared, a table over all tasks in φ (C-DDPM, "
+        "conditional FedAvg); exclusive, one vector in each θ_i, which scales and shifts the core's features",
+    )
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         for count in self.channels:
@@ -133,12 +139,31 @@ class ModelConfig(Section):
 
 
 class TrainingConfig(Section):
+    method: Literal["federated", "pooled", "one_task", "balanced"] = Field(
+        "federated",
+        description="federated: srfed.simulate and deployed sites; the others are for srfed.centralise, where one "
+        "party has all images: pooled draws minibatches from all of them (DDPM, C-DDPM), one_task from one task at "
+        "a time (SR-DDPM's Algorithm 1), balanced from every task alike",
+    )
     batch_size: int = Field(64, ge=1, description="images in one local step")
+    central_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="images in one centralised step, over all tasks; null takes batch_size. A round has as many "
+        "images as a federated one: clients times local_steps times batch_size",
+    )
     drop_last: bool = Field(True, description="leave out the last, smaller batch of each pass over the images")
+    across_passes: bool = Field(
+        False,
+        description="let a batch run on into the next pass over the images, so that each has batch_size of them, "
+        "even at a client with fewer; drop_last then has no meaning",
+    )
     local_steps: int | None = Field(6, ge=1, description="optimizer steps a round; null when local_epochs is set")
     local_epochs: int | None = Field(None, ge=1, description="passes over the client's images a round, instead")
-    update: Literal["joint", "alternating"] = Field(
-        "joint", description="joint: φ and θ_i in every step; alternating: first θ_i alone, then φ alone"
+    update: Literal["joint", "alternating", "exclusive"] = Field(
+        "joint",
+        description="joint: φ and θ_i in every step; alternating: first θ_i alone, then φ alone; exclusive: θ_i "
+        "alone, φ stays as it is",
     )
     exclusive_steps: int | None = Field(
         None, ge=1, description="alternating: steps on θ_i a round; null takes local_steps or local_epochs"
@@ -148,6 +173,11 @@ class TrainingConfig(Section):
     exclusive_learning_rate: float | None = Field(None, gt=0, le=10, description="of θ_i; null takes learning_rate")
     learning_rate_schedule: Literal["constant", "cosine"] = Field(
         "cosine", description="over the rounds of the run; cosine falls from the full rate to almost 0"
+    )
+    proximal: float = Field(
+        0.0,
+        ge=0,
+        description="FedProx's μ: each step pulls φ back to the round's first φ, by μ times the distance",
     )
     gradient_clip: float | None = Field(1.0, gt=0, description="largest gradient norm of one step; null: no clipping")
     shared_moments: Literal["reset", "keep", "average"] = Field(
@@ -168,7 +198,21 @@ class TrainingConfig(Section):
             raise ValueError(f"shared_moments average needs optimizer adam; {self.optimizer} has no moments")
         if self.exclusive_steps is not None and self.update != "alternating":
             raise ValueError(f"exclusive_steps {self.exclusive_steps} needs update: alternating")
+        if self.method != "federated":
+            self._check_centralised()
+        elif self.central_batch_size is not None:
+            raise ValueError(f"central_batch_size {self.central_batch_size} needs a centralised method")
         return self
+
+    def _check_centralised(self) -> None:
+        if self.local_steps is None:
+            raise ValueError(f"local_epochs {self.local_epochs} needs method federated; allowed: local_steps")
+        for key, value, only in (
+            ("update", self.update, "joint"), ("shared_moments", self.shared_moments, "reset"),
+            ("proximal", self.proximal, 0.0),
+        ):  # fmt: skip
+            if value != only:
+                raise ValueError(f"{key} {value} means nothing under method {self.method}; allowed: {only}")
 
 
 class FederationConfig(Section):
@@ -304,7 +348,14 @@ class RunConfig(Section):
                 raise ValueError(
                     f"evaluation.{name} {value} is below {2 * clients}, two for each of the {clients} clients"
                 )
+        self._check_method()
+        if self.training.update == "exclusive" and (
+            self.model.exclusive_stages == "none" and self.model.task_embedding != "exclusive"
+        ):
+            raise ValueError("training.update exclusive trains nothing with model.exclusive_stages none")
         if self.data.dataset == "sites":
+            if self.model.task_embedding == "shared":
+                raise ValueError("model.task_embedding shared needs numbered tasks; data.dataset sites has none")
             if self.data.image_size is None or self.data.channels is None:
                 raise ValueError(
                     f"data.dataset sites needs data.image_size (now {json.dumps(self.data.image_size)}) and "
@@ -316,6 +367,37 @@ class RunConfig(Section):
                     "sites has none; allowed: moments"
                 )
         return self
+
+    def _check_method(self) -> None:
+        training, clients = self.training, self.federation.clients
+        if training.method == "federated":
+            return
+        if training.method == "pooled" and self.model.exclusive_stages != "none":
+            raise ValueError(
+                f"training.method pooled has no exclusive layers, and model.exclusive_stages is "
+                f"{json.dumps(self.model.exclusive_stages)}; allowed: none"
+            )
+        if training.method == "pooled" and self.model.task_embedding == "exclusive":
+            raise ValueError("training.method pooled has no exclusive layers; model.task_embedding: none or shared")
+        if self.federation.clients_per_round is not None:
+            raise ValueError(f"federation.clients_per_round needs training.method federated, not {training.method}")
+        size = training.central_batch_size or training.batch_size
+        if training.method == "balanced" and size % clients:
+            raise ValueError(
+                f"training.central_batch_size {size} cannot be shared out evenly among {clients} tasks; "
+                f"allowed: multiples of {clients}"
+            )
+        if (clients * (training.local_steps or 0) * training.batch_size) % size:
+            raise ValueError(
+                f"training.central_batch_size {size} does not divide a round's "
+                f"{clients * (training.local_steps or 0) * training.batch_size} images "
+                "(clients times local_steps times batch_size)"
+            )
+
+    def evaluation_due(self, round_number: int) -> bool:
+        """Whether an evaluation follows this round: every so many, and at the end."""
+        every, last = self.evaluation.every, self.federation.rounds
+        return round_number > 0 and (round_number == last or (every > 0 and round_number % every == 0))
 
     def to_json(self) -> str:
         """The whole configuration as one line of JSON, keys in declared order."""

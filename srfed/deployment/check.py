@@ -9,12 +9,12 @@ from uuid import uuid4
 
 import numpy as np
 
+from srfed.checkpoints.client_store import check_name
 from srfed.config import RunConfig
 from srfed.data import Task, load_own_task
 from srfed.data.images import Images
 from srfed.errors import UserError
 from srfed.evaluation.features import load_feature_network
-from srfed.federation.client_store import check_name
 from srfed.reporting.pictures import draw_grid, write_png
 from srfed.reporting.words import bytes_in_words
 from srfed.training.batches import MinibatchOrder

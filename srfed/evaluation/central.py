@@ -1,8 +1,9 @@
 """Central evaluation: Fréchet distances of the collected samples, over all tasks and for each."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from srfed.data import Task
 from srfed.data.images import Images
 from srfed.evaluation.features import FeatureNetwork
 from srfed.evaluation.frechet import FeatureStatistics, frechet_distance, merge_statistics
@@ -58,6 +59,12 @@ def score_statistics(
     )
 
 
+def shares_of_samples(total: int, tasks: int) -> list[int]:
+    """How many of ``total`` samples each task generates: equal shares, the first ones taking the remainder."""
+    each, rest = divmod(total, max(1, tasks))
+    return [each + (place < rest) for place in range(tasks)]
+
+
 class CentralEvaluation:
     """Scores samples against reference images that the server itself has.
 
@@ -77,3 +84,23 @@ class CentralEvaluation:
 
     def _statistics(self, images: Images) -> FeatureStatistics:
         return FeatureStatistics.of(self.network(images))
+
+
+class RealFloor:
+    """The score that the real training images of some tasks would get: what a perfect model scores.
+
+    Args:
+        evaluation: scores them, once for each choice of tasks.
+        tasks: whose training images count.
+    """
+
+    def __init__(self, evaluation: CentralEvaluation, tasks: Sequence[Task]) -> None:
+        self._evaluation = evaluation
+        self._images = {task.name: task.train for task in tasks}
+        self._known: dict[tuple[str, ...], float] = {}
+
+    def __call__(self, tasks: Iterable[str]) -> float:
+        key = tuple(sorted(tasks))
+        if key not in self._known:
+            self._known[key] = self._evaluation.score({name: self._images[name] for name in key}).overall
+        return self._known[key]

@@ -10,13 +10,13 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from srfed import __version__
+from srfed.checkpoints.site_model import save_site_model
 from srfed.config import parse_config_json
-from srfed.data import Task, to_model_range
+from srfed.data import Task
 from srfed.errors import UserError
 from srfed.evaluation.frechet import FeatureStatistics
-from srfed.evaluation.generation import Generated, generate
-from srfed.evaluation.reconstruction import ssim_of_reconstructions
-from srfed.evaluation.ssim import ssim_window
+from srfed.evaluation.generation import Generated
+from srfed.evaluation.task import TaskEvaluation, evaluate_task
 from srfed.federation.messages import (
     GENERATED,
     SETS,
@@ -31,10 +31,10 @@ from srfed.federation.messages import (
 )
 from srfed.federation.runtime import Runtime, runtime_for
 from srfed.federation.site import Site, own_task, site_of
-from srfed.federation.site_model import save_site_model
 from srfed.federation.wire_guard import wire_guard
 from srfed.reporting.pictures import draw_grid, write_png
 from srfed.training.local import load_tensors
+from srfed.training.setup import noise_of_task
 
 app = ClientApp(mods=[wire_guard])
 
@@ -131,20 +131,22 @@ def evaluate(message: Message, context: Context) -> Message:
     config, client = runtime.config, duty.site.client
     shared, state = duty.shared(message), runtime.state(duty.site, request)
     if duty.site.data is not None:
-        save_site_model(duty.site.folder, config, request, task.train.shape[1:], shared, state.exclusive_average)
+        save_site_model(
+            duty.site.folder, config, request.lineage, request.round, task.train.shape[1:], shared,
+            state.exclusive_average,
+        )  # fmt: skip
     load_tensors(runtime.model, shared, state.exclusive_average)
     runtime.model.eval()
-    generated = generate(
-        runtime.model,
+    evaluated = evaluate_task(
+        noise_of_task(runtime.model, duty.site.index),
         runtime.diffusion,
-        config.sampling,
-        count=request.samples,
-        shape=task.train.shape[1:],
-        seed=config.seed,
+        config,
         task=client,
-        strip_steps=config.evaluation.strip_steps,
+        test=task.test,
+        samples=request.samples,
+        final=request.final,
     )
-    metrics = _ssim(duty)
+    generated, metrics = evaluated.generated, _ssim_metrics(evaluated)
     header = duty.header
     arrays: dict[str, dict[str, torch.Tensor]] = {}
     if config.evaluation.mode == "moments":
@@ -166,31 +168,14 @@ def evaluate(message: Message, context: Context) -> Message:
     return Message(reply_content(header, metrics, arrays), reply_to=message)
 
 
-def _ssim(duty: Duty) -> dict[str, float | list[float]]:
-    """SSIM-rec of the model in the runtime on the client's test images, by timestep; nothing where it has none."""
-    config, runtime = duty.runtime.config, duty.runtime
-    judged = duty.task.test[: config.evaluation.ssim_images]
-    if not len(judged):
+def _ssim_metrics(evaluated: TaskEvaluation) -> dict[str, float | list[float]]:
+    if not evaluated.ssim:
         return {}
-    curve = config.evaluation.ssim_curve if duty.request.final else ()
-    timesteps = sorted({config.evaluation.ssim_timestep, *curve})
-    values = [
-        ssim_of_reconstructions(
-            runtime.model,
-            runtime.diffusion,
-            to_model_range(judged).to(runtime.device),
-            timestep,
-            variance=config.sampling.variance,
-            seed=config.seed,
-            task=duty.site.client,
-        )
-        for timestep in timesteps
-    ]
     return {
-        "ssim_timesteps": [float(timestep) for timestep in timesteps],
-        "ssim": values,
-        "ssim_images": float(len(judged)),
-        "ssim_window": float(ssim_window(*duty.task.test.shape[1:3])),
+        "ssim_timesteps": [float(timestep) for timestep in evaluated.ssim],
+        "ssim": list(evaluated.ssim.values()),
+        "ssim_images": float(evaluated.ssim_images),
+        "ssim_window": float(evaluated.ssim_window),
     }
 
 

@@ -12,9 +12,9 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from srfed import __version__
+from srfed.checkpoints.client_store import check_name
 from srfed.config import RunConfig
 from srfed.errors import UserError
-from srfed.federation.client_store import check_name
 from srfed.federation.exchange import POLL_SECONDS, StoppedError, stop_requested
 from srfed.federation.messages import DESCRIBE, Description, Request
 

@@ -6,10 +6,10 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from srfed.checkpoints.client_store import NO_PARENT, ClientStore
 from srfed.config import RunConfig, parse_config_json
 from srfed.errors import UserError
 from srfed.evaluation.features import FeatureNetwork, load_feature_network
-from srfed.federation.client_store import NO_PARENT, ClientStore
 from srfed.federation.messages import Request
 from srfed.federation.site import Site, own_task
 from srfed.training.local import ClientState, LocalTrainer, initial_state
@@ -40,7 +40,7 @@ class Runtime:
         if site not in self._trainers:
             task = own_task(self.config.data, site)
             self._trainers[site] = LocalTrainer(
-                self.config, self.model, self.partition, self.diffusion, site.client, task.train
+                self.config, self.model, self.partition, self.diffusion, site.client, task.train, site.index
             )
         return self._trainers[site]
 

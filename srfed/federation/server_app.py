@@ -5,22 +5,21 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from srfed.checkpoints.server_state import ServerCheckpoints, ServerState
 from srfed.config import load_config
-from srfed.data import Task, load_tasks
+from srfed.data import load_tasks
 from srfed.errors import UserError
-from srfed.evaluation.central import CentralEvaluation
+from srfed.evaluation.central import CentralEvaluation, RealFloor
 from srfed.evaluation.features import load_feature_network
 from srfed.federation.exchange import StoppedError
 from srfed.federation.messages import array_record
 from srfed.federation.roster import Expected, Member, Roster
-from srfed.federation.server_state import ServerCheckpoints, ServerState
 from srfed.federation.site import run_folder
 from srfed.federation.strategy import SharedRepresentationStrategy
 from srfed.files import write_bytes
@@ -167,11 +166,11 @@ class _Server:
             self._roster,
             self._checkpoints,
             evaluation,
-            _Floor(evaluation, self._tasks),
+            RealFloor(evaluation, self._tasks),
             reporter,
         )
         timeout, last = config.federation.round_timeout, config.federation.rounds
-        if strategy.evaluation_due(self._state.round, last) and not reporter.has_evaluation(self._state.round):
+        if config.evaluation_due(self._state.round) and not reporter.has_evaluation(self._state.round):
             strategy.evaluate(self._grid, self._state.round, timeout)
         strategy.start(self._grid, array_record(strategy.state.shared), last, timeout)
 
@@ -212,19 +211,3 @@ class _Server:
 def _info(member: Member) -> TaskInfo:
     description = member.description
     return TaskInfo(description.client, description.task, description.images, description.test_images)
-
-
-class _Floor:
-    """The score that the real training images of some tasks would get: what a perfect model scores."""
-
-    def __init__(self, evaluation: CentralEvaluation, tasks: list[Task]) -> None:
-        self._evaluation = evaluation
-        self._images = {task.name: task.train for task in tasks}
-        self._known: dict[tuple[str, ...], float] = {}
-
-    def __call__(self, clients: Iterable[str]) -> float:
-        key = tuple(sorted(clients))
-        if key not in self._known:
-            images = {client: self._images[client] for client in key}
-            self._known[key] = self._evaluation.score(images).overall
-        return self._known[key]

@@ -12,10 +12,10 @@ from typing import Any
 
 from flwr.app import Context
 
+from srfed.checkpoints.client_store import check_name
 from srfed.config import DataConfig, RunConfig
 from srfed.data import Task, load_own_task, load_task, task_names
 from srfed.errors import UserError
-from srfed.federation.client_store import check_name
 
 STATE_DIR_VARIABLE = "SRFED_STATE_DIR"
 """Environment variable that tells a simulation's clients where the run keeps their stores."""

@@ -16,9 +16,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from srfed.checkpoints.server_state import ServerCheckpoints, ServerState
 from srfed.config import RunConfig
 from srfed.errors import UserError
-from srfed.evaluation.central import CentralEvaluation, Scores, score_statistics
+from srfed.evaluation.central import CentralEvaluation, Scores, score_statistics, shares_of_samples
 from srfed.federation.aggregation import aggregate, client_weights, update_norm, weighted_mean
 from srfed.federation.exchange import Exchange, exchange
 from srfed.federation.messages import (
@@ -43,7 +44,6 @@ from srfed.federation.screening import (
     screen_samples,
     screen_train,
 )
-from srfed.federation.server_state import ServerCheckpoints, ServerState
 from srfed.models.partition import Partition
 from srfed.randomness import derive_generator
 from srfed.reporting.records import EvaluationRecord, RoundRecord
@@ -152,18 +152,13 @@ class SharedRepresentationStrategy(Strategy):
             arrays, metrics = self.aggregate_train(number, replies)
             if arrays is not None and metrics is not None:
                 result.arrays, result.train_metrics_clientapp[number] = arrays, metrics
-            if self.evaluation_due(number, num_rounds):
+            if self.config.evaluation_due(number):
                 metrics = self.evaluate(grid, number, timeout)
                 if metrics is not None:
                     result.evaluate_metrics_clientapp[number] = metrics
             if evaluate_fn is not None and (metrics := evaluate_fn(number, result.arrays)) is not None:
                 result.evaluate_metrics_serverapp[number] = metrics
         return result
-
-    def evaluation_due(self, number: int, last: int) -> bool:
-        """Whether an evaluation follows this round: every so many, and at the end."""
-        every = self.config.evaluation.every
-        return number > 0 and (number == last or (every > 0 and number % every == 0))
 
     def evaluate(self, grid: Grid, number: int, timeout: float) -> MetricRecord | None:
         """Evaluate the averaged φ of the state; None where no client sent samples."""
@@ -273,10 +268,9 @@ class SharedRepresentationStrategy(Strategy):
         total = settings.samples if final else settings.samples_between
         clients = self._available()
         self._away = [client for client in self.state.clients if client not in clients]
-        each, rest = divmod(total, max(1, len(clients)))
         return [
-            self._request(EVALUATE, client, server_round, {SHARED: arrays}, each + (place < rest), final)
-            for place, client in enumerate(clients)
+            self._request(EVALUATE, client, server_round, {SHARED: arrays}, count, final)
+            for client, count in zip(clients, shares_of_samples(total, len(clients)), strict=True)
         ]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:

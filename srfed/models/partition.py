@@ -2,7 +2,8 @@
 
 A rule is a dial: ``none`` (everything shared), ``io`` (stem and head exclusive), k (also the k
 outermost down and up stages; k = 1 is the paper), ``all`` (everything exclusive), or a list of
-module-name patterns. Every tensor of the model is in exactly one part.
+module-name patterns. A task's own vector (``task_vector``) is exclusive whatever the rule. Every tensor of
+the model is in exactly one part.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -52,7 +53,7 @@ def divide(model: nn.Module, rule: Rule) -> Partition:
         ValueError: an impossible rule, or a pattern that matches no tensor.
     """
     names = list(model.state_dict())
-    exclusive = _exclusive_names(names, rule)
+    exclusive = _exclusive_names(names, rule) | {name for name in names if name.startswith("task_vector.")}
     return Partition(
         shared=tuple(name for name in names if name not in exclusive),
         exclusive=tuple(name for name in names if name in exclusive),

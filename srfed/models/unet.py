@@ -7,6 +7,7 @@ so that no activation crosses from an exclusive to a shared stage but through th
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -86,11 +87,23 @@ class Head(nn.Module):
         return self.conv(F.silu(self.norm(x)))
 
 
+class TaskVector(nn.Module):
+    """One learned vector, added to every timestep's embedding; it starts at zero."""
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(dimension))
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return embedding + self.value
+
+
 class UNet(nn.Module):
     """Noise prediction ε(x_t, t) for images of any size from 5 px and any number of channels.
 
-    Modules, in the order of the forward pass: ``stem``, ``timestep``, ``down.0`` to ``down.3``,
-    ``bottleneck``, ``up.3`` to ``up.0``, ``head``. ``srfed.models.partition`` divides them by name.
+    Modules, in the order of the forward pass: ``stem``, ``timestep``, ``task_table`` or ``task_vector`` if any,
+    ``down.0`` to ``down.3``, ``bottleneck``, ``up.3`` to ``up.0``, ``head``. ``srfed.models.partition`` divides
+    them by name.
 
     Args:
         image_channels: channels of the images.
@@ -100,6 +113,10 @@ class UNet(nn.Module):
         attention_head_channels: channels of one attention head.
         groups: groups of each GroupNorm; divides every entry of ``channels``.
         dropout: rate inside the residual blocks.
+        task_embedding: "shared" adds a learned vector for each of ``tasks`` tasks to the timestep's embedding
+            (class conditioning as in Nichol & Dhariwal, 2021), and the forward pass then needs the tasks;
+            "exclusive" adds one vector, the task's own.
+        tasks: number of tasks of a shared embedding.
     """
 
     def __init__(
@@ -111,6 +128,8 @@ class UNet(nn.Module):
         attention_head_channels: int,
         groups: int,
         dropout: float = 0.0,
+        task_embedding: Literal["none", "shared", "exclusive"] = "none",
+        tasks: int = 0,
     ) -> None:
         super().__init__()
         self.image_channels = image_channels
@@ -129,13 +148,17 @@ class UNet(nn.Module):
         self.bottleneck = Bottleneck(channels[-1], embedding_dimension, attention_head_channels, groups, dropout)
         self.up = nn.ModuleList(UpStage(*stage_arguments(stage)) for stage in range(len(channels)))
         self.head = Head(channels[0], image_channels, groups)
+        # Last, so that the other tensors' initial values are those of a network without.
+        self.task_table = nn.Embedding(tasks, embedding_dimension) if task_embedding == "shared" else None
+        self.task_vector = TaskVector(embedding_dimension) if task_embedding == "exclusive" else None
 
-    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, tasks: Tensor | None = None) -> Tensor:
         """Predict the noise in x_t.
 
         Args:
             x: N x C x H x W, float.
             timesteps: (N,) in 1..T.
+            tasks: (N,) int64, positions of the images' tasks; for a network with a shared task embedding only.
 
         Returns:
             N x C x H x W, the dtype of ``x`` outside autocast.
@@ -149,7 +172,13 @@ class UNet(nn.Module):
             )
         if timesteps.shape != x.shape[:1]:
             raise ValueError(f"{x.shape[0]} images need as many timesteps, not {tuple(timesteps.shape)}")
+        if (tasks is None) != (self.task_table is None):
+            raise ValueError("the images' tasks are for a UNet with a shared task embedding, which cannot do without")
         embedding = self.timestep(timesteps)
+        if self.task_table is not None:
+            embedding = embedding + self.task_table(tasks)
+        if self.task_vector is not None:
+            embedding = self.task_vector(embedding)
         hidden = self.stem(x)
         skips = []
         for down in self.down:

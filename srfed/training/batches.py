@@ -1,10 +1,16 @@
-"""The endless order of minibatches: a pure function of (seed, task, step), so that it can start anywhere."""
+"""Minibatches: which images each step sees, and what it draws for them; pure functions of (seed, task, step)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from srfed.config import RunConfig, TrainingConfig
+from srfed.diffusion.process import Diffusion
 from srfed.errors import UserError
-from srfed.randomness import derive_generator
+from srfed.randomness import derive_generator, derive_seed
 
 
 class MinibatchOrder:
@@ -14,6 +20,7 @@ class MinibatchOrder:
         images: number of training images n.
         batch_size: images in a minibatch.
         drop_last: leave out the last, smaller minibatch of each pass.
+        across_passes: let a minibatch run on into the next pass, so that each has ``batch_size`` images.
         seed: the run's seed.
         task: the task's name.
 
@@ -21,25 +28,77 @@ class MinibatchOrder:
         UserError: ``drop_last`` would leave no minibatch at all.
     """
 
-    def __init__(self, images: int, batch_size: int, drop_last: bool, seed: int, task: str) -> None:
-        if drop_last and batch_size > images:
+    def __init__(
+        self, images: int, batch_size: int, drop_last: bool, seed: int, task: str, *, across_passes: bool = False
+    ) -> None:
+        if drop_last and not across_passes and batch_size > images:
             raise UserError(
                 f"training.batch_size = {batch_size} is above the {images} training images of task {task!r}; "
-                f"allowed: up to {images}, or training.drop_last = false"
+                f"allowed: up to {images}, or training.drop_last = false, or training.across_passes = true"
             )
         self.images = images
         self.batch_size = batch_size
-        self.steps_per_pass = images // batch_size if drop_last else -(-images // batch_size)
+        self.across_passes = across_passes
+        whole = drop_last and not across_passes
+        self.steps_per_pass = images // batch_size if whole else -(-images // batch_size)
         self._seed = seed
         self._task = task
         self._pass = -1
         self._order = torch.empty(0, dtype=torch.long)
 
+    @classmethod
+    def of(cls, training: TrainingConfig, images: int, batch_size: int, seed: int, task: str) -> "MinibatchOrder":
+        """The order that a run's settings ask for."""
+        return cls(images, batch_size, training.drop_last, seed, task, across_passes=training.across_passes)
+
     def indices(self, step: int) -> Tensor:
         """Indices of the images of a step: (batch_size,) int64, fewer at the end of a pass."""
-        number, position = divmod(step, self.steps_per_pass)
+        if not self.across_passes:
+            number, position = divmod(step, self.steps_per_pass)
+            return self._in_pass(number)[position * self.batch_size : (position + 1) * self.batch_size]
+        first, wanted = step * self.batch_size, self.batch_size
+        parts = []
+        while wanted:
+            number, position = divmod(first, self.images)
+            parts.append(self._in_pass(number)[position : position + wanted])
+            first, wanted = first + len(parts[-1]), wanted - len(parts[-1])
+        return torch.cat(parts)
+
+    def _in_pass(self, number: int) -> Tensor:
         if number != self._pass:
             generator = derive_generator(self._seed, "minibatch order", self._task, number)
             self._order = torch.randperm(self.images, generator=generator)
             self._pass = number
-        return self._order[position * self.batch_size : (position + 1) * self.batch_size]
+        return self._order
+
+
+class Minibatch(NamedTuple):
+    """What one step trains on: images in [-1, 1] (N x C x H x W), timesteps in 1..T (N,), noise as the images."""
+
+    images: Tensor
+    timesteps: Tensor
+    noise: Tensor
+
+
+def draw_minibatch(
+    config: RunConfig, diffusion: Diffusion, images: Tensor, task: str, round_number: int, step: int
+) -> Minibatch:
+    """Timesteps and noise for images, which are mirrored where the run asks for it (lines 3 to 5 of Algorithm 1)."""
+    device = images.device
+    generator = derive_generator(config.seed, "training", task, round_number, step, device=device)
+    if config.data.horizontal_flip:
+        mirrored = torch.rand(len(images), 1, 1, 1, generator=generator, device=device) < 0.5
+        images = torch.where(mirrored, images.flip(-1), images)
+    timesteps = torch.randint(1, diffusion.timesteps + 1, (len(images),), generator=generator, device=device)
+    return Minibatch(images, timesteps, torch.randn(images.shape, generator=generator, device=device))
+
+
+@contextmanager
+def seeded_dropout(config: RunConfig, device: torch.device, task: str, round_number: int, step: int) -> Iterator[None]:
+    """Dropout takes no generator of its own; lend it the process's, seeded for this step."""
+    if not config.model.dropout:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derive_seed(config.seed, "dropout", task, round_number, step))
+        yield

@@ -1,8 +1,7 @@
 """One client's local training: θ_i and φ on the client's own images, for one round."""
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,11 +13,10 @@ from srfed.data import to_model_range
 from srfed.diffusion.process import Diffusion
 from srfed.models.partition import Partition
 from srfed.models.unet import UNet
-from srfed.randomness import derive_generator, derive_seed
-from srfed.training.batches import MinibatchOrder
+from srfed.training.batches import MinibatchOrder, draw_minibatch, seeded_dropout
 from srfed.training.ema import step_decay, update_average
 from srfed.training.optimizers import PartOptimizer, learning_rate_factor
-from srfed.training.setup import autocast
+from srfed.training.setup import autocast, noise_of_task
 
 LOSS_QUARTERS = 4
 
@@ -96,9 +94,10 @@ class LocalTrainer:
         diffusion: the forward process, on the same device.
         task: the task's name, part of every seed.
         images: the task's training images, uint8 N x H x W x C.
+        index: the task's position, which a model with a table of tasks is told.
 
     Raises:
-        UserError: the batch size does not fit the images.
+        UserError: the batch size does not fit the images, or the model's table has no such task.
     """
 
     def __init__(
@@ -109,9 +108,11 @@ class LocalTrainer:
         diffusion: Diffusion,
         task: str,
         images: np.ndarray,
+        index: int = 0,
     ) -> None:
         self._config = config
         self._model = model
+        self._predict_noise = noise_of_task(model, index)
         self._diffusion = diffusion
         self._task = task
         self._device = next(model.parameters()).device
@@ -121,7 +122,7 @@ class LocalTrainer:
         layout = torch.channels_last if config.resources.channels_last else torch.contiguous_format
         self._images = to_model_range(images).to(self._device).contiguous(memory_format=layout)
         training = config.training
-        self._order = MinibatchOrder(len(images), training.batch_size, training.drop_last, config.seed, task)
+        self._order = MinibatchOrder.of(training, len(images), training.batch_size, config.seed, task)
 
     def train(
         self,
@@ -148,9 +149,10 @@ class LocalTrainer:
         on_exclusive = PartOptimizer(training, self._exclusive, exclusive_rate, state.exclusive_moments)
         on_shared = PartOptimizer(training, self._shared, shared_rate, kept)
 
+        first_shared = {name: shared[name].to(self._device) for name in self._shared}
         average = {name: t.to(self._device, copy=True) for name, t in state.exclusive_average.items()}
         exclusive_step = state.exclusive_steps
-        meter = _LossMeter(self._diffusion.timesteps, self._device)
+        meter = LossMeter(self._diffusion.timesteps, self._device)
         steps = training.local_steps or (training.local_epochs or 0) * self._order.steps_per_pass
         phases = _phases(training.update, steps, training.exclusive_steps, self._exclusive, self._shared)
         shared_steps = sum(count for count, parts in phases if "shared" in parts)
@@ -164,12 +166,18 @@ class LocalTrainer:
             for parameter in active:
                 parameter.requires_grad_(True)
             for _ in range(count):
-                images, timesteps, noise = self._draw(round_number, state.steps + step, step)
-                with autocast(self._config.resources, self._device), self._seeded_dropout(round_number, step):
-                    losses = self._diffusion.loss_per_image(self._model, images, timesteps, noise)
+                indices = self._order.indices(state.steps + step).to(self._device, non_blocking=True)
+                batch = draw_minibatch(
+                    self._config, self._diffusion, self._images[indices], self._task, round_number, step
+                )
+                dropout = seeded_dropout(self._config, self._device, self._task, round_number, step)
+                with autocast(self._config.resources, self._device), dropout:
+                    losses = self._diffusion.loss_per_image(self._predict_noise, *batch)
                 on_exclusive.clear_gradients()
                 on_shared.clear_gradients()
                 losses.mean().backward()
+                if training.proximal and "shared" in parts:
+                    _pull_towards(self._shared, first_shared, training.proximal)
                 if training.gradient_clip is not None:
                     nn.utils.clip_grad_norm_(active, training.gradient_clip, foreach=True)
                 on_exclusive.step()
@@ -178,18 +186,18 @@ class LocalTrainer:
                     decay = step_decay(training.ema_decay, training.ema_warmup, exclusive_step)
                     update_average(average, self._exclusive, decay)
                     exclusive_step += 1
-                meter.add(losses.detach(), timesteps)
+                meter.add(losses.detach(), batch.timesteps)
                 step += 1
         loss, loss_by_quarter = meter.read()
         seconds = time.perf_counter() - start
 
         moments = on_shared.export_moments()
         return LocalResult(
-            shared=_copies(self._shared),
+            shared=copies(self._shared),
             shared_moments=moments if training.shared_moments != "reset" else {},
             state=ClientState(
-                exclusive=_copies(self._exclusive),
-                exclusive_average=_copies(average),
+                exclusive=copies(self._exclusive),
+                exclusive_average=copies(average),
                 exclusive_moments=on_exclusive.export_moments(),
                 shared_moments=moments if training.shared_moments == "keep" else {},
                 steps=state.steps + step,
@@ -202,32 +210,8 @@ class LocalTrainer:
             seconds=seconds,
         )
 
-    def _draw(self, round_number: int, position: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, timesteps in 1..T and noise of one step (lines 3 to 5 of Algorithm 1)."""
-        indices = self._order.indices(position).to(self._device, non_blocking=True)
-        generator = derive_generator(self._config.seed, "training", self._task, round_number, step, device=self._device)
-        images = self._images[indices]
-        if self._config.data.horizontal_flip:
-            mirrored = torch.rand(len(images), 1, 1, 1, generator=generator, device=self._device) < 0.5
-            images = torch.where(mirrored, images.flip(-1), images)
-        timesteps = torch.randint(
-            1, self._diffusion.timesteps + 1, (len(images),), generator=generator, device=self._device
-        )
-        noise = torch.randn(images.shape, generator=generator, device=self._device)
-        return images, timesteps, noise
 
-    @contextmanager
-    def _seeded_dropout(self, round_number: int, step: int) -> Iterator[None]:
-        """Dropout takes no generator of its own; lend it the process's, seeded for this step."""
-        if not self._config.model.dropout:
-            yield
-            return
-        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
-            torch.manual_seed(derive_seed(self._config.seed, "dropout", self._task, round_number, step))
-            yield
-
-
-class _LossMeter:
+class LossMeter:
     """Sums losses on the device, in all and by quarter of the timestep range; read once, at the end."""
 
     def __init__(self, timesteps: int, device: torch.device) -> None:
@@ -257,9 +241,18 @@ def _phases(
     present = tuple(name for name, part in (("exclusive", exclusive), ("shared", shared)) if part)
     if update == "joint":
         return [(steps, present)]
-    counts = {"exclusive": exclusive_steps or steps, "shared": steps}
+    counts = {"exclusive": exclusive_steps or steps, "shared": 0 if update == "exclusive" else steps}
     return [(counts[name], (name,)) for name in present]
 
 
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+@torch.no_grad()
+def _pull_towards(parameters: Mapping[str, nn.Parameter], anchor: Mapping[str, Tensor], strength: float) -> None:
+    """Add the gradient of FedProx's term, strength / 2 · ‖φ - anchor‖² (Li et al. 2020, eq. 2)."""
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None
+        parameter.grad.add_(parameter - anchor[name], alpha=strength)
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU copies."""
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from srfed.config import ResourcesConfig, RunConfig
-from srfed.diffusion.process import Diffusion
+from srfed.diffusion.process import Diffusion, PredictNoise
 from srfed.diffusion.schedule import build_schedule
 from srfed.errors import UserError
 from srfed.models.partition import Partition, divide
@@ -27,6 +27,8 @@ def build_model(config: RunConfig, image_channels: int) -> UNet:
             attention_head_channels=model.attention_head_channels,
             groups=model.groups,
             dropout=model.dropout,
+            task_embedding=model.task_embedding,
+            tasks=config.federation.clients,
         )
 
 
@@ -36,6 +38,22 @@ def build_partition(config: RunConfig, model: UNet) -> Partition:
         return divide(model, config.model.exclusive_stages)
     except ValueError as error:
         raise UserError(f"model.{error}") from error
+
+
+def noise_of_task(model: UNet, task: int) -> PredictNoise:
+    """ε(x_t, t) of one task: the model, told the task's position in every call if it has a table of tasks.
+
+    Raises:
+        UserError: the model has a table, and no such task in it.
+    """
+    if model.task_table is None:
+        return model
+    if not 0 <= task < model.task_table.num_embeddings:
+        raise UserError(
+            f"model.task_embedding = shared has tasks 0 to {model.task_table.num_embeddings - 1}, and no {task}; a "
+            "deployed site has no number"
+        )
+    return lambda x, timesteps: model(x, timesteps, torch.full_like(timesteps, task, dtype=torch.long))
 
 
 def build_diffusion(config: RunConfig, device: torch.device) -> Diffusion:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from srfed.config import RunConfig, parse_config_json
 from srfed.errors import UserError
-from srfed.federation.messages import Request
 from srfed.tensors import Checkpoint, read_checkpoint, read_manifest, remove_checkpoint, write_checkpoint
 
 MODELS = "models"
@@ -21,7 +20,8 @@ MODELS = "models"
 def save_site_model(
     folder: Path,
     config: RunConfig,
-    request: Request,
+    lineage: str,
+    round_number: int,
     shape: tuple[int, ...],
     shared: Mapping[str, Tensor],
     exclusive: Mapping[str, Tensor],
@@ -31,7 +31,8 @@ def save_site_model(
     Args:
         folder: the client's own folder.
         config: the run's configuration.
-        request: the server's request; it names lineage and round.
+        lineage: the run with all its resumptions.
+        round_number: the round that the model comes from.
         shape: H, W, C of the images.
         shared: the averaged φ.
         exclusive: the averaged θ_i.
@@ -39,12 +40,12 @@ def save_site_model(
     Raises:
         UserError: it cannot be written.
     """
-    models = folder / MODELS / request.lineage
-    path = models / f"round-{request.round:05d}"
+    models = folder / MODELS / lineage
+    path = models / f"round-{round_number:05d}"
     if path.exists():
         # The evaluation of this round was asked for before, and a resumed server asks for it again.
         remove_checkpoint(path)
-    manifest = {"config": config.to_json(), "round": request.round, "shape": list(shape), "client": folder.name}
+    manifest = {"config": config.to_json(), "round": round_number, "shape": list(shape), "client": folder.name}
     write_checkpoint(path, Checkpoint({"shared": dict(shared), "exclusive": dict(exclusive)}, manifest))
     for old in models.glob("round-*"):
         if old != path:

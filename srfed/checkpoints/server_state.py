@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from srfed.checkpoints.client_store import NO_PARENT
 from srfed.errors import UserError
-from srfed.federation.client_store import NO_PARENT
 from srfed.tensors import Checkpoint, read_checkpoint, remove_checkpoint, write_checkpoint
 
 _GROUPS = ("shared", "shared_average", "optimizer", "shared_moments")

@@ -2,17 +2,19 @@
 
 from pathlib import Path
 
+from torch import Tensor
+
+from srfed.checkpoints.client_store import ClientStore
+from srfed.checkpoints.server_state import ServerCheckpoints
+from srfed.checkpoints.site_model import SiteModel
 from srfed.config import ResourcesConfig
+from srfed.diffusion.process import PredictNoise
 from srfed.errors import UserError
-from srfed.federation.client_store import ClientStore
-from srfed.federation.server_state import ServerCheckpoints
-from srfed.federation.site_model import SiteModel
-from srfed.models.unet import UNet
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.records import TaskInfo
 from srfed.reporting.run_directory import RunDirectory
 from srfed.training.local import initial_state, load_tensors
-from srfed.training.setup import build_diffusion, build_model, build_partition, resolve_device
+from srfed.training.setup import build_diffusion, build_model, build_partition, noise_of_task, resolve_device
 
 
 class TrainedSite:
@@ -42,8 +44,8 @@ class TrainedSite:
             raise UserError(f"--task {wanted!r} is not at this site; it has 0 ({self.tasks[0].task})")
         return self.tasks[0]
 
-    def model_of(self, task: TaskInfo) -> UNet:
-        """The averaged (φ, θ_i), in evaluation mode."""
+    def model_of(self, task: TaskInfo) -> PredictNoise:
+        """ε of the averaged (φ, θ_i), in evaluation mode."""
         return self._model
 
 
@@ -80,16 +82,29 @@ class TrainedRun:
         names = ", ".join(f"{position} ({task.task})" for position, task in enumerate(self.tasks))
         raise UserError(f"--task {wanted!r} is not in this run; it has {names}")
 
-    def model_of(self, task: TaskInfo) -> UNet:
-        """The averaged (φ, θ_i) of a task, in evaluation mode; the next call reuses the same module."""
-        state = self._initial
-        if task.client in self._state.attempts:
-            store = ClientStore(self._run.clients, task.client, self._run.lineage, 1)
-            if not store.folder.exists():
-                raise UserError(
-                    f"{self._run.path} has no θ of {task.client!r}: a deployed site keeps its own; sample there with "
-                    "--store <state-dir>/<client-id>"
-                )
-            state = store.load(self._state.attempts[task.client])
-        load_tensors(self._model, self._state.shared_average, state.exclusive_average)
-        return self._model.eval()
+    def model_of(self, task: TaskInfo) -> PredictNoise:
+        """ε of a task's averaged (φ, θ_i), in evaluation mode; the next call reuses the same module."""
+        load_tensors(self._model, self.shared, self.exclusive_of(task))
+        self._model.eval()
+        return noise_of_task(self._model, self.tasks.index(task))
+
+    @property
+    def shared(self) -> dict[str, Tensor]:
+        """The averaged φ."""
+        return self._state.shared_average
+
+    def exclusive_of(self, task: TaskInfo) -> dict[str, Tensor]:
+        """The averaged θ_i of a task; the common initialisation where it never took part.
+
+        Raises:
+            UserError: the run was deployed, and θ_i is at its site.
+        """
+        if task.client not in self._state.attempts:
+            return self._initial.exclusive_average
+        store = ClientStore(self._run.clients, task.client, self._run.lineage, 1)
+        if not store.folder.exists():
+            raise UserError(
+                f"{self._run.path} has no θ of {task.client!r}: a deployed site keeps its own; sample there with "
+                "--store <state-dir>/<client-id>"
+            )
+        return store.load(self._state.attempts[task.client]).exclusive_average

@@ -1,0 +1,40 @@
+"""Train with all tasks' images in one place: ``python -m srfed.centralise --set training.method=balanced``.
+
+The baselines that a federation is compared with; run folder, reports and scores are a federation's.
+"""
+
+from collections.abc import Sequence
+
+from srfed.command import run_command
+from srfed.config import RunConfig
+from srfed.errors import UserError
+from srfed.reporting.run_directory import RunDirectory
+from srfed.train_command import check_training, train_by_command, training_parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = training_parser(
+        "srfed.centralise",
+        "Train a baseline with all tasks' images in one place: DDPM, C-DDPM, or SR-DDPM as in the paper.",
+    )
+    options = parser.parse_args(arguments)
+    return run_command(lambda: train_by_command("srfed.centralise", options, {}, _check, _run))
+
+
+def _check(config: RunConfig) -> None:
+    if config.training.method == "federated":
+        raise UserError(
+            "training.method = federated is for python -m srfed.simulate; allowed here: pooled, one_task, balanced"
+        )
+    check_training(config)
+
+
+def _run(run: RunDirectory) -> None:
+    from srfed.centralised.run import train_centrally
+
+    train_centrally(run)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

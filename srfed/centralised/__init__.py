@@ -1,0 +1,1 @@
+"""Centralised runs: the same run folder, reports and scores as a federation's, without one."""

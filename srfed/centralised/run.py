@@ -1,0 +1,188 @@
+"""A centralised run from its first round, or its last checkpoint, to its final evaluation."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from srfed.checkpoints.client_store import NO_PARENT, ClientStore
+from srfed.checkpoints.server_state import ServerCheckpoints, ServerState
+from srfed.data import Task, load_tasks
+from srfed.evaluation.central import CentralEvaluation, RealFloor, shares_of_samples
+from srfed.evaluation.features import load_feature_network
+from srfed.evaluation.task import evaluate_task
+from srfed.reporting.records import EvaluationRecord, RoundRecord, TaskInfo
+from srfed.reporting.reporter import Reporter
+from srfed.reporting.run_directory import RunDirectory
+from srfed.training.central import CentralResult, CentralState, CentralTrainer
+from srfed.training.local import initial_state, load_tensors
+from srfed.training.optimizers import learning_rate_factor
+from srfed.training.setup import build_diffusion, build_model, build_partition, noise_of_task, resolve_device
+
+
+def train_centrally(run: RunDirectory) -> None:
+    """Train and evaluate until the last round.
+
+    Args:
+        run: a run whose ``training.method`` is a centralised one.
+
+    Raises:
+        UserError: the data do not fit, a checkpoint is damaged, a folder is in use.
+        KeyboardInterrupt: the last finished round is on disk.
+    """
+    with run.in_use():
+        reporter = Reporter(run)
+        try:
+            _CentralRun(run, reporter).run()
+        finally:
+            reporter.close()
+
+
+class _CentralRun:
+    """One execution of a run. Checkpoints are a federation's: φ at the server, each θ_i in its task's store."""
+
+    def __init__(self, run: RunDirectory, reporter: Reporter) -> None:
+        self._run, self._reporter = run, reporter
+        self._config = config = run.config
+        torch.set_num_threads(config.resources.client_cpus)
+        self._tasks = load_tasks(config.data, config.federation.clients)
+        device = resolve_device(config.resources)
+        layout = torch.channels_last if config.resources.channels_last else torch.contiguous_format
+        model = build_model(config, self._tasks[0].train.shape[-1])
+        self._partition = build_partition(config, model)
+        self._initial = initial_state(model, self._partition)
+        shared = {name: t.clone() for name, t in self._partition.take_shared(model.state_dict()).items()}
+        self._model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
+        self._diffusion = build_diffusion(config, device)
+        self._trainer = CentralTrainer(config, self._model, self._partition, self._diffusion, self._tasks)
+        self._checkpoints = ServerCheckpoints(run.server, config.federation.keep_attempts)
+        height, width, channels = self._tasks[0].train.shape[1:]
+        self._server = ServerState(
+            lineage=run.lineage, round=0, shared=shared,
+            shared_average={name: t.clone() for name, t in shared.items()},
+            shape=(height, width, channels), clients=tuple(task.name for task in self._tasks),
+        )  # fmt: skip
+        network = load_feature_network(config.evaluation.feature_network, config.evaluation.inception_weights, device)
+        self._evaluation = CentralEvaluation(network, {task.name: task.test for task in self._tasks})
+        self._floor = RealFloor(self._evaluation, self._tasks)
+
+    def run(self) -> None:
+        config, reporter = self._config, self._reporter
+        if self._run.started:
+            self._server = self._checkpoints.load_last()
+        else:
+            self._checkpoints.save(self._server)
+        state = self._restore()
+        infos = [TaskInfo(task.name, task.name, len(task.train), len(task.test)) for task in self._tasks]
+        reporter.begin(self._server.round, infos)
+        last = self._server.round
+        if config.evaluation_due(last) and not reporter.has_evaluation(last):
+            self._evaluate(last, state)
+        for number in range(last + 1, config.federation.rounds + 1):
+            began = time.perf_counter()
+            result = self._trainer.train(number, state)
+            self._report(number, state, result, time.perf_counter() - began)
+            state = result.state
+            self._save(number, state)
+            if config.evaluation_due(number):
+                self._evaluate(number, state)
+
+    def _restore(self) -> CentralState:
+        tasks = {
+            task.name: self._store(task).load(self._server.attempts[task.name])
+            if task.name in self._server.attempts
+            else self._initial
+            for task in self._tasks
+        }
+        server = self._server
+        return CentralState(server.shared, server.shared_average, tasks, server.shared_moments, server.shared_steps)
+
+    def _save(self, number: int, state: CentralState) -> None:
+        attempt = f"round-{number:05d}"
+        for task in self._tasks:
+            parent = self._server.attempts.get(task.name, NO_PARENT)
+            store = self._store(task)
+            if (store.folder / attempt).exists():
+                # The process was stopped between this store and the server's checkpoint: these are its bits.
+                continue
+            store.save(attempt, parent, number, state.tasks[task.name])
+        self._server = replace(
+            self._server, round=number, shared=state.shared, shared_average=state.shared_average,
+            shared_moments=state.shared_moments, shared_steps=state.steps,
+            attempts={task.name: attempt for task in self._tasks},
+        )  # fmt: skip
+        self._checkpoints.save(self._server)
+
+    def _store(self, task: Task) -> ClientStore:
+        return ClientStore(self._run.clients, task.name, self._run.lineage, self._config.federation.keep_attempts)
+
+    def _report(self, number: int, before: CentralState, result: CentralResult, seconds: float) -> None:
+        squares = [
+            (tensor.double() - before.shared[name].double()).square().sum()
+            for name, tensor in result.state.shared.items()
+        ]
+        record = RoundRecord(
+            round=number,
+            loss=result.loss,
+            loss_by_client=result.loss_by_task,
+            loss_by_quarter=list(result.loss_by_quarter),
+            accepted=list(result.loss_by_task),
+            refused={},
+            missing={},
+            images=result.images,
+            images_per_second=result.images / seconds,
+            bytes_up=0,
+            bytes_down=0,
+            learning_rate=self._config.training.learning_rate * learning_rate_factor(self._config, number),
+            update_norm=float(torch.stack(squares).sum().sqrt()) if squares else 0.0,
+            disagreement=0.0,
+            seconds=seconds,
+        )
+        self._reporter.on_round(record)
+
+    def _evaluate(self, number: int, state: CentralState) -> None:
+        began = time.perf_counter()
+        settings, final = self._config.evaluation, number == self._config.federation.rounds
+        counts = shares_of_samples(settings.samples if final else settings.samples_between, len(self._tasks))
+        images, strips, curves, windows = {}, {}, {}, []
+        for place, (task, count) in enumerate(zip(self._tasks, counts, strict=True)):
+            load_tensors(self._model, state.shared_average, state.tasks[task.name].exclusive_average)
+            self._model.eval()
+            evaluated = evaluate_task(
+                noise_of_task(self._model, place), self._diffusion, self._config,
+                task=task.name, test=task.test, samples=count, final=final,
+            )  # fmt: skip
+            images[task.name], strips[task.name] = evaluated.generated.images, evaluated.generated.strip
+            if evaluated.ssim:
+                curves[task.name] = evaluated.ssim
+                windows.append(evaluated.ssim_window)
+        scores = self._evaluation.score(images)
+        self._reporter.on_evaluation(
+            EvaluationRecord(
+                round=number,
+                final=final,
+                score_name=scores.name,
+                score=scores.overall,
+                score_by_client=scores.per_task,
+                floor=self._floor(images),
+                samples=scores.samples,
+                references=scores.references,
+                ssim_timestep=settings.ssim_timestep,
+                ssim=_mean_curve(curves),
+                ssim_by_client={name: curve[settings.ssim_timestep] for name, curve in curves.items()},
+                ssim_window=max(windows, default=0),
+                grids={name: group[: settings.grid_columns] for name, group in images.items()},
+                strips=strips,
+                refused={},
+                missing={},
+                bytes_up=0,
+                bytes_down=0,
+                seconds=time.perf_counter() - began,
+            )
+        )
+
+
+def _mean_curve(curves: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
+    timesteps = sorted({timestep for curve in curves.values() for timestep in curve})
+    return {t: sum(curve[t] for curve in curves.values()) / len(curves) for t in timesteps}

@@ -1,0 +1,165 @@
+"""What the commands that train have in common: options, checks before any work, resuming, the closing words."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from srfed.command import INTERRUPTED
+from srfed.config import RunConfig, describe, load_config
+from srfed.errors import UserError
+from srfed.files import write_bytes
+from srfed.reporting.metrics_log import MetricsLog
+from srfed.reporting.run_directory import RunDirectory
+from srfed.reporting.summary import summarise
+
+
+def training_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """Options of a command that trains; the settings are listed in its help."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {command}",
+        description=description,
+        epilog="settings (name = default):\n" + describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file; default: the embedded digits")
+    parser.add_argument("--clients", metavar="N", help="the first N tasks (federation.clients)")
+    parser.add_argument("--data-dir", metavar="DIR", help="where the images are (data.dir)")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="the run's folder; default runs/<name>-<time>")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="override a setting, e.g. training.batch_size=32; repeatable",
+    )  # fmt: skip
+    return parser
+
+
+def train_by_command(
+    command: str,
+    options: argparse.Namespace,
+    further: dict[str, str | None],
+    check: Callable[[RunConfig], None],
+    train: Callable[[RunDirectory], None],
+) -> None:
+    """Begin a run or go on with one, train it, and say how it went.
+
+    Args:
+        command: the command's name, for the words that say how to go on.
+        options: of :func:`training_parser`.
+        further: settings that the command has options of its own for; None where not given.
+        check: raises UserError for what cannot work, before anything is written.
+        train: does the work; may raise UserError or KeyboardInterrupt.
+
+    Raises:
+        UserError: the text says how to go on where there is something to go on with.
+        SystemExit: the user stopped the run.
+    """
+    began = time.monotonic()
+    overrides = list(options.overrides)
+    named = {
+        "federation.clients": options.clients,
+        "data.dir": None if options.data_dir is None else json.dumps(options.data_dir),
+        **further,
+    }
+    overrides += [f"{key}={value}" for key, value in named.items() if value is not None]
+    if options.resume is None:
+        config = _with_absolute_data_dir(load_config(options.config, overrides))
+        check(config)
+        run = RunDirectory.create(options.run_dir, config)
+    else:
+        if options.run_dir is not None:
+            raise UserError("--resume names the run's folder; leave --run-dir out")
+        run = RunDirectory.open(options.resume)
+        config = _with_absolute_data_dir(load_config(options.config or run.config_file, overrides))
+        run = run.reconfigure(config)
+        check(config)
+    if _finished(run):
+        print(f"{relative(run.path)} is finished already; a larger federation.rounds would go on with it")
+    else:
+        _announce(run)
+        go_on = f"{command} --resume {relative(run.path)}"
+        try:
+            train(run)
+        except KeyboardInterrupt:
+            print(f"stopped; go on with: python -m {go_on}", file=sys.stderr)
+            raise SystemExit(INTERRUPTED) from None
+        except UserError as error:
+            raise UserError(f"{error}; once it is mended, go on with: python -m {go_on}") from error
+    summary = summarise(MetricsLog(run.metrics), time.monotonic() - began)
+    write_bytes(run.summary, f"{summary}\n".encode())
+    print(f"\n{summary}")
+    _show_where(run)
+
+
+def check_training(config: RunConfig) -> None:
+    """Look for everything that would fail later, before anything is written or started.
+
+    Raises:
+        UserError: data, batch size, device, partition, feature network or cores do not fit.
+    """
+    # Importing torch's half of the package takes seconds, and --help needs none of it.
+    from srfed.data import load_tasks
+    from srfed.evaluation.features import load_feature_network
+    from srfed.training.batches import MinibatchOrder
+    from srfed.training.setup import build_model, build_partition, check_resources, resolve_device
+
+    if config.data.dataset == "sites":
+        raise UserError(
+            "data.dataset = sites is for deployed sites (docs/deployment.md); for a simulation name a data set, "
+            "for example --set data.dataset=folder --data-dir DIR"
+        )
+    training = config.training
+    device = resolve_device(config.resources)
+    check_resources(config.resources)
+    tasks = load_tasks(config.data, config.federation.clients)
+    for task in tasks:
+        MinibatchOrder.of(training, len(task.train), training.batch_size, config.seed, task.name)
+        if len(task.test) < 2:
+            raise UserError(f"task {task.name!r} has {len(task.test)} test images; evaluation needs at least 2")
+    build_partition(config, build_model(config, tasks[0].train.shape[-1]))
+    load_feature_network(config.evaluation.feature_network, config.evaluation.inception_weights, device)
+
+
+def relative(path: Path) -> Path:
+    """A path as a user in this folder would write it."""
+    try:
+        return path.relative_to(Path.cwd())
+    except ValueError:
+        return path
+
+
+def _with_absolute_data_dir(config: RunConfig) -> RunConfig:
+    """Other processes, and later resumptions, may stand in other folders."""
+    if not config.data.dir:
+        return config
+    data = config.data.model_copy(update={"dir": str(Path(config.data.dir).absolute())})
+    return config.model_copy(update={"data": data})
+
+
+def _finished(run: RunDirectory) -> bool:
+    """Whether the run has its last evaluation, and so nothing is left to do."""
+    last = run.config.federation.rounds
+    return any(line["final"] and line["round"] == last for line in MetricsLog(run.metrics).evaluations())
+
+
+def _announce(run: RunDirectory) -> None:
+    config = run.config
+    print(
+        f"{config.name}: {config.federation.clients} clients, {config.federation.rounds} rounds, "
+        f"exclusive stages {config.model.exclusive_stages}, "
+        + (f"backend {config.resources.backend}" if config.training.method == "federated" else config.training.method)
+    )
+    print(f"run folder: {run.path}")
+    print(f"follow it:  tensorboard --logdir {relative(run.tensorboard)}", flush=True)
+
+
+def _show_where(run: RunDirectory) -> None:
+    path = relative(run.path)
+    pictures = sorted(run.samples.glob("round-*.png"))
+    print()
+    if pictures:
+        print(f"samples:    {relative(pictures[-1])}")
+    print(f"curves:     tensorboard --logdir {relative(run.tensorboard)}")
+    print(f"more:       python -m srfed.sample --run {path} --n 64 --out grid.png")
