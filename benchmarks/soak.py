@@ -25,14 +25,14 @@ from typing import Any
 
 import numpy as np
 
+from srfed.checkpoints.client_store import ClientStore
+from srfed.checkpoints.server_state import ServerCheckpoints
 from srfed.config import RunConfig, parse_config
 from srfed.data import load_tasks
 from srfed.deployment.processes import Deployment, FlowerRun
 from srfed.federation.client_app import app as client_app
-from srfed.federation.client_store import ClientStore
 from srfed.federation.inline_grid import run_inline
 from srfed.federation.server_app import app as server_app
-from srfed.federation.server_state import ServerCheckpoints
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import RunDirectory
 from srfed.tensors import read_checkpoint, read_manifest

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 from sklearn.neighbors import KNeighborsClassifier
 
+from srfed.checkpoints.trained_run import TrainedRun
 from srfed.command import run_command
 from srfed.config import ResourcesConfig
 from srfed.data import Task, load_tasks
 from srfed.data.images import Images
 from srfed.evaluation.generation import generate
-from srfed.federation.trained_run import TrainedRun
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,13 +27,13 @@ from flwr.supercore.inflatable.inflatable_object import get_object_id
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from tiny_run import TINY, begin, run_in_process, server_bits, tiny_config
 
+from srfed.checkpoints.trained_run import TrainedSite
 from srfed.config import ResourcesConfig
 from srfed.data import Task, load_tasks, to_model_range
 from srfed.deployment.certificates import make_certificates, site_key
 from srfed.deployment.processes import CONNECTION, HOST, Deployment, FlowerRun
 from srfed.evaluation.generation import generate
 from srfed.federation.messages import DESCRIBE, EVALUATE, TRAIN
-from srfed.federation.trained_run import TrainedSite
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import RunDirectory
 from srfed.tensors import read_checkpoint, read_manifest

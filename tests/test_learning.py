@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from simulations.class_agreement import accuracy_on_real_images, class_agreement
+from srfed.checkpoints.trained_run import TrainedRun
 from srfed.config import ResourcesConfig, load_config
 from srfed.data import load_tasks
 from srfed.evaluation.generation import generate
 from srfed.federation.client_app import app as client_app
 from srfed.federation.inline_grid import run_inline
 from srfed.federation.server_app import app as server_app
-from srfed.federation.trained_run import TrainedRun
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import RunDirectory
 

@@ -20,9 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_faulty_clients import Faults, app_with, fail, set_field
 from tiny_run import all_bits, begin, records, round_lines, server_bits, tiny_config
 
+from srfed.checkpoints.client_store import NO_PARENT, ClientStore
 from srfed.errors import UserError
 from srfed.federation.client_app import app as real_app
-from srfed.federation.client_store import NO_PARENT, ClientStore
 from srfed.federation.inline_grid import InlineGrid
 from srfed.federation.messages import DESCRIBE, EVALUATE, FAILED, REPLY, SHARED, TRAIN, array_record, read_tensors
 from srfed.federation.server_app import RUN_DIR_VARIABLE, run_federation
@@ -699,7 +699,7 @@ SAVER = """
 import sys, time
 from pathlib import Path
 import torch
-from srfed.federation.client_store import ClientStore
+from srfed.checkpoints.client_store import ClientStore
 from srfed.training.local import ClientState
 folder, name, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 store = ClientStore(folder / "state", "client", "lineage", 2 * count)

@@ -21,6 +21,8 @@ from tiny_run import CLIENTS, all_bits, begin, run_in_process, run_on_grid, tiny
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
 from srfed import sample
+from srfed.checkpoints.site_model import SiteModel, save_site_model
+from srfed.checkpoints.trained_run import TrainedRun, TrainedSite
 from srfed.config import ResourcesConfig, RunConfig
 from srfed.data import Task, load_tasks, to_model_range
 from srfed.errors import UserError
@@ -45,8 +47,6 @@ from srfed.federation.messages import (
 from srfed.federation.screening import RefusedError, screen_moments
 from srfed.federation.server_app import run_federation
 from srfed.federation.site import STATE_DIR_VARIABLE
-from srfed.federation.site_model import SiteModel, save_site_model
-from srfed.federation.trained_run import TrainedRun, TrainedSite
 from srfed.federation.wire_guard import wire_guard
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.pictures import draw_grid

@@ -17,12 +17,12 @@ from flwr.app import Message
 from tiny_run import all_bits, begin, records, round_lines, run_in_process, run_on_grid, server_bits, stop_after_a_round
 
 from srfed import simulate
+from srfed.checkpoints.client_store import NO_PARENT, ClientStore
+from srfed.checkpoints.server_state import ServerCheckpoints, ServerState
 from srfed.errors import UserError
-from srfed.federation.client_store import NO_PARENT, ClientStore
 from srfed.federation.exchange import StoppedError, stop_requested
 from srfed.federation.inline_grid import InlineGrid
 from srfed.federation.messages import TRAIN
-from srfed.federation.server_state import ServerCheckpoints, ServerState
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import RunDirectory
 from srfed.tensors import MANIFEST_FILE, STATE_FILE, read_manifest
