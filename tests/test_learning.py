@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from simulations.class_agreement import accuracy_on_real_images, class_agreement
+from srfed.evaluation.agreement import accuracy_on_real_images, class_agreement
 from srfed.checkpoints.trained_run import TrainedRun
 from srfed.config import ResourcesConfig, load_config
 from srfed.data import load_tasks

@@ -1,5 +1,6 @@
 """Trained models, opened for sampling: those of a simulation's run, or the one of a deployed site."""
 
+from hashlib import sha256
 from pathlib import Path
 
 from torch import Tensor
@@ -68,8 +69,8 @@ class TrainedRun:
         self.shape = self._state.shape
         self.device = resolve_device(resources)
         self._model = build_model(self.config, self.shape[-1])
-        self._partition = build_partition(self.config, self._model)
-        self._initial = initial_state(self._model, self._partition)
+        self.partition = build_partition(self.config, self._model)
+        self._initial = initial_state(self._model, self.partition)
         self._model.to(self.device)
         self.diffusion = build_diffusion(self.config, self.device)
         self.tasks: list[TaskInfo] = MetricsLog(self._run.metrics).tasks()
@@ -92,6 +93,17 @@ class TrainedRun:
     def shared(self) -> dict[str, Tensor]:
         """The averaged φ."""
         return self._state.shared_average
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Numbers in each tensor of the model, by name."""
+        return {name: tensor.numel() for name, tensor in self._model.state_dict().items()}
+
+    @property
+    def weights_hash(self) -> str:
+        """SHA-256 over the lineage, the round and the attempts: what names this checkpoint's weights."""
+        name = f"{self._state.lineage} {self._state.round} {sorted(self._state.attempts.items())}"
+        return sha256(name.encode()).hexdigest()
 
     def exclusive_of(self, task: TaskInfo) -> dict[str, Tensor]:
         """The averaged θ_i of a task; the common initialisation where it never took part.

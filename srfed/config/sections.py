@@ -288,6 +288,13 @@ class EvaluationConfig(Section):
     ssim_curve: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (10, 25, 50, 100), description="timesteps of the SSIM-rec curve, measured at the end"
     )
+    memorisation_quantile: float = Field(
+        0.05,
+        ge=0,
+        lt=0.5,
+        description="q of the memorisation audit at the last evaluation: how many held-out images may be closer to a "
+        "training image; 0 switches it off",
+    )
     grid_columns: int = Field(12, ge=1, le=100, description="samples a task in the pictures")
     strip_steps: int = Field(11, ge=2, le=101, description="pictures in a reverse-process strip, x_T to x_0")
 

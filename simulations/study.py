@@ -1,0 +1,215 @@
+"""What the studies have in common: many configurations trained and scored, some at a time, each once for all.
+
+Every configuration has a folder of its own, named after its fingerprint, so studies that need the same run share
+it, and a study that was stopped goes on where it was. Each run is one process with ``resources.client_cpus``
+threads: on a machine with few cores, several such processes do more than one with several threads.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from tqdm import tqdm
+
+from srfed.config import RunConfig, parse_config
+from srfed.errors import UserError
+from srfed.files import held, write_bytes
+
+LAST_WORDS = 3
+"""Lines of a failed run's output that are shown."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of a study.
+
+    Attributes:
+        name: what its results are filed under; cases that differ in the seed alone share a name.
+        config: everything that decides the run.
+        samples: generated images to score.
+        ssim_images: test images of each task for SSIM-rec.
+    """
+
+    name: str
+    config: RunConfig
+    samples: int
+    ssim_images: int = 8
+
+    def folder(self, pool: Path) -> Path:
+        """Where its run is."""
+        return pool / f"{self.config.data.dataset}-{self.config.fingerprint()[:12]}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A case with everything that was measured; see :func:`srfed.checkpoints.evaluate_run.evaluate_run`."""
+
+    case: Case
+    record: dict[str, Any]
+
+    def score(self, reference: str = "test") -> float:
+        """The Fréchet distance to a reference."""
+        return float(next(s["value"] for s in self.record["scores"] if s["reference"] == reference))
+
+    def floor(self, reference: str = "test") -> float:
+        """What real images score against it."""
+        return float(next(s["floor"] for s in self.record["scores"] if s["reference"] == reference))
+
+    @property
+    def kernel(self) -> tuple[float, float]:
+        """The kernel distance to the test images and its deviation over subsets."""
+        found = next(s for s in self.record["scores"] if s["deviation"] is not None)
+        return float(found["value"]), float(found["deviation"])
+
+
+def change(config: RunConfig, **changes: Any) -> RunConfig:
+    """A configuration with some settings changed: ``change(config, training__batch_size=32)``.
+
+    Raises:
+        UserError: the result is impossible.
+    """
+    content = json.loads(config.to_json())
+    for name, value in changes.items():
+        section, _, key = name.rpartition("__")
+        (content[section] if section else content)[key] = value
+    return parse_config(content, "the study")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every study has."""
+    parser.add_argument("--data-dir", metavar="DIR", help="where the images are (data.dir)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with seeds 0 to N-1 (default 1)")
+    parser.add_argument("--pool", type=Path, default=Path("runs/studies"), metavar="DIR", help="folder of the runs")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at a time; default: cores")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where tables and plots go")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
+
+
+def run_cases(cases: Sequence[Case], pool: Path, jobs: int) -> list[Outcome]:
+    """Train and score what is missing.
+
+    Args:
+        cases: in the order in which they start.
+        pool: folder of the runs, shared by all studies.
+        jobs: how many run at a time.
+
+    Returns:
+        The outcomes, in the order of the cases.
+
+    Raises:
+        UserError: a run failed; the text has its last words. What others have done by then stays.
+    """
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs} is impossible; allowed: 1 or more")
+    with ThreadPoolExecutor(jobs) as executor:
+        futures = [executor.submit(_run, case, pool) for case in cases]
+        try:
+            with tqdm(total=len(cases), unit="run", disable=None) as bar:
+                outcomes = []
+                for case, future in zip(cases, futures, strict=True):
+                    outcomes.append(Outcome(case, future.result()))
+                    bar.update()
+                    bar.set_postfix_str(case.name)
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+    return outcomes
+
+
+def by_name(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    """Outcomes that differ in the seed alone, together."""
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault(outcome.case.name, []).append(outcome)
+    return groups
+
+
+def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
+    """ "0.512 ± 0.013" (standard deviation over seeds), or the value alone where there is one."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows with the same keys, atomically."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, buffer.getvalue().encode())
+
+
+def row_of(outcome: Outcome) -> dict[str, Any]:
+    """One row of a study's CSV: what was run, what it depends on, and every score."""
+    record, config = outcome.record, outcome.case.config
+    kernel, deviation = outcome.kernel
+    first = record["scores"][0]
+    training = record["training"]
+    clients = config.federation.clients
+    memorised = record["memorisation"]["all"]
+    return {
+        "name": outcome.case.name,
+        "dataset": config.data.dataset,
+        "images_per_task": config.data.images_per_task or "all",
+        "training_seed": config.seed,
+        "config_hash": record["fingerprint"][:12],
+        "n": record["samples"],
+        "sampling_seed": record["seed"],
+        "network": first["name"],
+        "network_sha256": record["network"]["sha256"][:12],
+        "score_test": outcome.score("test"),
+        "score_train": outcome.score("train"),
+        "score_subset": outcome.score("subset"),
+        "floor_test": outcome.floor("test"),
+        "floor_train": outcome.floor("train"),
+        "floor_subset": outcome.floor("subset"),
+        "kernel_distance": kernel,
+        "kernel_deviation": deviation,
+        "agreement": record["agreement"]["all"],
+        **{f"ssim_rec@{t}": value for t, value in record["ssim"].items()},
+        "memorised_pixels": memorised["pixels_share"],
+        "memorised_features": memorised["features_share"],
+        "audits_fired": sum(one["fires"] for one in record["memorisation"]["by_task"].values()),
+        "images_trained": training["images"],
+        "training_seconds": round(training["training_seconds"], 1),
+        "sampling_seconds": round(record["sampling_seconds"], 1),
+        "bytes_per_client_and_round": record["round_bytes"] // (training["rounds"] * clients),
+        "shared_parameters": record["parameters"]["shared"],
+        "exclusive_parameters": record["parameters"]["exclusive"],
+    }
+
+
+def _run(case: Case, pool: Path) -> dict[str, Any]:
+    folder = case.folder(pool)
+    log = folder.parent / "logs" / f"{folder.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # A second study that wants the same run waits for it, and then finds it done.
+    with held(pool / "locks" / folder.name / "lock", wait=True), log.open("ab") as output:
+        threads = str(case.config.resources.client_cpus)
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "simulations.study_job", str(folder), str(case.samples), str(case.ssim_images),
+                str(pool / "references"),
+            ],
+            input=case.config.to_json().encode(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+            check=False,
+        )  # fmt: skip
+    if done.returncode:
+        last = " ".join(log.read_text(errors="replace").splitlines()[-LAST_WORDS:])
+        raise UserError(f"{case.name} (seed {case.config.seed}) failed: {last} (all of it: {log})")
+    outcome: dict[str, Any] = json.loads((folder / "outcome.json").read_text())
+    return outcome

@@ -1,0 +1,65 @@
+"""One run of a study, in a process of its own; simulations/study.py starts it.
+
+``python -m simulations.study_job FOLDER SAMPLES SSIM_IMAGES REFERENCES < config.json`` trains, or goes on with, what
+is in the folder; scores it; leaves ``outcome.json`` there.
+"""
+
+import sys
+from pathlib import Path
+
+from srfed.checkpoints.evaluate_run import Wanted, evaluate_run
+from srfed.checkpoints.trained_run import TrainedRun
+from srfed.command import run_command
+from srfed.config import parse_config_json
+from srfed.evaluation.features import load_feature_network
+from srfed.files import write_json
+from srfed.reporting.metrics_log import MetricsLog
+from srfed.reporting.run_directory import RunDirectory
+from srfed.train_command import check_training
+
+
+def main() -> int:
+    """The command; returns its exit code."""
+    folder, samples, ssim_images, references = sys.argv[1:]
+    return run_command(lambda: _do(Path(folder), int(samples), int(ssim_images), Path(references)))
+
+
+def _do(folder: Path, samples: int, ssim_images: int, references: Path) -> None:
+    config = parse_config_json(sys.stdin.read())
+    if (folder / "run.json").exists():
+        run = RunDirectory.open(folder).reconfigure(config)
+    else:
+        check_training(config)
+        run = RunDirectory.create(folder, config)
+    if not any(line["final"] for line in MetricsLog(run.metrics).evaluations()):
+        _train(run)
+    resources = config.resources
+    trained = TrainedRun(folder, resources)
+    evaluation = config.evaluation
+    network = load_feature_network(evaluation.feature_network, evaluation.inception_weights, trained.device)
+    wanted = Wanted(
+        samples=samples,
+        seed=0,
+        sampling=config.sampling,
+        ssim_images=ssim_images,
+        ssim_timesteps=tuple(sorted({evaluation.ssim_timestep, *evaluation.ssim_curve})),
+    )
+    record = evaluate_run(folder, trained, wanted, network, reference_folder=references)
+    write_json(folder / "outcome.json", record)
+
+
+def _train(run: RunDirectory) -> None:
+    if run.config.training.method != "federated":
+        from srfed.centralised.run import train_centrally
+
+        train_centrally(run)
+        return
+    from srfed.federation.client_app import app as client_app
+    from srfed.federation.inline_grid import run_inline
+    from srfed.federation.server_app import app as server_app
+
+    run_inline(run, server_app, client_app)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

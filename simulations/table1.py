@@ -1,0 +1,223 @@
+"""The paper's Table I, beside ours: ``python -m simulations.table1 --dataset mnist --preset small``.
+
+Trains whatever is missing of every method and seed, samples it, scores it, and prints the table; everything is in
+``scores.csv`` too. Stopped, it goes on where it was.
+
+All methods see the same number of training images (with repetition), on the same UNet, schedule and data, and are
+judged on the same numbers of samples. What differs is stated with each: what is shared, and what travels.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from simulations.study import (
+    Case,
+    Outcome,
+    add_options,
+    by_name,
+    change,
+    mean_and_spread,
+    row_of,
+    run_cases,
+    write_csv,
+)
+from srfed.command import run_command
+from srfed.config import RunConfig, load_config
+from srfed.files import write_bytes
+from srfed.reporting.words import bytes_in_words, seconds_in_words
+
+DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100")
+PAPER: Mapping[str, Mapping[str, tuple[float, float]]] = {
+    "mnist": {"DDPM": (3.67, 0.881), "C-DDPM": (2.14, 0.884), "SR-DDPM": (2.04, 0.887)},
+    "fashion_mnist": {"DDPM": (4.80, 0.908), "C-DDPM": (2.72, 0.915), "SR-DDPM": (2.48, 0.909)},
+    "cifar10": {"DDPM": (12.64, 0.946), "C-DDPM": (12.86, 0.949), "SR-DDPM": (10.87, 0.949)},
+    "cifar100": {"DDPM": (13.74, 0.944), "C-DDPM": (11.54, 0.942), "SR-DDPM": (11.30, 0.944)},
+}
+"""FID@10k and SSIM of the paper's Table I."""
+
+
+class Preset(NamedTuple):
+    """How much of everything: settings over those of the data set's configuration, samples to score."""
+
+    settings: dict[str, Any]
+    samples: int
+    ssim_images: int
+
+
+_SMALL = {"training__learning_rate_schedule": "constant", "resources__client_cpus": 1}
+PRESETS: Mapping[str, Mapping[str, Preset]] = {
+    "small": {
+        "digits": Preset({**_SMALL, "federation__rounds": 18}, 2_000, 8),
+        **{
+            dataset: Preset(
+                {**_SMALL, "federation__rounds": 15, "model__channels": (16, 32, 64, 64), "sampling__steps": 25},
+                2_000,
+                8,
+            )
+            for dataset in ("mnist", "fashion_mnist")
+        },
+        "cifar10": Preset({**_SMALL, "federation__rounds": 15}, 2_000, 8),
+        "cifar100": Preset({**_SMALL, "federation__rounds": 8}, 2_000, 4),
+    },
+    "paper": {dataset: Preset({}, 10_000, 100) for dataset in DATASETS},
+    "tiny": {
+        dataset: Preset(
+            {
+                "federation__rounds": 1,
+                "training__local_steps": 2,
+                "training__batch_size": 16,
+                "model__channels": (8, 8, 8, 16),
+                "model__groups": 4,
+                "model__attention_head_channels": 8,
+                "diffusion__timesteps": 100,
+                "sampling__steps": 2,
+                "evaluation__ssim_timestep": 2,
+                "evaluation__ssim_curve": (1, 2),
+            },
+            100,
+            1,
+        )
+        for dataset in DATASETS
+    },
+}
+"""``tiny`` shows that everything works and nothing else."""
+
+
+class Method(NamedTuple):
+    """One row of the table: its name, what the paper calls it if it is there, and its settings."""
+
+    name: str
+    paper: str | None
+    settings: dict[str, Any]
+
+
+def methods(config: RunConfig) -> list[Method]:
+    """The methods to compare, under a configuration that is the federated SR-DDPM's."""
+    pooled = {"training__method": "pooled", "model__exclusive_stages": "none"}
+    shared = {"model__exclusive_stages": "none"}
+    conditional = {"model__task_embedding": "shared"}
+    clients, steps = config.federation.clients, config.training.local_steps or 0
+    # Alternating takes its steps on θ_i first and then as many on φ: half of each keeps the budget.
+    half = {"training__local_steps": steps // 2, "training__exclusive_steps": steps - steps // 2}
+    return [
+        Method("DDPM, pooled", "DDPM", pooled),
+        Method("C-DDPM, pooled", "C-DDPM", {**pooled, **conditional}),
+        Method("SR-DDPM, federated, joint", "SR-DDPM", {}),
+        Method("local training", None, {"model__exclusive_stages": "all"}),
+        Method(
+            "SR-DDPM, centralised, task-balanced",
+            "SR-DDPM",
+            {"training__method": "balanced", "training__central_batch_size": 16 * clients},
+        ),
+        Method("SR-DDPM, centralised, Algorithm 1", "SR-DDPM", {"training__method": "one_task"}),
+        Method("FedAvg, conditional", None, {**shared, **conditional}),
+        Method("SR-DDPM, federated, alternating", None, {"training__update": "alternating", **half}),
+        Method("FedAvg, unconditional", None, shared),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m simulations.table1", description=__doc__)
+    parser.add_argument("--dataset", choices=DATASETS, default="digits")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
+    add_options(parser)
+    options = parser.parse_args(arguments)
+    return run_command(lambda: _table(options))
+
+
+def configuration(dataset: str, preset: str, data_dir: str | None, device: str) -> RunConfig:
+    """The configuration of the federated SR-DDPM: the data set's own file, with the preset's settings."""
+    paper = Path(f"configs/{dataset}_paper.yaml")
+    file = paper if preset == "paper" and paper.exists() else Path(f"configs/{dataset}.yaml")
+    settings = dict(PRESETS[preset][dataset].settings)
+    config = load_config(file, [])
+    if data_dir is not None:
+        settings["data__dir"] = str(Path(data_dir).absolute())
+    # Everything is scored afterwards, by the same code for every method.
+    scored_later = {
+        "evaluation__every": 0,
+        "evaluation__samples": 2 * config.federation.clients,
+        "evaluation__samples_between": 2 * config.federation.clients,
+        "evaluation__ssim_images": 0,
+        "evaluation__memorisation_quantile": 0.0,
+    }
+    return change(config, **settings, **scored_later, resources__backend="inline", resources__device=device)
+
+
+def _table(options: argparse.Namespace) -> None:
+    config = configuration(options.dataset, options.preset, options.data_dir, options.device)
+    preset = PRESETS[options.preset][options.dataset]
+    listed = methods(config)
+    cases = [
+        Case(method.name, change(config, seed=seed, **method.settings), preset.samples, preset.ssim_images)
+        for seed in range(options.seeds)
+        for method in listed
+    ]
+    outcomes = run_cases(cases, options.pool, options.jobs)
+    out = options.out or Path("runs") / f"table1-{options.dataset}-{options.preset}"
+    write_csv(out / "scores.csv", [row_of(outcome) for outcome in outcomes])
+    text = describe(options.dataset, options.preset, listed, by_name(outcomes))
+    write_bytes(out / "table.md", text.encode())
+    print(text)
+    print(f"every number: {out / 'scores.csv'}")
+
+
+def describe(dataset: str, preset: str, listed: Sequence[Method], groups: Mapping[str, Sequence[Outcome]]) -> str:
+    """The table in Markdown, with a line on what its numbers depend on."""
+    some = next(iter(groups.values()))[0]
+    record, config = some.record, some.case.config
+    name, star = record["scores"][0]["name"], config.evaluation.ssim_timestep
+    lines = [
+        f"### {dataset}, preset `{preset}`, {len(next(iter(groups.values())))} seed(s)",
+        "",
+        f"| method | paper: FID@10k, SSIM | {name}: test | train | subset | kernel × 1000 | agreement | "
+        f"SSIM-rec@{star} | nearer than held-out: pixels, features | parameters φ, θ_i | a client's bytes a round | "
+        "training |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method in listed:
+        outcomes = groups[method.name]
+        rows = [row_of(outcome) for outcome in outcomes]
+        paper = PAPER.get(dataset, {}).get(method.paper or "")
+        lines.append(
+            f"| {method.name} | {'' if paper is None else f'{paper[0]:.2f}, {paper[1]:.3f}'} | "
+            + " | ".join(
+                [
+                    *(mean_and_spread([o.score(ref) for o in outcomes]) for ref in ("test", "train", "subset")),
+                    mean_and_spread([1000 * o.kernel[0] for o in outcomes], 2),
+                    mean_and_spread([row["agreement"] for row in rows]),
+                    mean_and_spread([row[f"ssim_rec@{star}"] for row in rows]),
+                    mean_and_spread([row["memorised_pixels"] for row in rows])
+                    + ", "
+                    + mean_and_spread([row["memorised_features"] for row in rows]),
+                    f"{rows[0]['shared_parameters']:,}, {rows[0]['exclusive_parameters']:,}",
+                    bytes_in_words(rows[0]["bytes_per_client_and_round"]),
+                    seconds_in_words(sum(row["training_seconds"] for row in rows) / len(rows)),
+                ]
+            )
+            + " |"
+        )
+    floors = ", ".join(
+        f"{s['reference']} {s['floor']:.3f} ({s['floor_images']:,} images)"
+        for s in record["scores"]
+        if s["floor"] is not None
+    )
+    memorised = record["memorisation"]["all"]
+    network, sampling = record["network"], config.sampling
+    lines += [
+        "",
+        f"{name} on {network['network']} {network['sha256'][:8]}, {network['resize_rule']}; "
+        f"n = {record['samples']:,} samples, sampling seed {record['seed']}, {sampling.sampler} with "
+        f"{sampling.steps} steps and η = {sampling.eta:g}. Real images score: {floors}. Every method saw "
+        f"{record['training']['images']:,} training images of {config.federation.clients} tasks. A share of "
+        f"{memorised['quantile']:.3f} is what held-out real images have in the memorisation columns. The paper's "
+        "numbers are FIDs on another network and another model: read them for their order only.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

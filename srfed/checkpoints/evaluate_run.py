@@ -1,0 +1,194 @@
+"""Scoring a trained run again: its samples, then every score, each kept in the run's folder.
+
+    <run>/evaluations/<key>/samples.safetensors     the generated images, uint8, by task
+    <run>/evaluations/<key>/scores.json             everything that was measured on them
+
+The key names all that the result depends on, so a second call finds what the first has left.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load, save
+
+from srfed.checkpoints.trained_run import TrainedRun
+from srfed.config import SamplingConfig
+from srfed.data import load_tasks
+from srfed.data.images import Images
+from srfed.errors import UserError
+from srfed.evaluation.central import shares_of_samples
+from srfed.evaluation.generation import generate
+from srfed.evaluation.memorisation import merge_audits
+from srfed.evaluation.network import FeatureNetwork
+from srfed.evaluation.scoring import ReferenceStatistics, audit_numbers, score_samples
+from srfed.evaluation.ssim import ssim_window
+from srfed.evaluation.task import ssim_curve
+from srfed.files import read_json, write_bytes, write_json
+from srfed.reporting.metrics_log import MetricsLog
+from srfed.reporting.run_directory import RunDirectory
+from srfed.reporting.summary import totals
+
+SAMPLES_FILE = "samples.safetensors"
+SCORES_FILE = "scores.json"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to measure.
+
+    Attributes:
+        samples: generated images, shared out equally among the tasks.
+        seed: of the samples; with the same one two people get the same digits.
+        sampling: how they are drawn.
+        ssim_images: test images of each task for SSIM-rec; 0 leaves it out.
+        ssim_timesteps: the points of the SSIM-rec curve.
+        quantile: of the memorisation audit.
+    """
+
+    samples: int
+    seed: int
+    sampling: SamplingConfig
+    ssim_images: int
+    ssim_timesteps: tuple[int, ...]
+    quantile: float = 0.05
+
+
+def evaluate_run(
+    path: Path,
+    trained: TrainedRun,
+    wanted: Wanted,
+    network: FeatureNetwork,
+    *,
+    reference_folder: Path | None = None,
+    progress: Callable[[str], object] = lambda _: None,
+) -> dict[str, Any]:
+    """Sample a run's last checkpoint and score it, or read what an earlier call has left.
+
+    Args:
+        path: the run's folder.
+        trained: the same run, opened.
+        wanted: what to measure.
+        network: the feature network.
+        reference_folder: where statistics of real images are kept between runs; None keeps none.
+        progress: told each task's name when its samples are there.
+
+    Returns:
+        A record of plain values: the run, what was measured on how many images and how, and the scores.
+
+    Raises:
+        UserError: the data are not where the run's configuration says, or a file is damaged.
+    """
+    folder = path / "evaluations" / _key(trained, wanted, network)
+    if (folder / SCORES_FILE).exists():
+        return read_json(folder / SCORES_FILE, "scores")
+    config = trained.config
+    torch.set_num_threads(config.resources.client_cpus)
+    tasks = load_tasks(config.data, config.federation.clients)
+    samples, sampling_seconds = _samples(folder, trained, wanted, progress)
+    began, log = time.perf_counter(), MetricsLog(RunDirectory.open(path).metrics)
+    whole = load_tasks(config.data.model_copy(update={"images_per_task": None}), config.federation.clients)
+    scored = score_samples(
+        samples,
+        tasks,
+        {task.name: task.train for task in whole},
+        network,
+        ReferenceStatistics(network, reference_folder),
+        seed=wanted.seed,
+        quantile=wanted.quantile,
+    )
+    curves = {
+        info.task: ssim_curve(
+            trained.model_of(info),
+            trained.diffusion,
+            config,
+            task=info.client,
+            images=task.test[: wanted.ssim_images],
+            timesteps=list(wanted.ssim_timesteps),
+        )
+        for info, task in zip(trained.tasks, tasks, strict=True)
+    }
+    record = {
+        "run": str(path),
+        "round": trained.round,
+        "fingerprint": config.fingerprint(),
+        "training_seed": config.seed,
+        "seed": wanted.seed,
+        "samples": wanted.samples,
+        "images_per_task": float(np.mean([len(task.train) for task in tasks])),
+        "sampling": wanted.sampling.model_dump(mode="json"),
+        "network": network.identity,
+        "scores": [asdict(score) for score in scored.scores],
+        "by_task": scored.by_task,
+        "agreement": {"all": float(np.mean(list(scored.agreement.values()))), **scored.agreement},
+        "ssim": {str(t): float(np.mean([curve[t] for curve in curves.values()])) for t in wanted.ssim_timesteps}
+        if wanted.ssim_images
+        else {},
+        "ssim_images": wanted.ssim_images,
+        "ssim_window": ssim_window(*trained.shape[:2]),
+        "memorisation": {
+            "all": merge_audits(list(scored.audits.values())),
+            "by_task": audit_numbers(scored.audits),
+        },
+        "parameters": {
+            part: sum(trained.sizes[name] for name in names)
+            for part, names in (("shared", trained.partition.shared), ("exclusive", trained.partition.exclusive))
+        },
+        "training": asdict(totals(log)),
+        "round_bytes": sum(line["bytes_up"] + line["bytes_down"] for line in log.rounds()),
+        "sampling_seconds": sampling_seconds,
+        "scoring_seconds": time.perf_counter() - began,
+    }
+    write_json(folder / SCORES_FILE, record)
+    return record
+
+
+def read_samples(path: Path, trained: TrainedRun, wanted: Wanted, network: FeatureNetwork) -> dict[str, Images]:
+    """The samples that :func:`evaluate_run` has scored, by task; raises UserError where there are none."""
+    file = path / "evaluations" / _key(trained, wanted, network) / SAMPLES_FILE
+    try:
+        return load(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+
+
+def _samples(
+    folder: Path, trained: TrainedRun, wanted: Wanted, progress: Callable[[str], object]
+) -> tuple[dict[str, Images], float]:
+    file = folder / SAMPLES_FILE
+    if file.exists():
+        return load(file.read_bytes()), float(read_json(folder / "sampling.json", "seconds")["seconds"])
+    began = time.perf_counter()
+    samples = {}
+    for info, count in zip(trained.tasks, shares_of_samples(wanted.samples, len(trained.tasks)), strict=True):
+        samples[info.task] = generate(
+            trained.model_of(info),
+            trained.diffusion,
+            wanted.sampling,
+            count=count,
+            shape=trained.shape,
+            seed=wanted.seed,
+            task=info.client,
+        ).images
+        progress(info.task)
+    seconds = time.perf_counter() - began
+    write_json(folder / "sampling.json", {"seconds": seconds})
+    write_bytes(file, save(samples))
+    return samples, seconds
+
+
+def _key(trained: TrainedRun, wanted: Wanted, network: FeatureNetwork) -> str:
+    content = {
+        **asdict(wanted),
+        "sampling": wanted.sampling.model_dump(mode="json"),
+        "network": network.fingerprint,
+        "weights": trained.weights_hash,
+    }
+    digest = sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    return f"round-{trained.round:05d}-{wanted.samples}-{digest}"

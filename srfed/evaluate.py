@@ -1,0 +1,114 @@
+"""Score a trained run again: ``python -m srfed.evaluate --run RUN --samples 10000``."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from srfed.command import run_command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m srfed.evaluate",
+        description="Sample a simulated or centralised run's last checkpoint, and score the samples in every way "
+        "there is. Each number is printed with what it depends on. A second call reads what the first has left.",
+    )
+    parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="the run's folder")
+    parser.add_argument("--samples", type=int, default=10_000, metavar="N", help="of all tasks together (10000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (0)")
+    parser.add_argument("--network", metavar="NAME", help="embedded or inception; default: the run's")
+    parser.add_argument("--inception-weights", metavar="FILE", help="default: the run's, or the official ones")
+    parser.add_argument("--sampler", metavar="NAME", help="ddim or ancestral; default: the run's")
+    parser.add_argument("--steps", type=int, metavar="N", help="DDIM steps; default: the run's")
+    parser.add_argument("--eta", type=float, metavar="X", help="DDIM's noise, 0 to 1; default: the run's")
+    parser.add_argument("--ssim-images", type=int, metavar="N", help="test images of each task; default: the run's")
+    parser.add_argument(
+        "--quantile", type=float, default=0.05, metavar="Q", help="of the memorisation audit, 0 to 0.5 (0.05)"
+    )
+    parser.add_argument("--references", type=Path, metavar="DIR", help="keep statistics of real images here")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
+    options = parser.parse_args(arguments)
+    return run_command(lambda: _evaluate(options))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from srfed.checkpoints.evaluate_run import Wanted, evaluate_run
+    from srfed.checkpoints.trained_run import TrainedRun
+    from srfed.config import load_config, parse_config
+    from srfed.errors import UserError
+    from srfed.evaluation.features import load_feature_network
+
+    if not 0 < options.quantile < 0.5:
+        raise UserError(f"--quantile {options.quantile} is impossible; allowed: above 0 and below 0.5")
+    trained = TrainedRun(options.run, load_config(None, [f"resources.device={options.device}"]).resources)
+    content = trained.config.model_dump(mode="json")
+    for section, given in (
+        ("sampling", {"sampler": options.sampler, "steps": options.steps, "eta": options.eta}),
+        (
+            "evaluation",
+            {
+                "samples": options.samples,
+                "feature_network": options.network,
+                "inception_weights": options.inception_weights,
+                "ssim_images": options.ssim_images,
+            },
+        ),
+    ):
+        content[section] |= {key: value for key, value in given.items() if value is not None}
+    config = parse_config(content, "the command line")
+    evaluation = config.evaluation
+    network = load_feature_network(evaluation.feature_network, evaluation.inception_weights, trained.device)
+    wanted = Wanted(
+        samples=evaluation.samples,
+        seed=options.seed,
+        sampling=config.sampling,
+        ssim_images=evaluation.ssim_images,
+        ssim_timesteps=tuple(sorted({evaluation.ssim_timestep, *evaluation.ssim_curve})),
+        quantile=options.quantile,
+    )
+    with tqdm(total=len(trained.tasks), desc="sampling", unit="task", disable=None, leave=False) as bar:
+        record = evaluate_run(
+            options.run, trained, wanted, network,
+            reference_folder=options.references, progress=lambda _: bar.update(),
+        )  # fmt: skip
+    print(_words(record, evaluation.ssim_timestep))
+
+
+def _words(record: dict[str, Any], headline: int) -> str:
+    from srfed.evaluation.scoring import Score, describe_score
+
+    lines = [
+        f"{record['run']} after round {record['round']}; configuration {record['fingerprint'][:12]}, "
+        f"training seed {record['training_seed']}",
+        "samples: " + ", ".join(f"{key} {value}" for key, value in record["sampling"].items()),
+        *(describe_score(Score(**score), record["network"], record["seed"]) for score in record["scores"]),
+    ]
+    if record["ssim"]:
+        curve = ", ".join(f"t = {t}: {value:.4f}" for t, value in record["ssim"].items())
+        lines.append(
+            f"SSIM-rec@{headline}: {record['ssim'][str(headline)]:.4f} ({curve}; n = {record['ssim_images']} test "
+            f"images a task, window {record['ssim_window']} px, seed {record['training_seed']})"
+        )
+    lines.append(
+        f"agreement: {record['agreement']['all']:.4f} of the samples are given to their task by 3 nearest neighbours "
+        "among all real images, in pixels"
+    )
+    return "\n".join([*lines, *_audit_words(record["memorisation"])])
+
+
+def _audit_words(memorisation: dict[str, Any]) -> list[str]:
+    merged = memorisation["all"]
+    fired = [name for name, numbers in memorisation["by_task"].items() if numbers["fires"]]
+    verdict = f"memorised: {', '.join(fired)}" if fired else "no task's model shows memorisation"
+    return [
+        f"memorisation: {merged['pixels_share']:.4f} (pixels) and {merged['features_share']:.4f} (features) of the "
+        f"samples are closer to a training image than a share {merged['quantile']:.4f} of held-out images; {verdict}"
+    ]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

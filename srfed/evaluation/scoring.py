@@ -1,0 +1,182 @@
+"""Every score of one set of samples, each with what it was measured against.
+
+A number alone says little: the Fréchet distance depends on how many images there are, on the reference, on the
+feature network and its resize rule. So a score here is a record that names all of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from srfed.data import Task
+from srfed.data.images import Images
+from srfed.evaluation.agreement import class_agreement
+from srfed.evaluation.frechet import FeatureStatistics, frechet_distance, merge_statistics
+from srfed.evaluation.kid import kernel_distance, kernel_score_name
+from srfed.evaluation.memorisation import Audit, audit
+from srfed.evaluation.network import FeatureNetwork
+from srfed.evaluation.statistics import load_statistics, save_statistics
+
+ReferenceName = Literal["test", "train", "subset"]
+REFERENCES: tuple[ReferenceName, ...] = ("test", "train", "subset")
+"""The held-out images; the whole training split; the training images that the run has used."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One distance of a set of samples to a reference.
+
+    Attributes:
+        name: what the distance is called; names the feature network.
+        reference: "test", "train" or "subset".
+        value: the distance.
+        images, references: how many images on either side.
+        floor: the distance of real images to the same reference: the whole training split to "test", the test
+            images to the other two. What a perfect model would score, were it judged on as many images.
+        floor_images: how many real images that were.
+        deviation: standard deviation over the subsets of a kernel distance; None of a Fréchet distance.
+        subsets, subset_size: of a kernel distance.
+    """
+
+    name: str
+    reference: ReferenceName
+    value: float
+    images: int
+    references: int
+    floor: float | None = None
+    floor_images: int = 0
+    deviation: float | None = None
+    subsets: int = 0
+    subset_size: int = 0
+
+
+@dataclass(frozen=True)
+class SampleScores:
+    """What is measured on samples alone.
+
+    Attributes:
+        scores: distances over all tasks together.
+        by_task: the Fréchet distance to the task's own test images.
+        agreement: share of samples that a nearest-neighbour judge gives to their task, by task.
+        audits: the memorisation audit of each task.
+    """
+
+    scores: list[Score]
+    by_task: dict[str, float]
+    agreement: dict[str, float]
+    audits: dict[str, Audit]
+
+
+class ReferenceStatistics:
+    """Feature statistics of real images, by content: computed once, and kept in files if there is a folder for them.
+
+    Args:
+        network: the feature network.
+        folder: where files are kept between commands; None keeps none.
+    """
+
+    def __init__(self, network: FeatureNetwork, folder: Path | None = None) -> None:
+        self._network, self._folder = network, folder
+        self._known: dict[str, FeatureStatistics] = {}
+
+    def of(self, images: Images) -> FeatureStatistics:
+        """Statistics of images, uint8 N x H x W x C; raises UserError where a file is damaged."""
+        content = np.ascontiguousarray(images)
+        key = sha256(repr(content.shape).encode() + content.tobytes()).hexdigest()
+        if key not in self._known:
+            self._known[key] = self._read_or_make(key, content)
+        return self._known[key]
+
+    def _read_or_make(self, key: str, images: Images) -> FeatureStatistics:
+        if self._folder is None:
+            return FeatureStatistics.of(self._network(images))
+        path = self._folder / f"{key[:16]}-{self._network.fingerprint[:8]}.safetensors"
+        if path.exists():
+            return load_statistics(path, self._network)
+        statistics = FeatureStatistics.of(self._network(images))
+        save_statistics(path, statistics, self._network)
+        return statistics
+
+
+def score_samples(
+    samples: Mapping[str, Images],
+    tasks: Sequence[Task],
+    whole_train: Mapping[str, Images],
+    network: FeatureNetwork,
+    references: ReferenceStatistics,
+    *,
+    seed: int,
+    quantile: float,
+) -> SampleScores:
+    """Score samples of all tasks.
+
+    Args:
+        samples: uint8 N x H x W x C by task.
+        tasks: the tasks, with the training images that the run has used and the held-out ones.
+        whole_train: each task's whole training split; the same images where there are no more.
+        network: the feature network.
+        references: statistics of real images under it.
+        seed: of the kernel distance's subsets.
+        quantile: of the memorisation audit.
+
+    Raises:
+        UserError: there are too few images, or they mean nothing to the network.
+    """
+    features = {task.name: network(samples[task.name]) for task in tasks}
+    generated = FeatureStatistics.of(np.concatenate(list(features.values())))
+    groups: dict[str, dict[str, Images]] = {
+        "test": {task.name: task.test for task in tasks},
+        "train": dict(whole_train),
+        "subset": {task.name: task.train for task in tasks},
+    }
+    statistics = {
+        name: merge_statistics([references.of(images) for images in group.values()]) for name, group in groups.items()
+    }
+    scores = []
+    for reference in REFERENCES:
+        real = statistics["train" if reference == "test" else "test"]
+        scores.append(
+            Score(
+                network.score_name, reference, frechet_distance(generated, statistics[reference]),
+                generated.count, statistics[reference].count, frechet_distance(real, statistics[reference]), real.count,
+            )
+        )  # fmt: skip
+    test = np.concatenate([network(task.test) for task in tasks])
+    kernel = kernel_distance(np.concatenate(list(features.values())), test, seed=seed)
+    scores.append(
+        Score(
+            kernel_score_name(network.score_name), "test", kernel.mean, generated.count, len(test),
+            deviation=kernel.deviation, subsets=kernel.subsets, subset_size=kernel.subset_size,
+        )
+    )  # fmt: skip
+    return SampleScores(
+        scores=scores,
+        by_task={
+            task.name: frechet_distance(FeatureStatistics.of(features[task.name]), references.of(task.test))
+            for task in tasks
+        },
+        agreement=class_agreement(tasks, samples),
+        audits={
+            task.name: audit(samples[task.name], task.train, task.test, network, quantile=quantile) for task in tasks
+        },
+    )
+
+
+def describe_score(score: Score, network: Mapping[str, str], seed: int) -> str:
+    """One line with everything that the number depends on; ``network`` is :attr:`FeatureNetwork.identity`."""
+    words = f"{score.name} against {score.reference}: {score.value:.4f}"
+    if score.deviation is not None:
+        words += f" ± {score.deviation:.4f} over {score.subsets} subsets of {score.subset_size}"
+    words += f" (n = {score.images:,} samples, {score.references:,} references"
+    if score.floor is not None:
+        words += f"; {score.floor_images:,} real images score {score.floor:.4f}"
+    return f"{words}; {network['network']} {network['sha256'][:8]}, {network['resize_rule']}; seed {seed})"
+
+
+def audit_numbers(audits: Mapping[str, Audit]) -> dict[str, dict[str, Any]]:
+    """The audits as plain numbers by task, with the verdict."""
+    return {name: {**one.to_numbers(), "fires": one.fires} for name, one in audits.items()}
