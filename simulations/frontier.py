@@ -84,9 +84,10 @@ def _describe(groups: dict[str, list[Outcome]]) -> str:
     for name, outcomes in groups.items():
         rows = [row_of(outcome) for outcome in outcomes]
         star = f"ssim_rec@{outcomes[0].case.config.evaluation.ssim_timestep}"
+        record = outcomes[0].record
         lines.append(
-            f"| {name} | {outcomes[0].record['training']['rounds']} | "
-            f"{bytes_in_words(rows[0]['bytes_per_client_and_round'])} | {bytes_in_words(outcomes[0].record['round_bytes'])} | "
+            f"| {name} | {record['training']['rounds']} | "
+            f"{bytes_in_words(rows[0]['bytes_per_client_and_round'])} | {bytes_in_words(record['round_bytes'])} | "
             f"{mean_and_spread([o.score() for o in outcomes])} | {mean_and_spread([r['agreement'] for r in rows])} | "
             f"{mean_and_spread([r[star] for r in rows])} |"
         )

@@ -103,6 +103,7 @@ def check_training(config: RunConfig) -> None:
     from srfed.data import load_tasks
     from srfed.evaluation.features import load_feature_network
     from srfed.training.batches import MinibatchOrder
+    from srfed.training.central import central_orders
     from srfed.training.setup import build_model, build_partition, check_resources, resolve_device
 
     if config.data.dataset == "sites":
@@ -114,8 +115,11 @@ def check_training(config: RunConfig) -> None:
     device = resolve_device(config.resources)
     check_resources(config.resources)
     tasks = load_tasks(config.data, config.federation.clients)
+    if training.method != "federated":
+        central_orders(config, {task.name: len(task.train) for task in tasks})
     for task in tasks:
-        MinibatchOrder.of(training, len(task.train), training.batch_size, config.seed, task.name)
+        if training.method == "federated":
+            MinibatchOrder.of(training, len(task.train), training.batch_size, config.seed, task.name)
         if len(task.test) < 2:
             raise UserError(f"task {task.name!r} has {len(task.test)} test images; evaluation needs at least 2")
     build_partition(config, build_model(config, tasks[0].train.shape[-1]))

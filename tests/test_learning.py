@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from srfed.evaluation.agreement import accuracy_on_real_images, class_agreement
 from srfed.checkpoints.trained_run import TrainedRun
 from srfed.config import ResourcesConfig, load_config
 from srfed.data import load_tasks
+from srfed.evaluation.agreement import accuracy_on_real_images, class_agreement
 from srfed.evaluation.generation import generate
 from srfed.federation.client_app import app as client_app
 from srfed.federation.inline_grid import run_inline

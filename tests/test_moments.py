@@ -509,9 +509,8 @@ CONFIG: RunConfig = tiny_config({**SITES})
 
 
 def store_model(folder: Path, number: int, value: float, lineage: str = "lineage") -> None:
-    request = Request(CONFIG.to_json(), lineage, client=folder.name, round=number, attempt="a", samples=4)
     shared, exclusive = {"core.weight": torch.full((3,), value)}, {"head.weight": torch.full((2,), -value)}
-    save_site_model(folder, CONFIG, request, (8, 8, 1), shared, exclusive)
+    save_site_model(folder, CONFIG, lineage, number, (8, 8, 1), shared, exclusive)
 
 
 def stored_value(folder: Path) -> tuple[int, float]:

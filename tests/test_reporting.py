@@ -59,6 +59,7 @@ def evaluation_record(number: int, **changes: Any) -> EvaluationRecord:
         "ssim": {10: 0.99, 50: 0.875},
         "ssim_by_client": {"client-a": 0.8, "client-b": 0.95},
         "ssim_window": 7,
+        "audits": {},
         "grids": {"client-a": picture, "client-b": picture},
         "strips": {"client-a": picture, "client-b": picture},
         "refused": {},

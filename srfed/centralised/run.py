@@ -145,14 +145,16 @@ class _CentralRun:
         began = time.perf_counter()
         settings, final = self._config.evaluation, number == self._config.federation.rounds
         counts = shares_of_samples(settings.samples if final else settings.samples_between, len(self._tasks))
-        images, strips, curves, windows = {}, {}, {}, []
+        images, strips, curves, windows, audits = {}, {}, {}, [], {}
         for place, (task, count) in enumerate(zip(self._tasks, counts, strict=True)):
             load_tensors(self._model, state.shared_average, state.tasks[task.name].exclusive_average)
             self._model.eval()
             evaluated = evaluate_task(
                 noise_of_task(self._model, place), self._diffusion, self._config,
-                task=task.name, test=task.test, samples=count, final=final,
+                task=task.name, train=task.train, test=task.test, samples=count, final=final,
             )  # fmt: skip
+            if evaluated.audit is not None:
+                audits[task.name] = evaluated.audit
             images[task.name], strips[task.name] = evaluated.generated.images, evaluated.generated.strip
             if evaluated.ssim:
                 curves[task.name] = evaluated.ssim
@@ -172,6 +174,7 @@ class _CentralRun:
                 ssim=_mean_curve(curves),
                 ssim_by_client={name: curve[settings.ssim_timestep] for name, curve in curves.items()},
                 ssim_window=max(windows, default=0),
+                audits=audits,
                 grids={name: group[: settings.grid_columns] for name, group in images.items()},
                 strips=strips,
                 refused={},

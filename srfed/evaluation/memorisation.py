@@ -12,7 +12,6 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import betabinom
 
 from srfed.data.images import Images
 from srfed.errors import UserError
@@ -231,6 +230,9 @@ def chance_tolerance(generated: int, held_out: int, rank: int) -> float:
     Where all n + m are exchangeable, the number of fresh ones below has the beta-binomial distribution of n
     draws with a = rank and b = m - rank + 1, whatever the distances' own distribution; ties only make it less.
     """
+    # scipy.stats takes a second to import, and a deployed client starts a process for every message.
+    from scipy.stats import betabinom
+
     return float(betabinom.isf(FALSE_ALARM, generated, rank, held_out - rank + 1)) / generated
 
 

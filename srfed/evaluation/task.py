@@ -6,7 +6,10 @@ from srfed.config import RunConfig
 from srfed.data import to_model_range
 from srfed.data.images import Images
 from srfed.diffusion.process import Diffusion, PredictNoise
+from srfed.errors import UserError
+from srfed.evaluation.embedded import EmbeddedFeatures
 from srfed.evaluation.generation import Generated, generate
+from srfed.evaluation.memorisation import Audit, audit
 from srfed.evaluation.reconstruction import ssim_of_reconstructions
 from srfed.evaluation.ssim import ssim_window
 
@@ -20,12 +23,15 @@ class TaskEvaluation:
         ssim: SSIM-rec by timestep; empty where there is no test image to judge.
         ssim_images: test images judged.
         ssim_window: side of the SSIM window, px.
+        audit: the memorisation audit, with the embedded network's features; None where it was not asked for or
+            cannot be made (no test image, or none that is not a training image too).
     """
 
     generated: Generated
     ssim: dict[int, float]
     ssim_images: int
     ssim_window: int
+    audit: Audit | None
 
 
 def evaluate_task(
@@ -34,6 +40,7 @@ def evaluate_task(
     config: RunConfig,
     *,
     task: str,
+    train: Images,
     test: Images,
     samples: int,
     final: bool,
@@ -45,9 +52,10 @@ def evaluate_task(
         diffusion: the forward process.
         config: the run's configuration.
         task: the task's name, part of every seed.
-        test: held-out images, uint8 N x H x W x C; N may be 0.
+        train: the task's training images, uint8 N x H x W x C.
+        test: held-out images, likewise; N may be 0.
         samples: images to generate.
-        final: measure the whole SSIM-rec curve, not only t*.
+        final: measure the whole SSIM-rec curve, not only t*, and audit for memorisation.
     """
     generated = generate(
         predict_noise,
@@ -66,7 +74,20 @@ def evaluate_task(
         ssim_curve(predict_noise, diffusion, config, task=task, images=judged, timesteps=sorted(timesteps)),
         len(judged),
         ssim_window(*test.shape[1:3]),
+        _audit(config, generated.images, train, test) if final else None,
     )
+
+
+def _audit(config: RunConfig, generated: Images, train: Images, test: Images) -> Audit | None:
+    quantile = config.evaluation.memorisation_quantile
+    if not quantile or not len(test) or not len(generated):
+        return None
+    try:
+        # Always the network that everybody has: a client of a run that is scored with another need not load that.
+        return audit(generated, train, test, EmbeddedFeatures(), quantile=quantile)
+    except UserError:
+        # All held-out images are training images too: no reason to withhold the samples.
+        return None
 
 
 def ssim_curve(

@@ -16,6 +16,7 @@ from srfed.data import Task
 from srfed.errors import UserError
 from srfed.evaluation.frechet import FeatureStatistics
 from srfed.evaluation.generation import Generated
+from srfed.evaluation.memorisation import draw_nearest_pairs
 from srfed.evaluation.task import TaskEvaluation, evaluate_task
 from srfed.federation.messages import (
     GENERATED,
@@ -26,6 +27,7 @@ from srfed.federation.messages import (
     Description,
     ReplyHeader,
     Request,
+    audit_metrics,
     read_tensors,
     reply_content,
 )
@@ -123,7 +125,8 @@ def evaluate(message: Message, context: Context) -> Message:
     """Generate samples through the averaged (φ, θ_i), and measure SSIM-rec on the own test images.
 
     In ``samples`` mode the samples are the reply; in ``moments`` mode only statistics of their features are,
-    and the owner finds the pictures among its own files.
+    and the owner finds the pictures among its own files. Of the memorisation audit numbers leave; the suspicious
+    pairs stay beside them.
     """
     start = time.perf_counter()
     duty = Duty.of(message, context)
@@ -142,11 +145,16 @@ def evaluate(message: Message, context: Context) -> Message:
         runtime.diffusion,
         config,
         task=client,
+        train=task.train,
         test=task.test,
         samples=request.samples,
         final=request.final,
     )
     generated, metrics = evaluated.generated, _ssim_metrics(evaluated)
+    if evaluated.audit is not None:
+        metrics |= audit_metrics(evaluated.audit)
+        pairs = draw_nearest_pairs(evaluated.audit, generated.images, task.train)
+        write_png(duty.site.folder / "memorisation" / f"round-{request.round:05d}.png", draw_grid(pairs))
     header = duty.header
     arrays: dict[str, dict[str, torch.Tensor]] = {}
     if config.evaluation.mode == "moments":

@@ -17,6 +17,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from numpy.typing import NDArray
 from torch import Tensor
 
+from srfed.evaluation.memorisation import Audit
+
 DESCRIBE = "query.describe"
 TRAIN = "train"
 EVALUATE = "evaluate"
@@ -33,6 +35,8 @@ SETS = ("generated", "test", "train")
 REQUEST = "request"
 REPLY = "reply"
 METRICS = "metrics"
+AUDIT = "memorisation_"
+"""How the names of a memorisation audit's numbers begin."""
 
 FAILED = 100
 """Flower error code of a client that could not do what it was asked; the reason stays in its own log."""
@@ -145,6 +149,28 @@ def read_metrics(content: RecordDict) -> dict[str, float | list[float]]:
     """The numbers of a reply; empty where it has none."""
     record: Mapping[str, Any] = content.metric_records.get(METRICS, {})
     return dict(record)
+
+
+def audit_metrics(audit: Audit) -> dict[str, float | list[float]]:
+    """A memorisation audit as the numbers of a reply."""
+    return {f"{AUDIT}{name}": value for name, value in audit.to_numbers().items()}
+
+
+def read_audit(metrics: Mapping[str, float | list[float]]) -> Audit | None:
+    """The memorisation audit among the numbers of a reply; None where there is none.
+
+    Raises:
+        ValueError: it is incomplete or impossible.
+    """
+    numbers = {name.removeprefix(AUDIT): value for name, value in metrics.items() if name.startswith(AUDIT)}
+    if not numbers:
+        return None
+    plain = {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
+    audit = Audit.from_numbers(plain)
+    for space in (audit.pixels, audit.features):
+        if not (0 <= space.share <= 1 and 0 <= space.tolerance <= 1 and space.generated >= 1):
+            raise ValueError(f"a share of {space.share:g} with a tolerance of {space.tolerance:g} is impossible")
+    return audit
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:

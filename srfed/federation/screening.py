@@ -10,6 +10,7 @@ from torch import Tensor
 
 from srfed.evaluation.central import Moments
 from srfed.evaluation.frechet import FeatureStatistics
+from srfed.evaluation.memorisation import Audit
 from srfed.federation.messages import (
     FAILED,
     GENERATED,
@@ -18,6 +19,7 @@ from srfed.federation.messages import (
     SHARED_MOMENTS,
     STATISTICS,
     ReplyHeader,
+    read_audit,
     read_metrics,
     read_tensors,
 )
@@ -69,6 +71,7 @@ class EvaluateReply:
         images, strip: in ``samples`` mode, uint8 N x H x W x C and K x H x W x C.
         moments: in ``moments`` mode, statistics of the client's features.
         ssim: SSIM-rec by timestep.
+        audit: the memorisation audit, if there was one.
         metrics: the client's numbers.
     """
 
@@ -76,6 +79,7 @@ class EvaluateReply:
     strip: Tensor | None
     moments: Moments | None
     ssim: dict[int, float]
+    audit: Audit | None
     metrics: dict[str, float | list[float]]
 
 
@@ -127,7 +131,8 @@ def screen_samples(
                 f"its {name} are {arrays[name].dtype} {tuple(arrays[name].shape)}, not uint8 {(*count, *shape)}"
             )
     metrics = read_metrics(message.content)
-    return EvaluateReply(arrays["images"], arrays["strip"], None, _ssim_curve(metrics, timestep), metrics)
+    curve = _ssim_curve(metrics, timestep)
+    return EvaluateReply(arrays["images"], arrays["strip"], None, curve, _audit(metrics), metrics)
 
 
 def screen_moments(
@@ -166,7 +171,15 @@ def screen_moments(
         if not torch.allclose(scatter, scatter.T) or bool((scatter.diagonal() < 0).any()):
             raise RefusedError(f"its scatter of {name} features is none")
         statistics[name] = FeatureStatistics(int(count), mean.numpy(), scatter.numpy())
-    return EvaluateReply(None, None, Moments(**statistics), _ssim_curve(metrics, timestep), metrics)
+    curve = _ssim_curve(metrics, timestep)
+    return EvaluateReply(None, None, Moments(**statistics), curve, _audit(metrics), metrics)
+
+
+def _audit(metrics: Mapping[str, float | list[float]]) -> Audit | None:
+    try:
+        return read_audit(metrics)
+    except ValueError as error:
+        raise RefusedError(f"its memorisation audit is malformed: {error}") from error
 
 
 def _ssim_curve(metrics: Mapping[str, float | list[float]], timestep: int) -> dict[int, float]:

@@ -297,6 +297,7 @@ class SharedRepresentationStrategy(Strategy):
             ssim={t: _mean([curve[t] for curve in curves.values() if t in curve]) for t in timesteps},
             ssim_by_client={client: curve[settings.ssim_timestep] for client, curve in curves.items()},
             ssim_window=int(max(windows, default=0)),
+            audits={c: reply.audit for c, reply in heard.accepted.items() if reply.audit is not None},
             grids={
                 client: reply.images.numpy()[: settings.grid_columns]
                 for client, reply in heard.accepted.items()

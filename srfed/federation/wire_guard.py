@@ -15,7 +15,9 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
 from srfed.config import RunConfig, parse_config_json
+from srfed.evaluation.memorisation import Memorisation
 from srfed.federation.messages import (
+    AUDIT,
     DESCRIBE,
     EVALUATE,
     FAILED,
@@ -42,7 +44,9 @@ from srfed.federation.site import own_task, site_of
 from srfed.training.local import LOSS_QUARTERS
 
 TRAIN_METRICS = frozenset({"examples", "loss", "loss_by_quarter", "images", "seconds", "shared_steps"})
-EVALUATE_METRICS = frozenset({"ssim", "ssim_timesteps", "ssim_images", "ssim_window", "seconds"})
+EVALUATE_METRICS = frozenset({"ssim", "ssim_timesteps", "ssim_images", "ssim_window", "seconds"}) | {
+    f"{AUDIT}{space}_{field.name}" for space in ("pixels", "features") for field in fields(Memorisation)
+}
 MOMENT_COUNTS = frozenset(f"{name}_count" for name in SETS)
 LONGEST_TEXT = 200
 NPY_HEADER = 256

@@ -35,7 +35,8 @@ class MetricsLog:
         self._append({"kind": "round", **asdict(record)})
 
     def add_evaluation(self, record: EvaluationRecord) -> None:
-        fields = {name: value for name, value in vars(record).items() if name not in PICTURES}
+        fields = {name: value for name, value in vars(record).items() if name not in (*PICTURES, "audits")}
+        fields["audits"] = {c: {**audit.to_numbers(), "fires": audit.fires} for c, audit in record.audits.items()}
         self._append({"kind": "evaluation", **fields})
 
     def lines(self) -> Iterator[Line]:

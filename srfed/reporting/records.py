@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from srfed.evaluation.memorisation import Audit
+
 Images = NDArray[np.uint8]
 
 
@@ -70,6 +72,7 @@ class EvaluationRecord:
         ssim: SSIM-rec by timestep, mean over clients.
         ssim_by_client: SSIM-rec@t* by client.
         ssim_window: side of the SSIM window, px.
+        audits: the memorisation audit by client; at the end only.
         grids, strips: samples and reverse-process strips by client, uint8 N x H x W x C.
         refused, missing: as in a round.
         bytes_up, bytes_down: of its messages.
@@ -88,6 +91,7 @@ class EvaluationRecord:
     ssim: dict[int, float]
     ssim_by_client: dict[str, float]
     ssim_window: int
+    audits: dict[str, Audit]
     grids: dict[str, Images] = field(repr=False)
     strips: dict[str, Images] = field(repr=False)
     refused: dict[str, str]

@@ -94,6 +94,14 @@ class Reporter:
             words.append(f"SSIM-rec@{record.ssim_timestep} {record.ssim[record.ssim_timestep]:.3f}")
         words.append(seconds_in_words(record.seconds))
         print(f"evaluation {record.round}: {'  '.join(words)}", flush=True)
+        for client, audit in record.audits.items():
+            if audit.fires:
+                print(
+                    f"  {client} has memorised: {audit.pixels.share:.1%} (pixels) and {audit.features.share:.1%} "
+                    f"(features) of its samples are nearer to a training image than {audit.pixels.quantile:.1%} of "
+                    "held-out images",
+                    flush=True,
+                )
         self._tell_absent(record.refused, record.missing)
 
     def on_notice(self, text: str) -> None:

@@ -84,6 +84,18 @@ def _table(log: MetricsLog, evaluation: dict[str, Any]) -> list[str]:
     if curve:
         window = evaluation["ssim_window"]
         lines.append(f"SSIM-rec: test images brought back from x_t (window {window} px; 1 is best): {curve}")
+    audits = evaluation.get("audits", {})
+    if audits:
+        fired = [task.task for task in tasks if audits.get(task.client, {}).get("fires")]
+        pixels, features = (
+            sum(one[f"{space}_share"] for one in audits.values()) / len(audits) for space in ("pixels", "features")
+        )
+        quantile = next(iter(audits.values()))["pixels_quantile"]
+        lines.append(
+            f"memorisation audit: {pixels:.1%} (pixels) and {features:.1%} (features) of the samples are nearer to a "
+            f"training image than {quantile:.1%} of held-out images; "
+            + (f"it fires for {', '.join(fired)}" if fired else "it fires for no task")
+        )
     return lines
 
 

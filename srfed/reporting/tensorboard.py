@@ -52,6 +52,8 @@ class TensorBoard:
             **{f"{record.score_name}_by_client/{c}": score for c, score in record.score_by_client.items()},
             **{f"ssim_rec/t={timestep}": value for timestep, value in record.ssim.items()},
             **{f"ssim_rec_by_client/{client}": value for client, value in record.ssim_by_client.items()},
+            **{f"memorisation_pixels/{client}": audit.pixels.share for client, audit in record.audits.items()},
+            **{f"memorisation_features/{client}": audit.features.share for client, audit in record.audits.items()},
             "traffic/evaluation_bytes_up": record.bytes_up,
             "traffic/evaluation_bytes_down": record.bytes_down,
             "speed/seconds_per_evaluation": record.seconds,

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from srfed.config import RunConfig
 from srfed.data import Task, to_model_range
 from srfed.diffusion.process import Diffusion, PredictNoise
+from srfed.errors import UserError
 from srfed.models.partition import Partition
 from srfed.models.unet import UNet
 from srfed.randomness import derive_generator
@@ -95,6 +96,7 @@ class CentralTrainer:
         self._names = [task.name for task in tasks]
         layout = torch.channels_last if config.resources.channels_last else torch.contiguous_format
         images = [to_model_range(task.train).to(self._device).contiguous(memory_format=layout) for task in tasks]
+        self._orders = central_orders(config, {task.name: len(task.train) for task in tasks})
         training = config.training
         size = training.central_batch_size or training.batch_size
         self._steps = len(tasks) * (training.local_steps or 0) * training.batch_size // size
@@ -108,11 +110,6 @@ class CentralTrainer:
                 name: torch.full((len(group),), index, device=self._device)
                 for index, (name, group) in enumerate(self._images.items())
             }
-            size = size // len(tasks) if training.method == "balanced" else size
-        self._orders = {
-            name: MinibatchOrder.of(training, len(group), size, config.seed, name)
-            for name, group in self._images.items()
-        }
 
     def train(self, round_number: int, state: CentralState) -> CentralResult:
         """Train for one round.
@@ -211,6 +208,30 @@ class CentralTrainer:
     def _predict_noise(self, weights: Mapping[str, Tensor], tasks: Tensor) -> PredictNoise:
         further = () if self._model.task_table is None else (tasks,)
         return lambda x, timesteps: functional_call(self._model, dict(weights), (x, timesteps, *further))
+
+
+def central_orders(config: RunConfig, images: Mapping[str, int]) -> dict[str, MinibatchOrder]:
+    """The order of minibatches of each task, or of the pool, from the tasks' numbers of training images.
+
+    Raises:
+        UserError: a batch size does not fit a task's images.
+    """
+    training = config.training
+    key = "batch_size" if training.central_batch_size is None else "central_batch_size"
+    size = training.central_batch_size or training.batch_size
+    tasks_in_batch = len(images) if training.method == "balanced" else 1
+    groups = {POOL: sum(images.values())} if training.method == "pooled" else images
+    for name, count in groups.items():
+        if training.drop_last and not training.across_passes and size // tasks_in_batch > count:
+            raise UserError(
+                f"training.{key} = {size} asks for {size // tasks_in_batch} images of {name!r} at once, which has "
+                f"{count} training images; allowed: up to {count * tasks_in_batch}, or training.drop_last = false, or "
+                "training.across_passes = true"
+            )
+    return {
+        name: MinibatchOrder.of(training, count, size // tasks_in_batch, config.seed, name)
+        for name, count in groups.items()
+    }
 
 
 def _parameters(tensors: Mapping[str, Tensor], names: Sequence[str], device: torch.device) -> dict[str, nn.Parameter]:

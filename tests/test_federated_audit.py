@@ -1,0 +1,107 @@
+"""The memorisation audit on its way from the clients to the reports: only its numbers travel."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ArrayRecord, Context, Message, MetricRecord
+from flwr.clientapp import ClientApp
+from tiny_run import CLIENTS, begin, run_in_process
+
+from srfed.checkpoints.trained_run import TrainedRun
+from srfed.data import load_tasks
+from srfed.evaluation.embedded import EmbeddedFeatures
+from srfed.evaluation.generation import generate
+from srfed.evaluation.memorisation import audit
+from srfed.federation import client_app
+from srfed.federation.messages import EVALUATE, METRICS, read_metrics
+from srfed.reporting.metrics_log import MetricsLog
+from srfed.reporting.run_directory import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    settings = {"evaluation.memorisation_quantile": 0.2}
+    return run_in_process(begin(tmp_path_factory.mktemp("audited") / "run", settings))
+
+
+def test_the_last_evaluation_reports_every_clients_audit(run: RunDirectory) -> None:
+    between, last = MetricsLog(run.metrics).evaluations()
+    assert between["audits"] == {}
+    assert sorted(last["audits"]) == CLIENTS
+    trained = TrainedRun(run.path, run.config.resources)
+    network = EmbeddedFeatures()
+    for info, task in zip(trained.tasks, load_tasks(run.config.data, 3), strict=True):
+        samples = generate(
+            trained.model_of(info), trained.diffusion, run.config.sampling,
+            count=10, shape=trained.shape, seed=run.config.seed, task=info.client, strip_steps=3,
+        ).images  # fmt: skip
+        expected = audit(samples, task.train, task.test, network, quantile=0.2)
+        found = last["audits"][info.client]
+        assert found.pop("fires") == expected.fires
+        assert found == pytest.approx(expected.to_numbers())
+
+
+def test_suspicious_pairs_stay_with_their_owner(run: RunDirectory) -> None:
+    for client in CLIENTS:
+        assert [path.name for path in (run.clients / client / "memorisation").iterdir()] == ["round-00003.png"]
+
+
+def test_quantile_zero_switches_it_off(tmp_path: Path) -> None:
+    run = run_in_process(begin(tmp_path / "run", {"evaluation.memorisation_quantile": 0.0, "federation.rounds": 1}))
+    (last,) = MetricsLog(run.metrics).evaluations()
+    assert last["audits"] == {}
+    assert not (run.clients / "digit-0" / "memorisation").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"memorisation_pixels_share": 2.0},
+        {"memorisation_features_tolerance": -1.0},
+        {"memorisation_pixels_median": 1.0},
+        {"memorisation_pixels_threshold": float("nan")},
+        {"memorisation_pixels_share": None},
+    ],
+)
+def test_a_malformed_audit_is_refused(tmp_path: Path, changes: dict[str, float | None]) -> None:
+    app = ClientApp()
+    app.query("describe")(client_app.describe)
+    app.train()(client_app.train)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        reply = client_app.evaluate(message, context)
+        if context.node_config["partition-id"] == 1:
+            metrics: dict[str, Any] = {**read_metrics(reply.content), **changes}
+            kept = {name: value for name, value in metrics.items() if value is not None}
+            reply.content[METRICS] = MetricRecord(kept)
+        return reply
+
+    run = run_in_process(begin(tmp_path / "run", {"federation.rounds": 1}), app)
+    (last,) = MetricsLog(run.metrics).evaluations()
+    assert list(last["refused"]) == ["digit-1"]
+    assert "memorisation audit is malformed" in last["refused"]["digit-1"]
+
+
+def test_only_numbers_of_the_audit_are_in_the_reply(tmp_path: Path) -> None:
+    replies: list[Message] = []
+    app = ClientApp()
+    app.query("describe")(client_app.describe)
+    app.train()(client_app.train)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        replies.append(client_app.evaluate(message, context))
+        return replies[-1]
+
+    run_in_process(begin(tmp_path / "run", {"federation.rounds": 1, "evaluation.mode": "moments"}), app)
+    assert len(replies) == 3
+    for reply in replies:
+        assert reply.metadata.message_type == EVALUATE
+        assert [name for name, record in reply.content.items() if isinstance(record, ArrayRecord)] == ["statistics"]
+        numbers = {n: v for n, v in read_metrics(reply.content).items() if n.startswith("memorisation_")}
+        assert len(numbers) == 20
+        assert all(isinstance(value, float) for value in numbers.values())
+        assert json.dumps(numbers)
