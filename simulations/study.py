@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from srfed.config import RunConfig, parse_config
 from srfed.errors import UserError
-from srfed.files import held, write_bytes
+from srfed.files import held, read_json, write_bytes
 
 LAST_WORDS = 3
 """Lines of a failed run's output that are shown."""
@@ -192,6 +192,8 @@ def row_of(outcome: Outcome) -> dict[str, Any]:
 
 def _run(case: Case, pool: Path) -> dict[str, Any]:
     folder = case.folder(pool)
+    if (known := _outcome(case, folder)) is not None:
+        return known
     log = folder.parent / "logs" / f"{folder.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     # A second study that wants the same run waits for it, and then finds it done.
@@ -211,5 +213,17 @@ def _run(case: Case, pool: Path) -> dict[str, Any]:
     if done.returncode:
         last = " ".join(log.read_text(errors="replace").splitlines()[-LAST_WORDS:])
         raise UserError(f"{case.name} (seed {case.config.seed}) failed: {last} (all of it: {log})")
-    outcome: dict[str, Any] = json.loads((folder / "outcome.json").read_text())
+    outcome = _outcome(case, folder)
+    if outcome is None:
+        raise UserError(f"{folder / 'outcome.json'} is not this case's; remove it")
     return outcome
+
+
+def _outcome(case: Case, folder: Path) -> dict[str, Any] | None:
+    """What an earlier process has left of this very case."""
+    file = folder / "outcome.json"
+    if not file.exists():
+        return None
+    outcome = read_json(file, "scores")
+    asked = {"samples": case.samples, "ssim_images": case.ssim_images, "round": case.config.federation.rounds}
+    return outcome if all(outcome[key] == value for key, value in asked.items()) else None

@@ -13,9 +13,8 @@ from srfed.command import run_command
 from srfed.config import parse_config_json
 from srfed.evaluation.features import load_feature_network
 from srfed.files import write_json
-from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import RunDirectory
-from srfed.train_command import check_training
+from srfed.train_command import check_training, finished
 
 
 def main() -> int:
@@ -31,7 +30,7 @@ def _do(folder: Path, samples: int, ssim_images: int, references: Path) -> None:
     else:
         check_training(config)
         run = RunDirectory.create(folder, config)
-    if not any(line["final"] for line in MetricsLog(run.metrics).evaluations()):
+    if not finished(run):
         _train(run)
     resources = config.resources
     trained = TrainedRun(folder, resources)

@@ -25,9 +25,11 @@ from simulations.study import (
 )
 from srfed.command import run_command
 from srfed.config import RunConfig, load_config
+from srfed.errors import UserError
 from srfed.files import write_bytes
 from srfed.reporting.words import bytes_in_words, seconds_in_words
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100")
 PAPER: Mapping[str, Mapping[str, tuple[float, float]]] = {
     "mnist": {"DDPM": (3.67, 0.881), "C-DDPM": (2.14, 0.884), "SR-DDPM": (2.04, 0.887)},
@@ -61,7 +63,20 @@ PRESETS: Mapping[str, Mapping[str, Preset]] = {
         "cifar10": Preset({**_SMALL, "federation__rounds": 15}, 2_000, 8),
         "cifar100": Preset({**_SMALL, "federation__rounds": 8}, 2_000, 4),
     },
-    "paper": {dataset: Preset({}, 10_000, 100) for dataset in DATASETS},
+    # 600 passes over 500 images a task, in rounds of 16 steps of 64 images.
+    "paper": {
+        dataset: Preset(
+            {
+                "training__local_epochs": None,
+                "training__local_steps": 16,
+                "training__across_passes": True,
+                "federation__rounds": 293,
+            },
+            10_000,
+            100,
+        )
+        for dataset in DATASETS
+    },
     "tiny": {
         dataset: Preset(
             {
@@ -123,17 +138,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m simulations.table1", description=__doc__)
     parser.add_argument("--dataset", choices=DATASETS, default="digits")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
+    parser.add_argument("--only", nargs="+", metavar="WORDS", help="methods whose names hold any of these words")
     add_options(parser)
     options = parser.parse_args(arguments)
     return run_command(lambda: _table(options))
 
 
 def configuration(dataset: str, preset: str, data_dir: str | None, device: str) -> RunConfig:
-    """The configuration of the federated SR-DDPM: the data set's own file, with the preset's settings."""
-    paper = Path(f"configs/{dataset}_paper.yaml")
-    file = paper if preset == "paper" and paper.exists() else Path(f"configs/{dataset}.yaml")
+    """The configuration of the federated SR-DDPM: the data set's own file, with the preset's settings.
+
+    Under ``paper`` the network, rates and sampler are those of configs/mnist_paper.yaml for every data set.
+    """
     settings = dict(PRESETS[preset][dataset].settings)
-    config = load_config(file, [])
+    config = own = load_config(CONFIGS / f"{dataset}.yaml", [])
+    if preset == "paper":
+        config = load_config(CONFIGS / "mnist_paper.yaml", []).model_copy(update={"name": own.name, "data": own.data})
+        settings["federation__clients"] = own.federation.clients
     if data_dir is not None:
         settings["data__dir"] = str(Path(data_dir).absolute())
     # Everything is scored afterwards, by the same code for every method.
@@ -150,7 +170,14 @@ def configuration(dataset: str, preset: str, data_dir: str | None, device: str) 
 def _table(options: argparse.Namespace) -> None:
     config = configuration(options.dataset, options.preset, options.data_dir, options.device)
     preset = PRESETS[options.preset][options.dataset]
-    listed = methods(config)
+    listed = [
+        method
+        for method in methods(config)
+        if not options.only or any(words.lower() in method.name.lower() for words in options.only)
+    ]
+    if not listed:
+        names = ", ".join(method.name for method in methods(config))
+        raise UserError(f"--only {' '.join(options.only)} is in no method's name; there are {names}")
     cases = [
         Case(method.name, change(config, seed=seed, **method.settings), preset.samples, preset.ssim_images)
         for seed in range(options.seeds)

@@ -75,7 +75,7 @@ def train_by_command(
         config = _with_absolute_data_dir(load_config(options.config or run.config_file, overrides))
         run = run.reconfigure(config)
         check(config)
-    if _finished(run):
+    if finished(run):
         print(f"{relative(run.path)} is finished already; a larger federation.rounds would go on with it")
     else:
         _announce(run)
@@ -142,7 +142,7 @@ def _with_absolute_data_dir(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": data})
 
 
-def _finished(run: RunDirectory) -> bool:
+def finished(run: RunDirectory) -> bool:
     """Whether the run has its last evaluation, and so nothing is left to do."""
     last = run.config.federation.rounds
     return any(line["final"] and line["round"] == last for line in MetricsLog(run.metrics).evaluations())

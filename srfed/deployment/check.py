@@ -111,8 +111,11 @@ def _of_evaluation(config: RunConfig, pixels: int) -> list[str]:
             f"generated images: {last} at the end, {between} at evaluations before, of {pixels} bytes each, and "
             f"{evaluation.strip_steps} of a reverse process"
         )
-    second = "SSIM of reconstructed test images, as numbers"
-    return [f"evaluation: {first}", *([f"            {second}"] if evaluation.ssim_images else [])]
+    numbers = [
+        *(["SSIM of reconstructed test images, as numbers"] if evaluation.ssim_images else []),
+        *(["distances from generated to your images (20 numbers)"] if evaluation.memorisation_quantile else []),
+    ]
+    return [f"evaluation: {first}", *(f"            {line}" for line in numbers)]
 
 
 def _bytes_of_store(config: RunConfig, task: Task, shared: int, exclusive: int) -> int:

@@ -17,8 +17,24 @@ NEIGHBOURS = 3
 
 def class_agreement(tasks: Sequence[Task], samples: Mapping[str, Images]) -> dict[str, float]:
     """Share of each task's samples that the judge, trained on all real images, gives to that task."""
+    return {name: shares[name] for name, shares in judged_as(tasks, samples).items()}
+
+
+def judged_as(tasks: Sequence[Task], samples: Mapping[str, Images]) -> dict[str, dict[str, float]]:
+    """What share of each task's samples the judge, trained on all real images, gives to which task.
+
+    Args:
+        tasks: the judge's classes.
+        samples: uint8 N x H x W x C by task, N at least 1.
+
+    Returns:
+        For each entry of ``samples`` the share by name of every task; each entry's shares add up to 1.
+    """
     judge = _train([(task.name, np.concatenate([task.train, task.test])) for task in tasks])
-    return {name: float((judge.predict(_flat(images)) == name).mean()) for name, images in samples.items()}
+    verdicts = {name: judge.predict(_flat(images)) for name, images in samples.items()}
+    return {
+        name: {task.name: float((verdict == task.name).mean()) for task in tasks} for name, verdict in verdicts.items()
+    }
 
 
 def accuracy_on_real_images(tasks: Sequence[Task]) -> float:

@@ -1,0 +1,99 @@
+"""Studies, for real on the smallest settings: every case once, resumed, and with everything in the table."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from simulations import study, table1
+from simulations.study import Case, change, mean_and_spread, run_cases
+from srfed.errors import UserError
+from srfed.reporting.metrics_log import MetricsLog
+
+
+def make_table(folder: Path) -> None:
+    arguments = ["--dataset", "digits", "--preset", "tiny", "--pool", str(folder / "pool"), "--out", str(folder)]
+    assert table1.main(arguments) == 0
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("table")
+    make_table(folder)
+    return folder
+
+
+def test_the_table_has_every_method_at_one_budget(finished: Path) -> None:
+    with (finished / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    config = table1.configuration("digits", "tiny", None, "auto")
+    listed = table1.methods(config)
+    assert [row["name"] for row in rows] == [method.name for method in listed]
+    assert {row["images_trained"] for row in rows} == {str(10 * 2 * 16)}
+    assert len({row["config_hash"] for row in rows}) == len(rows)
+    sizes = {row["name"]: (int(row["shared_parameters"]), int(row["exclusive_parameters"])) for row in rows}
+    assert sizes["DDPM, pooled"][1] == 0
+    assert sizes["local training"][0] == 0
+    assert sum(sizes["SR-DDPM, federated, joint"]) == sizes["DDPM, pooled"][0]
+    travelled = {row["name"]: int(row["bytes_per_client_and_round"]) for row in rows}
+    for name, (shared, _) in sizes.items():
+        if "pooled" in name or "centralised" in name:
+            assert travelled[name] == 0
+        else:
+            assert travelled[name] >= 2 * 4 * shared
+    text = (finished / "table.md").read_text()
+    assert all(f"| {method.name} |" in text for method in listed)
+
+
+def test_a_second_call_trains_nothing(finished: Path) -> None:
+    runs = sorted(finished.glob("pool/digits-*/server/round-*"))
+    assert len(runs) == 2 * 9, "a checkpoint before the only round and one after it"
+    before = {path: path.stat().st_mtime_ns for path in runs}
+    scores = (finished / "scores.csv").read_text()
+    make_table(finished)
+    assert {path: path.stat().st_mtime_ns for path in runs} == before
+    assert (finished / "scores.csv").read_text() == scores
+
+
+def test_a_stopped_case_goes_on(tmp_path: Path) -> None:
+    config = change(table1.configuration("digits", "tiny", None, "auto"), training__learning_rate_schedule="constant")
+    longer = change(config, federation__rounds=2)
+    run_cases([Case("short", config, 20, 1)], tmp_path, 1)
+    folder = Case("long", longer, 20, 1).folder(tmp_path)
+    assert folder == Case("short", config, 20, 1).folder(tmp_path), (
+        "the number of rounds does not decide a round's bits"
+    )
+    run_cases([Case("long", longer, 20, 1)], tmp_path, 1)
+    assert [line["round"] for line in MetricsLog(folder / "metrics.jsonl").rounds()] == [1, 2]
+
+
+def test_a_case_that_fails_says_why_and_leaves_the_others(tmp_path: Path) -> None:
+    config = table1.configuration("digits", "tiny", None, "auto")
+    wrong = change(config, data__dataset="npz", data__dir=str(tmp_path / "nowhere.npz"))
+    with pytest.raises(UserError, match=r"wrong \(seed 0\) failed: .*nowhere\.npz"):
+        run_cases([Case("right", config, 20, 1), Case("wrong", wrong, 20, 1)], tmp_path / "pool", 1)
+    assert (Case("right", config, 20, 1).folder(tmp_path / "pool") / "outcome.json").exists()
+
+
+def test_spread_is_the_standard_deviation_over_seeds() -> None:
+    assert mean_and_spread([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
+    assert mean_and_spread([0.5]) == "0.500"
+
+
+def test_an_impossible_change_is_refused() -> None:
+    config = table1.configuration("digits", "tiny", None, "auto")
+    with pytest.raises(UserError, match=r"training.batch_size"):
+        study.change(config, training__batch_size=0)
+
+
+@pytest.mark.parametrize("dataset", table1.DATASETS)
+@pytest.mark.parametrize("preset", sorted(table1.PRESETS))
+def test_every_preset_gives_equal_budgets(dataset: str, preset: str) -> None:
+    base = table1.configuration(dataset, preset, None, "auto")
+    budgets = set()
+    for method in table1.methods(base):
+        config = change(base, **method.settings)
+        training = config.training
+        steps = (training.local_steps or 0) + (training.exclusive_steps or 0)
+        budgets.add(config.federation.clients * config.federation.rounds * steps * training.batch_size)
+    assert len(budgets) == 1
