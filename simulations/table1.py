@@ -159,8 +159,8 @@ def configuration(dataset: str, preset: str, data_dir: str | None, device: str) 
     # Everything is scored afterwards, by the same code for every method.
     scored_later = {
         "evaluation__every": 0,
-        "evaluation__samples": 2 * config.federation.clients,
-        "evaluation__samples_between": 2 * config.federation.clients,
+        "evaluation__samples": 2 * own.federation.clients,
+        "evaluation__samples_between": 2 * own.federation.clients,
         "evaluation__ssim_images": 0,
         "evaluation__memorisation_quantile": 0.0,
     }

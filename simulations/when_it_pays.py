@@ -48,6 +48,10 @@ def ablations(config: RunConfig) -> dict[str, dict[str, Any]]:
     half = {"training__local_steps": steps // 2, "training__exclusive_steps": steps - steps // 2}
     return {
         "as it is": {},
+        "batches a quarter, steps fourfold": {
+            "training__batch_size": config.training.batch_size // 4,
+            "training__local_steps": steps * 4,
+        },
         "rate of θ halved": {"training__exclusive_learning_rate": rate / 2},
         "rate of θ doubled": {"training__exclusive_learning_rate": rate * 2},
         "alternating phases": {"training__update": "alternating", **half},
