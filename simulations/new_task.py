@@ -7,10 +7,10 @@ classes, gives to it. Stopped, the study goes on where it was.
 """
 
 import argparse
-import csv
-import io
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -21,22 +21,28 @@ from tqdm import tqdm
 from simulations.study import change, mean_and_spread
 from simulations.table1 import DATASETS, PRESETS, configuration
 from srfed import simulate
-from srfed.checkpoints.adapted_task import score_adaptation
+from srfed.checkpoints.adapted_task import Point, read_points, score_adaptation, write_points
 from srfed.checkpoints.trained_run import TrainedRun
 from srfed.command import run_command
-from srfed.config import DataConfig, RunConfig
+from srfed.config import RunConfig
 from srfed.data import Task, load_tasks, task_names
 from srfed.errors import UserError
 from srfed.evaluation.agreement import accuracy_on_real_images, class_agreement
 from srfed.evaluation.features import load_feature_network
-from srfed.evaluation.network import FeatureNetwork
-from srfed.files import write_bytes
+from srfed.files import read_json, write_bytes, write_json
 from srfed.reporting.plots import line_plot
 from srfed.training.adaptation import MODES, Mode
 
 NEW_TASKS = 2
-WORDS: Mapping[str, str] = {"frozen": "φ frozen", "thawed": "φ thawed here", "scratch": "from scratch"}
-Row = dict[str, Any]
+WORDS: Mapping[str, str] = {"frozen": "φ frozen", "thawed": "φ thawed", "scratch": "from scratch"}
+
+
+@dataclass(frozen=True)
+class NewTaskPoint(Point):
+    """A point with the task it is of, and the judge's verdict."""
+
+    task: str
+    agreement: float
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,54 +70,144 @@ def _study(options: argparse.Namespace) -> None:
     if min(options.seeds, options.steps, options.every) < 1 or options.samples < 2:
         raise UserError("--seeds, --steps and --every must be at least 1, --samples at least 2")
     base = configuration(options.dataset, options.preset, options.data_dir, options.device)
-    if options.rounds is not None:
-        base = change(base, federation__rounds=options.rounds)
-    names = task_names(base.data)
-    known = len(names) - NEW_TASKS
-    base = change(base, federation__clients=known)
-    tasks = load_tasks(base.data, len(names))
+    known = len(task_names(base.data)) - NEW_TASKS
+    rounds = options.rounds or base.federation.rounds
+    base = change(base, federation__clients=known, federation__rounds=rounds)
+    tasks = load_tasks(base.data, known + NEW_TASKS)
     counts = _counts(options.images, tasks[known:])
     out = options.out or Path("runs") / f"new-task-{options.dataset}-{options.preset}"
-    rows = _read(out / "scores.csv")
-    evaluation = base.evaluation
-    wanted = [
-        (seed, task, count, mode)
-        for seed in range(options.seeds)
-        for task in tasks[known:]
-        for count in counts
-        for mode in MODES
-    ]
-    runs: dict[int, TrainedRun] = {}
-    network: FeatureNetwork | None = None
-    for seed, task, count, mode in tqdm(wanted, unit="adaptation", disable=None):
-        key = _key(options, seed, task.name, count, mode)
-        if any(all(str(row[name]) == str(value) for name, value in key.items()) for row in rows):
-            continue
-        if seed not in runs:
-            runs[seed] = _federation(out / f"run-seed-{seed}", change(base, seed=seed))
-            torch.set_num_threads(base.resources.client_cpus)
-        run = runs[seed]
-        network = network or load_feature_network(evaluation.feature_network, evaluation.inception_weights, run.device)
-        few = Task(task.index, task.name, task.train[:count], task.test)
-        curve = [
-            {
-                **key,
-                **asdict(scored.point),
-                "agreement": class_agreement(tasks, {task.name: scored.samples})[task.name],
-                "rounds": run.round,
-            }
-            for scored in score_adaptation(
-                run.config, run.shared, few, network, mode=mode, steps=options.steps, every=options.every,
-                samples=options.samples, seed=seed,
-            )
-        ]  # fmt: skip
-        rows += curve
-        _write(out / "scores.csv", rows)
-    mine = [row for row in rows if _is_mine(row, options, counts)]
-    steps_plot, images_plot = out / "steps.png", out / "images.png"
-    _plot(steps_plot, mine, "steps", f"a new task, {counts[-1]} images", lambda row: int(row["images"]) == counts[-1])
-    _plot(images_plot, mine, "images", f"a new task, {options.steps} steps", lambda row: _is_last(row))
-    text = describe(mine, counts, accuracy_on_real_images(tasks))
+    _claim(out, {name: getattr(options, name) for name in ("dataset", "preset", "steps", "every", "samples")}, rounds)
+    wanted = list(itertools.product(range(options.seeds), tasks[known:], counts, MODES))
+    points = read_points(out / "scores.csv", NewTaskPoint)
+    with tqdm(wanted, unit="adaptation", disable=None) as bar:
+        for seed, task, count, mode in bar:
+            if any((p.seed, p.task, p.images, p.mode) == (seed, task.name, count, mode) for p in points):
+                continue
+            bar.set_postfix_str(f"{task.name}, {count} images, {mode}")
+            run = _federation(out / f"run-seed-{seed}", change(base, seed=seed))
+            points += _curve(run, tasks, replace(task, train=task.train[:count]), mode, seed, options)
+            write_points(out / "scores.csv", points)
+    points = [p for p in points if p.images in counts and p.seed < options.seeds]
+    _plot_steps(out / "steps.png", [p for p in points if p.images == counts[-1]])
+    last = [p for p in points if p.steps == options.steps]
+    _plot_images(out / "images.png", last)
+    text = describe(last, accuracy_on_real_images(tasks))
     write_bytes(out / "table.md", text.encode())
     print(text)
     print(f"every number and the plots: {out}")
+
+
+def describe(points: Sequence[NewTaskPoint], accuracy: float) -> str:
+    """The scores after the last step as a table in Markdown, with what they depend on."""
+    some = points[0]
+    lines = [
+        "| images | " + " | ".join(WORDS[mode] for mode in MODES) + " | real training images |",
+        "|---" * (len(MODES) + 2) + "|",
+    ]
+    for count in sorted({point.images for point in points}):
+        cells = []
+        for mode in MODES:
+            chosen = [point for point in points if (point.images, point.mode) == (count, mode)]
+            cells.append(
+                f"{mean_and_spread([p.score for p in chosen])}, {mean_and_spread([p.agreement for p in chosen], 2)}"
+            )
+        floor = mean(point.floor for point in points if point.images == count)
+        lines.append(f"| {count} | " + " | ".join(cells) + f" | {floor:.3f} |")
+    tasks = sorted({point.task for point in points})
+    lines += [
+        "",
+        f"{some.score_name} (features {some.network_sha256[:8]}) against held-out images, and agreement, after "
+        f"{some.steps} steps; means and standard deviations over the new tasks {', '.join(tasks)} and "
+        f"{len({point.seed for point in points})} seed(s). {some.samples} samples for each score, "
+        f"{' and '.join(str(n) for n in sorted({p.references for p in points}))} held-out images; few "
+        "images bias the distance upwards, real ones' too. The judge is right on "
+        f"{accuracy:.3f} of held-out real images.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _counts(wanted: Sequence[str], tasks: Sequence[Task]) -> list[int]:
+    """The numbers of images, ascending; raises UserError for one that is impossible."""
+    most = min(len(task.train) for task in tasks)
+    words = {"all": most, **{str(count): count for count in range(2, most + 1)}}
+    for word in wanted:
+        if word not in words:
+            raise UserError(f"--images {word} is impossible; allowed: 2 to {most}, or all")
+    return sorted({words[word] for word in wanted})
+
+
+def _claim(out: Path, settings: dict[str, Any], rounds: int) -> None:
+    """Say in the folder what its scores depend on; raises UserError where they depend on something else."""
+    file, settings = out / "study.json", {**settings, "rounds": rounds}
+    if not file.exists():
+        write_json(file, settings)
+    found = read_json(file, "rounds")
+    changed = [f"{name}: {found.get(name)} -> {value}" for name, value in settings.items() if found.get(name) != value]
+    if changed:
+        raise UserError(f"{out} holds another study ({', '.join(changed)}); name another folder with --out")
+
+
+@lru_cache(maxsize=1)
+def _federation(folder: Path, config: RunConfig) -> TrainedRun:
+    """The run over the other tasks, trained as far as it still has to be."""
+    if (folder / "run.json").exists():
+        arguments = ["--resume", str(folder)]
+    else:
+        write_bytes(folder.with_suffix(".yaml"), config.to_yaml().encode())
+        arguments = ["--config", str(folder.with_suffix(".yaml")), "--run-dir", str(folder)]
+    code = simulate.main(arguments)
+    if code:
+        raise UserError(f"the federation of {folder} could not be trained")
+    return TrainedRun(folder, config.resources)
+
+
+def _curve(
+    run: TrainedRun, tasks: Sequence[Task], task: Task, mode: Mode, seed: int, options: argparse.Namespace
+) -> list[NewTaskPoint]:
+    evaluation = run.config.evaluation
+    torch.set_num_threads(run.config.resources.client_cpus)
+    return [
+        NewTaskPoint(
+            **asdict(scored.point),
+            task=task.name,
+            agreement=class_agreement(tasks, {task.name: scored.samples})[task.name],
+        )
+        for scored in score_adaptation(
+            run.config, run.shared, task,
+            load_feature_network(evaluation.feature_network, evaluation.inception_weights, run.device),
+            mode=mode, steps=options.steps, every=options.every, samples=options.samples, seed=seed,
+        )
+    ]  # fmt: skip
+
+
+def _plot_steps(path: Path, points: Sequence[NewTaskPoint]) -> None:
+    _plot(path, points, lambda p: p.steps, "local steps", f"A new task with {points[0].images} images", log_x=False)
+
+
+def _plot_images(path: Path, points: Sequence[NewTaskPoint]) -> None:
+    _plot(path, points, lambda p: p.images, "training images", f"A new task after {points[0].steps} steps", log_x=True)
+
+
+def _plot(
+    path: Path, points: Sequence[NewTaskPoint], over: Callable[[NewTaskPoint], int], x_label: str, title: str,
+    *, log_x: bool,
+) -> None:  # fmt: skip
+    """Mean and standard deviation over new tasks and seeds, one line a mode."""
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    spread: dict[str, list[float]] = {}
+    for mode in MODES:
+        groups: dict[int, list[float]] = {}
+        for point in points:
+            if point.mode == mode:
+                groups.setdefault(over(point), []).append(point.score)
+        places = sorted(groups)
+        series[WORDS[mode]] = ([float(place) for place in places], [mean(groups[place]) for place in places])
+        spread[WORDS[mode]] = [stdev(groups[place]) if len(groups[place]) > 1 else 0.0 for place in places]
+    line_plot(
+        path, series, x_label=x_label, y_label=f"{points[0].score_name} against held-out images", title=title,
+        log_x=log_x, log_y=True, spread=spread,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

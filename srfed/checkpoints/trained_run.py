@@ -21,6 +21,9 @@ from srfed.training.setup import build_diffusion, build_model, build_partition, 
 class TrainedSite:
     """The model of one deployed site, from its own store; the same interface as :class:`TrainedRun`.
 
+    Attributes:
+        shared: the averaged φ.
+
     Args:
         folder: the client's own folder, ``<state-dir>/<client>``.
         resources: says where to sample.
@@ -34,7 +37,8 @@ class TrainedSite:
         self.config, self.round, self.shape = stored.config, stored.round, stored.shape
         self.device = resolve_device(resources)
         model = build_model(self.config, self.shape[-1])
-        load_tensors(model, *stored.tensors)
+        self.shared, exclusive = stored.tensors
+        load_tensors(model, self.shared, exclusive)
         self._model = model.to(self.device).eval()
         self.diffusion = build_diffusion(self.config, self.device)
         self.tasks = [TaskInfo(stored.client, stored.client, 0, 0)]
@@ -93,6 +97,11 @@ class TrainedRun:
     def shared(self) -> dict[str, Tensor]:
         """The averaged φ."""
         return self._state.shared_average
+
+    @property
+    def initial_exclusive(self) -> dict[str, Tensor]:
+        """θ_0, the initialisation that all tasks have in common."""
+        return self._initial.exclusive
 
     @property
     def sizes(self) -> dict[str, int]:

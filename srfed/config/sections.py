@@ -145,7 +145,7 @@ class TrainingConfig(Section):
         "party has all images: pooled draws minibatches from all of them (DDPM, C-DDPM), one_task from one task at "
         "a time (SR-DDPM's Algorithm 1), balanced from every task alike",
     )
-    batch_size: int = Field(64, ge=1, description="images in one local step")
+    batch_size: int = Field(32, ge=1, description="images in one local step")
     central_batch_size: int | None = Field(
         None,
         ge=1,
@@ -158,7 +158,7 @@ class TrainingConfig(Section):
         description="let a batch run on into the next pass over the images, so that each has batch_size of them, "
         "even at a client with fewer; drop_last then has no meaning",
     )
-    local_steps: int | None = Field(6, ge=1, description="optimizer steps a round; null when local_epochs is set")
+    local_steps: int | None = Field(12, ge=1, description="optimizer steps a round; null when local_epochs is set")
     local_epochs: int | None = Field(None, ge=1, description="passes over the client's images a round, instead")
     update: Literal["joint", "alternating", "exclusive"] = Field(
         "joint",
@@ -172,7 +172,7 @@ class TrainingConfig(Section):
     learning_rate: float = Field(2e-3, gt=0, le=10, description="of φ, and of θ_i unless set apart")
     exclusive_learning_rate: float | None = Field(None, gt=0, le=10, description="of θ_i; null takes learning_rate")
     learning_rate_schedule: Literal["constant", "cosine"] = Field(
-        "cosine", description="over the rounds of the run; cosine falls from the full rate to almost 0"
+        "constant", description="over the rounds of the run; cosine falls from the full rate to almost 0"
     )
     proximal: float = Field(
         0.0,
@@ -217,7 +217,7 @@ class TrainingConfig(Section):
 
 class FederationConfig(Section):
     clients: int = Field(10, ge=1, le=10_000, description="clients of the simulation: the first n tasks")
-    rounds: int = Field(36, ge=1, description="rounds of the whole run")
+    rounds: int = Field(30, ge=1, description="rounds of the whole run")
     clients_per_round: int | None = Field(None, ge=1, description="clients drawn in each round; null takes all of them")
     min_clients: int = Field(1, ge=1, description="fewer accepted updates than this stop the run")
     on_missing: Literal["wait", "skip"] = Field(
@@ -273,7 +273,7 @@ class EvaluationConfig(Section):
         description="samples: generated images go to the server, which scores them; moments: each client sends "
         "mean and scatter of their features and of its own images' features, and no image leaves it",
     )
-    every: int = Field(12, ge=0, description="rounds between evaluations; 0 evaluates at the end only")
+    every: int = Field(10, ge=0, description="rounds between evaluations; 0 evaluates at the end only")
     samples: int = Field(1000, ge=2, description="generated images scored at the end, shared out among the tasks")
     samples_between: int = Field(200, ge=2, description="generated images scored at evaluations before the end")
     feature_network: Literal["embedded", "inception"] = Field(

@@ -54,7 +54,7 @@ def generate(
         strip_steps: pictures in the strip, evenly spaced from T to 0.
     """
     height, width, channels = shape
-    record = _strip_timesteps(diffusion.timesteps, strip_steps)
+    record = strip_timesteps(diffusion.timesteps, strip_steps)
     images = [np.empty((0, height, width, channels), np.uint8)]
     strip = images[0]
     for batch, first in enumerate(range(0, count, sampling.batch_size)):
@@ -89,5 +89,6 @@ def sample(
     )  # fmt: skip
 
 
-def _strip_timesteps(timesteps: int, steps: int) -> list[int]:
+def strip_timesteps(timesteps: int, steps: int) -> list[int]:
+    """The timesteps of a strip of ``steps`` pictures: T first, 0 last, evenly spaced; none where steps is below 2."""
     return [round(timesteps * (1 - k / (steps - 1))) for k in range(steps)] if steps > 1 else []

@@ -1,7 +1,7 @@
 """Pictures of images: a labelled grid, one row a task, and its PNG."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +16,13 @@ GAP = 2
 LABEL_SIZE = 13
 
 
-def draw_grid(rows: Mapping[str, Images]) -> Images:
+def draw_grid(rows: Mapping[str, Images], titles: Sequence[str] = ()) -> Images:
     """Draw rows of images with their labels on the left.
 
     Args:
         rows: uint8 N x H x W x C by label, all of one H, W and C, C = 1 or 3 (of other numbers of
             channels the first is drawn); rows may differ in length.
+        titles: what stands over the columns, from the left; nothing takes no room.
 
     Returns:
         uint8 H' x W' x 3; small images are enlarged by a whole factor, nearest neighbour.
@@ -32,16 +33,19 @@ def draw_grid(rows: Mapping[str, Images]) -> Images:
     label_width = 8 + max(int(font.getlength(label)) for label in rows)
     step_y, step_x = height * factor + GAP, width * factor + GAP
     columns = max(len(images) for images in rows.values())
-    sheet = Image.new("RGB", (label_width + columns * step_x, len(rows) * step_y), "white")
+    top = LABEL_SIZE + 2 * GAP if titles else 0
+    sheet = Image.new("RGB", (label_width + columns * step_x, top + len(rows) * step_y), "white")
     pen = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        pen.text((label_width + column * step_x, 0), title, fill="black", font=font)
     for row, (label, images) in enumerate(rows.items()):
-        pen.text((4, row * step_y + (height * factor - LABEL_SIZE) // 2), label, fill="black", font=font)
+        pen.text((4, top + row * step_y + (height * factor - LABEL_SIZE) // 2), label, fill="black", font=font)
         for column, image in enumerate(images):
             pixels = image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, axis=-1)
             tile = Image.fromarray(np.ascontiguousarray(pixels)).resize(
                 (width * factor, height * factor), Image.Resampling.NEAREST
             )
-            sheet.paste(tile, (label_width + column * step_x, row * step_y))
+            sheet.paste(tile, (label_width + column * step_x, top + row * step_y))
     return np.asarray(sheet)
 
 

@@ -1,0 +1,221 @@
+"""A new task's adaptation, scored on the way and kept: the folder that ``python -m srfed.adapt`` writes.
+
+<out>/adaptation.json             what was adapted to what, and how: the same for all modes
+<out>/scores.csv                  one line for every mode and number of steps
+<out>/<mode>/<task>/models/...    the model, in a store such as a deployed site has (``srfed.sample --store``)
+"""
+
+import csv
+import hashlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import safetensors.torch
+from torch import Tensor
+
+from srfed.checkpoints.site_model import MODELS, save_site_model
+from srfed.config import RunConfig
+from srfed.data import Task
+from srfed.data.images import Images
+from srfed.errors import UserError
+from srfed.evaluation.frechet import FeatureStatistics, frechet_distance
+from srfed.evaluation.generation import generate
+from srfed.evaluation.network import FeatureNetwork
+from srfed.files import read_json, write_bytes, write_json
+from srfed.training.adaptation import Adapted, Mode, adapt
+from srfed.training.local import load_tensors
+from srfed.training.setup import build_diffusion, build_model, resolve_device
+
+DIGITS = 16
+"""Hexadecimal digits of a hash that names what was adapted."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a curve of scores, with all that the score depends on.
+
+    Attributes:
+        mode: what moved; see :data:`srfed.training.adaptation.Mode`.
+        images: training images.
+        steps: local steps so far.
+        loss: mean training loss since the point before.
+        score_name: what the distance is called; names the feature network.
+        score: the Fréchet distance of the samples to the task's held-out images.
+        samples, references: how many images on either side.
+        floor: the distance of the training images to the held-out ones.
+        network_sha256: of the feature network's weights.
+        seed: of training and of the samples.
+    """
+
+    mode: str
+    images: int
+    steps: int
+    loss: float
+    score_name: str
+    score: float
+    samples: int
+    references: int
+    floor: float
+    network_sha256: str
+    seed: int
+
+
+SomePoint = TypeVar("SomePoint", bound=Point)
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredAdaptation:
+    """A point with the model and the samples (uint8 N x H x W x C) that it was measured on."""
+
+    point: Point
+    adapted: Adapted
+    samples: Images
+
+
+def score_adaptation(
+    config: RunConfig,
+    shared: Mapping[str, Tensor],
+    task: Task,
+    network: FeatureNetwork,
+    *,
+    mode: Mode,
+    steps: int,
+    every: int,
+    samples: int,
+    seed: int,
+) -> Iterator[ScoredAdaptation]:
+    """Adapt to a task, and score the moving averages on the way.
+
+    Args:
+        config: the run's configuration.
+        shared: the run's averaged φ.
+        task: the new task; all its training images are used.
+        network: the feature network.
+        mode, steps, every: see :func:`~srfed.training.adaptation.adapt`.
+        samples: images to generate for each score.
+        seed: of training and samples; every score is of the same noise.
+
+    Raises:
+        UserError: as :func:`~srfed.training.adaptation.adapt`; or fewer than two samples or held-out images.
+    """
+    device = resolve_device(config.resources)
+    model = build_model(config, task.train.shape[-1]).to(device).eval()
+    diffusion = build_diffusion(config, device)
+    held_out = FeatureStatistics.of(network(task.test))
+    floor = frechet_distance(FeatureStatistics.of(network(task.train)), held_out)
+    for adapted in adapt(
+        config, shared, task.train, task=task.name, mode=mode, steps=steps, every=every, seed=seed
+    ):  # fmt: skip
+        load_tensors(model, adapted.shared, adapted.exclusive)
+        images = generate(
+            model, diffusion, config.sampling, count=samples, shape=task.train.shape[1:], seed=seed, task=task.name
+        ).images
+        score = frechet_distance(FeatureStatistics.of(network(images)), held_out)
+        point = Point(
+            mode=mode, images=len(task.train), steps=adapted.steps, loss=adapted.loss,
+            score_name=network.score_name, score=score, samples=samples, references=len(task.test), floor=floor,
+            network_sha256=network.sha256, seed=seed,
+        )  # fmt: skip
+        yield ScoredAdaptation(point, adapted, images)
+
+
+class AdaptationFolder:
+    """What has been adapted so far, mode by mode.
+
+    Args:
+        path: the folder; it may not exist yet.
+        about: all that its scores depend on but the mode; plain values.
+
+    Raises:
+        UserError: the folder is another adaptation's, or a file in it is damaged.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+        self.path = path
+        identity = path / "adaptation.json"
+        if identity.exists():
+            found = read_json(identity, "task")
+            changed = [f"{key}: {found.get(key)} -> {value}" for key, value in about.items() if found.get(key) != value]
+            if changed:
+                raise UserError(
+                    f"{path} holds another adaptation ({'; '.join(changed)}); name another folder with --out"
+                )
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} is not an empty folder; name another one with --out")
+        else:
+            write_json(identity, about)
+        self.points = read_points(self.scores, Point)
+
+    @property
+    def scores(self) -> Path:
+        return self.path / "scores.csv"
+
+    def store(self, mode: str, task: str) -> Path:
+        """Where the model of a mode is, in the form of a site's own store."""
+        return self.path / mode / task
+
+    def has(self, mode: str, task: str) -> bool:
+        """Whether this mode is finished."""
+        kept = any(point.mode == mode for point in self.points)
+        return kept and (self.store(mode, task) / MODELS).is_dir()
+
+    def add(self, config: RunConfig, mode: Mode, task: str, curve: list[ScoredAdaptation]) -> None:
+        """Keep a finished mode: its model first, then its scores; raises UserError where that cannot be.
+
+        Args:
+            config: of the adaptation, as :func:`~srfed.training.adaptation.adaptation_config` gives it.
+            mode: the mode.
+            task: the new task's name.
+            curve: the mode's results, the last of which is kept as a model.
+        """
+        last = curve[-1]
+        save_site_model(
+            self.store(mode, task), config, f"adapted-{mode}", last.adapted.chunk, last.samples.shape[1:],
+            last.adapted.shared, last.adapted.exclusive,
+        )  # fmt: skip
+        self.points = [point for point in self.points if point.mode != mode] + [scored.point for scored in curve]
+        write_points(self.scores, self.points)
+
+
+def write_points(path: Path, points: Sequence[Point]) -> None:
+    """Write points of one kind as a table with a header, atomically; raises UserError where that cannot be."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, [field.name for field in fields(points[0])], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(point) for point in points)
+    write_bytes(path, buffer.getvalue().encode())
+
+
+def read_points(path: Path, kind: type[SomePoint]) -> list[SomePoint]:
+    """The points that :func:`write_points` has written; none where there is no file.
+
+    Raises:
+        UserError: the file is damaged, or holds another kind.
+    """
+    if not path.exists():
+        return []
+    # The type of each field is str, int or float, and reads its own text.
+    kinds: dict[str, Any] = {field.name: field.type for field in fields(kind)}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [kind(**{name: kinds[name](row[name]) for name in kinds}) for row in csv.DictReader(file)]
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}; name another folder with --out") from error
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """The head of the SHA-256 of tensors with their names: equal where every bit is."""
+    ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    return hashlib.sha256(safetensors.torch.save(ordered)).hexdigest()[:DIGITS]
+
+
+def images_hash(task: Task) -> str:
+    """The same of a task's training and held-out images."""
+    digest = hashlib.sha256()
+    for images in (task.train, task.test):
+        digest.update(repr(images.shape).encode() + np.ascontiguousarray(images).tobytes())
+    return digest.hexdigest()[:DIGITS]
