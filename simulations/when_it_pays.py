@@ -48,9 +48,13 @@ def ablations(config: RunConfig) -> dict[str, dict[str, Any]]:
     half = {"training__local_steps": steps // 2, "training__exclusive_steps": steps - steps // 2}
     return {
         "as it is": {},
-        "batches a quarter, steps fourfold": {
-            "training__batch_size": config.training.batch_size // 4,
-            "training__local_steps": steps * 4,
+        "batches halved, steps doubled": {
+            "training__batch_size": config.training.batch_size // 2,
+            "training__local_steps": steps * 2,
+        },
+        "batches doubled, steps halved": {
+            "training__batch_size": config.training.batch_size * 2,
+            "training__local_steps": steps // 2,
         },
         "rate of θ halved": {"training__exclusive_learning_rate": rate / 2},
         "rate of θ doubled": {"training__exclusive_learning_rate": rate * 2},

@@ -156,7 +156,7 @@ def test_the_configuration_is_immutable() -> None:
         ("diffusion.timesteps=20", ["beta_end 0.02 times 1000/T = 1 reaches 1", "beta_scale none"]),
         ("model.groups=7", ["groups 7 does not divide channels entry 32"]),
         ("model.attention_head_channels=48", ["attention_head_channels 48", "64 channels", "stage 3"]),
-        ("training.local_epochs=1", ["exactly one of local_steps (now 6)", "local_epochs (now 1)"]),
+        ("training.local_epochs=1", ["exactly one of local_steps (now 12)", "local_epochs (now 1)"]),
         ("training.local_steps=null", ["exactly one of local_steps (now None)", "local_epochs (now None)"]),
         ("training.exclusive_steps=2", ["exclusive_steps 2", "update: alternating"]),
         ("federation.clients_per_round=11", ["clients_per_round 11 is above clients 10"]),
@@ -272,7 +272,7 @@ def test_describe_names_every_setting_once_with_default_and_meaning() -> None:
         "model.exclusive_stages=1",
         "resources.device=cpu",
         "sampling.eta=0",
-        "federation.rounds=99",
+        "training.learning_rate_schedule=cosine",
     ],
 )
 def test_a_decisive_setting_changes_the_fingerprint(override: str) -> None:
@@ -290,9 +290,10 @@ def test_where_it_runs_does_not_change_the_fingerprint(override: str) -> None:
 
 
 def test_rounds_decide_the_result_only_while_the_rate_follows_them() -> None:
-    constant = "training.learning_rate_schedule=constant"
-    more = load_config(overrides=[constant, "federation.rounds=99"])
-    assert more.fingerprint() == load_config(overrides=[constant]).fingerprint()
+    for schedule, decisive in (("constant", False), ("cosine", True)):
+        override = f"training.learning_rate_schedule={schedule}"
+        more = load_config(overrides=[override, "federation.rounds=99"])
+        assert (more.fingerprint() != load_config(overrides=[override]).fingerprint()) == decisive
 
 
 def test_every_setting_that_is_not_decisive_exists() -> None:

@@ -44,8 +44,9 @@ def tasks() -> list[Task]:
 def centralised(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A tiny DDPM on the pooled images, of few timesteps, because ancestral sampling takes them all."""
     config = tiny_config(
-        {"training.method": "pooled", "model.exclusive_stages": "none", "federation.rounds": 1, "diffusion.timesteps": 50,
-         "evaluation.ssim_images": 0, "evaluation.samples": 6, "evaluation.samples_between": 6}
+        {"training.method": "pooled", "model.exclusive_stages": "none", "federation.rounds": 1,
+         "diffusion.timesteps": 50, "evaluation.ssim_images": 0,
+         "evaluation.samples": 6, "evaluation.samples_between": 6}
     )  # fmt: skip
     run = RunDirectory.create(tmp_path_factory.mktemp("centralised") / "run", config)
     train_centrally(run)
@@ -261,7 +262,7 @@ def test_plots_are_pictures_and_refuse_what_does_not_fit(tmp_path: Path) -> None
             assert np.asarray(picture.convert("L")).std() > 10, "something is drawn"
     with pytest.raises(ValueError, match="same size"):
         line_plot(tmp_path / "no.png", {"one": ([1, 2, 3], [1, 2])}, **words)
-    with pytest.raises(ValueError, match="labels"):
+    with pytest.raises(ValueError, match="does not fit 1 rows"):
         heat_map(tmp_path / "no.png", np.zeros((2, 2)), ["a"], ["c", "d"], **words)
     with pytest.raises(UserError, match="cannot write"):
         heat_map(Path("/proc/no.png"), np.zeros((1, 1)), ["a"], ["b"], **words)

@@ -127,7 +127,7 @@ class _CentralRun:
             loss=result.loss,
             loss_by_client=result.loss_by_task,
             loss_by_quarter=list(result.loss_by_quarter),
-            accepted=list(result.loss_by_task),
+            accepted=[task.name for task in self._tasks],
             refused={},
             missing={},
             images=result.images,

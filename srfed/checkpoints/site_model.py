@@ -1,6 +1,6 @@
 """A site's own copy of its model: the averaged φ that the server last sent, with the site's averaged θ_i.
 
-    <state-dir>/<client>/models/<lineage>/round-00036/
+    <state-dir>/<client>/models/<lineage>/round-00030/
 
 It is written at each evaluation, so the one of the last round is there when training ends.
 """

@@ -94,8 +94,8 @@ class CentralTrainer:
         self._config, self._model, self._partition, self._diffusion = config, model, partition, diffusion
         self._device = next(model.parameters()).device
         self._names = [task.name for task in tasks]
-        layout = torch.channels_last if config.resources.channels_last else torch.contiguous_format
-        images = [to_model_range(task.train).to(self._device).contiguous(memory_format=layout) for task in tasks]
+        self._layout = torch.channels_last if config.resources.channels_last else torch.contiguous_format
+        images = [to_model_range(t.train).to(self._device).contiguous(memory_format=self._layout) for t in tasks]
         self._orders = central_orders(config, {task.name: len(task.train) for task in tasks})
         training = config.training
         size = training.central_batch_size or training.batch_size
@@ -123,9 +123,10 @@ class CentralTrainer:
         factor = learning_rate_factor(self._config, round_number)
         shared_rate = factor * training.learning_rate
         exclusive_rate = factor * (training.exclusive_learning_rate or training.learning_rate)
-        shared = _parameters(state.shared, self._partition.shared, device)
+        shared = _parameters(state.shared, self._partition.shared, device, self._layout)
         exclusive = {
-            name: _parameters(own.exclusive, self._partition.exclusive, device) for name, own in state.tasks.items()
+            name: _parameters(own.exclusive, self._partition.exclusive, device, self._layout)
+            for name, own in state.tasks.items()
         }
         on_shared = PartOptimizer(training, shared, shared_rate, state.shared_moments)
         on_exclusive = {
@@ -234,8 +235,14 @@ def central_orders(config: RunConfig, images: Mapping[str, int]) -> dict[str, Mi
     }
 
 
-def _parameters(tensors: Mapping[str, Tensor], names: Sequence[str], device: torch.device) -> dict[str, nn.Parameter]:
-    return {name: nn.Parameter(tensors[name].to(device, copy=True)) for name in names}
+def _parameters(
+    tensors: Mapping[str, Tensor], names: Sequence[str], device: torch.device, layout: torch.memory_format
+) -> dict[str, nn.Parameter]:
+    copies_there = {name: tensors[name].to(device, copy=True) for name in names}
+    return {
+        name: nn.Parameter(tensor.contiguous(memory_format=layout) if tensor.ndim == 4 else tensor)
+        for name, tensor in copies_there.items()
+    }
 
 
 def _divide_gradients(parameters: Mapping[str, nn.Parameter], shares: int) -> None:
