@@ -133,7 +133,7 @@ def correlate(first: Matrix, second: Matrix) -> Correlation:
     reached = 1
     for _ in range(PERMUTATIONS):
         order = random.permutation(count)
-        reached += np.corrcoef(own, ranks[np.ix_(order, order)][above])[0, 1] >= given - 1e-12
+        reached += int(np.corrcoef(own, ranks[np.ix_(order, order)][above])[0, 1] >= given - 1e-12)
     return Correlation(rho, len(above[0]), reached / (PERMUTATIONS + 1))
 
 

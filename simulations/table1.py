@@ -54,7 +54,7 @@ PRESETS: Mapping[str, Mapping[str, Preset]] = {
         "digits": Preset({**_SMALL, "federation__rounds": 18}, 2_000, 8),
         **{
             dataset: Preset(
-                {**_SMALL, "federation__rounds": 15, "model__channels": (16, 32, 64, 64), "sampling__steps": 25},
+                {**_SMALL, "federation__rounds": 10, "model__channels": (16, 32, 64, 64), "sampling__steps": 25},
                 2_000,
                 8,
             )
@@ -81,7 +81,7 @@ PRESETS: Mapping[str, Mapping[str, Preset]] = {
         dataset: Preset(
             {
                 "federation__rounds": 1,
-                "training__local_steps": 2,
+                "training__local_steps": 4,
                 "training__batch_size": 16,
                 "model__channels": (8, 8, 8, 16),
                 "model__groups": 4,
@@ -121,6 +121,7 @@ def methods(config: RunConfig) -> list[Method]:
         Method("C-DDPM, pooled", "C-DDPM", {**pooled, **conditional}),
         Method("SR-DDPM, federated, joint", "SR-DDPM", {}),
         Method("local training", None, {"model__exclusive_stages": "all"}),
+        Method("SR-DDPM, federated, joint, batches of 64", None, _in_batches_of(config, 64)),
         Method(
             "SR-DDPM, centralised, task-balanced",
             "SR-DDPM",
@@ -131,6 +132,12 @@ def methods(config: RunConfig) -> list[Method]:
         Method("SR-DDPM, federated, alternating", None, {"training__update": "alternating", **half}),
         Method("FedAvg, unconditional", None, shared),
     ]
+
+
+def _in_batches_of(config: RunConfig, size: int) -> dict[str, Any]:
+    """Other batches at the same number of images a round."""
+    images = (config.training.local_steps or 0) * config.training.batch_size
+    return {"training__batch_size": size, "training__local_steps": max(1, images // size)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

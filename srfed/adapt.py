@@ -65,7 +65,7 @@ def _adapt(options: argparse.Namespace) -> None:
     every = options.every or -(-options.steps // 6)
     resources = load_config(None, [f"resources.device={options.device}"]).resources
     trained = TrainedRun(options.run, resources) if options.store is None else TrainedSite(options.store, resources)
-    config = _on_this_device(trained.config, options.device)
+    config = _on_this_device(trained.config, options.device, cuda=trained.device.type == "cuda")
     task = _task(options, trained)
     evaluation = config.evaluation
     network = load_feature_network(evaluation.feature_network, evaluation.inception_weights, trained.device)
@@ -122,13 +122,13 @@ def _adapt(options: argparse.Namespace) -> None:
     print(f"scores: {folder.scores}, {out / 'scores.png'}")
 
 
-def _on_this_device(config: "RunConfig", device: str) -> "RunConfig":
-    """The run's configuration, to be computed here."""
+def _on_this_device(config: "RunConfig", device: str, *, cuda: bool) -> "RunConfig":
+    """The run's configuration, to be computed here: in float32 on a CPU, whatever the run was trained in."""
     from srfed.config import parse_config
 
     content = config.model_dump(mode="json")
     content["resources"] |= {"device": device}
-    if device == "cpu":
+    if not cuda:
         content["resources"] |= {"precision": "float32"}
     return parse_config(content, "--device")
 

@@ -241,6 +241,14 @@ def test_the_command_keeps_scores_pictures_and_models(
         assert distance == pytest.approx(float(row["score"]), rel=1e-9)
 
 
+def test_a_run_of_half_precision_can_be_adapted_to_on_a_cpu() -> None:
+    half = tiny_config({"resources.device": "auto", "resources.precision": "bfloat16"})
+    for device in ("auto", "cpu"):
+        resources = command._on_this_device(half, device, cuda=False).resources
+        assert (resources.device, resources.precision) == (device, "float32")
+    assert command._on_this_device(half, "auto", cuda=True).resources.precision == "bfloat16"
+
+
 def test_a_second_call_goes_on_with_what_is_missing(
     run_command: Callable[..., tuple[int, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,7 +29,7 @@ def test_the_table_has_every_method_at_one_budget(finished: Path) -> None:
     config = table1.configuration("digits", "tiny", None, "auto")
     listed = table1.methods(config)
     assert [row["name"] for row in rows] == [method.name for method in listed]
-    assert {row["images_trained"] for row in rows} == {str(10 * 2 * 16)}
+    assert {row["images_trained"] for row in rows} == {str(10 * 4 * 16)}
     assert len({row["config_hash"] for row in rows}) == len(rows)
     sizes = {row["name"]: (int(row["shared_parameters"]), int(row["exclusive_parameters"])) for row in rows}
     assert sizes["DDPM, pooled"][1] == 0
@@ -47,7 +47,7 @@ def test_the_table_has_every_method_at_one_budget(finished: Path) -> None:
 
 def test_a_second_call_trains_nothing(finished: Path) -> None:
     runs = sorted(finished.glob("pool/digits-*/server/round-*"))
-    assert len(runs) == 2 * 9, "a checkpoint before the only round and one after it"
+    assert len(runs) == 2 * 10, "a checkpoint before the only round and one after it"
     before = {path: path.stat().st_mtime_ns for path in runs}
     scores = (finished / "scores.csv").read_text()
     make_table(finished)

@@ -50,7 +50,7 @@ def adaptation_config(
     Without a schedule the first steps do not depend on how many follow, so a curve over steps is one of budgets.
 
     Args:
-        config: the run's; on a CPU the arithmetic becomes float32, whatever the run's was.
+        config: the run's.
         mode: how to adapt.
         images: training images; where a minibatch has more, it runs on into the next pass over them.
         steps: local steps in all.
@@ -58,7 +58,7 @@ def adaptation_config(
         seed: of minibatches, noise and timesteps; None takes the run's.
 
     Raises:
-        UserError: a value is impossible, or there is no such device.
+        UserError: a value is impossible.
     """
     if not 1 <= every <= steps:
         raise UserError(f"{every} steps between two scores are impossible; allowed: 1 to {steps}, all steps")
@@ -67,8 +67,6 @@ def adaptation_config(
     if seed is not None:
         content["seed"] = seed
     content["resources"] |= {"channels_last": False}
-    if resolve_device(config.resources.model_copy(update={"precision": "float32"})).type == "cpu":
-        content["resources"] |= {"precision": "float32"}
     content["federation"] |= {"rounds": -(-steps // every)}
     content["training"] |= {
         # A centralised run's model is adapted by a client as well, as nobody has the other tasks' images.
