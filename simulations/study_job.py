@@ -11,6 +11,7 @@ from srfed.checkpoints.evaluate_run import Wanted, evaluate_run
 from srfed.checkpoints.trained_run import TrainedRun
 from srfed.command import run_command
 from srfed.config import parse_config_json
+from srfed.errors import UserError
 from srfed.evaluation.features import load_feature_network
 from srfed.files import write_json
 from srfed.reporting.run_directory import RunDirectory
@@ -32,8 +33,12 @@ def _do(folder: Path, samples: int, ssim_images: int, references: Path) -> None:
         run = RunDirectory.create(folder, config)
     if not finished(run):
         _train(run)
-    resources = config.resources
-    trained = TrainedRun(folder, resources)
+    trained = TrainedRun(folder, config.resources)
+    if trained.round > config.federation.rounds:
+        raise UserError(
+            f"{folder} has round {trained.round} already, and {config.federation.rounds} are asked for; name another "
+            "folder with --pool"
+        )
     evaluation = config.evaluation
     network = load_feature_network(evaluation.feature_network, evaluation.inception_weights, trained.device)
     wanted = Wanted(

@@ -11,8 +11,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from srfed.reporting.plots import line_plot
-
 from simulations.study import (
     Case,
     Outcome,
@@ -30,6 +28,7 @@ from srfed.config import RunConfig
 from srfed.errors import UserError
 from srfed.files import write_bytes
 from srfed.reporting.metrics_log import MetricsLog
+from srfed.reporting.plots import line_plot
 
 POOLED = {"training__method": "pooled", "model__exclusive_stages": "none", "model__task_embedding": "shared"}
 METHODS: Mapping[str, dict[str, Any]] = {
