@@ -60,6 +60,8 @@ def ablations(config: RunConfig) -> dict[str, dict[str, Any]]:
         "alternating phases": {"training__update": "alternating", **half},
         "task vector": {"model__task_embedding": "exclusive"},
         "proximal term, μ = 0.01": {"training__proximal": 0.01},
+        "rates of φ and θ doubled": {"training__learning_rate": 2 * rate},
+        "server rate 2": {"federation__server_learning_rate": 2.0},
         "server momentum, 0.5": {"federation__server_optimizer": "momentum", "federation__server_momentum": 0.5},
         "φ's moments kept": {"training__shared_moments": "keep"},
         "cosine rate": {"training__learning_rate_schedule": "cosine"},
