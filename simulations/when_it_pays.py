@@ -82,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--ablations-at", nargs="*", default=["50"], metavar="N", help="images a task for the ablations (50)"
     )
+    parser.add_argument("--changes", nargs="+", metavar="WORDS", help="ablations whose names hold any of these words")
     add_options(parser)
     options = parser.parse_args(arguments)
     return run_command(lambda: _study(options))
@@ -110,6 +111,8 @@ def _study(options: argparse.Namespace) -> None:
         for images in options.ablations_at:
             with_images = change(base, seed=seed, data__images_per_task=_number(images))
             for name, settings in ablations(with_images).items():
+                if options.changes and not any(words.lower() in name for words in options.changes):
+                    continue
                 cases.append(
                     Case(f"ablation, {images} images: {name}", change(with_images, **settings), options.samples)
                 )
