@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 from numpy.typing import ArrayLike
 
 from srfed.files import write_bytes
@@ -45,10 +46,13 @@ def line_plot(
         bars = (spread or {}).get(label)
         axes.errorbar(x, y, yerr=bars, marker="o", markersize=4, capsize=2, linewidth=1.4, label=label)
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
-    if log_x:
-        axes.set_xscale("log")
-    if log_y:
-        axes.set_yscale("log")
+    for axis, set_scale, logarithmic in ((axes.xaxis, axes.set_xscale, log_x), (axes.yaxis, axes.set_yscale, log_y)):
+        if logarithmic:
+            set_scale("log")
+            # matplotlib would write 20 as 2 × 10¹.
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+            axis.set_tick_params(which="minor", labelsize=7)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     _write(path, figure)
