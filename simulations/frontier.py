@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from srfed.reporting.plots import line_plot
-
 from simulations.study import Case, Outcome, add_options, by_name, change, mean_and_spread, row_of, run_cases, write_csv
 from simulations.table1 import PRESETS
 from simulations.when_it_pays import study_configuration
 from srfed.command import run_command
 from srfed.errors import UserError
 from srfed.files import write_bytes
+from srfed.reporting.plots import line_plot
 from srfed.reporting.words import bytes_in_words
 
 DIAL = ("none", "io", 1, 2, 3, "all")
