@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from simulations.study import Case, Outcome, add_options, by_name, change, mean_and_spread, row_of, run_cases, write_csv
-from simulations.table1 import PRESETS
+from simulations.table1 import DATASETS, PRESETS
 from simulations.when_it_pays import study_configuration
 from srfed.command import run_command
 from srfed.errors import UserError
@@ -26,9 +26,7 @@ FACTORS = (0.5, 1, 2, 4)
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m simulations.frontier", description=__doc__)
-    parser.add_argument(
-        "--dataset", choices=("digits", "mnist", "fashion_mnist", "cifar10", "cifar100"), default="digits"
-    )
+    parser.add_argument("--dataset", choices=DATASETS, default="digits")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
     parser.add_argument("--rounds", type=int, default=16, metavar="N", help="rounds at the usual local steps (16)")
     parser.add_argument("--samples", type=int, default=1_000, metavar="N", help="samples to score (1000)")
