@@ -134,6 +134,25 @@ def methods(config: RunConfig) -> list[Method]:
     ]
 
 
+def choose(listed: Sequence[Method], only: Sequence[str] | None) -> list[Method]:
+    """The methods whose names hold any of the words; words that are a whole name mean that method alone.
+
+    Raises:
+        UserError: some words are in no name.
+    """
+    if not only:
+        return list(listed)
+    chosen = set()
+    for words in only:
+        whole = [method.name for method in listed if method.name.lower() == words.lower()]
+        found = whole or [method.name for method in listed if words.lower() in method.name.lower()]
+        if not found:
+            names = "; ".join(method.name for method in listed)
+            raise UserError(f"--only {words!r} is in no method's name; there are {names}")
+        chosen |= set(found)
+    return [method for method in listed if method.name in chosen]
+
+
 def _in_batches_of(config: RunConfig, size: int) -> dict[str, Any]:
     """Other batches at the same number of images a round."""
     images = (config.training.local_steps or 0) * config.training.batch_size
@@ -177,14 +196,7 @@ def configuration(dataset: str, preset: str, data_dir: str | None, device: str) 
 def _table(options: argparse.Namespace) -> None:
     config = configuration(options.dataset, options.preset, options.data_dir, options.device)
     preset = PRESETS[options.preset][options.dataset]
-    listed = [
-        method
-        for method in methods(config)
-        if not options.only or any(words.lower() in method.name.lower() for words in options.only)
-    ]
-    if not listed:
-        names = ", ".join(method.name for method in methods(config))
-        raise UserError(f"--only {' '.join(options.only)} is in no method's name; there are {names}")
+    listed = choose(methods(config), options.only)
     cases = [
         Case(method.name, change(config, seed=seed, **method.settings), preset.samples, preset.ssim_images)
         for seed in range(options.seeds)

@@ -75,6 +75,15 @@ def test_a_case_that_fails_says_why_and_leaves_the_others(tmp_path: Path) -> Non
     assert (Case("right", config, 20, 1).folder(tmp_path / "pool") / "outcome.json").exists()
 
 
+def test_methods_are_chosen_by_words_or_by_their_whole_name() -> None:
+    listed = table1.methods(table1.configuration("digits", "tiny", None, "auto"))
+    names = [method.name for method in table1.choose(listed, ["fedavg", "SR-DDPM, federated, joint"])]
+    assert names == ["SR-DDPM, federated, joint", "FedAvg, conditional", "FedAvg, unconditional"]
+    assert table1.choose(listed, None) == listed
+    with pytest.raises(UserError, match=r"'GAN' is in no method's name; there are DDPM, pooled; "):
+        table1.choose(listed, ["local", "GAN"])
+
+
 def test_spread_is_the_standard_deviation_over_seeds() -> None:
     assert mean_and_spread([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
     assert mean_and_spread([0.5]) == "0.500"
