@@ -1,13 +1,15 @@
 """The paper's Table I, beside ours: ``python -m simulations.table1 --dataset mnist --preset small``.
 
 Trains whatever is missing of every method and seed, samples it, scores it, and prints the table; everything is in
-``scores.csv`` too. Stopped, it goes on where it was.
+``scores.csv`` too, and twenty samples a task of every method (of seed 0) in ``samples-<method>.png``, the paper's
+Figures 3 to 6. Stopped, it goes on where it was.
 
 All methods see the same number of training images (with repetition), on the same UNet, schedule and data, and are
 judged on the same numbers of samples. What differs is stated with each: what is shared, and what travels.
 """
 
 import argparse
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -205,6 +207,10 @@ def _table(options: argparse.Namespace) -> None:
     outcomes = run_cases(cases, options.pool, options.jobs)
     out = options.out or Path("runs") / f"table1-{options.dataset}-{options.preset}"
     write_csv(out / "scores.csv", [row_of(outcome) for outcome in outcomes])
+    for outcome in outcomes:
+        if outcome.case.config.seed == 0:
+            picture = (outcome.case.folder(options.pool) / "samples.png").read_bytes()
+            write_bytes(out / f"samples-{re.sub('[^a-z0-9]+', '-', outcome.case.name.lower())}.png", picture)
     text = describe(options.dataset, options.preset, listed, by_name(outcomes))
     write_bytes(out / "table.md", text.encode())
     print(text)

@@ -3,12 +3,16 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from safetensors.numpy import load_file
 
 from simulations import study, table1
 from simulations.study import Case, change, mean_and_spread, run_cases
 from srfed.errors import UserError
 from srfed.reporting.metrics_log import MetricsLog
+from srfed.reporting.pictures import draw_grid
 
 
 def make_table(folder: Path) -> None:
@@ -43,6 +47,15 @@ def test_the_table_has_every_method_at_one_budget(finished: Path) -> None:
             assert travelled[name] >= 2 * 4 * shared
     text = (finished / "table.md").read_text()
     assert all(f"| {method.name} |" in text for method in listed)
+
+
+def test_the_pictures_are_the_samples_that_were_scored(finished: Path) -> None:
+    config = table1.configuration("digits", "tiny", None, "auto")
+    for method in table1.methods(config):
+        run = Case(method.name, change(config, **method.settings), 100, 1).folder(finished / "pool")
+        (scored,) = run.glob("evaluations/*/samples.safetensors")
+        picture = finished / f"samples-{method.name.lower().replace(', ', '-').replace(' ', '-')}.png"
+        assert np.array_equal(np.asarray(Image.open(picture)), draw_grid(load_file(scored))), method.name
 
 
 def test_a_second_call_trains_nothing(finished: Path) -> None:

@@ -150,12 +150,13 @@ def evaluate_run(
 
 
 def read_samples(path: Path, trained: TrainedRun, wanted: Wanted, network: FeatureNetwork) -> dict[str, Images]:
-    """The samples that :func:`evaluate_run` has scored, by task; raises UserError where there are none."""
+    """The samples that :func:`evaluate_run` has scored, by task in order; raises UserError where there are none."""
     file = path / "evaluations" / _key(trained, wanted, network) / SAMPLES_FILE
     try:
-        return load(file.read_bytes())
+        found = load(file.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+    return {info.task: found[info.task] for info in trained.tasks}
 
 
 def _samples(
