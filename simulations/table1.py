@@ -50,20 +50,24 @@ class Preset(NamedTuple):
     ssim_images: int
 
 
-_SMALL = {"training__learning_rate_schedule": "constant", "resources__client_cpus": 1}
+_SMALL = {
+    "training__learning_rate_schedule": "constant",
+    "training__across_passes": True,
+    "resources__client_cpus": 1,
+}
 PRESETS: Mapping[str, Mapping[str, Preset]] = {
     "small": {
         "digits": Preset({**_SMALL, "federation__rounds": 18}, 2_000, 8),
         **{
             dataset: Preset(
-                {**_SMALL, "federation__rounds": 10, "model__channels": (16, 32, 64, 64), "sampling__steps": 25},
+                {**_SMALL, "federation__rounds": 40, "model__channels": (16, 32, 64, 64), "sampling__steps": 25},
                 2_000,
                 8,
             )
             for dataset in ("mnist", "fashion_mnist")
         },
-        "cifar10": Preset({**_SMALL, "federation__rounds": 15}, 2_000, 8),
-        "cifar100": Preset({**_SMALL, "federation__rounds": 8}, 2_000, 4),
+        "cifar10": Preset({**_SMALL, "federation__rounds": 60}, 2_000, 8),
+        "cifar100": Preset({**_SMALL, "federation__rounds": 32}, 2_000, 4),
     },
     # 600 passes over 500 images a task, in rounds of 16 steps of 64 images.
     "paper": {
@@ -123,11 +127,10 @@ def methods(config: RunConfig) -> list[Method]:
         Method("C-DDPM, pooled", "C-DDPM", {**pooled, **conditional}),
         Method("SR-DDPM, federated, joint", "SR-DDPM", {}),
         Method("local training", None, {"model__exclusive_stages": "all"}),
-        Method("SR-DDPM, federated, joint, batches of 64", None, _in_batches_of(config, 64)),
         Method(
             "SR-DDPM, centralised, task-balanced",
             "SR-DDPM",
-            {"training__method": "balanced", "training__central_batch_size": 16 * clients},
+            {"training__method": "balanced", "training__central_batch_size": config.training.batch_size * clients},
         ),
         Method("SR-DDPM, centralised, Algorithm 1", "SR-DDPM", {"training__method": "one_task"}),
         Method("FedAvg, conditional", None, {**shared, **conditional}),
@@ -153,12 +156,6 @@ def choose(listed: Sequence[Method], only: Sequence[str] | None) -> list[Method]
             raise UserError(f"--only {words!r} is in no method's name; there are {names}")
         chosen |= set(found)
     return [method for method in listed if method.name in chosen]
-
-
-def _in_batches_of(config: RunConfig, size: int) -> dict[str, Any]:
-    """Other batches at the same number of images a round."""
-    images = (config.training.local_steps or 0) * config.training.batch_size
-    return {"training__batch_size": size, "training__local_steps": max(1, images // size)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

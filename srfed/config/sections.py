@@ -181,7 +181,7 @@ class TrainingConfig(Section):
     )
     gradient_clip: float | None = Field(1.0, gt=0, description="largest gradient norm of one step; null: no clipping")
     shared_moments: Literal["reset", "keep", "average"] = Field(
-        "reset",
+        "keep",
         description="Adam's moments of φ between rounds: start afresh, stay at the client, or averaged by the server",
     )
     ema_decay: float = Field(0.995, ge=0, lt=1, description="decay per local step of the averaged weights")
@@ -208,7 +208,7 @@ class TrainingConfig(Section):
         if self.local_steps is None:
             raise ValueError(f"local_epochs {self.local_epochs} needs method federated; allowed: local_steps")
         for key, value, only in (
-            ("update", self.update, "joint"), ("shared_moments", self.shared_moments, "reset"),
+            ("update", self.update, "joint"), ("shared_moments", self.shared_moments, "keep"),
             ("proximal", self.proximal, 0.0),
         ):  # fmt: skip
             if value != only:
