@@ -329,7 +329,37 @@ def test_the_server_learning_rate_scales_the_mean_update() -> None:
     assert half.optimizer == {}
 
 
-@pytest.mark.parametrize("optimizer", ["average", "momentum", "adam"])
+@pytest.mark.parametrize(
+    ("moves", "weights", "factor"),
+    [
+        # r / 2 of FedExP by hand: Σ p_i ‖Δ_i‖² / (2 ‖Σ p_i Δ_i‖²), at least 1, at most 1 / (2 Σ p_i²).
+        ([(1, 0), (1, 0)], None, 1.0),
+        ([(3, 4)], None, 1.0),
+        ([(1, 0), (0, 1)], None, 1.0),
+        ([(1, 0), (0, 1), (0, 0), (0, 0)], None, (2 / 4) / (2 * 2 / 16)),
+        ([(1, 0), (0, 1), (1, 1), (0, 0), (0, 0)], None, (4 / 5) / (2 * 8 / 25)),
+        ([(1, 0), (0, 1), (0, 0), (0, 0)], [0.1, 0.2, 0.3, 0.4], 0.3 / (2 * 0.05)),
+        ([(1, 0), (-1, 0), (0.1, 0), (0, 0)], None, 2.0),
+        ([(1, 0), (-1, 0), (0, 0), (0, 0)], None, 1.0),
+        ([(0, 0), (0, 0)], None, 1.0),
+    ],
+)
+def test_extrapolation_is_fedexps(
+    moves: Sequence[tuple[float, float]], weights: Sequence[float] | None, factor: float
+) -> None:
+    shared = {"x": torch.tensor([1.0], dtype=torch.float64), "y": torch.tensor([-2.0], dtype=torch.float64)}
+    named = {f"c{i}": weight for i, weight in enumerate(weights or [1 / len(moves)] * len(moves))}
+    factor = min(factor, 1 / (2 * sum(weight**2 for weight in named.values()))) if factor > 1 else factor
+    updates = {f"c{i}": {"x": shared["x"] + dx, "y": shared["y"] + dy} for i, (dx, dy) in enumerate(moves)}
+    settings = server(server_optimizer="extrapolate", server_learning_rate=0.5)
+    outcome = aggregate(settings, shared, updates, named, {})
+    mean = np.average(np.array(moves, dtype=float), axis=0, weights=list(named.values()))
+    expected = {"x": shared["x"] + 0.5 * factor * mean[0], "y": shared["y"] + 0.5 * factor * mean[1]}
+    assert_close(outcome.shared, expected, atol=1e-12)
+    assert outcome.optimizer == {}
+
+
+@pytest.mark.parametrize("optimizer", ["average", "momentum", "adam", "extrapolate"])
 def test_aggregation_keeps_the_cores_types_order_and_inputs(optimizer: str) -> None:
     shared = normal_tensors(0)
     shared["half"] = torch.ones(2, dtype=torch.float16)
@@ -342,7 +372,7 @@ def test_aggregation_keeps_the_cores_types_order_and_inputs(optimizer: str) -> N
     assert {n: t.dtype for n, t in outcome.shared.items()} == {n: t.dtype for n, t in shared.items()}
     assert all(tensor.dtype == torch.float64 for tensor in outcome.optimizer.values())
     assert {n.split(".")[0] for n in outcome.optimizer} == {
-        "average": set(), "momentum": {"momentum"}, "adam": {"momentum", "second_moment"}
+        "average": set(), "momentum": {"momentum"}, "adam": {"momentum", "second_moment"}, "extrapolate": set()
     }[optimizer]  # fmt: skip
     assert all(torch.equal(before[n], t) for n, t in {**shared, **updates["a"]}.items())
 
@@ -356,7 +386,7 @@ def test_weights_are_uniform_or_by_number_of_images() -> None:
     assert list(client_weights("examples", EXAMPLES)) == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("optimizer", ["average", "momentum", "adam"])
+@pytest.mark.parametrize("optimizer", ["average", "momentum", "adam", "extrapolate"])
 def test_the_order_of_arrival_changes_no_bit(optimizer: str) -> None:
     """In float64, where nothing rounds a different order of the sum away."""
     settings = server(server_optimizer=optimizer, weights="examples")

@@ -233,8 +233,10 @@ class FederationConfig(Section):
     weights: Literal["uniform", "examples"] = Field(
         "uniform", description="weights of the clients' updates: equal, or by number of training images"
     )
-    server_optimizer: Literal["average", "momentum", "adam"] = Field(
-        "average", description="what the server does with the mean update: FedAvg, FedAvgM or FedAdam"
+    server_optimizer: Literal["average", "momentum", "adam", "extrapolate"] = Field(
+        "average",
+        description="what the server does with the mean update: FedAvg, FedAvgM, FedAdam, or FedExP, whose step is longer "
+        "the less the clients agree",
     )
     server_learning_rate: float = Field(1.0, gt=0, description="factor on the mean update")
     server_momentum: float = Field(0.9, ge=0, lt=1, description="of FedAvgM; β1 of FedAdam")

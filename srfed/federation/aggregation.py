@@ -70,17 +70,24 @@ def aggregate(
         optimizer: the optimizer's state after the last round; empty at first.
 
     FedAvgM is Hsu et al. (2019): m ← β m + Δ, φ ← φ + η m. FedAdam is Reddi et al. (2021), Algorithm 2:
-    m ← β1 m + (1 - β1) Δ, v ← β2 v + (1 - β2) Δ², φ ← φ + η m / (√v + τ).
+    m ← β1 m + (1 - β1) Δ, v ← β2 v + (1 - β2) Δ², φ ← φ + η m / (√v + τ). FedExP is Jhunjhunwala et al. (2023):
+    φ ← φ + η max(1, r / 2) Δ̄ with r = Σ p_i ‖Δ_i‖² / ‖Δ̄‖², a longer step the less the clients agree. Where theirs
+    has an ε below the line, ours bounds r by 1 / Σ p_i², what it is where clients move at right angles; updates
+    that cancel each other are not stretched beyond.
     """
     deltas = {
         client: {name: update[name].double() - shared[name].double() for name in shared}
         for client, update in updates.items()
     }
     mean = weighted_mean(deltas, weights)
-    steps, state = _server_step(settings, mean, optimizer)
+    total = sum(weights[client] * _squared_norm(deltas[client]) for client in sorted(deltas))
+    rate = settings.server_learning_rate
+    if settings.server_optimizer == "extrapolate":
+        right_angles = 1 / sum(weight**2 for weight in weights.values())
+        rate *= max(1.0, min(total / (_squared_norm(mean) or math.inf), right_angles) / 2)
+    steps, state = _server_step(settings, mean, rate, optimizer)
     moved = {name: (shared[name].double() + steps[name]).to(shared[name].dtype) for name in shared}
     changes = {name: moved[name].double() - shared[name].double() for name in shared}
-    total = sum(weights[client] * _squared_norm(deltas[client]) for client in sorted(deltas))
     spread = sum(
         weights[client] * _squared_norm({name: deltas[client][name] - mean[name] for name in mean})
         for client in sorted(deltas)
@@ -99,11 +106,11 @@ def update_norm(shared: Tensors, update: Tensors) -> float:
 
 
 def _server_step(
-    settings: FederationConfig, mean: Tensors, optimizer: Tensors
+    settings: FederationConfig, mean: Tensors, rate: float, optimizer: Tensors
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(what to add to φ, the optimizer's new state)."""
-    rate, beta = settings.server_learning_rate, settings.server_momentum
-    if settings.server_optimizer == "average":
+    beta = settings.server_momentum
+    if settings.server_optimizer in ("average", "extrapolate"):
         return {name: rate * delta for name, delta in mean.items()}, {}
     own_part = 1.0 if settings.server_optimizer == "momentum" else 1 - beta
     momentum = {
