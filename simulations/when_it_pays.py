@@ -63,7 +63,14 @@ def ablations(config: RunConfig) -> dict[str, dict[str, Any]]:
         "rates of φ and θ doubled": {"training__learning_rate": 2 * rate},
         "server rate 2": {"federation__server_learning_rate": 2.0},
         "server momentum, 0.5": {"federation__server_optimizer": "momentum", "federation__server_momentum": 0.5},
-        "φ's moments kept": {"training__shared_moments": "keep"},
+        "server step extrapolated": {"federation__server_optimizer": "extrapolate"},
+        "φ's moments reset": {"training__shared_moments": "reset"},
+        "φ's moments averaged": {"training__shared_moments": "average"},
+        "head starts at zero": {"model__zero_head": True},
+        "half the local steps, twice the rounds": {
+            "training__local_steps": steps // 2,
+            "federation__rounds": config.federation.rounds * 2,
+        },
         "cosine rate": {"training__learning_rate_schedule": "cosine"},
         "core never trained": {"training__update": "exclusive"},
     }

@@ -462,3 +462,16 @@ def test_fingerprint_tells_apart_names_shapes_and_types_of_the_shared_core_only(
     assert len({same, *others}) == 4
     wider_images = unet(image_channels=3)  # only θ_i differs: such parties can exchange φ
     assert divide(wider_images, 1).fingerprint(wider_images.state_dict()) == same
+
+
+def test_a_zero_head_predicts_no_noise_at_first_and_changes_nothing_else() -> None:
+    plain, zero = (build_model(parse_config({"model": {"zero_head": flag}}), 1) for flag in (False, True))
+    x, timesteps = normal(2, 1, 8, 8), torch.tensor([1, 400])
+    assert float(plain(x, timesteps).detach().abs().max()) > 0
+    assert torch.equal(zero(x, timesteps), torch.zeros_like(x))
+    (zero(x, timesteps) - x).square().mean().backward()
+    assert zero.head.conv.weight.grad is not None
+    assert float(zero.head.conv.weight.grad.abs().max()) > 0, "it can learn"
+    theirs = plain.state_dict()
+    differing = {name for name, tensor in zero.state_dict().items() if not torch.equal(tensor, theirs[name])}
+    assert differing == {"head.conv.weight", "head.conv.bias"}

@@ -116,6 +116,7 @@ class ModelConfig(Section):
         description="tell the network its task beside the timestep: shared, a table over all tasks in φ (C-DDPM, "
         "conditional FedAvg); exclusive, one vector in each θ_i, which scales and shifts the core's features",
     )
+    zero_head: bool = Field(False, description="start the output convolution at zero, as many networks of the field do")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -235,8 +236,8 @@ class FederationConfig(Section):
     )
     server_optimizer: Literal["average", "momentum", "adam", "extrapolate"] = Field(
         "average",
-        description="what the server does with the mean update: FedAvg, FedAvgM, FedAdam, or FedExP, whose step is longer "
-        "the less the clients agree",
+        description="what the server does with the mean update: FedAvg, FedAvgM, FedAdam, or FedExP, whose step is "
+        "longer the less the clients agree",
     )
     server_learning_rate: float = Field(1.0, gt=0, description="factor on the mean update")
     server_momentum: float = Field(0.9, ge=0, lt=1, description="of FedAvgM; β1 of FedAdam")

@@ -117,6 +117,7 @@ class UNet(nn.Module):
             (class conditioning as in Nichol & Dhariwal, 2021), and the forward pass then needs the tasks;
             "exclusive" adds one vector, the task's own.
         tasks: number of tasks of a shared embedding.
+        zero_head: start the last convolution at zero, so that a fresh network predicts no noise at all.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         task_embedding: Literal["none", "shared", "exclusive"] = "none",
         tasks: int = 0,
+        zero_head: bool = False,
     ) -> None:
         super().__init__()
         self.image_channels = image_channels
@@ -151,6 +153,9 @@ class UNet(nn.Module):
         # Last, so that the other tensors' initial values are those of a network without.
         self.task_table = nn.Embedding(tasks, embedding_dimension) if task_embedding == "shared" else None
         self.task_vector = TaskVector(embedding_dimension) if task_embedding == "exclusive" else None
+        if zero_head:
+            for parameter in self.head.conv.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, timesteps: Tensor, tasks: Tensor | None = None) -> Tensor:
         """Predict the noise in x_t.

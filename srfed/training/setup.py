@@ -29,6 +29,7 @@ def build_model(config: RunConfig, image_channels: int) -> UNet:
             dropout=model.dropout,
             task_embedding=model.task_embedding,
             tasks=config.federation.clients,
+            zero_head=model.zero_head,
         )
 
 
