@@ -117,7 +117,8 @@ class Method(NamedTuple):
 def methods(config: RunConfig) -> list[Method]:
     """The methods to compare, under a configuration that is the federated SR-DDPM's."""
     pooled = {"training__method": "pooled", "model__exclusive_stages": "none"}
-    shared = {"model__exclusive_stages": "none"}
+    plain = {"federation__server_optimizer": "average"}
+    shared = {"model__exclusive_stages": "none", **plain}
     conditional = {"model__task_embedding": "shared"}
     clients, steps = config.federation.clients, config.training.local_steps or 0
     # Alternating takes its steps on θ_i first and then as many on φ: half of each keeps the budget.
@@ -126,6 +127,7 @@ def methods(config: RunConfig) -> list[Method]:
         Method("DDPM, pooled", "DDPM", pooled),
         Method("C-DDPM, pooled", "C-DDPM", {**pooled, **conditional}),
         Method("SR-DDPM, federated, joint", "SR-DDPM", {}),
+        Method("SR-DDPM, federated, joint, plain average", None, plain),
         Method("local training", None, {"model__exclusive_stages": "all"}),
         Method(
             "SR-DDPM, centralised, task-balanced",

@@ -49,6 +49,7 @@ def run_config(stages: Any, **training: Any) -> RunConfig:
                 "learning_rate_schedule": "constant",
                 **training,
             },
+            "federation": {"server_optimizer": "average"},
         }
     )
 
@@ -219,7 +220,7 @@ def normal_tensors(seed: int, dtype: torch.dtype = torch.float32) -> Tensors:
 
 
 def server(**settings: Any) -> FederationConfig:
-    return parse_config({"federation": settings}).federation
+    return parse_config({"federation": {"server_optimizer": "average", **settings}}).federation
 
 
 EXAMPLES = {"c": 30, "a": 10, "b": 5}

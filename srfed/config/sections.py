@@ -235,7 +235,7 @@ class FederationConfig(Section):
         "uniform", description="weights of the clients' updates: equal, or by number of training images"
     )
     server_optimizer: Literal["average", "momentum", "adam", "extrapolate"] = Field(
-        "average",
+        "extrapolate",
         description="what the server does with the mean update: FedAvg, FedAvgM, FedAdam, or FedExP, whose step is "
         "longer the less the clients agree",
     )
