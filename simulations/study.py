@@ -21,8 +21,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from srfed.checkpoints.evaluate_run import Wanted, read_samples
+from srfed.checkpoints.trained_run import TrainedRun
 from srfed.config import RunConfig, parse_config
+from srfed.data.images import Images
 from srfed.errors import UserError
+from srfed.evaluation.features import load_feature_network
 from srfed.files import held, read_json, write_bytes
 
 LAST_WORDS = 3
@@ -70,6 +74,28 @@ class Outcome:
         """The kernel distance to the test images and its deviation over subsets."""
         found = next(s for s in self.record["scores"] if s["deviation"] is not None)
         return float(found["value"]), float(found["deviation"])
+
+
+def wanted_of(config: RunConfig, samples: int, ssim_images: int) -> Wanted:
+    """What a study measures on a run: always with the same seed, and by the run's own sampler."""
+    evaluation = config.evaluation
+    return Wanted(
+        samples=samples,
+        seed=0,
+        sampling=config.sampling,
+        ssim_images=ssim_images,
+        ssim_timesteps=tuple(sorted({evaluation.ssim_timestep, *evaluation.ssim_curve})),
+    )
+
+
+def samples_of(case: Case, pool: Path) -> dict[str, Images]:
+    """The samples that a case was scored on, uint8 N x H x W x C by task; raises UserError where there are none."""
+    folder, config = case.folder(pool), case.config
+    trained = TrainedRun(folder, config.resources)
+    network = load_feature_network(
+        config.evaluation.feature_network, config.evaluation.inception_weights, trained.device
+    )
+    return read_samples(folder, trained, wanted_of(config, case.samples, case.ssim_images), network)
 
 
 def change(config: RunConfig, **changes: Any) -> RunConfig:

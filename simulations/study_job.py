@@ -1,21 +1,20 @@
 """One run of a study, in a process of its own; simulations/study.py starts it.
 
 ``python -m simulations.study_job FOLDER SAMPLES SSIM_IMAGES REFERENCES < config.json`` trains, or goes on with, what
-is in the folder; scores it; leaves ``samples.png``, twenty of each task, and then ``outcome.json`` there.
+is in the folder; scores it; leaves ``outcome.json`` there.
 """
 
 import sys
 from pathlib import Path
 
-from simulations.figures import SAMPLES
-from srfed.checkpoints.evaluate_run import Wanted, evaluate_run, read_samples
+from simulations.study import wanted_of
+from srfed.checkpoints.evaluate_run import evaluate_run
 from srfed.checkpoints.trained_run import TrainedRun
 from srfed.command import run_command
 from srfed.config import parse_config_json
 from srfed.errors import UserError
 from srfed.evaluation.features import load_feature_network
 from srfed.files import write_json
-from srfed.reporting.pictures import draw_grid, write_png
 from srfed.reporting.run_directory import RunDirectory
 from srfed.train_command import check_training, finished
 
@@ -43,16 +42,9 @@ def _do(folder: Path, samples: int, ssim_images: int, references: Path) -> None:
         )
     evaluation = config.evaluation
     network = load_feature_network(evaluation.feature_network, evaluation.inception_weights, trained.device)
-    wanted = Wanted(
-        samples=samples,
-        seed=0,
-        sampling=config.sampling,
-        ssim_images=ssim_images,
-        ssim_timesteps=tuple(sorted({evaluation.ssim_timestep, *evaluation.ssim_curve})),
+    record = evaluate_run(
+        folder, trained, wanted_of(config, samples, ssim_images), network, reference_folder=references
     )
-    record = evaluate_run(folder, trained, wanted, network, reference_folder=references)
-    drawn = {task: images[:SAMPLES] for task, images in read_samples(folder, trained, wanted, network).items()}
-    write_png(folder / "samples.png", draw_grid(drawn))
     write_json(folder / "outcome.json", record)
 
 

@@ -1,8 +1,8 @@
 """The paper's Table I, beside ours: ``python -m simulations.table1 --dataset mnist --preset small``.
 
 Trains whatever is missing of every method and seed, samples it, scores it, and prints the table; everything is in
-``scores.csv`` too, and twenty samples a task of every method (of seed 0) in ``samples-<method>.png``, the paper's
-Figures 3 to 6. Stopped, it goes on where it was.
+``scores.csv`` too. Pictures of seed 0: twenty samples a task of every method in ``samples-<method>.png``, the paper's
+Figures 3 to 6, and the first two of each task of all methods in ``methods.png``. Stopped, it goes on where it was.
 
 All methods see the same number of training images (with repetition), on the same UNet, schedule and data, and are
 judged on the same numbers of samples. What differs is stated with each: what is shared, and what travels.
@@ -14,6 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from simulations.figures import SAMPLES
 from simulations.study import (
     Case,
     Outcome,
@@ -23,12 +26,14 @@ from simulations.study import (
     mean_and_spread,
     row_of,
     run_cases,
+    samples_of,
     write_csv,
 )
 from srfed.command import run_command
 from srfed.config import RunConfig, load_config
 from srfed.errors import UserError
 from srfed.files import write_bytes
+from srfed.reporting.pictures import draw_grid, write_png
 from srfed.reporting.words import bytes_in_words, seconds_in_words
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -206,14 +211,21 @@ def _table(options: argparse.Namespace) -> None:
     outcomes = run_cases(cases, options.pool, options.jobs)
     out = options.out or Path("runs") / f"table1-{options.dataset}-{options.preset}"
     write_csv(out / "scores.csv", [row_of(outcome) for outcome in outcomes])
-    for outcome in outcomes:
-        if outcome.case.config.seed == 0:
-            picture = (outcome.case.folder(options.pool) / "samples.png").read_bytes()
-            write_bytes(out / f"samples-{re.sub('[^a-z0-9]+', '-', outcome.case.name.lower())}.png", picture)
+    _draw(out, [case for case in cases if case.config.seed == 0], options.pool)
     text = describe(options.dataset, options.preset, listed, by_name(outcomes))
     write_bytes(out / "table.md", text.encode())
     print(text)
     print(f"every number: {out / 'scores.csv'}")
+
+
+def _draw(out: Path, cases: Sequence[Case], pool: Path) -> None:
+    rows = {}
+    for case in cases:
+        samples = samples_of(case, pool)
+        name = re.sub("[^a-z0-9]+", "-", case.name.lower())
+        write_png(out / f"samples-{name}.png", draw_grid({task: few[:SAMPLES] for task, few in samples.items()}))
+        rows[case.name] = np.concatenate([images[:2] for images in samples.values()])
+    write_png(out / "methods.png", draw_grid(rows))
 
 
 def describe(dataset: str, preset: str, listed: Sequence[Method], groups: Mapping[str, Sequence[Outcome]]) -> str:

@@ -51,11 +51,15 @@ def test_the_table_has_every_method_at_one_budget(finished: Path) -> None:
 
 def test_the_pictures_are_the_samples_that_were_scored(finished: Path) -> None:
     config = table1.configuration("digits", "tiny", None, "auto")
+    rows = {}
     for method in table1.methods(config):
         run = Case(method.name, change(config, **method.settings), 100, 1).folder(finished / "pool")
         (scored,) = run.glob("evaluations/*/samples.safetensors")
         picture = finished / f"samples-{method.name.lower().replace(', ', '-').replace(' ', '-')}.png"
-        assert np.array_equal(np.asarray(Image.open(picture)), draw_grid(load_file(scored))), method.name
+        samples = load_file(scored)
+        assert np.array_equal(np.asarray(Image.open(picture)), draw_grid(samples)), method.name
+        rows[method.name] = np.concatenate([images[:2] for images in samples.values()])
+    assert np.array_equal(np.asarray(Image.open(finished / "methods.png")), draw_grid(rows))
 
 
 def test_a_second_call_trains_nothing(finished: Path) -> None:
