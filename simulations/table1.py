@@ -110,6 +110,9 @@ PRESETS: Mapping[str, Mapping[str, Preset]] = {
 }
 """``tiny`` shows that everything works and nothing else."""
 
+POOLED_BATCH = 32
+"""The least number of images in a batch of pooled training."""
+
 
 class Method(NamedTuple):
     """One row of the table: its name, what the paper calls it if it is there, and its settings."""
@@ -121,7 +124,12 @@ class Method(NamedTuple):
 
 def methods(config: RunConfig) -> list[Method]:
     """The methods to compare, under a configuration that is the federated SR-DDPM's."""
-    pooled = {"training__method": "pooled", "model__exclusive_stages": "none"}
+    # One network takes all of a pool's steps, and in batches as small as a client's it only gets noisier.
+    pooled = {
+        "training__method": "pooled",
+        "training__central_batch_size": max(POOLED_BATCH, config.training.batch_size),
+        "model__exclusive_stages": "none",
+    }
     plain = {"federation__server_optimizer": "average"}
     shared = {"model__exclusive_stages": "none", **plain}
     conditional = {"model__task_embedding": "shared"}
