@@ -62,7 +62,7 @@ _SMALL = {
 }
 PRESETS: Mapping[str, Mapping[str, Preset]] = {
     "small": {
-        "digits": Preset({**_SMALL, "federation__rounds": 18}, 2_000, 8),
+        "digits": Preset({**_SMALL, "federation__rounds": 10}, 2_000, 8),
         **{
             dataset: Preset(
                 {**_SMALL, "federation__rounds": 40, "model__channels": (16, 32, 64, 64), "sampling__steps": 25},
