@@ -84,7 +84,10 @@ def layer_distances(exclusive: Sequence[Mapping[str, Tensor]], initial: Mapping[
     distances = {}
     for group, names in groups.items():
         moved = torch.stack(
-            [torch.cat([(theta[name] - initial[name]).double().flatten() for name in names]) for theta in exclusive]
+            [
+                torch.cat([(theta[name].double() - initial[name].double()).flatten() for name in names])
+                for theta in exclusive
+            ]
         )
         usual = moved.norm(dim=1).mean()
         # One pair after the other: cdist's fast path takes differences of squares, which cancel.
