@@ -25,6 +25,7 @@ from srfed.checkpoints.site_model import SiteModel, save_site_model
 from srfed.checkpoints.trained_run import TrainedRun, TrainedSite
 from srfed.config import ResourcesConfig, RunConfig
 from srfed.data import Task, load_tasks, to_model_range
+from srfed.deployment.agree import agree_as_rehearsed
 from srfed.errors import UserError
 from srfed.evaluation.features import FeatureNetwork, load_feature_network
 from srfed.evaluation.generation import generate
@@ -215,7 +216,9 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Messag
         model = build_model(config, 1)
         shared = build_partition(config, model).take_shared(model.state_dict())
         attempt = f"attempt-{guarded}"
-        content = Request(config.to_json(), "lineage", round=1, attempt=attempt, samples=4).to_content({SHARED: shared})
+        content = Request(config.to_json(), "lineage", "digit-0", round=1, attempt=attempt, samples=4).to_content(
+            {SHARED: shared}
+        )
         return InlineGrid(app, 1).send_and_receive([Message(content, 1, kind)])[0]
 
     return send
@@ -429,6 +432,7 @@ class Sites(InlineGrid):
     def __init__(self, run: RunDirectory, data: dict[str, Path]) -> None:
         super().__init__(real_app, 0)
         for node, (client, path) in enumerate(data.items(), 1):
+            agree_as_rehearsed(run.config, path, run.clients, client)
             config = {"client-id": client, "data": str(path), "state-dir": str(run.clients)}
             self._contexts[node] = Context(0, node, config, RecordDict(), {})
 

@@ -9,8 +9,9 @@ import torch
 from srfed.checkpoints.client_store import NO_PARENT, ClientStore
 from srfed.checkpoints.server_state import ServerCheckpoints, ServerState
 from srfed.data import Task, load_tasks
-from srfed.evaluation.central import CentralEvaluation, RealFloor, shares_of_samples
+from srfed.evaluation.central import CentralEvaluation, RealFloor
 from srfed.evaluation.features import load_feature_network
+from srfed.evaluation.shares import share_of_samples
 from srfed.evaluation.task import evaluate_task
 from srfed.reporting.records import EvaluationRecord, RoundRecord, TaskInfo
 from srfed.reporting.reporter import Reporter
@@ -144,14 +145,14 @@ class _CentralRun:
     def _evaluate(self, number: int, state: CentralState) -> None:
         began = time.perf_counter()
         settings, final = self._config.evaluation, number == self._config.federation.rounds
-        counts = shares_of_samples(settings.samples if final else settings.samples_between, len(self._tasks))
+        share = share_of_samples(settings.samples if final else settings.samples_between, len(self._tasks))
         images, strips, curves, windows, audits = {}, {}, {}, [], {}
-        for place, (task, count) in enumerate(zip(self._tasks, counts, strict=True)):
+        for place, task in enumerate(self._tasks):
             load_tensors(self._model, state.shared_average, state.tasks[task.name].exclusive_average)
             self._model.eval()
             evaluated = evaluate_task(
                 noise_of_task(self._model, place), self._diffusion, self._config,
-                task=task.name, train=task.train, test=task.test, samples=count, final=final,
+                task=task.name, train=task.train, test=task.test, samples=share, final=final,
             )  # fmt: skip
             if evaluated.audit is not None:
                 audits[task.name] = evaluated.audit

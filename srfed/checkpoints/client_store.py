@@ -16,6 +16,8 @@ from srfed.tensors import Checkpoint, read_checkpoint, read_manifest, remove_che
 from srfed.training.local import ClientState
 
 NO_PARENT = "none"
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""What a client, a lineage or an attempt may be called: it becomes a folder's name."""
 _GROUPS = ("exclusive", "exclusive_average", "exclusive_moments", "shared_moments")
 
 
@@ -89,5 +91,5 @@ class ClientStore:
 
 def check_name(name: str) -> None:
     """Raise UserError for a name of a client, lineage or attempt that is no plain file name."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UserError(f"{name!r} is no name for a store; allowed: letters, digits, and . _ - inside")
+    if not PLAIN_NAME.fullmatch(name):
+        raise UserError(f"{name!r} is no name for a store; allowed: letters, digits, and . _ - inside, up to 100")

@@ -23,11 +23,11 @@ from srfed.config import SamplingConfig
 from srfed.data import load_tasks
 from srfed.data.images import Images
 from srfed.errors import UserError
-from srfed.evaluation.central import shares_of_samples
 from srfed.evaluation.generation import generate
 from srfed.evaluation.memorisation import merge_audits
 from srfed.evaluation.network import FeatureNetwork
 from srfed.evaluation.scoring import ReferenceStatistics, audit_numbers, score_samples
+from srfed.evaluation.shares import share_of_samples
 from srfed.evaluation.ssim import ssim_window
 from srfed.evaluation.task import ssim_curve
 from srfed.files import read_json, write_bytes, write_json
@@ -167,12 +167,13 @@ def _samples(
         return load(file.read_bytes()), float(read_json(folder / "sampling.json", "seconds")["seconds"])
     began = time.perf_counter()
     samples = {}
-    for info, count in zip(trained.tasks, shares_of_samples(wanted.samples, len(trained.tasks)), strict=True):
+    share = share_of_samples(wanted.samples, len(trained.tasks))
+    for info in trained.tasks:
         samples[info.task] = generate(
             trained.model_of(info),
             trained.diffusion,
             wanted.sampling,
-            count=count,
+            count=share,
             shape=trained.shape,
             seed=wanted.seed,
             task=info.client,

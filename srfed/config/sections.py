@@ -430,14 +430,17 @@ class RunConfig(Section):
             if value != others[name]
         ]
 
-    def _decisive(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """Every setting by its name, "section.key" or "seed", as JSON has it."""
         content = json.loads(self.to_json())
         flat = {name: content.pop(name) for name in ("name", "seed")}
-        flat |= {f"{section}.{key}": value for section, keys in content.items() for key, value in keys.items()}
+        return flat | {f"{section}.{key}": value for section, keys in content.items() for key, value in keys.items()}
+
+    def _decisive(self) -> dict[str, Any]:
         free = NOT_DECISIVE
         if self.training.learning_rate_schedule != "constant":
             free = free - {"federation.rounds"}
-        return {name: value for name, value in flat.items() if name not in free}
+        return {name: value for name, value in self.settings().items() if name not in free}
 
 
 NOT_DECISIVE = frozenset(

@@ -13,6 +13,8 @@ import numpy as np
 
 from srfed.config import RunConfig
 from srfed.data import load_tasks
+from srfed.deployment.agree import agree_as_rehearsed
+from srfed.deployment.certificates import CA_CERTIFICATE
 from srfed.deployment.processes import Deployment
 from srfed.errors import UserError
 from srfed.files import write_bytes
@@ -57,7 +59,9 @@ def rehearse(folder: Path, config: RunConfig) -> None:
         deployment.start_superlink()
         _say(f"SuperLink on {deployment.superlink_address}, with TLS and authentication")
         for name in names:
-            deployment.add_site(name, _images(folder, name), folder / "sites" / name / "state", wait=False)
+            images, state = _images(folder, name), folder / "sites" / name / "state"
+            agree_as_rehearsed(config, images, state, name, deployment.certificates / CA_CERTIFICATE)
+            deployment.add_site(name, images, state, wait=False)
         for name in names:
             deployment.wait_for_site(name)
         _say(f"connected: {', '.join(names)}")

@@ -58,10 +58,15 @@ def site_of(context: Context, config: RunConfig) -> Site:
     Raises:
         UserError: the node's configuration lacks something, or has what nobody reads.
     """
-    index = context.node_config.get("partition-id")
-    if isinstance(index, int) and "client-id" not in context.node_config:
+    if is_simulated(context):
+        index = int(str(context.node_config["partition-id"]))
         return Site(_task_names(config.data)[index], _simulated_state_dir(context), index=index)
     return deployed_site(context.node_config)
+
+
+def is_simulated(context: Context) -> bool:
+    """Whether the node is one of a simulation's, which Flower numbers and nobody has configured."""
+    return isinstance(context.node_config.get("partition-id"), int) and "client-id" not in context.node_config
 
 
 def deployed_site(node_config: Mapping[str, Any]) -> Site:

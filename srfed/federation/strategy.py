@@ -19,7 +19,8 @@ from flwr.serverapp.strategy import Result, Strategy
 from srfed.checkpoints.server_state import ServerCheckpoints, ServerState
 from srfed.config import RunConfig
 from srfed.errors import UserError
-from srfed.evaluation.central import CentralEvaluation, Scores, score_statistics, shares_of_samples
+from srfed.evaluation.central import CentralEvaluation, Scores, score_statistics
+from srfed.evaluation.shares import share_of_samples
 from srfed.federation.aggregation import aggregate, client_weights, update_norm, weighted_mean
 from srfed.federation.exchange import Exchange, exchange
 from srfed.federation.messages import (
@@ -268,10 +269,8 @@ class SharedRepresentationStrategy(Strategy):
         total = settings.samples if final else settings.samples_between
         clients = self._available()
         self._away = [client for client in self.state.clients if client not in clients]
-        return [
-            self._request(EVALUATE, client, server_round, {SHARED: arrays}, count, final)
-            for client, count in zip(clients, shares_of_samples(total, len(clients)), strict=True)
-        ]
+        share = share_of_samples(total, self.config.federation.clients)
+        return [self._request(EVALUATE, client, server_round, {SHARED: arrays}, share, final) for client in clients]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Screen the samples and score them; None where no client sent any."""

@@ -52,6 +52,7 @@ class LocalResult:
         state: what the client keeps.
         loss: mean over the images seen of the loss, eq. (7).
         loss_by_quarter: the same for timesteps in each quarter of 1..T; NaN where none was drawn.
+        images_by_quarter: images behind each of these, with repetition.
         shared_steps: optimizer steps taken on φ.
         images: images seen, with repetition.
         seconds: wall time of the steps.
@@ -62,6 +63,7 @@ class LocalResult:
     state: ClientState
     loss: float
     loss_by_quarter: tuple[float, ...]
+    images_by_quarter: tuple[int, ...]
     shared_steps: int
     images: int
     seconds: float
@@ -188,7 +190,7 @@ class LocalTrainer:
                     exclusive_step += 1
                 meter.add(losses.detach(), batch.timesteps)
                 step += 1
-        loss, loss_by_quarter = meter.read()
+        loss, loss_by_quarter, images_by_quarter = meter.read()
         seconds = time.perf_counter() - start
 
         moments = on_shared.export_moments()
@@ -205,6 +207,7 @@ class LocalTrainer:
             ),
             loss=loss,
             loss_by_quarter=loss_by_quarter,
+            images_by_quarter=images_by_quarter,
             shared_steps=shared_steps,
             images=meter.images,
             seconds=seconds,
@@ -226,8 +229,10 @@ class LossMeter:
         self._counts.index_add_(0, quarters, torch.ones_like(losses, dtype=torch.float64))
         self.images += len(losses)
 
-    def read(self) -> tuple[float, tuple[float, ...]]:
-        return float(self._sums.sum() / self.images), tuple((self._sums / self._counts).tolist())
+    def read(self) -> tuple[float, tuple[float, ...], tuple[int, ...]]:
+        """Mean loss, mean loss of each quarter, images behind each of these."""
+        means = tuple((self._sums / self._counts).tolist())
+        return float(self._sums.sum() / self.images), means, tuple(int(count) for count in self._counts.tolist())
 
 
 def _phases(
