@@ -12,7 +12,7 @@ from types import FrameType
 import numpy as np
 
 from srfed.config import RunConfig
-from srfed.data import load_tasks
+from srfed.data import RECORD_FILE, load_recorded_tasks
 from srfed.deployment.processes import Deployment
 from srfed.errors import UserError
 from srfed.files import write_bytes
@@ -46,7 +46,7 @@ def rehearse(folder: Path, config: RunConfig) -> None:
     if (folder / "run" / "run.json").exists():
         # Refused here, and not after everything has been started.
         RunDirectory.open(folder / "run").reconfigure(config)
-    tasks = load_tasks(config.data, config.federation.clients)
+    tasks = load_recorded_tasks(config.data, config.federation.clients, folder / "run" / RECORD_FILE)
     for task in tasks:
         buffer = io.BytesIO()
         np.savez(buffer, train_images=task.train, test_images=task.test)
