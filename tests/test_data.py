@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from torchvision import datasets, transforms
 
 from srfed.config import DataConfig
-from srfed.data import load_task, load_tasks, task_names, to_model_range, to_uint8
+from srfed.data import describe_images, load_task, load_tasks, task_names, to_model_range, to_uint8
 from srfed.data.folder import list_images
 from srfed.data.images import fit_image, fit_images
 from srfed.errors import UserError
@@ -139,8 +139,72 @@ def test_deep_grey_is_scaled_by_its_own_range(dtype: type[np.generic]) -> None:
     assert not fit_image(Image.fromarray(np.full((8, 8), 7, dtype)), None, None).any()
 
 
-def test_values_that_are_not_finite_are_refused() -> None:
-    assert "not finite" in message_of(fit_image, Image.fromarray(np.full((8, 8), np.nan, np.float32)), None, None)
+@pytest.mark.parametrize("nothing", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused_or_an_end_of_the_range(nothing: float) -> None:
+    values = np.linspace(-50, 150, 64, dtype=np.float32).reshape(8, 8)
+    values[2, 3] = nothing
+    text = message_of(fit_image, Image.fromarray(values), None, None)
+    assert "not finite" in text
+    assert "set data.intensity" in text
+    result = fit_image(Image.fromarray(values), None, None, (-50.0, 150.0))[..., 0]
+    expected = np.rint((values.astype(np.float64) + 50) / 200 * 255)
+    expected[2, 3] = 255 if nothing == np.inf else 0
+    np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+@pytest.mark.parametrize("intensity", [(0.0, 4095.0), (-1000.0, 500.5), (200.0, 201.0)])
+def test_a_fixed_range_makes_equal_values_equally_grey_in_all_pictures(
+    dtype: type[np.generic], intensity: tuple[float, float]
+) -> None:
+    low, high = intensity
+    for first, last in ((0, 60000), (190, 260), (300, 300)):
+        values = np.linspace(first, last, 64).reshape(8, 8).astype(dtype)
+        result = fit_image(Image.fromarray(values), None, None, intensity)[..., 0]
+        exact = (np.clip(values.astype(np.float64), low, high) - low) / (high - low) * 255
+        assert np.abs(result - exact).max() <= 0.5 + 1e-9
+
+
+def test_pictures_of_8_bits_have_no_intensity_to_set() -> None:
+    for pixels in (random_images(9, 7), random_images(9, 7, 3), random_images(9, 7, 4)):
+        image = Image.fromarray(pixels)
+        np.testing.assert_array_equal(fit_image(image, 6, None, (0.0, 10.0)), fit_image(image, 6, None))
+
+
+@pytest.mark.parametrize(
+    ("values", "nodata"), [(range(64), -9999), (range(64), 65535), (range(100, 164), -3.4e38), (range(3), 40)]
+)
+def test_one_value_far_from_all_others_is_named_instead_of_whitening_the_picture(values: range, nodata: float) -> None:
+    pixels = np.resize(np.array(values, np.float32), (8, 8))
+    fit_image(Image.fromarray(pixels), None, None)
+    pixels[0] = nodata
+    text = message_of(fit_image, Image.fromarray(pixels), None, None)
+    assert f"the value {np.float32(nodata):g} far from all others" in text
+    assert "set data.intensity" in text
+    fitted = fit_image(Image.fromarray(pixels), None, None, (float(min(values)), float(max(values))))
+    assert len(np.unique(fitted)) > 2, "the others keep their contrast"
+
+
+def test_two_levels_and_a_wide_range_are_no_missing_values() -> None:
+    for pixels in (np.array([0, 4000]), np.array([0, 1000, 1100, 1200, 1300]), np.geomspace(1, 60000, 64)):
+        fit_image(Image.fromarray(np.resize(pixels, (8, 8)).astype(np.uint16)), None, None)
+
+
+def test_intensity_reaches_the_files_of_a_task_and_is_said(tmp_path: Path) -> None:
+    deep = np.linspace(100, 900, 64).reshape(8, 8).astype(np.uint16)
+    for number in range(6):
+        save(tmp_path / "lamp" / f"{number}.png", deep + np.uint16(number))
+    save(tmp_path / "lamp" / "flat.png", random_images(8, 8))
+    config = folder(tmp_path, intensity=(0.0, 1000.0))
+    task = load_task(config, 0)
+    levels = {round((100 + number) / 1000 * 255) for number in range(6)}
+    assert levels <= {int(image[0, 0, 0]) for image in (*task.train, *task.test)}
+    said = " ".join(" ".join(describe_images(config, 1)).split())
+    assert "6 of 7 pictures have more than 8 bits, values 100 to 905; 0 becomes black, 1000 white" in said
+    assert "0.00% of the values are outside" in said
+    assert "100.00% of the values" in " ".join(describe_images(folder(tmp_path, intensity=(2000.0, 3000.0)), 1))
+    said = " ".join(" ".join(describe_images(folder(tmp_path), 1)).split())
+    assert "each is stretched by its own least and greatest value" in said
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:

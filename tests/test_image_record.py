@@ -416,4 +416,6 @@ def test_a_site_whose_images_change_in_the_middle_of_a_run_refuses_in_words(tmp_
     log = (run.path / "sites" / "site-1" / "client.log").read_text()
     assert "are not those on record for site-1 (1 new for " in log
     assert "python -m srfed.deploy agree" in log
-    assert not (run.path / "sites" / "site-0" / "client.log").exists()
+    log = (run.path / "sites" / "site-0" / "client.log").read_text()
+    assert "taken:      20 pictures (20 .png)" in log
+    assert "not those on record" not in log

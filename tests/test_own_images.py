@@ -17,7 +17,16 @@ from test_resume import files_of_at_most
 from tiny_run import tiny_config
 
 from srfed.config import DataConfig
-from srfed.data import RECORD_FILE, Task, accept_images, load_own_task, load_task
+from srfed.data import (
+    RECORD_FILE,
+    Task,
+    accept_images,
+    describe_images,
+    describe_own_images,
+    load_own_task,
+    load_task,
+    task_names,
+)
 from srfed.errors import UserError
 from srfed.federation.site import Site, deployed_site, own_task, site_of
 
@@ -499,3 +508,123 @@ def test_a_sites_task_is_its_own_images_and_the_copy_lies_in_its_store(own: Path
     assert [file.suffix for file in copies(tmp_path / "state" / NAME)] == [".safetensors"]
     assert (site.folder / RECORD_FILE).exists()
     assert own_task(settings, site) is task, "read once a process"
+
+
+# --- What is taken of a folder, and what is not ---
+
+
+def assert_as_split(task: Task, train: list[int], test: list[int]) -> None:
+    assert (values(task.train), values(task.test)) == (train, test)
+
+
+@pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("TRAIN", "test"), ("train", "tEsT")])
+@pytest.mark.parametrize("beside", ["__MACOSX", ".cache", "@eaDir", "#recycle"])
+def test_the_owners_split_is_seen_in_any_spelling_and_beside_what_systems_leave(
+    tmp_path: Path, train: str, test: str, beside: str
+) -> None:
+    for value, name in enumerate([f"{train}/a.png", f"{train}/b.png", f"{test}/c.png", f"{beside}/d.png", "e.png"]):
+        save(tmp_path / name, flat(value))
+    assert_as_split(load_own_task(DataConfig(), tmp_path, NAME), [0, 1], [2])
+    parent = tmp_path.parent / f"{tmp_path.name}-parent"
+    shutil.copytree(tmp_path, parent / "lamp")
+    assert_as_split(load_task(DataConfig(dataset="folder", dir=str(parent)), 0), [0, 1], [2])
+    words = "\n".join(describe_own_images(DataConfig(), tmp_path))
+    assert "taken:      3 pictures (3 .png)" in words
+    assert f"(e.g. {beside})" in words
+    assert "1 beside the folders that are read (e.g. e.png)" in words
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["train", "test", "val"], "holds test, train, val"),
+        (["train", "test", "masks"], "holds test, train, masks"),
+        (["train", "val"], "holds train, val"),
+        (["Training", "Testing"], "holds Testing, Training"),
+        (["train", "Train", "test"], "holds Train, test, train"),
+        (["test", "pictures"], "holds test, pictures"),
+        (["VALIDATION"], "holds VALIDATION"),
+    ],
+)
+def test_a_split_that_is_not_clear_is_an_error_and_never_dropped(tmp_path: Path, names: list[str], shown: str) -> None:
+    for value, name in enumerate(names * 3):
+        save(tmp_path / "own" / name / "deep" / f"{value}.png", flat(value))
+    shutil.copytree(tmp_path / "own", tmp_path / "tasks" / "lamp")
+    for text in (
+        message_of(load_own_task, DataConfig(), tmp_path / "own", NAME),
+        message_of(task_names, DataConfig(dataset="folder", dir=str(tmp_path / "own"))),
+        message_of(load_task, DataConfig(dataset="folder", dir=str(tmp_path / "tasks")), 0),
+    ):
+        assert shown in text
+        assert "allowed: exactly the folders train and test, or no folder called" in text
+
+
+def test_a_split_further_down_is_an_error_too(tmp_path: Path) -> None:
+    for value, name in enumerate(["2024/train/a.png", "2024/test/b.png", "2025/train/c.png", "2025/test/d.png"]):
+        save(tmp_path / name, flat(value))
+    text = message_of(load_own_task, DataConfig(), tmp_path, NAME)
+    assert "2024 holds the folders test and train, below the top of" in text or "2025 holds the folders" in text
+    assert "allowed: a split at the top, or none" in text
+
+
+@pytest.mark.parametrize("name", ["train", "Training"])
+def test_a_lone_folder_of_trains_is_a_folder_like_others(tmp_path: Path, name: str) -> None:
+    for value, folder in enumerate([name, "bus", "car"] * 4):
+        save(tmp_path / folder / f"{value}.png", flat(value))
+    assert sorted(task_names(DataConfig(dataset="folder", dir=str(tmp_path)))) == ["bus", "car", name.lower()]
+    task = load_own_task(DataConfig(), tmp_path, NAME)
+    assert sorted(values(task.train) + values(task.test)) == list(range(12))
+
+
+def test_what_is_passed_over_is_told_with_its_reason(tmp_path: Path) -> None:
+    own, elsewhere = tmp_path / "own", tmp_path / "elsewhere"
+    for value in range(6):
+        save(own / f"{value}.png", flat(value))
+    for name in (".x.png", ".cache/y.png", "@eaDir/0.png", "sub/@eaDir/1.png", "__MACOSX/z.png"):
+        save(own / name, flat(99))
+    for name in ("scan.dcm", "notes.txt", "noname", "Thumbs.db"):
+        (own / name).write_bytes(b"")
+    save(elsewhere / "far.png", flat(6))
+    (own / "linked").symlink_to(elsewhere)
+    (own / "round").symlink_to(own)
+    (own / "linked.png").symlink_to(elsewhere / "far.png")
+    (own / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (own / "self.png").symlink_to(own / "self.png")
+    os.mkfifo(own / "pipe.png")
+    task = load_own_task(DataConfig(), own, NAME)
+    assert sorted(values(task.train) + values(task.test)) == [0, 1, 2, 3, 4, 5, 6], "a link to a file is the file"
+    taken, skipped = describe_own_images(DataConfig(), own)
+    assert taken == "taken:      7 pictures (7 .png)"
+    for words in (
+        "2 hidden (e.g. .cache)",
+        "3 left by a system (e.g. @eaDir)",
+        "4 no picture by its name (e.g. Thumbs.db)",
+        "2 a link to a folder, not followed (e.g. linked)",
+        "2 a link to nothing (e.g. gone.png)",
+        "1 no regular file (e.g. pipe.png)",
+    ):
+        assert words in skipped
+    parent = DataConfig(dataset="folder", dir=str(tmp_path))
+    (tmp_path / "through").symlink_to(own)
+    assert task_names(parent) == ["elsewhere", "own", "through"]
+    told = describe_images(parent, 3)
+    assert "through 1 linked folder(s) (e.g. through)" in told[0]
+    assert "2 a link to a folder, not followed" in describe_images(parent, 2)[1], "of the tasks that are used"
+
+
+def test_a_folder_that_holds_nothing_but_what_is_passed_over_says_so(tmp_path: Path) -> None:
+    (tmp_path / "scan.dcm").write_bytes(b"")
+    text = message_of(load_own_task, DataConfig(), tmp_path, NAME)
+    assert "holds no images; skipped: 1 no picture by its name (e.g. scan.dcm)" in text
+
+
+def test_a_sub_folder_that_may_not_be_read_is_an_error(locked: Path) -> None:
+    locked.chmod(0o755)
+    inside = locked / "sub"
+    save(inside / "more.png", flat(77))
+    inside.chmod(0)
+    with as_another_user():
+        text = message_of(load_own_task, DataConfig(), locked, NAME)
+    inside.chmod(0o755)
+    assert f"cannot list {inside}" in text
+    assert "ermission denied" in text

@@ -15,6 +15,9 @@ from srfed.data.record import ImageRecord, read_records, write_records
 from srfed.data.source import Source
 from srfed.errors import UserError
 
+ALLOW = "allow the change with --allow-changed-images"
+"""What a command that has the option advises."""
+
 
 @dataclass(frozen=True, eq=False)
 class Task:
@@ -82,7 +85,12 @@ def load_tasks(config: DataConfig, count: int, known: Mapping[str, ImageRecord] 
 
 
 def load_recorded_tasks(
-    config: DataConfig, count: int, record: Path, on_change: Callable[[str], object] | None = None
+    config: DataConfig,
+    count: int,
+    record: Path,
+    on_change: Callable[[str], object] | None = None,
+    *,
+    remedy: str = ALLOW,
 ) -> list[Task]:
     """Load a run's tasks, and compare them with the record of the images that it began with.
 
@@ -91,13 +99,17 @@ def load_recorded_tasks(
         count: the first so many tasks.
         record: the run's file; where there is none yet, nothing is compared.
         on_change: told in one sentence how the images differ, which is then allowed; None refuses it.
+        remedy: what the refusal advises, besides putting the images back.
 
     Raises:
         UserError: as :func:`load_tasks`; the record is damaged; the images have changed.
     """
     known = read_records(record)
     tasks = load_tasks(config, count, known)
-    _compare(tasks, known, on_change)
+    if changes := _changes(tasks, known):
+        if on_change is None:
+            raise UserError(f"{changes}; put them back, or {remedy}")
+        on_change(changes)
     return tasks
 
 
@@ -105,24 +117,19 @@ def load_recorded_task(config: DataConfig, index: int, record: Path) -> Task:
     """Load one client's own task as :func:`load_recorded_tasks` does, which refuses other images."""
     known = read_records(record)
     task = load_task(config, index, known)
-    _compare([task], known, None)
+    if changes := _changes([task], known):
+        raise UserError(f"{changes}; put them back")
     return task
 
 
-def _compare(
-    tasks: Sequence[Task], known: Mapping[str, ImageRecord], on_change: Callable[[str], object] | None
-) -> None:
-    changes = [
+def _changes(tasks: Sequence[Task], known: Mapping[str, ImageRecord]) -> str:
+    """How the tasks' images differ from those on record, in one sentence; empty where they do not."""
+    told = [
         f"{task.name}: {words}"
         for task in tasks
         if task.name in known and (words := known[task.name].differences(ImageRecord.of(task)))
     ]
-    if not changes:
-        return
-    sentence = f"the images are not those that the run has on record ({'; '.join(changes)})"
-    if on_change is None:
-        raise UserError(f"{sentence}; put them back, or allow the change with --allow-changed-images")
-    on_change(sentence)
+    return f"the images are not those that the run has on record ({'; '.join(told)})" if told else ""
 
 
 def record_tasks(record: Path, tasks: Sequence[Task]) -> None:

@@ -46,7 +46,9 @@ def rehearse(folder: Path, config: RunConfig) -> None:
     if (folder / "run" / "run.json").exists():
         # Refused here, and not after everything has been started.
         RunDirectory.open(folder / "run").reconfigure(config)
-    tasks = load_recorded_tasks(config.data, config.federation.clients, folder / "run" / RECORD_FILE)
+    tasks = load_recorded_tasks(
+        config.data, config.federation.clients, folder / "run" / RECORD_FILE, remedy="rehearse in another folder, --dir"
+    )
     for task in tasks:
         buffer = io.BytesIO()
         np.savez(buffer, train_images=task.train, test_images=task.test)

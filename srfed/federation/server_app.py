@@ -14,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 from srfed.checkpoints.server_state import ServerCheckpoints, ServerState
 from srfed.config import load_config
 from srfed.data import load_recorded_tasks, record_tasks
+from srfed.data.tasks import ALLOW
 from srfed.errors import UserError
 from srfed.evaluation.central import CentralEvaluation, RealFloor
 from srfed.evaluation.features import load_feature_network
@@ -119,7 +120,8 @@ class _Server:
         torch.set_num_threads(config.resources.client_cpus)
         self._tasks = []
         if config.data.dataset != "sites":
-            self._tasks = load_recorded_tasks(config.data, config.federation.clients, run.images)
+            remedy = ALLOW if fixed else "begin another run"
+            self._tasks = load_recorded_tasks(config.data, config.federation.clients, run.images, remedy=remedy)
             record_tasks(run.images, self._tasks)
         shape = self._shape()
         model = build_model(config, shape[-1])

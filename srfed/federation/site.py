@@ -15,7 +15,15 @@ from flwr.app import Context
 
 from srfed.checkpoints.client_store import check_name
 from srfed.config import DataConfig, RunConfig
-from srfed.data import RECORD_FILE, Task, load_own_task, load_recorded_task, task_names
+from srfed.data import (
+    RECORD_FILE,
+    Task,
+    describe_own_images,
+    load_own_task,
+    load_recorded_task,
+    recorded_images,
+    task_names,
+)
 from srfed.errors import UserError
 
 STATE_DIR_VARIABLE = "SRFED_STATE_DIR"
@@ -109,7 +117,11 @@ def own_task(config: DataConfig, site: Site) -> Task:
     if site.data is None:
         # A simulation's stores lie in its run's folder, beside the record that the server has made.
         return load_recorded_task(config, site.index, site.state_dir.parent / RECORD_FILE)
-    return load_own_task(config, site.data, site.client, site.folder)
+    new = recorded_images(config, site.client, site.folder) is None
+    task = load_own_task(config, site.data, site.client, site.folder)
+    if new:
+        site.note("\n".join(["images put on record", *describe_own_images(config, site.data)]))
+    return task
 
 
 def _simulated_state_dir(context: Context) -> Path:
