@@ -135,7 +135,8 @@ def _agree(options: argparse.Namespace) -> None:
     from pydantic import ValidationError
 
     from srfed.config import load_config
-    from srfed.deployment.agree import in_words, propose, standing
+    from srfed.data import current_images
+    from srfed.deployment.agree import agree, in_words, propose, standing
     from srfed.federation.agreement import AGREEMENT_FILE, LeastImages, SiteResources
 
     state_dir = options.state_dir.expanduser().absolute()
@@ -147,12 +148,14 @@ def _agree(options: argparse.Namespace) -> None:
         problem = error.errors(include_url=False)[0]
         raise UserError(f"{problem['loc'][0]} = {problem['input']} is impossible: {problem['msg']}") from error
     config = load_config(options.config, options.overrides)
+    data, folder = options.data.expanduser(), state_dir / options.client_id
     proposed = propose(
-        config, options.data.expanduser(), state_dir, options.client_id,
+        config, data, state_dir, options.client_id,
         certificate=options.certificate, least=least, resources=resources,
     )  # fmt: skip
-    folder = state_dir / options.client_id
     print(in_words(proposed, config))
+    if changed := current_images(config.data, data, options.client_id, folder)[1]:
+        print(f"\nyour images are others than those on record: {changed}")
     if (agreement := standing(state_dir, options.client_id)) is not None:
         changes = agreement.differences(proposed)
         if not changes:
@@ -162,7 +165,7 @@ def _agree(options: argparse.Namespace) -> None:
         print("\n".join(f"  {line}" for line in changes))
     if not options.yes and not _confirmed(f"\nagree, as the owner of {options.client_id}'s images? [y/N] "):
         raise UserError("not agreed; nothing was written")
-    proposed.save(folder)
+    agree(proposed, config, data, state_dir)
     print(f"agreed: {folder / AGREEMENT_FILE}")
 
 

@@ -17,13 +17,12 @@ from flwr.app import Context, Message, RecordDict
 from tiny_run import TINY, tiny_config
 
 from srfed.config import RunConfig, load_config
-from srfed.data import load_tasks
+from srfed.data import RECORD_FILE, load_tasks
 from srfed.deployment.agree import agree_as_rehearsed, fits, propose, standing
 from srfed.deployment.certificates import make_certificates
 from srfed.errors import UserError
 from srfed.federation.agreement import (
     AGREEMENT_FILE,
-    AgreedImages,
     Agreement,
     LeastImages,
     SiteResources,
@@ -34,6 +33,7 @@ from srfed.federation.agreement import (
 from srfed.federation.client_app import app
 from srfed.federation.inline_grid import InlineGrid
 from srfed.federation.messages import DESCRIBE, EVALUATE, REFUSED, SHARED, TRAIN, Request, read_metrics
+from srfed.federation.site import own_task
 from srfed.training.setup import build_model, build_partition
 
 CLIENT = "clinic-a"
@@ -276,12 +276,21 @@ def test_less_than_agreed_may_be_asked(site: AgreedSite) -> None:
     assert agreement.admit(tiny_config({**MOMENTS, **fewer})).training.local_steps == 1
 
 
-def test_changed_images_are_not_the_agreed_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize("forgotten", [False, True], ids=["", "with the record of images removed"])
+def test_changed_images_are_not_the_agreed_ones_until_the_owner_agrees_again(tmp_path: Path, forgotten: bool) -> None:
     site = AgreedSite(tmp_path)
     (task,) = load_tasks(site.config.data, 1)
-    np.savez(site.data, train_images=task.train[:-1], test_images=task.test)
+    np.savez(site.data, train_images=np.concatenate([task.train[1:], task.test[:1]]), test_images=task.test[1:])
+    if forgotten:
+        (site.state / CLIENT / RECORD_FILE).unlink()
     assert site.ask(TRAIN).has_error()
+    words = "refused: not agreed: the site's images" if forgotten else "moved from tests to training"
+    assert words in site.log
+    assert "agree" in site.log
     assert site.stored == []
+    agree_as_rehearsed(site.config, site.data, site.state, CLIENT)
+    own_task.cache_clear()
+    assert site.ask(TRAIN).has_content()
 
 
 def test_a_phi_that_this_version_makes_otherwise_is_refused(tmp_path: Path) -> None:
@@ -366,8 +375,7 @@ def test_numbers_with_too_few_images_behind_them_cannot_be_agreed_to(
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.name for path in CONFIGS])
 def test_our_own_configurations_protect_an_owner_of_a_few_hundred_images(path: Path) -> None:
     config = load_config(path)
-    images = AgreedImages(training=142, test=36)
-    assert list(weak_numbers(config, LeastImages(), images, samples_of(config))) == []
+    assert list(weak_numbers(config, LeastImages(), (142, 36), samples_of(config))) == []
 
 
 def test_the_number_of_samples_depends_on_nobodys_presence(tmp_path: Path) -> None:

@@ -439,15 +439,14 @@ class Sites(InlineGrid):
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """Three sites with the digits' images: two folders, with and without splits, and an .npz file."""
+    """Three sites with the digits' images: two folders, whose splits are spelt in two ways, and an .npz file."""
     root = tmp_path_factory.mktemp("sites")
-    paths = [root / "splits", root / "mixed", root / "own.npz"]
+    paths = [root / "lower", root / "upper", root / "own.npz"]
     first, second, third = load_tasks(tiny_config().data, 3)
-    for part in ("train", "test"):
-        for number, image in enumerate(getattr(first, part)):
-            save(paths[0] / part / f"{number:04d}.png", image[..., 0])
-    for number, image in enumerate(np.concatenate([second.train, second.test])):
-        save(paths[1] / f"{number:04d}.png", image[..., 0])
+    for path, task, spelt in ((paths[0], first, str.lower), (paths[1], second, str.upper)):
+        for part in ("train", "test"):
+            for number, image in enumerate(getattr(task, part)):
+                save(path / spelt(part) / f"{number:04d}.png", image[..., 0])
     np.savez(paths[2], train_images=third.train, test_images=third.test)
     run = begin(root / "run", {**SETTINGS, **SITES})
     os.environ.pop(STATE_DIR_VARIABLE, None)

@@ -8,7 +8,7 @@ import torch
 
 from srfed.checkpoints.client_store import NO_PARENT, ClientStore
 from srfed.checkpoints.server_state import ServerCheckpoints, ServerState
-from srfed.data import Task, load_tasks
+from srfed.data import Task, load_recorded_tasks, record_tasks
 from srfed.evaluation.central import CentralEvaluation, RealFloor
 from srfed.evaluation.features import load_feature_network
 from srfed.evaluation.shares import share_of_samples
@@ -47,7 +47,8 @@ class _CentralRun:
         self._run, self._reporter = run, reporter
         self._config = config = run.config
         torch.set_num_threads(config.resources.client_cpus)
-        self._tasks = load_tasks(config.data, config.federation.clients)
+        self._tasks = load_recorded_tasks(config.data, config.federation.clients, run.images)
+        record_tasks(run.images, self._tasks)
         device = resolve_device(config.resources)
         layout = torch.channels_last if config.resources.channels_last else torch.contiguous_format
         model = build_model(config, self._tasks[0].train.shape[-1])
@@ -156,6 +157,8 @@ class _CentralRun:
             )  # fmt: skip
             if evaluated.audit is not None:
                 audits[task.name] = evaluated.audit
+            if evaluated.no_audit:
+                self._reporter.on_notice(f"{task.name}: no memorisation audit: {evaluated.no_audit}")
             images[task.name], strips[task.name] = evaluated.generated.images, evaluated.generated.strip
             if evaluated.ssim:
                 curves[task.name] = evaluated.ssim

@@ -47,8 +47,17 @@ class DataConfig(Section):
     channels: Literal[1, 3] | None = Field(
         None, description="convert images to grey (1) or RGB (3); null keeps what the data has"
     )
+    intensity: Literal["per_image"] | tuple[float, float] = Field(
+        "per_image",
+        description="what becomes black and white in grey pictures of 16 bits, 32 bits or floats: per_image, each "
+        "picture's own least and greatest value; or one range for all, [low, high], which keeps what a value means",
+    )
     test_fraction: float = Field(
-        0.2, gt=0, lt=1, description="share held out as test images where a data set has no test split"
+        0.2,
+        gt=0,
+        lt=1,
+        description="share held out as test images where there is no test split: of published sets the end, of "
+        "`npz`, `folder` and sites those images whose content says so, about so many",
     )
     horizontal_flip: bool = Field(False, description="mirror half of the training images at random")
 
@@ -57,6 +66,13 @@ class DataConfig(Section):
     def _refuse_truth_values(cls, value: object) -> object:
         if isinstance(value, bool):  # Python's True equals 1, so the Literal would take it
             raise ValueError(f"{json.dumps(value)} is not allowed; allowed: 1 | 3 | null")
+        return value
+
+    @field_validator("intensity")
+    @classmethod
+    def _check_range(cls, value: str | tuple[float, float]) -> str | tuple[float, float]:
+        if isinstance(value, tuple) and value[0] >= value[1]:
+            raise ValueError(f"{json.dumps(value)} is not allowed; allowed: [low, high] with low below high, per_image")
         return value
 
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from srfed.checkpoints.client_store import check_name
 from srfed.config import RunConfig
-from srfed.data import load_own_task
+from srfed.data import accept_images, current_images
 from srfed.deployment.certificates import certificate_fingerprint
 from srfed.errors import UserError
 from srfed.evaluation.features import load_feature_network
+from srfed.federation.admission import images_of
 from srfed.federation.agreement import (
     AGREEMENT_FILE,
     AgreedFeatures,
-    AgreedImages,
     AgreedShared,
     Agreement,
     LeastImages,
@@ -54,10 +54,10 @@ def propose(
     """
     check_name(client)
     least, resources = least or LeastImages(), resources or SiteResources()
-    task = load_own_task(config.data, data, client, state_dir / client)
+    task, _ = current_images(config.data, data, client, state_dir / client)
     MinibatchOrder.of(config.training, len(task.train), config.training.batch_size, config.seed, client)
-    images, samples = AgreedImages(training=len(task.train), test=len(task.test)), samples_of(config)
-    weak = [f"{setting}: {what}" for setting, what in weak_numbers(config, least, images, samples)]
+    counts, samples = (len(task.train), len(task.test)), samples_of(config)
+    weak = [f"{setting}: {what}" for setting, what in weak_numbers(config, least, counts, samples)]
     if weak:
         raise UserError(
             f"too few images would stand behind what leaves {client}: {'; '.join(weak)}; allowed: another "
@@ -75,7 +75,7 @@ def propose(
             bytes=sum(tensors[name].nbytes for name in partition.shared),
             fingerprint=partition.fingerprint(tensors),
         ),
-        images=images,
+        images=images_of(task),
         samples=samples,
         features=_features(config, resources),
         least_images=least,
@@ -107,7 +107,17 @@ def agree_as_rehearsed(
     resources = SiteResources(device=config.resources.device, threads=config.resources.client_cpus)
     least = LeastImages(statistics=2, mean=1)
     agreement = propose(config, data, state_dir, client, certificate=certificate, least=least, resources=resources)
-    agreement.save(state_dir / client)
+    agree(agreement, config, data, state_dir)
+
+
+def agree(agreement: Agreement, config: RunConfig, data: Path, state_dir: Path) -> None:
+    """Write an agreement into the site's state, and the images that it is about on record beside it.
+
+    Raises:
+        UserError: one of the two cannot be written. Without the other, the site refuses to serve.
+    """
+    accept_images(config.data, data, agreement.client, state_dir / agreement.client)
+    agreement.save(state_dir / agreement.client)
 
 
 def standing(state_dir: Path, client: str) -> Agreement | None:

@@ -12,7 +12,7 @@ from types import FrameType
 import numpy as np
 
 from srfed.config import RunConfig
-from srfed.data import load_tasks
+from srfed.data import RECORD_FILE, load_recorded_tasks
 from srfed.deployment.agree import agree_as_rehearsed
 from srfed.deployment.certificates import CA_CERTIFICATE
 from srfed.deployment.processes import Deployment
@@ -48,7 +48,9 @@ def rehearse(folder: Path, config: RunConfig) -> None:
     if (folder / "run" / "run.json").exists():
         # Refused here, and not after everything has been started.
         RunDirectory.open(folder / "run").reconfigure(config)
-    tasks = load_tasks(config.data, config.federation.clients)
+    tasks = load_recorded_tasks(
+        config.data, config.federation.clients, folder / "run" / RECORD_FILE, remedy="rehearse in another folder, --dir"
+    )
     for task in tasks:
         buffer = io.BytesIO()
         np.savez(buffer, train_images=task.train, test_images=task.test)

@@ -9,9 +9,9 @@ from flwr.app import Context, Message
 
 from srfed.checkpoints.client_store import NO_PARENT
 from srfed.config import RunConfig, parse_config_json
-from srfed.data import Task
+from srfed.data import ImageRecord, Task
 from srfed.errors import UserError
-from srfed.federation.agreement import AGREEMENT_FILE, COMMAND, Agreement, RequestRefusedError
+from srfed.federation.agreement import AGREEMENT_FILE, COMMAND, AgreedImages, Agreement, RequestRefusedError
 from srfed.federation.messages import DESCRIBE, EVALUATE, TRAIN, Request
 from srfed.federation.site import Site, deployed_site, is_simulated, own_task, site_of
 
@@ -65,8 +65,13 @@ def admit(message: Message, context: Context) -> Admitted:
         agreement.admit_evaluation(config, request.round, request.samples, request.final)
     task = own_task(config.data, site)
     if agreement is not None:
-        agreement.admit_images(len(task.train), len(task.test))
+        agreement.admit_images(images_of(task))
     return Admitted(request, site, config, agreement, task)
+
+
+def images_of(task: Task) -> AgreedImages:
+    """An owner's images as an agreement has them."""
+    return AgreedImages(training=len(task.train), test=len(task.test), fingerprint=ImageRecord.of(task).fingerprint)
 
 
 def agreement_of(site: Site) -> Agreement:

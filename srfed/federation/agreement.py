@@ -96,7 +96,8 @@ class AgreedImages(_Part):
 
     training: _Count
     test: _Count
-    fingerprint: str = ""
+    fingerprint: str
+    """See :attr:`srfed.data.ImageRecord.fingerprint`."""
 
 
 class AgreedSamples(_Part):
@@ -188,12 +189,13 @@ class Agreement(_Part):
             name = "evaluation.samples" if final else "evaluation.samples_between"
             raise not_agreed(name, f"asked for {samples} samples of this site, agreed exactly {agreed}")
 
-    def admit_images(self, training: int, test: int) -> None:
-        """Raise RequestRefusedError where there are other numbers of images than were agreed."""
-        if (training, test) != (self.images.training, self.images.test):
+    def admit_images(self, images: AgreedImages) -> None:
+        """Raise RequestRefusedError where the site's images are not the agreed ones."""
+        if images != self.images:
             raise not_agreed(
                 "the site's images",
-                f"{training} for training and {test} for tests, agreed {self.images.training} and {self.images.test}",
+                f"{images.training} for training and {images.test} for tests, agreed were {self.images.training} and "
+                f"{self.images.test}; agree again with: {COMMAND}",
             )
 
     def rules(self) -> dict[str, str]:
@@ -267,15 +269,26 @@ def rules_of(config: RunConfig) -> dict[Rule, dict[str, Any]]:
 
 
 def weak_numbers(
-    config: RunConfig, least: LeastImages, images: AgreedImages, samples: AgreedSamples
+    config: RunConfig, least: LeastImages, images: tuple[int, int], samples: AgreedSamples
 ) -> Iterator[tuple[str, str]]:
-    """The numbers that would leave with too few images behind them: (setting, what is wrong with it)."""
+    """The numbers that would leave with too few images behind them.
+
+    Args:
+        config: what would be agreed to.
+        least: what the owner wants at least.
+        images: how many training and test images there are.
+        samples: how many images the site would generate.
+
+    Yields:
+        A setting, and what is wrong with it.
+    """
+    training, test = images
     evaluation = config.evaluation
-    if (smallest := smallest_minibatch(config, images.training)) < least.mean:
+    if (smallest := smallest_minibatch(config, training)) < least.mean:
         yield "training.batch_size", f"a minibatch of {smallest} images, {least.mean} is the least"
-    if evaluation.ssim_images and (judged := min(evaluation.ssim_images, images.test)) < least.mean:
+    if evaluation.ssim_images and (judged := min(evaluation.ssim_images, test)) < least.mean:
         yield "evaluation.ssim_images", f"SSIM over {judged} test images, {least.mean} is the least"
-    if evaluation.memorisation_quantile and (fewest := min(images.training, images.test, samples.final)) < least.mean:
+    if evaluation.memorisation_quantile and (fewest := min(training, test, samples.final)) < least.mean:
         yield "evaluation.memorisation_quantile", f"an audit of {fewest} images, {least.mean} is the least"
     if evaluation.mode == "samples":
         return
@@ -285,7 +298,7 @@ def weak_numbers(
         apart = abs(samples.final - samples.between)
         if 0 < apart < least.statistics:
             yield "evaluation.samples_between", f"two answers would differ by {apart} images"
-    counts += [("data.images_per_task", images.training, "training"), ("data.test_fraction", images.test, "test")]
+    counts += [("data.images_per_task", training, "training"), ("data.test_fraction", test, "test")]
     for name, count, what in counts:
         if count < least.statistics:
             yield name, f"feature statistics of {count} {what} images, {least.statistics} is the least"

@@ -132,6 +132,8 @@ def evaluate(message: Message, context: Context) -> Message:
         metrics |= audit_metrics(evaluated.audit)
         pairs = draw_nearest_pairs(evaluated.audit, generated.images, task.train)
         write_png(site.folder / "memorisation" / f"round-{request.round:05d}.png", draw_grid(pairs))
+    if evaluated.no_audit:
+        site.note(f"round {request.round}: no memorisation audit: {evaluated.no_audit}")
     header = _header(admitted)
     arrays: dict[str, dict[str, torch.Tensor]] = {}
     if config.evaluation.mode == "moments":

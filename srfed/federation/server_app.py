@@ -13,7 +13,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from srfed.checkpoints.server_state import ServerCheckpoints, ServerState
 from srfed.config import load_config
-from srfed.data import load_tasks
+from srfed.data import load_recorded_tasks, record_tasks
+from srfed.data.tasks import ALLOW
 from srfed.errors import UserError
 from srfed.evaluation.central import CentralEvaluation, RealFloor
 from srfed.evaluation.features import load_feature_network
@@ -117,7 +118,11 @@ class _Server:
         self._grid, self._run, self._reporter, self._fixed = grid, run, reporter, fixed
         self._config = config = run.config
         torch.set_num_threads(config.resources.client_cpus)
-        self._tasks = [] if config.data.dataset == "sites" else load_tasks(config.data, config.federation.clients)
+        self._tasks = []
+        if config.data.dataset != "sites":
+            remedy = ALLOW if fixed else "begin another run"
+            self._tasks = load_recorded_tasks(config.data, config.federation.clients, run.images, remedy=remedy)
+            record_tasks(run.images, self._tasks)
         shape = self._shape()
         model = build_model(config, shape[-1])
         self._partition = build_partition(config, model)

@@ -6,6 +6,7 @@ A deployed site says so itself, in its SuperNode's ``--node-config``; in a simul
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ from flwr.app import Context
 
 from srfed.checkpoints.client_store import check_name
 from srfed.config import DataConfig, RunConfig
-from srfed.data import Task, load_own_task, load_task, task_names
+from srfed.data import (
+    RECORD_FILE,
+    Task,
+    describe_own_images,
+    load_own_task,
+    load_recorded_task,
+    recorded_images,
+    task_names,
+)
 from srfed.errors import UserError
 
 STATE_DIR_VARIABLE = "SRFED_STATE_DIR"
@@ -50,6 +59,12 @@ class Site:
     def log(self) -> Path:
         """Where it explains failures, which never travel."""
         return self.folder / "client.log"
+
+    def note(self, text: str) -> None:
+        """Append a line to the log."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")
 
 
 def site_of(context: Context, config: RunConfig) -> Site:
@@ -105,8 +120,13 @@ def run_folder(context: Context) -> Path:
 def own_task(config: DataConfig, site: Site) -> Task:
     """The site's task, read once a process; raises UserError where its images are not what they should be."""
     if site.data is None:
-        return load_task(config, site.index)
-    return load_own_task(config, site.data, site.client, site.folder)
+        # A simulation's stores lie in its run's folder, beside the record that the server has made.
+        return load_recorded_task(config, site.index, site.state_dir.parent / RECORD_FILE)
+    new = recorded_images(config, site.client, site.folder) is None
+    task = load_own_task(config, site.data, site.client, site.folder)
+    if new:
+        site.note("\n".join(["images put on record", *describe_own_images(config, site.data)]))
+    return task
 
 
 def _simulated_state_dir(context: Context) -> Path:

@@ -2,6 +2,7 @@
 
 config.yaml      the whole configuration
 run.json         lineage, version, when it began
+images.json      fingerprints of the images that it was begun with
 metrics.jsonl    one line a round, one an evaluation: what TensorBoard shows, as numbers
 summary.txt      the table printed at the end
 samples/         grids of samples and reverse-process strips, PNG
@@ -87,6 +88,10 @@ class RunDirectory:
     @property
     def config_file(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def images(self) -> Path:
+        return self.path / "images.json"
 
     @property
     def metrics(self) -> Path:
