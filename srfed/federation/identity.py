@@ -4,50 +4,21 @@ A SuperLink verifies with every request of a SuperNode that it holds the private
 ServerApp the public keys.
 """
 
-import base64
-import hashlib
 from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 
 import yaml
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
 from flwr.proto.node_pb2 import NodeInfo
 
 from srfed.config.yaml_rules import Loader
 from srfed.errors import UserError
 from srfed.files import read_json
+from srfed.keys import fingerprint_of_line
 
 ROSTER_FILE = "roster.json"
 """Where a run's folder keeps its roster."""
 SELF_REGISTRATION_SECONDS = 2.0
 """A SuperNode without a key makes one, registers it itself and is connected in the same moment."""
-
-
-@lru_cache(maxsize=4096)
-def key_fingerprint(public_key: bytes) -> str:
-    """``SHA256:...`` of a public key in PEM or OpenSSH's format, as ``ssh-keygen -lf`` prints it.
-
-    Bytes that are no such key have a fingerprint too: a grid that is no SuperLink may name its nodes as it likes.
-    """
-    content = public_key
-    try:
-        load = serialization.load_pem_public_key if b"BEGIN" in public_key[:40] else serialization.load_ssh_public_key
-        ssh = load(public_key).public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-        content = base64.b64decode(ssh.split()[1])
-    except (ValueError, UnsupportedAlgorithm):
-        pass
-    return "SHA256:" + base64.b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
-
-
-def read_key(path: Path) -> str:
-    """The fingerprint of a public key's file; raises UserError where it is none."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    return _fingerprint_of_key(content, str(path))
 
 
 def read_roster(path: Path) -> dict[str, str]:
@@ -64,7 +35,7 @@ def read_roster(path: Path) -> dict[str, str]:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path} is no roster; it must map client ids to public keys, one a line")
-    keys = {str(client): _fingerprint_of_key(str(key).encode(), f"{path}: {client}") for client, key in content.items()}
+    keys = {str(client): fingerprint_of_line(str(key).encode(), f"{path}: {client}") for client, key in content.items()}
     for client, key in keys.items():
         if list(keys.values()).count(key) > 1:
             raise UserError(f"{path}: {client} has the key of another client; each site has a key of its own")
@@ -92,11 +63,3 @@ def registered_by_hand(node: NodeInfo) -> bool:
         return True
     registered, connected = (datetime.fromisoformat(at) for at in (node.registered_at, node.last_activated_at))
     return abs((connected - registered).total_seconds()) > SELF_REGISTRATION_SECONDS
-
-
-def _fingerprint_of_key(content: bytes, where: str) -> str:
-    try:
-        serialization.load_ssh_public_key(content)
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise UserError(f"{where}: this is no public key; write the line of the site's site-<name>.pub") from error
-    return key_fingerprint(content.strip())

@@ -19,9 +19,10 @@ from srfed.config import RunConfig
 from srfed.errors import UserError
 from srfed.federation.bounds import LONGEST_TEXT, printable
 from srfed.federation.exchange import POLL_SECONDS, StoppedError, stop_requested
-from srfed.federation.identity import key_fingerprint, registered_by_hand
+from srfed.federation.identity import registered_by_hand
 from srfed.federation.messages import DESCRIBE, Description, Request
 from srfed.federation.screening import RefusedError, screen_description
+from srfed.keys import key_fingerprint
 from srfed.training.batches import MinibatchOrder
 
 LOOK_SECONDS = 1.0
