@@ -1,4 +1,4 @@
-"""Run a federation on real machines: ``python -m srfed.deploy certificates | check | agree | rehearse``."""
+"""Run a federation on real machines: ``python -m srfed.deploy COMMAND``."""
 
 import argparse
 import re
@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_configuration(agree)
     agree.set_defaults(command=_agree)
 
+    _add_sites(commands)
     rehearse = commands.add_parser(
         "rehearse",
         help="run a whole federation on this machine as separate processes",
@@ -99,6 +100,37 @@ def _parser() -> argparse.ArgumentParser:
     _add_configuration(rehearse)
     rehearse.set_defaults(command=_rehearse)
     return parser
+
+
+def _add_sites(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    register = commands.add_parser(
+        "register",
+        help="let a site's key in, and note whose it is",
+        description="As `flwr supernode register`, under the site's name, and notes which node it is.",
+    )
+    register.add_argument("--site", required=True, metavar="NAME", help="the site's name")
+    register.add_argument("--key", type=Path, required=True, metavar="FILE", help="its public key, site-<name>.pub")
+    register.add_argument(
+        "--connection",
+        default="",
+        metavar="NAME",
+        help="the SuperLink in Flower's config.toml; default: the default one",
+    )
+    register.add_argument("--notes", type=Path, metavar="FILE", help="default: registered.json beside the key")
+    register.set_defaults(command=_register)
+
+    sites = commands.add_parser(
+        "sites",
+        help="which site is which",
+        description="Client id, site, node, key, images and last answer of each site.",
+    )
+    sites.add_argument("--run", type=Path, metavar="DIR", help="the run's folder")
+    sites.add_argument("--notes", type=Path, metavar="FILE", help="the registered.json that `register` has written")
+    sites.add_argument(
+        "--rebind", metavar="ID",
+        help="forget to which key this client id belongs, and how many images it had; not while the server runs",
+    )  # fmt: skip
+    sites.set_defaults(command=_sites)
 
 
 def _add_configuration(parser: argparse.ArgumentParser) -> None:
@@ -174,6 +206,25 @@ def _confirmed(question: str) -> bool:
     if not sys.stdin.isatty():
         raise UserError("nobody is there to be asked; agree with --yes")
     return input(question).strip().lower() in ("y", "yes")
+
+
+def _register(options: argparse.Namespace) -> None:
+    from srfed.deployment.sites import register_site
+
+    print(register_site(options.site, options.key, options.connection, options.notes))
+
+
+def _sites(options: argparse.Namespace) -> None:
+    from srfed.deployment.sites import rebind, sites_in_words
+
+    if options.rebind is not None and options.run is None:
+        raise UserError(f"--rebind {options.rebind} needs --run, the folder of the run that has this client")
+    if options.run is None and options.notes is None:
+        raise UserError("nothing to show; name --run, the folder of a run, or --notes, the file that register wrote")
+    if options.rebind is not None:
+        print(rebind(options.run, options.rebind))
+    else:
+        print(sites_in_words(options.run, options.notes))
 
 
 def _rehearse(options: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """The server's state between rounds, and its checkpoints: `<run>/server/round-00012/`."""
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -11,6 +11,25 @@ from srfed.errors import UserError
 from srfed.tensors import Checkpoint, read_checkpoint, remove_checkpoint, write_checkpoint
 
 _GROUPS = ("shared", "shared_average", "optimizer", "shared_moments")
+
+
+@dataclass(frozen=True)
+class KnownClient:
+    """What a run holds a client to, from its first description on, whoever comes under its id later.
+
+    Attributes:
+        images: m_i.
+        test_images: its held-out images.
+        key: fingerprint of the SuperNode key that the id belongs to; empty where nodes have no keys of their own.
+        name: under which that key was registered; may be empty.
+        node: where the client was last.
+    """
+
+    images: int
+    test_images: int
+    key: str = ""
+    name: str = ""
+    node: int = 0
 
 
 @dataclass(frozen=True)
@@ -28,7 +47,8 @@ class ServerState:
         attempts: the accepted attempt of each client that ever had one.
         shape: H, W, C of the images.
         clients: ids of all clients that have taken part.
-        usual_norm: norm of a client's update in the last round, the lower median; 0 before the first.
+        known: what each of them is held to; those of a checkpoint of an earlier version are learned anew.
+        minibatches: how many of them are behind each client's accepted attempt.
     """
 
     lineage: str
@@ -41,7 +61,8 @@ class ServerState:
     attempts: dict[str, str] = field(default_factory=dict)
     shape: tuple[int, int, int] = (0, 0, 0)
     clients: tuple[str, ...] = ()
-    usual_norm: float = 0.0
+    known: dict[str, KnownClient] = field(default_factory=dict)
+    minibatches: dict[str, int] = field(default_factory=dict)
 
     def parent(self, client: str) -> str:
         """The attempt that a client is to start from."""
@@ -69,7 +90,8 @@ class ServerCheckpoints:
             "attempts": state.attempts,
             "shape": list(state.shape),
             "clients": list(state.clients),
-            "usual_norm": state.usual_norm,
+            "known": {client: asdict(known) for client, known in state.known.items()},
+            "minibatches": state.minibatches,
         }
         groups = {group: getattr(state, group) for group in _GROUPS}
         write_checkpoint(self._path(state.round), Checkpoint(groups, manifest))
@@ -99,17 +121,21 @@ class ServerCheckpoints:
             advice = f"remove {path} to go back to round {rounds[-2]}" if len(rounds) > 1 else "it is the only one"
             raise UserError(f"{error}; {advice}") from error
         manifest = checkpoint.manifest
-        height, width, channels = manifest["shape"]
-        return ServerState(
-            **{group: checkpoint.group(group) for group in _GROUPS},
-            lineage=manifest["lineage"],
-            round=manifest["round"],
-            shared_steps=manifest["shared_steps"],
-            attempts=manifest["attempts"],
-            shape=(height, width, channels),
-            clients=tuple(manifest["clients"]),
-            usual_norm=manifest["usual_norm"],
-        )
+        try:
+            height, width, channels = manifest["shape"]
+            return ServerState(
+                **{group: checkpoint.group(group) for group in _GROUPS},
+                lineage=manifest["lineage"],
+                round=manifest["round"],
+                shared_steps=manifest["shared_steps"],
+                attempts=manifest["attempts"],
+                shape=(height, width, channels),
+                clients=tuple(manifest["clients"]),
+                known={client: KnownClient(**known) for client, known in manifest.get("known", {}).items()},
+                minibatches=manifest.get("minibatches", {}),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is of another version of srfed, or damaged: {error}") from error
 
     def _path(self, number: int) -> Path:
         return self.folder / f"round-{number:05d}"

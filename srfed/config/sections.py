@@ -242,13 +242,15 @@ class FederationConfig(Section):
         description="a client that is away or fails: skip goes on without it, wait asks it again until "
         "round_timeout, and then stops the run",
     )
-    largest_update: float | None = Field(
-        100.0,
-        gt=1,
-        description="an update is refused if its norm is above this many times the usual one; null takes any",
-    )
     weights: Literal["uniform", "examples"] = Field(
         "uniform", description="weights of the clients' updates: equal, or by number of training images"
+    )
+    largest_weight: float = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="weights `examples`: the largest share that one client may have, since the number of its images "
+        "is its own word; the rest goes to the others. Of n clients each can always have 1/n",
     )
     server_optimizer: Literal["average", "momentum", "adam", "extrapolate"] = Field(
         "extrapolate",
@@ -459,6 +461,10 @@ class RunConfig(Section):
         return {name: value for name, value in self.settings().items() if name not in free}
 
 
+REMOVED = {
+    "federation.largest_update": "an update's bound is what the clients' optimizer can do",
+}
+"""Settings of earlier versions, and why there is none any more."""
 NOT_DECISIVE = frozenset(
     {
         "name",
