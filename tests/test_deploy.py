@@ -349,7 +349,7 @@ def deployed_bits(folder: Path) -> dict[str, Any]:
     bits: dict[str, Any] = {"server": server_bits(run)}
     attempts = read_manifest(sorted(run.server.glob("round-*"))[-1])["attempts"]
     for client, attempt in attempts.items():
-        manifest = read_manifest(folder / "sites" / client / "state" / client / run.lineage / attempt)
+        manifest = read_manifest(folder / "sites" / client / "state" / client / "lineages" / run.lineage / attempt)
         bits[client] = {name: manifest[name] for name in ("round", "steps", "exclusive_steps", "sha256")}
     return bits
 

@@ -37,7 +37,7 @@ def test_write_json_is_readable_and_reads_back(tmp_path: Path) -> None:
     content = {"φ": [1, 2.5, None], "name": "größe"}
     write_json(tmp_path / "a.json", content)
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
-    assert json.loads(text) == content
+    assert json.loads(text) == {"format": 1, **content}
     assert "größe" in text
     assert text.endswith("}\n")
 

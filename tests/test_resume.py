@@ -172,7 +172,7 @@ def test_a_checkpoint_damaged_in_another_way_is_refused_too(
 def test_a_lost_client_state_is_refused_by_the_client_and_never_started_afresh(copy: Path) -> None:
     run = RunDirectory.open(copy)
     attempt = read_manifest(run.server / "round-00003")["attempts"]["digit-1"]
-    shutil.rmtree(run.clients / "digit-1" / run.lineage / attempt)
+    shutil.rmtree(run.clients / "digit-1" / "lineages" / run.lineage / attempt)
     config = run.config
     longer = config.model_copy(update={"federation": config.federation.model_copy(update={"rounds": 4})})
     run_in_process(run.reconfigure(longer))

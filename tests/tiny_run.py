@@ -84,7 +84,12 @@ def server_bits(run: RunDirectory) -> dict[str, Any]:
 def accepted_attempts(run: RunDirectory) -> dict[str, Path]:
     """The folder of each client's last accepted attempt."""
     manifest = read_manifest(sorted(run.server.glob("round-*"))[-1])
-    return {client: run.clients / client / run.lineage / attempt for client, attempt in manifest["attempts"].items()}
+    return {client: store_of(run, client) / attempt for client, attempt in manifest["attempts"].items()}
+
+
+def store_of(run: RunDirectory, client: str) -> Path:
+    """Where a client keeps the attempts of a run."""
+    return run.clients / client / "lineages" / run.lineage
 
 
 def all_bits(run: RunDirectory) -> dict[str, Any]:

@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load, save
 
 from srfed.checkpoints.trained_run import TrainedRun
 from srfed.config import SamplingConfig
 from srfed.data import load_tasks
 from srfed.data.images import Images
-from srfed.errors import UserError
+from srfed.errors import DamagedError
 from srfed.evaluation.central import shares_of_samples
 from srfed.evaluation.generation import generate
 from srfed.evaluation.memorisation import merge_audits
@@ -30,10 +29,11 @@ from srfed.evaluation.network import FeatureNetwork
 from srfed.evaluation.scoring import ReferenceStatistics, audit_numbers, score_samples
 from srfed.evaluation.ssim import ssim_window
 from srfed.evaluation.task import ssim_curve
-from srfed.files import read_json, write_bytes, write_json
+from srfed.files import read_json, try_output, write_json
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import RunDirectory
 from srfed.reporting.summary import totals
+from srfed.tensors import read_arrays, write_arrays
 
 SAMPLES_FILE = "samples.safetensors"
 SCORES_FILE = "scores.json"
@@ -88,6 +88,7 @@ def evaluate_run(
     folder = path / "evaluations" / _key(trained, wanted, network)
     if (folder / SCORES_FILE).exists():
         return read_json(folder / SCORES_FILE, "scores")
+    try_output(folder / SCORES_FILE)
     config = trained.config
     torch.set_num_threads(config.resources.client_cpus)
     tasks = load_tasks(config.data, config.federation.clients)
@@ -151,12 +152,18 @@ def evaluate_run(
 
 def read_samples(path: Path, trained: TrainedRun, wanted: Wanted, network: FeatureNetwork) -> dict[str, Images]:
     """The samples that :func:`evaluate_run` has scored, by task in order; raises UserError where there are none."""
-    file = path / "evaluations" / _key(trained, wanted, network) / SAMPLES_FILE
+    return _read_samples(path / "evaluations" / _key(trained, wanted, network) / SAMPLES_FILE, trained)
+
+
+def _read_samples(file: Path, trained: TrainedRun) -> dict[str, Images]:
+    """By task in order; raises UserError where the file is damaged, saying what to do."""
     try:
-        found = load(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
-    return {info.task: found[info.task] for info in trained.tasks}
+        found, _ = read_arrays(file)
+        return {info.task: found[info.task] for info in trained.tasks}
+    except DamagedError as error:
+        raise DamagedError(f"{error}; remove {file.parent}, and it is made again") from error
+    except KeyError as error:
+        raise DamagedError(f"{file} has no samples of {error}; remove {file.parent}, and it is made again") from error
 
 
 def _samples(
@@ -164,7 +171,7 @@ def _samples(
 ) -> tuple[dict[str, Images], float]:
     file = folder / SAMPLES_FILE
     if file.exists():
-        return load(file.read_bytes()), float(read_json(folder / "sampling.json", "seconds")["seconds"])
+        return _read_samples(file, trained), float(read_json(folder / "sampling.json", "seconds")["seconds"])
     began = time.perf_counter()
     samples = {}
     for info, count in zip(trained.tasks, shares_of_samples(wanted.samples, len(trained.tasks)), strict=True):
@@ -180,7 +187,7 @@ def _samples(
         progress(info.task)
     seconds = time.perf_counter() - began
     write_json(folder / "sampling.json", {"seconds": seconds})
-    write_bytes(file, save(samples))
+    write_arrays(file, samples)
     return samples, seconds
 
 

@@ -14,6 +14,7 @@ from srfed.errors import UserError
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.records import TaskInfo
 from srfed.reporting.run_directory import RunDirectory
+from srfed.tensors import check_tensors
 from srfed.training.local import initial_state, load_tensors
 from srfed.training.setup import build_diffusion, build_model, build_partition, noise_of_task, resolve_device
 
@@ -38,6 +39,7 @@ class TrainedSite:
         self.device = resolve_device(resources)
         model = build_model(self.config, self.shape[-1])
         self.shared, exclusive = stored.tensors
+        check_tensors(str(stored.path), {**self.shared, **exclusive}, model.state_dict())
         load_tensors(model, self.shared, exclusive)
         self._model = model.to(self.device).eval()
         self.diffusion = build_diffusion(self.config, self.device)
@@ -75,9 +77,16 @@ class TrainedRun:
         self._model = build_model(self.config, self.shape[-1])
         self.partition = build_partition(self.config, self._model)
         self._initial = initial_state(self._model, self.partition)
+        expected = self.partition.take_shared(self._model.state_dict())
+        check_tensors(f"{self._run.server} (round {self.round})", self.shared, expected)
         self._model.to(self.device)
         self.diffusion = build_diffusion(self.config, self.device)
         self.tasks: list[TaskInfo] = MetricsLog(self._run.metrics).tasks()
+        if not self.tasks:
+            raise UserError(
+                f"{self._run.metrics} names no task: it is missing or empty; put it back, or write it again with "
+                f"--resume {self._run.path}"
+            )
 
     def find_task(self, wanted: str) -> TaskInfo:
         """The task of that name or position; raises UserError listing what there is."""
@@ -123,9 +132,11 @@ class TrainedRun:
         if task.client not in self._state.attempts:
             return self._initial.exclusive_average
         store = ClientStore(self._run.clients, task.client, self._run.lineage, 1)
-        if not store.folder.exists():
+        if not (self._run.clients / task.client).exists():
             raise UserError(
                 f"{self._run.path} has no θ of {task.client!r}: a deployed site keeps its own; sample there with "
                 "--store <state-dir>/<client-id>"
             )
-        return store.load(self._state.attempts[task.client]).exclusive_average
+        average = store.load(self._state.attempts[task.client]).exclusive_average
+        check_tensors(str(store.folder), average, self._initial.exclusive_average)
+        return average

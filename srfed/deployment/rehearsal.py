@@ -15,7 +15,7 @@ from srfed.config import RunConfig
 from srfed.data import load_tasks
 from srfed.deployment.processes import Deployment
 from srfed.errors import UserError
-from srfed.files import write_bytes
+from srfed.files import held, list_folder, write_bytes
 from srfed.reporting.run_directory import RunDirectory
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -41,11 +41,17 @@ def rehearse(folder: Path, config: RunConfig) -> None:
         KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came; every process has been ended.
     """
     folder = folder.absolute()
-    if folder.exists() and not (folder / "certificates").is_dir() and (not folder.is_dir() or any(folder.iterdir())):
+    used = folder.exists() and (not folder.is_dir() or set(list_folder(folder)) - {"lock"})
+    if used and not (folder / "certificates").is_dir():
         raise UserError(f"{folder} is neither an empty folder nor that of a rehearsal; name another one with --dir")
-    if (folder / "run" / "run.json").exists():
-        # Refused here, and not after everything has been started.
-        RunDirectory.open(folder / "run").reconfigure(config)
+    with held(folder / "lock", wait=False):
+        if (folder / "run" / "run.json").exists():
+            # Refused here, and not after everything has been started.
+            RunDirectory.open(folder / "run").reconfigure(config)
+        _rehearse(folder, config)
+
+
+def _rehearse(folder: Path, config: RunConfig) -> None:
     tasks = load_tasks(config.data, config.federation.clients)
     for task in tasks:
         buffer = io.BytesIO()

@@ -76,6 +76,7 @@ class Duty:
 def describe(message: Message, context: Context) -> Message:
     """Say who this client is, what its images look like, and which partition it would use."""
     duty = Duty.of(message, context)
+    duty.site.note_open_folders()
     _, height, width, channels = duty.task.train.shape
     description = Description(
         client=duty.site.client,
@@ -101,7 +102,7 @@ def train(message: Message, context: Context) -> Message:
     result = runtime.trainer(duty.site).train(
         request.round,
         duty.shared(message),
-        runtime.state(duty.site, request),
+        runtime.state(duty.site, request, training=True),
         read_tensors(message.content, SHARED_MOMENTS) if received_moments else None,
     )
     metrics: dict[str, float | list[float]] = {
@@ -132,11 +133,11 @@ def evaluate(message: Message, context: Context) -> Message:
     duty = Duty.of(message, context)
     request, task, runtime = duty.request, duty.task, duty.runtime
     config, client = runtime.config, duty.site.client
-    shared, state = duty.shared(message), runtime.state(duty.site, request)
+    shared, state = duty.shared(message), runtime.state(duty.site, request, training=False)
     if duty.site.data is not None:
         save_site_model(
             duty.site.folder, config, request.lineage, request.round, task.train.shape[1:], shared,
-            state.exclusive_average,
+            state.exclusive_average, runtime.store(duty.site, request).line(request.parent),
         )  # fmt: skip
     load_tensors(runtime.model, shared, state.exclusive_average)
     runtime.model.eval()

@@ -6,6 +6,7 @@ A deployed site says so itself, in its SuperNode's ``--node-config``; in a simul
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from srfed.checkpoints.client_store import check_name
 from srfed.config import DataConfig, RunConfig
 from srfed.data import Task, load_own_task, load_task, task_names
 from srfed.errors import UserError
+from srfed.files import append_text, open_to_others
 
 STATE_DIR_VARIABLE = "SRFED_STATE_DIR"
 """Environment variable that tells a simulation's clients where the run keeps their stores."""
@@ -50,6 +52,16 @@ class Site:
     def log(self) -> Path:
         """Where it explains failures, which never travel."""
         return self.folder / "client.log"
+
+    def write_log(self, text: str) -> None:
+        """Append to the log, with the time; raises UserError where it cannot be written."""
+        append_text(self.log, f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")
+
+    def note_open_folders(self) -> None:
+        """Say in the log which of the client's folders others can read."""
+        for folder in (self.state_dir, self.folder):
+            if said := open_to_others(folder):
+                self.write_log(said)
 
 
 def site_of(context: Context, config: RunConfig) -> Site:

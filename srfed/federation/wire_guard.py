@@ -9,7 +9,6 @@ import math
 import traceback
 from collections.abc import Callable
 from dataclasses import fields
-from datetime import UTC, datetime
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -149,8 +148,6 @@ def _log(message: Message, context: Context, text: str) -> None:
     """Append to the client's own log; where even its site is unknown there is nowhere to write."""
     try:
         site = site_of(context, parse_config_json(Request.of(message.content).config))
-        site.log.parent.mkdir(parents=True, exist_ok=True)
-        with site.log.open("a", encoding="utf-8") as file:
-            file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {message.metadata.message_type}\n{text}\n")
+        site.write_log(f"{message.metadata.message_type}\n{text}")
     except Exception:
         return
