@@ -71,9 +71,9 @@ class _CentralRun:
     def run(self) -> None:
         config, reporter = self._config, self._reporter
         if self._run.started:
-            expected = self._server.shared
-            self._server = self._checkpoints.load_last()
-            check_tensors(f"{self._run.server} (round {self._server.round})", self._server.shared, expected)
+            found = self._checkpoints.load_last()
+            self._checkpoints.check(found, self._server.shared)
+            self._server = found
         else:
             self._checkpoints.save(self._server)
         state = self._restore()

@@ -1,5 +1,6 @@
 """The server's state between rounds, and its checkpoints: `<run>/server/round-00012/`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from srfed.checkpoints.client_store import NO_PARENT
 from srfed.errors import DamagedError, UserError
 from srfed.tensors import (
     Checkpoint,
+    check_tensors,
     find_checkpoints,
     image_shape,
     read_checkpoint,
@@ -125,6 +127,11 @@ class ServerCheckpoints:
             clients=tuple(manifest["clients"]),
             usual_norm=manifest.get("usual_norm", 0.0),
         )
+
+    def check(self, state: ServerState, shared: Mapping[str, Tensor]) -> None:
+        """Raise UserError unless a state's φ and its average have the names and shapes of the model's ``shared``."""
+        for tensors in (state.shared, state.shared_average):
+            check_tensors(str(self._path(state.round)), tensors, shared)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"round-{number:05d}"

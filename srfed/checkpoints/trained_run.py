@@ -70,15 +70,15 @@ class TrainedRun:
     def __init__(self, path: Path, resources: ResourcesConfig) -> None:
         self._run = RunDirectory.open(path)
         self.config = self._run.config
-        self._state = ServerCheckpoints(self._run.server, 1).load_last()
+        checkpoints = ServerCheckpoints(self._run.server, 1)
+        self._state = checkpoints.load_last()
         self.round = self._state.round
         self.shape = self._state.shape
         self.device = resolve_device(resources)
         self._model = build_model(self.config, self.shape[-1])
         self.partition = build_partition(self.config, self._model)
         self._initial = initial_state(self._model, self.partition)
-        expected = self.partition.take_shared(self._model.state_dict())
-        check_tensors(f"{self._run.server} (round {self.round})", self.shared, expected)
+        checkpoints.check(self._state, self.partition.take_shared(self._model.state_dict()))
         self._model.to(self.device)
         self.diffusion = build_diffusion(self.config, self.device)
         self.tasks: list[TaskInfo] = MetricsLog(self._run.metrics).tasks()

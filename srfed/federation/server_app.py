@@ -28,7 +28,6 @@ from srfed.reporting.records import TaskInfo
 from srfed.reporting.reporter import Reporter
 from srfed.reporting.run_directory import RunDirectory
 from srfed.reporting.summary import summarise
-from srfed.tensors import check_tensors
 from srfed.training.setup import build_model, build_partition, resolve_device
 
 RUN_DIR_VARIABLE = "SRFED_RUN_DIR"
@@ -126,7 +125,7 @@ class _Server:
         self._checkpoints = ServerCheckpoints(run.server, config.federation.keep_attempts)
         if run.started:
             self._state = self._checkpoints.load_last()
-            check_tensors(f"{run.server} (round {self._state.round})", self._state.shared, shared)
+            self._checkpoints.check(self._state, shared)
         else:
             self._state = ServerState(
                 lineage=run.lineage,

@@ -1,5 +1,6 @@
 """The run's curves and pictures for TensorBoard."""
 
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path, config: RunConfig, last_round: int, notice: Callable[[str], object]) -> None:
         self._folder, self._notice = folder, notice
+        _hush_writing_threads()
         try:
             self._writer: SummaryWriter | None = SummaryWriter(
                 str(folder), purge_step=last_round + 1 if last_round else None
@@ -85,6 +87,19 @@ class TensorBoard:
             self._notice(
                 f"cannot write {self._folder}: {error.strerror or error}; its curves end here, and the run goes on"
             )
+
+
+def _hush_writing_threads() -> None:
+    """A thread of TensorBoard's that fails is told of by the next call; its traceback says nothing more."""
+    others = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        tensorboards = type(arguments.thread).__module__.startswith("tensorboard.")
+        if not (tensorboards and isinstance(arguments.exc_value, OSError)):
+            others(arguments)
+
+    if getattr(others, "__module__", "") != __name__:
+        threading.excepthook = hook
 
 
 def _add(writer: SummaryWriter, values: Mapping[str, float], pictures: Mapping[str, Images], step: int) -> None:
