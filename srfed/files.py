@@ -228,6 +228,17 @@ def remove_leftovers(path: Path, files: Iterable[str]) -> None:
 # --- Reading -------------------------------------------------------------------------------------
 
 
+def exists(path: Path) -> bool:
+    """Whether there is something; raises UserError where that cannot be known, which is not the same as nothing."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {_why(error)}") from error
+    return True
+
+
 def read_bytes(path: Path) -> bytes:
     """Read a file.
 

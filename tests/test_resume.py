@@ -39,7 +39,7 @@ from srfed.federation.inline_grid import InlineGrid
 from srfed.federation.messages import TRAIN, Request
 from srfed.federation.runtime import Runtime
 from srfed.federation.site import Site
-from srfed.files import list_folder
+from srfed.files import held, list_folder
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.reporter import Reporter
 from srfed.reporting.run_directory import RunDirectory
@@ -462,6 +462,22 @@ def test_a_server_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(
     assert f"cannot read {copy}/server: Permission" in one_error_line(capsys, ["--resume", str(copy)])
 
 
+@pytest.mark.parametrize("name", ["resume", "sample", "evaluate", "adapt"])
+def test_a_run_that_cannot_be_looked_into_is_a_sentence(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    looked = os.stat
+
+    def fail(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if str(path).startswith(f"{copy}/"):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return looked(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", fail)
+    line = error_of(name, copy, tmp_path / "out", capsys)
+    assert line == f"error: cannot read {copy}/run.json: Permission denied"
+
+
 @pytest.mark.parametrize("parent", [NO_PARENT, "a-9"])
 def test_a_round_from_the_future_does_not_empty_a_store(tmp_path: Path, parent: str) -> None:
     store = ClientStore(tmp_path, "client", "lineage", 2)
@@ -837,6 +853,27 @@ def test_a_runs_folder_is_its_owners_alone_and_says_what_is_in_it(finished_run: 
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
     readme = (finished_run.path / "README.txt").read_text()
     assert "memorisation/ crops of real training images" in " ".join(readme.split())
+
+
+def test_a_client_whose_folder_others_can_read_says_so_in_its_own_log(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", {"federation.rounds": 1, "evaluation.samples": 6, "evaluation.ssim_images": 0})
+    (run.clients / "digit-1").mkdir(parents=True)
+    run.clients.chmod(0o700)
+    (run.clients / "digit-1").chmod(0o755)
+    run_in_process(run)
+    log = (run.clients / "digit-1" / "client.log").read_text()
+    assert f"{run.clients / 'digit-1'} can be read by others on this machine (mode 0755); close it: chmod" in log
+    assert log.count("can be read by others") == 1
+    assert not (run.clients / "digit-0" / "client.log").exists()
+
+
+def test_an_adaptation_in_use_is_left_alone(
+    finished_run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with held(tmp_path / "out" / "lock", wait=False):
+        assert adapt.main(["--run", str(finished_run.path), "--task", "digit-5", "--out", str(tmp_path / "out")]) == 2
+    assert f"{tmp_path / 'out'} is in use by another process" in capsys.readouterr().err
+    assert list_folder(tmp_path / "out") == ["lock"]
 
 
 CREATOR = """

@@ -26,7 +26,7 @@ from srfed.errors import UserError
 from srfed.evaluation.frechet import FeatureStatistics, frechet_distance
 from srfed.evaluation.generation import generate
 from srfed.evaluation.network import FeatureNetwork
-from srfed.files import held, list_folder, read_json, try_output, write_bytes, write_json
+from srfed.files import exists, held, list_folder, read_json, try_output, write_bytes, write_json
 from srfed.training.adaptation import Adapted, Mode, adapt
 from srfed.training.local import load_tensors
 from srfed.training.setup import build_diffusion, build_model, resolve_device
@@ -139,7 +139,7 @@ class AdaptationFolder:
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         self.path = path
         _refuse_other(path, about)
-        if not (path / IDENTITY).exists():
+        if not exists(path / IDENTITY):
             write_json(path / IDENTITY, about)
         try_output(self.scores)
         self.points = read_points(self.scores, Point)
@@ -184,12 +184,12 @@ class AdaptationFolder:
 
 
 def _refuse_other(path: Path, about: Mapping[str, Any]) -> None:
-    if (path / IDENTITY).exists():
+    if exists(path / IDENTITY):
         found = read_json(path / IDENTITY, "task")
         changed = [f"{key}: {found.get(key)} -> {value}" for key, value in about.items() if found.get(key) != value]
         if changed:
             raise UserError(f"{path} holds another adaptation ({'; '.join(changed)}); name another folder with --out")
-    elif path.exists() and (not path.is_dir() or set(list_folder(path)) - {LOCK}):
+    elif exists(path) and (not path.is_dir() or set(list_folder(path)) - {LOCK}):
         raise UserError(f"{path} is not an empty folder; name another one with --out")
 
 
@@ -208,7 +208,7 @@ def read_points(path: Path, kind: type[SomePoint]) -> list[SomePoint]:
     Raises:
         UserError: the file is damaged, or holds another kind.
     """
-    if not path.exists():
+    if not exists(path):
         return []
     # The type of each field is str, int or float, and reads its own text.
     kinds: dict[str, Any] = {field.name: field.type for field in fields(kind)}

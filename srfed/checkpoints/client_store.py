@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from srfed.errors import UserError
-from srfed.files import held, list_folder, make_folder
+from srfed.files import exists, held, list_folder, make_folder
 from srfed.reporting.words import bytes_in_words
 from srfed.tensors import (
     Checkpoint,
@@ -156,7 +156,7 @@ class ClientStore:
     def _present(self) -> Path:
         """Where the lineage lies: in its place, or where it was before formats had versions."""
         old = self._client / self.folder.name
-        if not self.folder.exists() and _UNVERSIONED_LINEAGE.fullmatch(old.name) and old.is_dir():
+        if not exists(self.folder) and _UNVERSIONED_LINEAGE.fullmatch(old.name) and old.is_dir():
             return old
         return self.folder
 

@@ -29,7 +29,7 @@ from srfed.evaluation.network import FeatureNetwork
 from srfed.evaluation.scoring import ReferenceStatistics, audit_numbers, score_samples
 from srfed.evaluation.ssim import ssim_window
 from srfed.evaluation.task import ssim_curve
-from srfed.files import read_json, try_output, write_json
+from srfed.files import exists, read_json, try_output, write_json
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import RunDirectory
 from srfed.reporting.summary import totals
@@ -86,7 +86,7 @@ def evaluate_run(
         UserError: the data are not where the run's configuration says, or a file is damaged.
     """
     folder = path / "evaluations" / _key(trained, wanted, network)
-    if (folder / SCORES_FILE).exists():
+    if exists(folder / SCORES_FILE):
         return read_json(folder / SCORES_FILE, "scores")
     try_output(folder / SCORES_FILE)
     config = trained.config
@@ -170,7 +170,7 @@ def _samples(
     folder: Path, trained: TrainedRun, wanted: Wanted, progress: Callable[[str], object]
 ) -> tuple[dict[str, Images], float]:
     file = folder / SAMPLES_FILE
-    if file.exists():
+    if exists(file):
         return _read_samples(file, trained), float(read_json(folder / "sampling.json", "seconds")["seconds"])
     began = time.perf_counter()
     samples = {}

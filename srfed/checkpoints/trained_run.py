@@ -11,6 +11,7 @@ from srfed.checkpoints.site_model import SiteModel
 from srfed.config import ResourcesConfig
 from srfed.diffusion.process import PredictNoise
 from srfed.errors import UserError
+from srfed.files import exists
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.records import TaskInfo
 from srfed.reporting.run_directory import RunDirectory
@@ -132,7 +133,7 @@ class TrainedRun:
         if task.client not in self._state.attempts:
             return self._initial.exclusive_average
         store = ClientStore(self._run.clients, task.client, self._run.lineage, 1)
-        if not (self._run.clients / task.client).exists():
+        if not exists(self._run.clients / task.client):
             raise UserError(
                 f"{self._run.path} has no θ of {task.client!r}: a deployed site keeps its own; sample there with "
                 "--store <state-dir>/<client-id>"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from srfed.errors import DamagedError
-from srfed.files import FORMAT, append_text, check_format, read_bytes, write_bytes
+from srfed.files import FORMAT, append_text, check_format, exists, read_bytes, write_bytes
 from srfed.reporting.records import EvaluationRecord, RoundRecord, TaskInfo
 
 Line = dict[str, Any]
@@ -52,7 +52,7 @@ class MetricsLog:
             DamagedError: a line before the last is no line of ours; the text says which.
             UserError: the file cannot be read, or is of a newer srfed.
         """
-        if not self.path.exists():
+        if not exists(self.path):
             return
         *whole, rest = read_bytes(self.path).split(b"\n")
         for number, text in enumerate(whole, 1):

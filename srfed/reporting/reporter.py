@@ -3,6 +3,7 @@
 import re
 import sys
 import time
+from contextlib import suppress
 from typing import Never
 
 from tqdm import tqdm
@@ -125,7 +126,8 @@ class Reporter:
         for name in list_folder(self._run.samples):
             number = re.fullmatch(r"(?:round|reverse-process)-(\d+)\.png", name)
             if number is not None and int(number[1]) > last_round:
-                (self._run.samples / name).unlink(missing_ok=True)
+                with suppress(OSError):
+                    (self._run.samples / name).unlink()
 
     def _tell_absent(self, refused: dict[str, str], missing: dict[str, str]) -> None:
         for word, reasons in (("refused", refused), ("missing", missing)):

@@ -27,7 +27,17 @@ from srfed import __version__
 from srfed.config import RunConfig, load_config
 from srfed.config.sections import fingerprint_of
 from srfed.errors import UserError
-from srfed.files import close_to_others, held, list_folder, new_folder, private, read_json, write_bytes, write_json
+from srfed.files import (
+    close_to_others,
+    exists,
+    held,
+    list_folder,
+    new_folder,
+    private,
+    read_json,
+    write_bytes,
+    write_json,
+)
 
 LOCK = "lock"
 README = """The folder of a run of srfed; docs/run_folder.md says what each file is.
@@ -87,7 +97,7 @@ class RunDirectory:
             UserError: it is none, its files are damaged, or its config.yaml is not what the run was begun with.
         """
         path = path.absolute()
-        if not (path / "run.json").is_file():
+        if not exists(path / "run.json"):
             raise UserError(f"{path} is not the folder of a run: it has no run.json")
         identity = read_json(path / "run.json", kinds=_KINDS)
         run = cls(path, load_config(path / "config.yaml"), str(identity["lineage"]))
@@ -216,9 +226,9 @@ def _of_configuration(config: RunConfig) -> dict[str, Any]:
 
 
 def _refuse_used(path: Path) -> None:
-    if (path / "run.json").exists():
+    if exists(path / "run.json"):
         raise UserError(f"{path} holds a run already; continue it with --resume {path}, or name another folder")
-    if path.exists() and (not path.is_dir() or set(list_folder(path)) - {LOCK}):
+    if exists(path) and (not path.is_dir() or set(list_folder(path)) - {LOCK}):
         raise UserError(f"{path} is not an empty folder; name another one with --run-dir")
 
 
