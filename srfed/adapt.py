@@ -85,41 +85,41 @@ def _adapt(options: argparse.Namespace) -> None:
         )
         for mode in modes
     }
-    folder = AdaptationFolder(out, about)
-    print(
-        f"{task.name}: {len(task.train)} training images and {len(task.test)} held out, of {_extents(trained.shape)}; "
-        f"core of round {trained.round}, sha256 {core}"
-    )
-    for mode in modes:
-        if folder.has(mode, task.name):
-            print(f"{mode}: finished already")
-            continue
-        curve = []
-        with tqdm(total=options.steps, desc=mode, unit="step", disable=None, leave=False) as bar:
-            for scored in score_adaptation(
-                config, trained.shared, task, network, mode=mode, steps=options.steps, every=every,
-                samples=options.samples, seed=options.seed,
-            ):  # fmt: skip
-                curve.append(scored)
-                bar.update(scored.point.steps - bar.n)
-                point = scored.point
-                tqdm.write(
-                    f"{mode:<8} step {point.steps:>5}  loss {point.loss:.4f}  {point.score_name} {point.score:.3f}"
-                )
-        last = curve[-1]
-        folder.add(own[mode], mode, task.name, curve)
-        rows = {str(first): last.samples[first : first + ROW] for first in range(0, len(last.samples[:100]), ROW)}
-        write_png(out / f"samples-{mode}.png", draw_grid(rows))
-        print(f"{mode}: {_core_words(mode, core, tensors_hash(last.adapted.shared))}")
-        print(f"  sample it: python -m srfed.sample --store {folder.store(mode, task.name)} --n 64 --out grid.png")
-    _plot(out / "scores.png", folder.points, task.name)
-    some = folder.points[-1]
-    print(
-        f"{some.score_name} of {some.samples} samples against {some.references} held-out images; the {some.images} "
-        f"training images score {some.floor:.3f} ({network.name} {network.sha256[:8]}, {network.resize_rule}; "
-        f"seed {options.seed})"
-    )
-    print(f"scores: {folder.scores}, {out / 'scores.png'}")
+    with AdaptationFolder.held(out, about) as folder:
+        print(
+            f"{task.name}: {len(task.train)} training images and {len(task.test)} held out, "
+            f"of {_extents(trained.shape)}; core of round {trained.round}, sha256 {core}"
+        )
+        for mode in modes:
+            if folder.has(mode, task.name):
+                print(f"{mode}: finished already")
+                continue
+            curve = []
+            with tqdm(total=options.steps, desc=mode, unit="step", disable=None, leave=False) as bar:
+                for scored in score_adaptation(
+                    config, trained.shared, task, network, mode=mode, steps=options.steps, every=every,
+                    samples=options.samples, seed=options.seed,
+                ):  # fmt: skip
+                    curve.append(scored)
+                    bar.update(scored.point.steps - bar.n)
+                    point = scored.point
+                    tqdm.write(
+                        f"{mode:<8} step {point.steps:>5}  loss {point.loss:.4f}  {point.score_name} {point.score:.3f}"
+                    )
+            last = curve[-1]
+            folder.add(own[mode], mode, task.name, curve)
+            rows = {str(first): last.samples[first : first + ROW] for first in range(0, len(last.samples[:100]), ROW)}
+            write_png(out / f"samples-{mode}.png", draw_grid(rows))
+            print(f"{mode}: {_core_words(mode, core, tensors_hash(last.adapted.shared))}")
+            print(f"  sample it: python -m srfed.sample --store {folder.store(mode, task.name)} --n 64 --out grid.png")
+        _plot(out / "scores.png", folder.points, task.name)
+        some = folder.points[-1]
+        print(
+            f"{some.score_name} of {some.samples} samples against {some.references} held-out images; the {some.images} "
+            f"training images score {some.floor:.3f} ({network.name} {network.sha256[:8]}, {network.resize_rule}; "
+            f"seed {options.seed})"
+        )
+        print(f"scores: {folder.scores}, {out / 'scores.png'}")
 
 
 def _on_this_device(config: "RunConfig", device: str, *, cuda: bool) -> "RunConfig":

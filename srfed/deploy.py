@@ -230,19 +230,21 @@ def _sites(options: argparse.Namespace) -> None:
 def _rehearse(options: argparse.Namespace) -> None:
     from srfed.config import load_config
     from srfed.deployment.rehearsal import rehearse
+    from srfed.files import new_folder
     from srfed.simulate import check
 
-    folder = (options.dir or Path("runs") / f"rehearsal-{datetime.now().strftime('%Y%m%d-%H%M%S')}").absolute()
     overrides = list(options.overrides)
     if options.clients is not None:
         overrides.append(f"federation.clients={options.clients}")
-    earlier = folder / "config.yaml"
-    config = load_config(options.config or (earlier if earlier.is_file() else None), overrides)
+    earlier = None if options.dir is None else options.dir / "config.yaml"
+    config = load_config(options.config or (earlier if earlier and earlier.is_file() else None), overrides)
     if config.data.dir:
         # Flower's processes, and later rehearsals, may stand in other folders.
         data = config.data.model_copy(update={"dir": str(Path(config.data.dir).absolute())})
         config = config.model_copy(update={"data": data})
     check(config)
+    own = Path("runs") / f"rehearsal-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
+    folder = (options.dir or new_folder(own)).absolute()
     print(
         f"{config.name}: {config.federation.clients} sites, {config.federation.rounds} rounds\nfolder: {folder}",
         flush=True,

@@ -49,11 +49,14 @@ def _sample(options: argparse.Namespace) -> None:
     from srfed.config import load_config, parse_config
     from srfed.errors import UserError
     from srfed.evaluation.generation import generate
-    from srfed.files import write_bytes
+    from srfed.files import try_output, write_bytes
     from srfed.reporting.pictures import draw_grid, write_png
 
     if options.n < 1:
         raise UserError(f"--n {options.n} is impossible; allowed: 1 or more")
+    out = options.out or Path("samples.png")
+    for output in (out, options.npz):
+        try_output(output)
     resources = load_config(None, [f"resources.device={options.device}"]).resources
     trained = TrainedRun(options.run, resources) if options.store is None else TrainedSite(options.store, resources)
     given = {"sampler": options.sampler, "steps": options.steps, "eta": options.eta}
@@ -73,14 +76,13 @@ def _sample(options: argparse.Namespace) -> None:
             seed=options.seed,
             task=task.client,
         ).images
-    out = options.out or Path("samples.png")
-    write_png(out, draw_grid(_rows(images)))
+    write_png(out, draw_grid(_rows(images)), private=False)
     print(f"{options.n} images of {len(tasks)} tasks after round {trained.round}: {out}")
     if options.npz is not None:
         buffer = io.BytesIO()
         names = [name for name, group in images.items() for _ in group]
         np.savez_compressed(buffer, images=np.concatenate(list(images.values())), tasks=np.array(names))
-        write_bytes(options.npz, buffer.getvalue())
+        write_bytes(options.npz, buffer.getvalue(), private=False)
         print(f"as numbers: {options.npz}")
 
 

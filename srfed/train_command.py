@@ -169,7 +169,10 @@ def _with_absolute_data_dir(config: RunConfig) -> RunConfig:
 def finished(run: RunDirectory) -> bool:
     """Whether the run has its last evaluation, and so nothing is left to do."""
     last = run.config.federation.rounds
-    return any(line["final"] and line["round"] == last for line in MetricsLog(run.metrics).evaluations())
+    # A checkpoint that was removed takes the run back, whatever its log says.
+    return run.last_round == last and any(
+        line["final"] and line["round"] == last for line in MetricsLog(run.metrics).evaluations()
+    )
 
 
 def _announce(run: RunDirectory) -> None:

@@ -36,6 +36,7 @@ from srfed.deployment import processes
 from srfed.deployment.certificates import make_certificates
 from srfed.deployment.processes import FOLDER_VARIABLE, Deployment
 from srfed.errors import UserError
+from srfed.files import held
 from srfed.models.partition import divide
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import RunDirectory
@@ -250,6 +251,8 @@ def test_check_of_a_folder_of_mixed_pictures(pictures: Path, tiny_yaml: Path, tm
     with Image.open(state / "check.png") as picture:
         assert picture.format == "PNG"
     assert [path.name for path in state.iterdir()] == ["check.png"], "what it tried to write is gone again"
+    assert [path.stat().st_mode & 0o777 for path in (state, state / "check.png")] == [0o700, 0o600]
+    assert "can be read by others" not in done.stdout
     values = {"client-id": "clinic-1", "data": str(pictures), "state-dir": str(state)}
     assert node_config_of(done.stdout) == values
     assert "--auth-supernode-private-key site-clinic-1.key" in done.stdout
@@ -261,6 +264,18 @@ def test_check_of_a_folder_of_mixed_pictures(pictures: Path, tiny_yaml: Path, tm
     assert f"each round: {payload:,} bytes" in done.stdout
     for word in ("never go:   your images, θ_i", "generated images: 10 at the end, 4 at", "of 192 bytes"):
         assert word in done.stdout
+
+
+def test_check_says_where_others_can_look_into_the_state(tiny_yaml: Path, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "clinic.npz", train_images=images[:24], test_images=images[24:])
+    state = tmp_path / "state"
+    (state / "clinic").mkdir(parents=True, mode=0o700)
+    state.chmod(0o750)
+    done = command("check", "--data", tmp_path / "clinic.npz", "--state-dir", state, "--config", tiny_yaml)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line.strip() for line in done.stdout.splitlines() if "read by others" in line]
+    assert line == f"{state} can be read by others on this machine (mode 0750); close it: chmod -R go= {state}"
 
 
 def test_check_of_an_npz_file_in_moments_mode(tiny_yaml: Path, tmp_path: Path) -> None:
@@ -429,7 +444,7 @@ def deployed_bits(folder: Path) -> dict[str, Any]:
     bits: dict[str, Any] = {"server": server_bits(run)}
     attempts = read_manifest(sorted(run.server.glob("round-*"))[-1])["attempts"]
     for client, attempt in attempts.items():
-        manifest = read_manifest(folder / "sites" / client / "state" / client / run.lineage / attempt)
+        manifest = read_manifest(folder / "sites" / client / "state" / client / "lineages" / run.lineage / attempt)
         bits[client] = {name: manifest[name] for name in ("round", "steps", "exclusive_steps", "sha256")}
     return bits
 
@@ -461,6 +476,10 @@ def test_a_rehearsal_stopped_and_resumed_has_the_bits_of_a_simulation(tiny_yaml:
     assert "INFO" not in output, "Flower's own log is in the files"
     assert_none_left(folder)
     assert (folder / "certificates" / "ca.crt").read_bytes() == certificate
+
+    # Databases, images, θ_i, keys, logs; what is handed out has its own modes, in a folder that is closed.
+    for path in (folder, *folder.rglob("*")):
+        assert path.suffix in (".crt", ".pub") or not path.stat().st_mode & 0o077, path
 
     run = RunDirectory.open(folder / "run")
     assert (run.server / "round-00002" / "manifest.json").is_file()
@@ -498,6 +517,14 @@ def test_a_folder_of_something_else_is_left_alone(tiny_yaml: Path, tmp_path: Pat
     done = command("rehearse", "--clients", 1, "--config", tiny_yaml, "--dir", tmp_path)
     assert_one_line(done, "neither an empty folder nor that of a rehearsal")
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+
+
+def test_a_rehearsal_in_use_is_left_alone(tiny_yaml: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "rehearsal"
+    with held(folder / "lock", wait=False):
+        done = command("rehearse", "--clients", 1, "--config", tiny_yaml, "--dir", folder)
+    assert_one_line(done, f"{folder} is in use by another process")
+    assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
 def test_a_deployment_starts_flower_as_a_real_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -263,7 +263,7 @@ def needle(values: torch.Tensor) -> bytes | None:
 
 def private_needles(state: Path, lineage: str) -> Iterator[tuple[str, bytes]]:
     """θ_i, its average and its moments, of every attempt of every site."""
-    for attempt in sorted(state.glob(f"*/{lineage}/round-*")):
+    for attempt in sorted(state.glob(f"*/lineages/{lineage}/round-*")):
         checkpoint = read_checkpoint(attempt)
         for group in ("exclusive", "exclusive_average", "exclusive_moments"):
             for name, tensor in checkpoint.group(group).items():
@@ -505,6 +505,6 @@ def accepted_bits(run: RunDirectory, state: Path) -> dict[str, Any]:
     """The hashes of each site's accepted attempt."""
     attempts = read_manifest(sorted(run.server.glob("round-*"))[-1])["attempts"]
     return {
-        client: read_manifest(state / client / run.lineage / attempt)["sha256"]
+        client: read_manifest(state / client / "lineages" / run.lineage / attempt)["sha256"]
         for client, attempt in sorted(attempts.items())
     }

@@ -217,7 +217,7 @@ def test_a_client_that_joins_late_begins_as_one_that_has_failed_so_far(
     tasks = [[task["client"] for task in line["tasks"]] for line in records(late) if line["kind"] == "tasks"]
     assert tasks == [CLIENTS[:2], CLIENTS]
     assert MetricsLog(late.metrics).tasks() == MetricsLog(absent.metrics).tasks()
-    attempts = [read_manifest(path) for path in (late.clients / "digit-2" / late.lineage).iterdir()]
+    attempts = [read_manifest(path) for path in (late.clients / "digit-2" / "lineages" / late.lineage).iterdir()]
     assert {manifest["round"]: manifest["parent"] == NO_PARENT for manifest in attempts} == {2: True, 3: False}
 
 
@@ -297,7 +297,9 @@ def test_a_client_whose_work_is_lost_is_asked_again(
     ]
     assert all_bits(run) == all_bits(undisturbed)
     assert same_but_for_traffic(run, undisturbed)
-    assert len(list((run.clients / "digit-1" / run.lineage).iterdir())) == 6, "attempts that nobody refers to"
+    assert len(list((run.clients / "digit-1" / "lineages" / run.lineage).iterdir())) == 6, (
+        "attempts that nobody refers to"
+    )
 
 
 class MovingGrid(ChangingGrid):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import begin, round_lines, tiny_config
+from tiny_run import begin, files_of_at_most, round_lines, tiny_config
 
-from srfed.errors import UserError
+from srfed.errors import DamagedError, UserError
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.pictures import GAP, SMALLEST_CELL, draw_grid, write_png
 from srfed.reporting.records import EvaluationRecord, RoundRecord, TaskInfo
@@ -110,6 +110,35 @@ def test_a_log_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         MetricsLog(tmp_path / "file" / "metrics.jsonl").add_round(round_record(1))
+
+
+@pytest.mark.parametrize(
+    ("line", "number"),
+    [(b"\xff\xfe", 2), (b"\0" * 9, 2), (b"12", 2), (b'{"kind": "round"}', 2), (b'{"kind": "news", "round": 1}', 2)],
+)
+def test_a_line_that_is_none_of_ours_is_named(tmp_path: Path, line: bytes, number: int) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.begin(0, TASKS)
+    with log.path.open("ab") as file:
+        file.write(line)
+    assert log.rounds() == [], "without an end it is what a crash has left"
+    with log.path.open("ab") as file:
+        file.write(b"\n")
+    for read in (log.rounds, log.evaluations, log.tasks, lambda: log.begin(1, TASKS)):
+        with pytest.raises(DamagedError, match=f"metrics.jsonl is damaged in line {number}; remove that line"):
+            read()
+
+
+def test_a_log_says_its_format_and_one_of_a_newer_srfed_is_refused(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.begin(0, TASKS)
+    head = json.loads(log.path.read_text())
+    assert head["format"] == 1
+    log.path.write_text(json.dumps({**head, "format": 2}) + "\n")
+    with pytest.raises(UserError, match="has format 2, which a newer srfed wrote"):
+        log.tasks()
+    log.path.write_text(json.dumps({key: head[key] for key in head if key != "format"}) + "\n")
+    assert log.tasks() == TASKS
 
 
 # --- The table -----------------------------------------------------------------------------------
@@ -340,3 +369,29 @@ def test_a_run_directory_keeps_its_lineage_and_its_configuration(tmp_path: Path)
     assert (again.lineage, again.config) == (run.lineage, run.config)
     assert again.config == tiny_config({"training.learning_rate": 1e-5})
     assert begin(tmp_path / "other").lineage != run.lineage
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_is_full_for_the_curves_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = begin(tmp_path / "run")
+    reporter = Reporter(run)
+    reporter.begin(0, TASKS)
+    reporter.on_round(round_record(1))
+    (events,) = run.tensorboard.iterdir()
+    with files_of_at_most(events.stat().st_size):
+        reporter.on_round(round_record(2))
+        reporter.on_round(round_record(3))
+        reporter.close()
+    notices = [line for line in capsys.readouterr().err.splitlines() if "cannot write" in line]
+    assert notices == [f"cannot write {run.tensorboard}: File too large; its curves end here, and the run goes on"]
+    assert [line["round"] for line in round_lines(run)] == [1, 2, 3]
+    assert scalars(run, "loss/mean")[1] == 1.0
+
+
+def test_curves_that_cannot_be_begun_are_the_users_to_mend(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run")
+    run.tensorboard.write_text("in the way")
+    with pytest.raises(UserError, match=f"^cannot write {run.tensorboard}: "):
+        Reporter(run).begin(0, TASKS)

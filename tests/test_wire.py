@@ -87,11 +87,11 @@ def contents(tensor: torch.Tensor) -> bytes | None:
 
 def private_tensors(run: RunDirectory) -> Iterator[tuple[str, torch.Tensor]]:
     """All that any kept attempt of any client holds, except its copy of φ's moments."""
-    for folder in run.clients.glob(f"*/{run.lineage}/*"):
+    for folder in run.clients.glob(f"*/lineages/{run.lineage}/*"):
         checkpoint = read_checkpoint(folder)
         for group in ("exclusive", "exclusive_average", "exclusive_moments"):
             for name, tensor in checkpoint.group(group).items():
-                yield f"{folder.parent.parent.name} {group} {name}", tensor
+                yield f"{folder.parents[2].name} {group} {name}", tensor
 
 
 @pytest.mark.parametrize(

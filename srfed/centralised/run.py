@@ -16,6 +16,7 @@ from srfed.evaluation.task import evaluate_task
 from srfed.reporting.records import EvaluationRecord, RoundRecord, TaskInfo
 from srfed.reporting.reporter import Reporter
 from srfed.reporting.run_directory import RunDirectory
+from srfed.tensors import check_tensors
 from srfed.training.central import CentralResult, CentralState, CentralTrainer
 from srfed.training.local import initial_state, load_tensors
 from srfed.training.optimizers import learning_rate_factor
@@ -72,7 +73,9 @@ class _CentralRun:
     def run(self) -> None:
         config, reporter = self._config, self._reporter
         if self._run.started:
-            self._server = self._checkpoints.load_last()
+            found = self._checkpoints.load_last()
+            self._checkpoints.check(found, self._server.shared)
+            self._server = found
         else:
             self._checkpoints.save(self._server)
         state = self._restore()
@@ -97,6 +100,8 @@ class _CentralRun:
             else self._initial
             for task in self._tasks
         }
+        for task in self._tasks:
+            check_tensors(str(self._store(task).folder), tasks[task.name].exclusive, self._initial.exclusive)
         server = self._server
         return CentralState(server.shared, server.shared_average, tasks, server.shared_moments, server.shared_steps)
 
@@ -105,7 +110,7 @@ class _CentralRun:
         for task in self._tasks:
             parent = self._server.attempts.get(task.name, NO_PARENT)
             store = self._store(task)
-            if (store.folder / attempt).exists():
+            if store.has(attempt):
                 # The process was stopped between this store and the server's checkpoint: these are its bits.
                 continue
             store.save(attempt, parent, number, state.tasks[task.name])

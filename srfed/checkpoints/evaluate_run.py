@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load, save
 
 from srfed.checkpoints.trained_run import TrainedRun
 from srfed.config import SamplingConfig
 from srfed.data import ImageRecord, load_recorded_tasks, load_tasks
 from srfed.data.images import Images
 from srfed.data.record import read_records
-from srfed.errors import UserError
+from srfed.errors import DamagedError
 from srfed.evaluation.generation import generate
 from srfed.evaluation.memorisation import merge_audits
 from srfed.evaluation.network import FeatureNetwork
@@ -31,10 +30,11 @@ from srfed.evaluation.scoring import ReferenceStatistics, audit_numbers, score_s
 from srfed.evaluation.shares import share_of_samples
 from srfed.evaluation.ssim import ssim_window
 from srfed.evaluation.task import ssim_curve
-from srfed.files import read_json, write_bytes, write_json
+from srfed.files import exists, read_json, try_output, write_json
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import RunDirectory
 from srfed.reporting.summary import totals
+from srfed.tensors import read_arrays, write_arrays
 
 SAMPLES_FILE = "samples.safetensors"
 SCORES_FILE = "scores.json"
@@ -98,8 +98,9 @@ def evaluate_run(
         on_changed_images(changes[0])
     others = [asdict(ImageRecord.of(task)) for task in tasks] if changes else None
     folder = path / "evaluations" / _key(trained, wanted, network, others)
-    if (folder / SCORES_FILE).exists():
+    if exists(folder / SCORES_FILE):
         return read_json(folder / SCORES_FILE, "scores")
+    try_output(folder / SCORES_FILE)
     torch.set_num_threads(config.resources.client_cpus)
     samples, sampling_seconds = _samples(folder, trained, wanted, progress)
     began, log = time.perf_counter(), MetricsLog(run.metrics)
@@ -163,20 +164,26 @@ def evaluate_run(
 
 def read_samples(path: Path, trained: TrainedRun, wanted: Wanted, network: FeatureNetwork) -> dict[str, Images]:
     """The samples that :func:`evaluate_run` has scored, by task in order; raises UserError where there are none."""
-    file = path / "evaluations" / _key(trained, wanted, network) / SAMPLES_FILE
+    return _read_samples(path / "evaluations" / _key(trained, wanted, network) / SAMPLES_FILE, trained)
+
+
+def _read_samples(file: Path, trained: TrainedRun) -> dict[str, Images]:
+    """By task in order; raises UserError where the file is damaged, saying what to do."""
     try:
-        found = load(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
-    return {info.task: found[info.task] for info in trained.tasks}
+        found, _ = read_arrays(file)
+        return {info.task: found[info.task] for info in trained.tasks}
+    except DamagedError as error:
+        raise DamagedError(f"{error}; remove {file.parent}, and it is made again") from error
+    except KeyError as error:
+        raise DamagedError(f"{file} has no samples of {error}; remove {file.parent}, and it is made again") from error
 
 
 def _samples(
     folder: Path, trained: TrainedRun, wanted: Wanted, progress: Callable[[str], object]
 ) -> tuple[dict[str, Images], float]:
     file = folder / SAMPLES_FILE
-    if file.exists():
-        return load(file.read_bytes()), float(read_json(folder / "sampling.json", "seconds")["seconds"])
+    if exists(file):
+        return _read_samples(file, trained), float(read_json(folder / "sampling.json", "seconds")["seconds"])
     began = time.perf_counter()
     samples = {}
     share = share_of_samples(wanted.samples, len(trained.tasks))
@@ -193,7 +200,7 @@ def _samples(
         progress(info.task)
     seconds = time.perf_counter() - began
     write_json(folder / "sampling.json", {"seconds": seconds})
-    write_bytes(file, save(samples))
+    write_arrays(file, samples)
     return samples, seconds
 
 

@@ -1,16 +1,33 @@
 """The server's state between rounds, and its checkpoints: `<run>/server/round-00012/`."""
 
-import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
 from srfed.checkpoints.client_store import NO_PARENT
-from srfed.errors import UserError
-from srfed.tensors import Checkpoint, read_checkpoint, remove_checkpoint, write_checkpoint
+from srfed.errors import DamagedError, UserError
+from srfed.tensors import (
+    Checkpoint,
+    check_tensors,
+    find_checkpoints,
+    image_shape,
+    read_checkpoint,
+    remove_checkpoint,
+    remove_remains,
+    write_checkpoint,
+)
 
 _GROUPS = ("shared", "shared_average", "optimizer", "shared_moments")
+_KINDS = {
+    "lineage": str,
+    "round": int,
+    "shared_steps": int,
+    "attempts": dict,
+    "shape": list,
+    "clients": list,
+}
 
 
 @dataclass(frozen=True)
@@ -97,45 +114,51 @@ class ServerCheckpoints:
         write_checkpoint(self._path(state.round), Checkpoint(groups, manifest))
         for number in self.rounds()[: -self._keep]:
             remove_checkpoint(self._path(number))
-        for leftover in self.folder.glob(".*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        remove_remains(self.folder)
 
     def rounds(self) -> list[int]:
-        """Rounds that have a checkpoint, in order."""
-        names = (path.name.removeprefix("round-") for path in self.folder.glob("round-*"))
+        """Rounds that have a checkpoint, in order; raises UserError where the folder cannot be read."""
+        names = (name.removeprefix("round-") for name in find_checkpoints(self.folder) if name.startswith("round-"))
         return sorted(int(name) for name in names if name.isdecimal())
 
     def load_last(self) -> ServerState:
         """The last checkpoint.
 
         Raises:
-            UserError: there is none, or it is damaged; the text says how to go back one round.
+            DamagedError: it is damaged; the text says how to go back one round.
+            UserError: there is none, it cannot be read, or it is of another srfed.
         """
         rounds = self.rounds()
         if not rounds:
             raise UserError(f"{self.folder} has no checkpoint: the run stopped before its first round ended")
         path = self._path(rounds[-1])
         try:
-            checkpoint = read_checkpoint(path)
-        except UserError as error:
+            checkpoint = read_checkpoint(path, _KINDS)
+            shape = image_shape(path, checkpoint.manifest["shape"])
+        except DamagedError as error:
             advice = f"remove {path} to go back to round {rounds[-2]}" if len(rounds) > 1 else "it is the only one"
-            raise UserError(f"{error}; {advice}") from error
+            raise DamagedError(f"{error}; {advice}") from error
         manifest = checkpoint.manifest
         try:
-            height, width, channels = manifest["shape"]
-            return ServerState(
-                **{group: checkpoint.group(group) for group in _GROUPS},
-                lineage=manifest["lineage"],
-                round=manifest["round"],
-                shared_steps=manifest["shared_steps"],
-                attempts=manifest["attempts"],
-                shape=(height, width, channels),
-                clients=tuple(manifest["clients"]),
-                known={client: KnownClient(**known) for client, known in manifest.get("known", {}).items()},
-                minibatches=manifest.get("minibatches", {}),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is of another version of srfed, or damaged: {error}") from error
+            known = {client: KnownClient(**entry) for client, entry in manifest.get("known", {}).items()}
+        except (AttributeError, TypeError) as error:
+            raise DamagedError(f"{path} is damaged: {error}") from error
+        return ServerState(
+            **{group: checkpoint.group(group) for group in _GROUPS},
+            lineage=manifest["lineage"],
+            round=manifest["round"],
+            shared_steps=manifest["shared_steps"],
+            attempts=manifest["attempts"],
+            shape=shape,
+            clients=tuple(manifest["clients"]),
+            known=known,
+            minibatches=manifest.get("minibatches", {}),
+        )
+
+    def check(self, state: ServerState, shared: Mapping[str, Tensor]) -> None:
+        """Raise UserError unless a state's φ and its average have the names and shapes of the model's ``shared``."""
+        for tensors in (state.shared, state.shared_average):
+            check_tensors(str(self._path(state.round)), tensors, shared)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"round-{number:05d}"

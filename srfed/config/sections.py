@@ -6,6 +6,7 @@ The defaults are the embedded digits' experiment, ``configs/digits.yaml``.
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 import yaml
@@ -435,9 +436,13 @@ class RunConfig(Section):
         """The whole configuration as YAML that :func:`load_config` reads back to an equal object."""
         return yaml.dump(json.loads(self.to_json()), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
+    def decisive_settings(self) -> dict[str, Any]:
+        """The settings that decide the result, by name, as JSON has them."""
+        return self._decisive()
+
     def fingerprint(self) -> str:
         """SHA-256 over the settings that decide the result (not backend, paths, or time limits)."""
-        return hashlib.sha256(json.dumps(self._decisive(), sort_keys=True).encode()).hexdigest()
+        return fingerprint_of(self._decisive())
 
     def decisive_differences(self, other: "RunConfig") -> list[str]:
         """The settings that decide the result and differ, each as "section.key: own -> other"."""
@@ -459,6 +464,11 @@ class RunConfig(Section):
         if self.training.learning_rate_schedule != "constant":
             free = free - {"federation.rounds"}
         return {name: value for name, value in self.settings().items() if name not in free}
+
+
+def fingerprint_of(settings: Mapping[str, Any]) -> str:
+    """SHA-256 over settings by name."""
+    return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()
 
 
 REMOVED = {

@@ -72,7 +72,7 @@ def make_certificates(folder: Path, hosts: Sequence[str], sites: Sequence[str] =
         key = ec.generate_private_key(ec.SECP384R1())
         public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
         _write_private_key(folder / site_key(site), key, serialization.PrivateFormat.OpenSSH)
-        write_bytes(folder / site_public_key(site), public + f" {site}\n".encode())
+        write_bytes(folder / site_public_key(site), public + f" {site}\n".encode(), private=False)
 
 
 def describe(folder: Path, hosts: Sequence[str], sites: Sequence[str], days: int) -> str:
@@ -134,7 +134,7 @@ def _make_authority_and_server(folder: Path, names: Sequence[x509.GeneralName], 
     for name, key in ((CA_KEY, authority_key), (SERVER_KEY, server_key)):
         _write_private_key(folder / name, key, serialization.PrivateFormat.PKCS8)
     for name, certificate in ((CA_CERTIFICATE, authority), (SERVER_CERTIFICATE, server)):
-        write_bytes(folder / name, certificate.public_bytes(serialization.Encoding.PEM))
+        write_bytes(folder / name, certificate.public_bytes(serialization.Encoding.PEM), private=False)
 
 
 def _builder(

@@ -15,6 +15,7 @@ from srfed.data import Task, describe_own_images, load_own_task, recorded_images
 from srfed.data.images import Images
 from srfed.errors import UserError
 from srfed.evaluation.features import load_feature_network
+from srfed.files import make_folder, open_to_others
 from srfed.reporting.pictures import draw_grid, write_png
 from srfed.reporting.words import bytes_in_words
 from srfed.training.batches import MinibatchOrder
@@ -90,6 +91,7 @@ def check_site(config: RunConfig, data: Path, state_dir: Path, client: str, pict
             f"picture:    {picture}  (look at it: this is what the network will see)",
             f"minibatch:  {len(order.indices(0))} of {len(task.train)} images",
             f"state:      {state_dir} can be written",
+            *(f"            {said}" for path in (state_dir, state_dir / client) if (said := open_to_others(path))),
             f"            {bytes_in_words(free)} free, up to {bytes_in_words(needed)} needed",
             f"computes:   on {device.type}",
             "",
@@ -140,7 +142,7 @@ def _try_to_write(folder: Path) -> None:
     """Make a file in the folder and remove it; raises UserError where that does not work."""
     probe = folder / f".check-{uuid4().hex[:8]}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with probe.open("wb") as file:
             file.write(b"srfed")
             file.flush()

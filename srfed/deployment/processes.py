@@ -33,7 +33,7 @@ from srfed.deployment.certificates import (
 )
 from srfed.deployment.sites import NOTES, REGISTERED, note_site
 from srfed.errors import UserError
-from srfed.files import write_bytes
+from srfed.files import make_folder, private, write_bytes
 from srfed.keys import read_key
 
 Role = Literal["superlink", "supernode", "serverapp", "client"]
@@ -285,8 +285,8 @@ class Deployment:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _start(self, command: Sequence[str], part: str, home: Path, log: str) -> "_Process":
-        home.mkdir(parents=True, exist_ok=True)
-        self.logs.mkdir(parents=True, exist_ok=True)
+        make_folder(home)
+        make_folder(self.logs)
         # Without what a simulation in this process may have set for its own apps.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SRFED_")}
         # Flower's helpers are started by name; without an activated environment they are not on the path.
@@ -457,7 +457,7 @@ class _Process:
         self.log = log
         self.begin = log.stat().st_size if log.exists() else 0
         self._name = Path(command[0]).name + (f" of {part}" if part.startswith("site") else "")
-        with log.open("ab") as file:
+        with private(), log.open("ab") as file:
             self._popen = subprocess.Popen(
                 command,
                 env=environment,
@@ -465,6 +465,7 @@ class _Process:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                umask=0o077,  # databases and logs are nobody else's
             )
 
     @property

@@ -17,7 +17,7 @@ from srfed.deployment.agree import agree_as_rehearsed
 from srfed.deployment.certificates import CA_CERTIFICATE
 from srfed.deployment.processes import Deployment
 from srfed.errors import UserError
-from srfed.files import write_bytes
+from srfed.files import held, list_folder, write_bytes
 from srfed.reporting.run_directory import RunDirectory
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -43,11 +43,17 @@ def rehearse(folder: Path, config: RunConfig) -> None:
         KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came; every process has been ended.
     """
     folder = folder.absolute()
-    if folder.exists() and not (folder / "certificates").is_dir() and (not folder.is_dir() or any(folder.iterdir())):
+    used = folder.exists() and (not folder.is_dir() or set(list_folder(folder)) - {"lock"})
+    if used and not (folder / "certificates").is_dir():
         raise UserError(f"{folder} is neither an empty folder nor that of a rehearsal; name another one with --dir")
-    if (folder / "run" / "run.json").exists():
-        # Refused here, and not after everything has been started.
-        RunDirectory.open(folder / "run").reconfigure(config)
+    with held(folder / "lock", wait=False):
+        if (folder / "run" / "run.json").exists():
+            # Refused here, and not after everything has been started.
+            RunDirectory.open(folder / "run").reconfigure(config)
+        _rehearse(folder, config)
+
+
+def _rehearse(folder: Path, config: RunConfig) -> None:
     tasks = load_recorded_tasks(
         config.data, config.federation.clients, folder / "run" / RECORD_FILE, remedy="rehearse in another folder, --dir"
     )

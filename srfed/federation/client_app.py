@@ -53,6 +53,7 @@ def describe(message: Message, context: Context) -> Message:
     """Say who this client is, what its images look like, and which partition it would use."""
     admitted = admit(message, context)
     site, task = admitted.site, admitted.task
+    site.note_open_folders()
     _, height, width, channels = task.train.shape
     description = Description(
         client=site.client,
@@ -78,7 +79,7 @@ def train(message: Message, context: Context) -> Message:
     result = runtime.trainer(site).train(
         request.round,
         _shared(message, runtime),
-        runtime.state(site, request),
+        runtime.state(site, request, training=True),
         read_tensors(message.content, SHARED_MOMENTS) if received_moments else None,
     )
     metrics: dict[str, float | list[float]] = {
@@ -109,11 +110,11 @@ def evaluate(message: Message, context: Context) -> Message:
     admitted = admit(message, context)
     request, site, task, runtime = admitted.request, admitted.site, admitted.task, runtime_for(admitted)
     config, client = admitted.config, site.client
-    shared, state = _shared(message, runtime), runtime.state(site, request)
+    shared, state = _shared(message, runtime), runtime.state(site, request, training=False)
     if site.data is not None:
         save_site_model(
             site.folder, config, request.lineage, request.round, task.train.shape[1:], shared,
-            state.exclusive_average,
+            state.exclusive_average, runtime.store(site, request).line(request.parent),
         )  # fmt: skip
     load_tensors(runtime.model, shared, state.exclusive_average)
     runtime.model.eval()

@@ -28,17 +28,18 @@ def run_on_ray(run: RunDirectory, server_app: ServerApp, client_app: ClientApp) 
     logging.getLogger("flwr").setLevel(logging.ERROR)
     # Ray announces a change of what clients without a GPU see; here they are to see none.
     warnings.filterwarnings("ignore", message=".*accelerator visible devices", category=FutureWarning)
-    run_simulation(
-        server_app,
-        client_app,
-        num_supernodes=clients,
-        backend_config={
-            "init_args": {
-                "num_cpus": min(cores, clients * resources.client_cpus),
-                "include_dashboard": False,
-                "log_to_driver": False,
-                "logging_level": logging.ERROR,
+    with run.in_use():
+        run_simulation(
+            server_app,
+            client_app,
+            num_supernodes=clients,
+            backend_config={
+                "init_args": {
+                    "num_cpus": min(cores, clients * resources.client_cpus),
+                    "include_dashboard": False,
+                    "log_to_driver": False,
+                    "logging_level": logging.ERROR,
+                },
+                "client_resources": {"num_cpus": resources.client_cpus, "num_gpus": resources.client_gpus},
             },
-            "client_resources": {"num_cpus": resources.client_cpus, "num_gpus": resources.client_gpus},
-        },
-    )
+        )

@@ -14,6 +14,7 @@ from srfed.federation.admission import Admitted
 from srfed.federation.agreement import Agreement, not_agreed
 from srfed.federation.messages import Request
 from srfed.federation.site import Site, own_task
+from srfed.tensors import check_tensors
 from srfed.training.local import ClientState, LocalTrainer, initial_state
 from srfed.training.setup import build_diffusion, build_model, build_partition, resolve_device
 
@@ -63,16 +64,19 @@ class Runtime:
         """The site's store for the request's lineage."""
         return ClientStore(site.state_dir, site.client, request.lineage, self.config.federation.keep_attempts)
 
-    def state(self, site: Site, request: Request) -> ClientState:
+    def state(self, site: Site, request: Request, *, training: bool) -> ClientState:
         """The state that the request tells the client to start from.
 
         Raises:
-            UserError: the store has no such attempt, or one of another partition.
+            UserError: the store has no such attempt, or one of another partition; or the round does not follow it.
         """
+        store = self.store(site, request)
+        store.check_descent(request.parent, request.round, training=training)
         if request.parent == NO_PARENT:
             return self._initial_state
-        state = self.store(site, request).load(request.parent)
+        state = store.load(request.parent)
         _check_names("θ_i", state.exclusive, self.partition.exclusive)
+        check_tensors(str(store.folder), state.exclusive, self._initial_state.exclusive)
         return state
 
     def check_shared(self, shared: Mapping[str, Tensor]) -> None:

@@ -137,6 +137,7 @@ class _Server:
         self._checkpoints = ServerCheckpoints(run.server, config.federation.keep_attempts)
         if run.started:
             self._state = self._checkpoints.load_last()
+            self._checkpoints.check(self._state, shared)
         else:
             self._state = ServerState(
                 lineage=run.lineage,

@@ -25,6 +25,7 @@ from srfed.data import (
     task_names,
 )
 from srfed.errors import UserError
+from srfed.files import append_text, open_to_others
 
 STATE_DIR_VARIABLE = "SRFED_STATE_DIR"
 """Environment variable that tells a simulation's clients where the run keeps their stores."""
@@ -61,10 +62,14 @@ class Site:
         return self.folder / "client.log"
 
     def note(self, text: str) -> None:
-        """Append a line to the log."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")
+        """Append to the log, with the time; raises UserError where it cannot be written."""
+        append_text(self.log, f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")
+
+    def note_open_folders(self) -> None:
+        """Say in the log which of the client's folders others can read."""
+        for folder in (self.state_dir, self.folder):
+            if said := open_to_others(folder):
+                self.note(said)
 
 
 def site_of(context: Context, config: RunConfig) -> Site:

@@ -1,11 +1,14 @@
 """The reporter: what the server tells goes to the terminal, metrics.jsonl, TensorBoard and pictures."""
 
+import re
 import sys
 import time
+from contextlib import suppress
 from typing import Never
 
 from tqdm import tqdm
 
+from srfed.files import list_folder
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.pictures import draw_grid, write_png
 from srfed.reporting.records import EvaluationRecord, RoundRecord, TaskInfo
@@ -34,13 +37,17 @@ class Reporter:
         """Start, or go on after ``last_round``; ``tasks`` in the order of display, before those that are away."""
         here = {task.client for task in tasks}
         tasks = [*tasks, *(task for task in self._log.tasks() if last_round and task.client not in here)]
+        if last_round and not self._log.rounds():
+            self.on_notice(f"{self._run.metrics} has nothing of rounds 1 to {last_round}; it begins anew")
         self._log.begin(last_round, tasks)
-        self._tensorboard = TensorBoard(self._run.tensorboard, self._run.config, last_round)
+        self._drop_pictures(last_round)
+        self._tensorboard = TensorBoard(self._run.tensorboard, self._run.config, last_round, self.on_notice)
         self._order = [task.client for task in tasks]
         self._first = last_round
         self._began = time.monotonic()
         if last_round:
-            print(f"going on after round {last_round}", flush=True)
+            over = last_round >= self._run.config.federation.rounds
+            print(f"going on after round {last_round}{', the last: nothing is trained' if over else ''}", flush=True)
 
     def on_join(self, task: TaskInfo) -> None:
         if task.client not in self._order:
@@ -116,6 +123,14 @@ class Reporter:
         self._close_bar()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+    def _drop_pictures(self, last_round: int) -> None:
+        """A resumed run draws those of later rounds again."""
+        for name in list_folder(self._run.samples):
+            number = re.fullmatch(r"(?:round|reverse-process)-(\d+)\.png", name)
+            if number is not None and int(number[1]) > last_round:
+                with suppress(OSError):
+                    (self._run.samples / name).unlink()
 
     def _tell_absent(self, refused: dict[str, str], missing: dict[str, str]) -> None:
         for word, reasons in (("refused", refused), ("missing", missing)):
