@@ -2,12 +2,11 @@
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from srfed.command import INTERRUPTED, run_command
+from srfed.command import Parser, run_command, status_of, tell
 from srfed.errors import UserError
 
 
@@ -18,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m srfed.deploy", description="Prepare, check and rehearse a federation of real machines."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -90,39 +89,39 @@ def _certificates(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     from srfed.config import load_config
-    from srfed.deployment.check import check_site
 
     # A name for a file: "my pictures" becomes "my-pictures".
     client = options.client_id or re.sub(r"[^A-Za-z0-9._-]+", "-", options.data.absolute().stem).strip("._-")
     config = load_config(options.config, options.overrides)
+    # After the settings, as it imports torch.
+    from srfed.deployment.check import check_site
+
     print(check_site(config, options.data, options.state_dir, client, options.out))
 
 
 def _rehearse(options: argparse.Namespace) -> None:
-    from srfed.config import load_config
-    from srfed.deployment.rehearsal import rehearse
+    from srfed.requested_config import requested_config
     from srfed.simulate import check
 
     folder = (options.dir or Path("runs") / f"rehearsal-{datetime.now().strftime('%Y%m%d-%H%M%S')}").absolute()
-    overrides = list(options.overrides)
-    if options.clients is not None:
-        overrides.append(f"federation.clients={options.clients}")
     earlier = folder / "config.yaml"
-    config = load_config(options.config or (earlier if earlier.is_file() else None), overrides)
-    if config.data.dir:
-        # Flower's processes, and later rehearsals, may stand in other folders.
-        data = config.data.model_copy(update={"dir": str(Path(config.data.dir).absolute())})
-        config = config.model_copy(update={"data": data})
+    config = requested_config(
+        options.config or (earlier if earlier.is_file() else None),
+        options.overrides,
+        {"federation.clients": options.clients},
+    )
     check(config)
+    from srfed.deployment.rehearsal import rehearse
+
     print(
         f"{config.name}: {config.federation.clients} sites, {config.federation.rounds} rounds\nfolder: {folder}",
         flush=True,
     )
     try:
         rehearse(folder, config)
-    except KeyboardInterrupt:
-        print(f"stopped; go on with: python -m srfed.deploy rehearse --dir {folder}", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+    except (KeyboardInterrupt, BrokenPipeError) as stop:
+        tell(f"stopped; go on with: python -m srfed.deploy rehearse --dir {folder}")
+        raise SystemExit(status_of(stop)) from None
     print(f"\nresults:    {folder / 'run'}")
     print(f"curves:     tensorboard --logdir {folder / 'run' / 'tensorboard'}")
     print(f"site state: {folder / 'sites'}")
