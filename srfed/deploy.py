@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -120,7 +121,7 @@ def _rehearse(options: argparse.Namespace) -> None:
     try:
         rehearse(folder, config)
     except (KeyboardInterrupt, BrokenPipeError) as stop:
-        tell(f"stopped; go on with: python -m srfed.deploy rehearse --dir {folder}")
+        tell(f"stopped; go on with: python -m srfed.deploy rehearse --dir {shlex.quote(str(folder))}")
         raise SystemExit(status_of(stop)) from None
     print(f"\nresults:    {folder / 'run'}")
     print(f"curves:     tensorboard --logdir {folder / 'run' / 'tensorboard'}")

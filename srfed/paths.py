@@ -1,5 +1,6 @@
 """Paths as their users write them."""
 
+import os
 from pathlib import Path
 
 from srfed.errors import UserError
@@ -9,8 +10,13 @@ def user_path(text: str | Path) -> Path:
     """A path whose first part may be ``~`` or ``~name``, a home folder.
 
     Raises:
-        UserError: nobody has this name, or no home folder is known.
+        UserError: nobody has this name, no home folder is known, or it is not UTF-8, which neither a configuration nor
+            TensorBoard can name.
     """
+    try:
+        str(text).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{os.fsencode(text)!r} is not UTF-8; rename it") from error
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

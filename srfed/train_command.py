@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +81,7 @@ def train_by_command(
         print(f"{relative(run.path)} is finished already; a larger federation.rounds would go on with it")
     else:
         _announce(run)
-        go_on = f"{command} --resume {relative(run.path)}"
+        go_on = f"{command} --resume {shlex.quote(str(relative(run.path)))}"
         try:
             train(run)
         except (KeyboardInterrupt, BrokenPipeError) as stop:

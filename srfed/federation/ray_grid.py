@@ -61,7 +61,7 @@ def _start_ray(config: RunConfig) -> None:
     """Start a Ray of the simulation's own, here and now, whatever RAY_ADDRESS says; Flower then finds it.
 
     Raises:
-        UserError: it does not start.
+        UserError: it does not start, or there is no room for a client.
     """
     resources, clients = config.resources, config.federation.clients
     # Ray's processes do not inherit what Python has put on its path since it started.
@@ -80,10 +80,15 @@ def _start_ray(config: RunConfig) -> None:
     except SystemExit:
         raise Interrupted(signal.SIGTERM) from None
     except Exception as error:
-        raise UserError(f"Ray cannot start: {_first_reason(error)}; {INSTEAD}") from error
+        reason = _first_reason(error)
+        shorter = "; name a shorter folder in TMPDIR" if "AF_UNIX path length" in reason else ""
+        raise UserError(f"Ray cannot start: {reason}{shorter}; {INSTEAD}") from error
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    gpus = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
+    if resources.client_gpus > gpus:
+        raise UserError(f"resources.client_gpus = {resources.client_gpus} is above the {gpus:g} GPUs that Ray finds")
 
 
 def _first_reason(error: BaseException) -> str:

@@ -1,12 +1,12 @@
 """The reporter: what the server tells goes to the terminal, metrics.jsonl, TensorBoard and pictures."""
 
 import sys
-import time
 from typing import Never
 
 from tqdm import tqdm
 
 from srfed.reporting.metrics_log import MetricsLog
+from srfed.reporting.pace import Pace
 from srfed.reporting.pictures import draw_grid, write_png
 from srfed.reporting.records import EvaluationRecord, RoundRecord, TaskInfo
 from srfed.reporting.run_directory import RunDirectory
@@ -27,8 +27,7 @@ class Reporter:
         self._tensorboard: TensorBoard | None = None
         self._bar: tqdm[Never] | None = None
         self._order: list[str] = []
-        self._first = 0
-        self._began = 0.0
+        self._pace = Pace(run.config)
 
     def begin(self, last_round: int, tasks: list[TaskInfo]) -> None:
         """Start, or go on after ``last_round``; ``tasks`` in the order of display, before those that are away."""
@@ -37,8 +36,7 @@ class Reporter:
         self._log.begin(last_round, tasks)
         self._tensorboard = TensorBoard(self._run.tensorboard, self._run.config, last_round)
         self._order = [task.client for task in tasks]
-        self._first = last_round
-        self._began = time.monotonic()
+        self._pace.begin(last_round)
         if last_round:
             print(f"going on after round {last_round}", flush=True)
 
@@ -66,12 +64,12 @@ class Reporter:
         if self._tensorboard is not None:
             self._tensorboard.add_round(record)
         last = self._run.config.federation.rounds
-        per_round = (time.monotonic() - self._began) / (record.round - self._first)
+        left = self._pace.seconds_left(record, clients=len(self._order))
         print(
             f"round {record.round:>{len(str(last))}}/{last}  loss {record.loss:.4f}  "
             f"{record.images_per_second:,.0f} images/s  "
             f"up {bytes_in_words(record.bytes_up)}  down {bytes_in_words(record.bytes_down)}  "
-            f"left {seconds_in_words(per_round * (last - record.round))}",
+            f"left {seconds_in_words(left)}",
             flush=True,
         )
         self._tell_absent(record.refused, record.missing)
@@ -86,6 +84,7 @@ class Reporter:
             write_png(self._run.samples / f"round-{record.round:05d}.png", pictures["samples"])
             write_png(self._run.samples / f"reverse-process-{record.round:05d}.png", pictures["reverse_process"])
         self._log.add_evaluation(record)
+        self._pace.count(record, clients=len(self._order))
         if self._tensorboard is not None:
             self._tensorboard.add_evaluation(record, pictures)
         words = [f"{record.score_name} {record.score:.3f} ({record.samples} samples"]
