@@ -46,8 +46,11 @@ class Parser(argparse.ArgumentParser):
 
     def print_help(self, file: Any = None) -> None:
         mend_streams()
-        with suppress(OSError):
-            super().print_help(file)
+        try:
+            print(self.format_help(), end="", file=file, flush=True)
+        except OSError as error:
+            _flushed()
+            raise SystemExit(CLOSED_PIPE if isinstance(error, BrokenPipeError) else 2) from None
 
     def error(self, message: str) -> Never:
         mend_streams()
