@@ -6,7 +6,6 @@ arrays, as many as φ has tensors. Then srfed with one local step a round, on th
 beyond the second is its own; the third shows what it would take if φ travelled tensor by tensor.
 """
 
-import argparse
 import os
 import shutil
 import statistics
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from srfed.command import Parser
 from srfed.config import load_config
 from srfed.data import load_tasks
 from srfed.deployment.agree import agree_as_rehearsed
@@ -109,7 +109,7 @@ class Watch:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.deployed_round")
+    parser = Parser(prog="python -m benchmarks.deployed_round")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--dir", type=Path, default=Path("runs/deployed-round"), help="emptied first")
     options = parser.parse_args(arguments)

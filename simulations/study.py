@@ -24,6 +24,7 @@ from tqdm import tqdm
 from srfed.checkpoints.evaluate_run import Wanted, read_samples
 from srfed.checkpoints.trained_run import TrainedRun
 from srfed.config import RunConfig, parse_config
+from srfed.cores import usable_cores
 from srfed.data.images import Images
 from srfed.errors import UserError
 from srfed.evaluation.features import load_feature_network
@@ -116,7 +117,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", metavar="DIR", help="where the images are (data.dir)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with seeds 0 to N-1 (default 1)")
     parser.add_argument("--pool", type=Path, default=Path("runs/studies"), metavar="DIR", help="folder of the runs")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at a time; default: cores")
+    parser.add_argument("--jobs", type=int, default=usable_cores(), metavar="N", help="runs at a time; default: cores")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where tables and plots go")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
 

@@ -2,12 +2,13 @@
 
 import argparse
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from srfed.command import INTERRUPTED, run_command
+from srfed.command import Parser, run_command, status_of, tell
 from srfed.errors import UserError
 
 
@@ -18,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m srfed.deploy", description="Prepare, check and rehearse a federation of real machines."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -102,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_sites(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_sites(commands: "argparse._SubParsersAction[Parser]") -> None:
     register = commands.add_parser(
         "register",
         help="let a site's key in, and note whose it is",
@@ -152,12 +153,14 @@ def _certificates(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     from srfed.config import load_config
-    from srfed.deployment.agree import fits, standing
-    from srfed.deployment.check import check_site
 
     # A name for a file: "my pictures" becomes "my-pictures".
     client = options.client_id or re.sub(r"[^A-Za-z0-9._-]+", "-", options.data.absolute().stem).strip("._-")
     config = load_config(options.config, options.overrides)
+    # After the settings, as it imports torch.
+    from srfed.deployment.agree import fits, standing
+    from srfed.deployment.check import check_site
+
     print(check_site(config, options.data, options.state_dir, client, options.out))
     agreement = standing(options.state_dir.expanduser(), client)
     print(f"\nagreement:  {'none yet; python -m srfed.deploy agree' if agreement is None else fits(agreement, config)}")
@@ -167,8 +170,6 @@ def _agree(options: argparse.Namespace) -> None:
     from pydantic import ValidationError
 
     from srfed.config import load_config
-    from srfed.data import current_images
-    from srfed.deployment.agree import agree, in_words, propose, standing
     from srfed.federation.agreement import AGREEMENT_FILE, LeastImages, SiteResources
 
     state_dir = options.state_dir.expanduser().absolute()
@@ -180,6 +181,10 @@ def _agree(options: argparse.Namespace) -> None:
         problem = error.errors(include_url=False)[0]
         raise UserError(f"{problem['loc'][0]} = {problem['input']} is impossible: {problem['msg']}") from error
     config = load_config(options.config, options.overrides)
+    # After the settings, as it imports torch.
+    from srfed.data import current_images
+    from srfed.deployment.agree import agree, in_words, propose, standing
+
     data, folder = options.data.expanduser(), state_dir / options.client_id
     proposed = propose(
         config, data, state_dir, options.client_id,
@@ -228,21 +233,19 @@ def _sites(options: argparse.Namespace) -> None:
 
 
 def _rehearse(options: argparse.Namespace) -> None:
-    from srfed.config import load_config
-    from srfed.deployment.rehearsal import rehearse
     from srfed.files import new_folder
+    from srfed.requested_config import requested_config
     from srfed.simulate import check
 
-    overrides = list(options.overrides)
-    if options.clients is not None:
-        overrides.append(f"federation.clients={options.clients}")
     earlier = None if options.dir is None else options.dir / "config.yaml"
-    config = load_config(options.config or (earlier if earlier and earlier.is_file() else None), overrides)
-    if config.data.dir:
-        # Flower's processes, and later rehearsals, may stand in other folders.
-        data = config.data.model_copy(update={"dir": str(Path(config.data.dir).absolute())})
-        config = config.model_copy(update={"data": data})
+    config = requested_config(
+        options.config or (earlier if earlier and earlier.is_file() else None),
+        options.overrides,
+        {"federation.clients": options.clients},
+    )
     check(config)
+    from srfed.deployment.rehearsal import rehearse
+
     own = Path("runs") / f"rehearsal-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
     folder = (options.dir or new_folder(own)).absolute()
     print(
@@ -251,9 +254,9 @@ def _rehearse(options: argparse.Namespace) -> None:
     )
     try:
         rehearse(folder, config)
-    except KeyboardInterrupt:
-        print(f"stopped; go on with: python -m srfed.deploy rehearse --dir {folder}", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+    except (KeyboardInterrupt, BrokenPipeError) as stop:
+        tell(f"stopped; go on with: python -m srfed.deploy rehearse --dir {shlex.quote(str(folder))}")
+        raise SystemExit(status_of(stop)) from None
     print(f"\nresults:    {folder / 'run'}")
     print(f"curves:     tensorboard --logdir {folder / 'run' / 'tensorboard'}")
     print(f"site state: {folder / 'sites'}")

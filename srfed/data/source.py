@@ -16,6 +16,7 @@ from srfed.config import DataConfig
 from srfed.data.images import Images, fit_images
 from srfed.data.record import ImageRecord, fingerprints
 from srfed.errors import UserError
+from srfed.paths import user_path
 
 ImagesOrFiles = TypeVar("ImagesOrFiles", Images, list[Path])
 
@@ -192,7 +193,7 @@ def data_path(config: DataConfig, expected: str) -> Path:
     """
     if not config.dir:
         raise UserError(f"data.dir is not set; data.dataset = {config.dataset} needs {expected}")
-    path = Path(config.dir).expanduser()
+    path = user_path(config.dir)
     if not path.exists():
         raise UserError(f"data.dir = {config.dir} does not exist; data.dataset = {config.dataset} needs {expected}")
     return path
