@@ -31,7 +31,8 @@ from srfed.checkpoints.trained_run import TrainedSite
 from srfed.config import ResourcesConfig
 from srfed.data import Task, load_tasks, to_model_range
 from srfed.deployment.certificates import make_certificates, site_key
-from srfed.deployment.processes import CONNECTION, HOST, Deployment, FlowerRun
+from srfed.deployment.flower import HOST
+from srfed.deployment.processes import CONNECTION, Deployment, FlowerRun
 from srfed.evaluation.generation import generate
 from srfed.federation.messages import DESCRIBE, EVALUATE, TRAIN
 from srfed.reporting.metrics_log import MetricsLog
