@@ -78,6 +78,15 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     site.set_defaults(command=_site)
 
+    status = commands.add_parser(
+        "status",
+        help="how a run stands, at the coordinator",
+        description="Rounds, sites and their last answers, Flower's runs, and what to do.",
+    )
+    status.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="the run's folder")
+    status.add_argument("--connection", metavar="NAME", help="the SuperLink's name in Flower's config.toml")
+    status.set_defaults(command=_status)
+
     rehearse = commands.add_parser(
         "rehearse",
         help="run a whole federation on this machine as separate processes",
@@ -134,6 +143,12 @@ def _site(options: argparse.Namespace) -> None:
         for path in (options.root_certificates, options.key, options.data, options.state_dir)
     )
     run_site(SiteSettings(options.superlink, certificates, key, options.client_id, data, state_dir, options.port))
+
+
+def _status(options: argparse.Namespace) -> None:
+    from srfed.deployment.status import status
+
+    print(status(options.run_dir, options.connection))
 
 
 def _rehearse(options: argparse.Namespace) -> None:

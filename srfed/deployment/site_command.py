@@ -22,6 +22,7 @@ from srfed.deployment.connection import check_superlink
 from srfed.deployment.flower import CLIENT_APP, HOST, SUPERNODE, environment_for, marked, plain, program, send, toml
 from srfed.errors import UserError
 from srfed.files import held, write_bytes
+from srfed.reporting.words import printable
 
 PORT = 9094
 """Where the SuperNode's ClientApps find it, on this machine's loopback alone."""
@@ -35,6 +36,8 @@ GRACE_SECONDS = 10.0
 """How long the SuperNode may take to end, with the message that its end is for."""
 LONGEST_LOG = 10_000_000
 """Bytes of ``supernode.log`` after which a new one begins; the last one stays beside it."""
+LONGEST_LINE = 2000
+"""Letters of a line that are kept."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _USUAL = re.compile(r"(INFO|DEBUG)\b|\s*$")
 _TURN_SECONDS = 1.0
@@ -216,7 +219,7 @@ def _follow(site: SiteSettings, supernode: "subprocess.Popen[bytes]", stop: list
 
 
 def _hear(site: SiteSettings, heard: _Listener, line: str) -> None:
-    clean = "".join(letter if letter.isprintable() else " " for letter in plain(line)).rstrip()
+    clean = printable(plain(line), LONGEST_LINE).rstrip()
     heard.hear(clean, time.monotonic())
     kept = _keep(site.log, clean)
     if not kept or not _USUAL.match(clean):

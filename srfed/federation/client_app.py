@@ -28,13 +28,16 @@ from srfed.federation.messages import (
     ReplyHeader,
     Request,
     audit_metrics,
+    read_refusal,
     read_tensors,
     reply_content,
 )
 from srfed.federation.runtime import Runtime, runtime_for
 from srfed.federation.site import Site, own_task, site_of
+from srfed.federation.site_log import write_to_log
 from srfed.federation.wire_guard import wire_guard
 from srfed.reporting.pictures import draw_grid, write_png
+from srfed.reporting.words import printable
 from srfed.training.local import load_tensors
 from srfed.training.setup import noise_of_task
 
@@ -76,6 +79,8 @@ class Duty:
 def describe(message: Message, context: Context) -> Message:
     """Say who this client is, what its images look like, and which partition it would use."""
     duty = Duty.of(message, context)
+    if refusal := read_refusal(message.content):
+        write_to_log(duty.site, "refused by the server", printable(refusal))
     _, height, width, channels = duty.task.train.shape
     description = Description(
         client=duty.site.client,

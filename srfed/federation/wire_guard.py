@@ -8,8 +8,8 @@ exception turns the reply into a bare error. The reason goes to the client's own
 import math
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
-from datetime import UTC, datetime
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -41,6 +41,7 @@ from srfed.federation.messages import (
 from srfed.federation.runtime import runtime_for
 from srfed.federation.screening import moment_templates
 from srfed.federation.site import own_task, site_of
+from srfed.federation.site_log import write_to_log
 from srfed.training.local import LOSS_QUARTERS
 
 TRAIN_METRICS = frozenset({"examples", "loss", "loss_by_quarter", "images", "seconds", "shared_steps"})
@@ -146,11 +147,8 @@ def _allowed(
 
 
 def _log(message: Message, context: Context, text: str) -> None:
-    """Append to the client's own log; where even its site is unknown there is nowhere to write."""
-    try:
+    """Append to the client's own log, or to standard error where even its site is unknown."""
+    site = None
+    with suppress(Exception):
         site = site_of(context, parse_config_json(Request.of(message.content).config))
-        site.log.parent.mkdir(parents=True, exist_ok=True)
-        with site.log.open("a", encoding="utf-8") as file:
-            file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {message.metadata.message_type}\n{text}\n")
-    except Exception:
-        return
+    write_to_log(site, message.metadata.message_type, text)

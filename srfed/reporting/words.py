@@ -20,3 +20,8 @@ def seconds_in_words(seconds: float) -> str:
         return f"{minutes}m{rest:02d}s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m"
+
+
+def printable(text: str, longest: int = 200) -> str:
+    """Another party's text as one line that is safe for a log and a terminal, of at most so many letters."""
+    return "".join(letter if letter.isprintable() else " " for letter in text[:longest])
