@@ -83,7 +83,7 @@ def _of_flower(connection: str) -> tuple[list[dict[str, Any]], list[str]]:
     online = sum(node["status"] == "online" for node in nodes)
     lines = [f"SuperLink:  {address}; {online} of {len(nodes)} registered SuperNodes are online", "Flower's runs:"]
     for run in runs[:LATEST_RUNS]:
-        details = printable(" ".join(str(run["status-details"]).split()))
+        details = printable(" ".join(str(run["status-details"]).removeprefix("N/A").split()))
         lines.append(f"  {run['run-id']}  {run['status']}, since {run['pending-at']}  {details}".rstrip())
     return runs, lines if runs else [*lines[:-1], "Flower's runs: none"]
 
