@@ -214,8 +214,8 @@ def test_a_wrong_clock_is_named(offset: timedelta, words: str, tmp_path: Path) -
         check_superlink(address, tmp_path / "ca.crt")
     # What Flower allows is no fault, nor is a SuperLink that is not there yet.
     with answering(tmp_path, timedelta(seconds=200)) as address:
-        check_superlink(address, tmp_path / "ca.crt")
-    check_superlink(address, tmp_path / "ca.crt")
+        assert check_superlink(address, tmp_path / "ca.crt") == ""
+    assert "Connection refused" in check_superlink(address, tmp_path / "ca.crt")
 
 
 def test_a_certificate_that_does_not_hold_is_named(tmp_path: Path) -> None:

@@ -4,13 +4,15 @@ import json
 import os
 import shutil
 import signal
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from test_deployed import write_config
-from test_site_command import wait_until
+from test_site_command import answering, at, wait_until
 
 from srfed import deploy
+from srfed.deployment.certificates import make_certificates
 from srfed.deployment.processes import CONNECTION, Deployment
 from srfed.reporting.run_directory import RunDirectory
 
@@ -72,6 +74,19 @@ def test_a_connection_that_is_not_there_takes_one_line(
     assert error.count("\n") == 1
 
 
+def test_an_expired_certificate_is_named(
+    finished_run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with at(datetime.now(UTC) - timedelta(days=400)):
+        make_certificates(tmp_path, ["localhost"])
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    with answering(tmp_path) as address:
+        connection = f'[superlink.hospital]\naddress = "{address}"\nroot-certificates = "{tmp_path / "ca.crt"}"\n'
+        (tmp_path / "config.toml").write_text(connection)
+        assert deploy.main(["status", "--run-dir", str(finished_run.path), "--connection", "hospital"]) == 2
+    assert f"the certificate of the SuperLink at {address} has expired on" in capsys.readouterr().err
+
+
 def test_a_serverapp_that_was_killed_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,4 +109,4 @@ def test_a_serverapp_that_was_killed_is_said(
         assert "its ServerApp has ended without a word (killed, or out of memory)" in told(capsys, *where)
         deployment.stop_superlink()
         assert deploy.main(["status", *map(str, where)]) == 2
-        assert "is the SuperLink up?" in capsys.readouterr().err
+        assert "cannot be reached: [Errno 111] Connection refused" in capsys.readouterr().err

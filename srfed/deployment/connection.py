@@ -14,6 +14,7 @@ from cryptography import x509
 
 from srfed.deployment.certificates import check_validity, read_certificate
 from srfed.errors import UserError
+from srfed.reporting.words import printable
 
 SLOWEST, FASTEST = 300.0, 5.0
 """Seconds that a site's clock may be behind the SuperLink's, and ahead of it: what Flower's authentication allows."""
@@ -22,14 +23,15 @@ _NOT_YET_VALID, _EXPIRED, _WRONG_NAME, _WRONG_ADDRESS = 9, 10, 62, 64
 """OpenSSL's numbers for why a certificate was refused."""
 
 
-def check_superlink(address: str, root_certificates: Path) -> None:
+def check_superlink(address: str, root_certificates: Path) -> str:
     """Speak to a SuperLink once over TLS.
-
-    One that cannot be reached is no error: a SuperNode waits for it.
 
     Args:
         address: "host:port".
         root_certificates: the certificate of the authority that signs the SuperLink's.
+
+    Returns:
+        Why it cannot be reached, which is no error, as a SuperNode waits for it; empty where it can.
 
     Raises:
         UserError: its certificate has expired, is not valid yet, is for another name or of another authority; or the
@@ -49,11 +51,12 @@ def check_superlink(address: str, root_certificates: Path) -> None:
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
             raise UserError(_refusal(address, root_certificates, error.reason)) from error
-        return
-    except (OSError, ValueError):
-        return
+        return printable(str(error.reason))
+    except (OSError, ValueError) as error:
+        return printable(str(error))
     if date:
         _compare_clocks(address, asked, parsedate_to_datetime(date))
+    return ""
 
 
 def _refusal(address: str, root_certificates: Path, error: ssl.SSLCertVerificationError) -> str:

@@ -107,7 +107,8 @@ def run_site(site: SiteSettings) -> None:
         told = ""
         while not stop:
             check_before_start(site.state_dir, site.client, site.root_certificates)
-            check_superlink(site.superlink, site.root_certificates)
+            if unreachable := check_superlink(site.superlink, site.root_certificates):
+                _say(f"waiting for the SuperLink at {site.superlink}, which cannot be reached yet: {unreachable}")
             if _taken(site.port):
                 raise UserError(f"port {site.port} of {HOST} is in use by another process; name another with --port")
             ending = _Ending()

@@ -76,8 +76,8 @@ def _sites(log: MetricsLog, rounds: list[dict[str, Any]]) -> list[str]:
 def _of_flower(connection: str) -> tuple[list[dict[str, Any]], list[str]]:
     """The SuperLink's runs, latest first, and lines that tell of them and of its SuperNodes."""
     address, authority = _connection(connection)
-    if authority is not None:
-        check_superlink(address, authority)
+    if authority is not None and (unreachable := check_superlink(address, authority)):
+        raise UserError(f"the SuperLink at {address} cannot be reached: {unreachable}")
     runs = sorted(_flwr("ls", connection)["runs"], key=lambda run: str(run["pending-at"]), reverse=True)
     nodes = _flwr("supernode", "list", connection)["nodes"]
     online = sum(node["status"] == "online" for node in nodes)
