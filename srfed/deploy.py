@@ -26,9 +26,10 @@ def _parser() -> argparse.ArgumentParser:
 
     certificates = commands.add_parser(
         "certificates",
-        help="make TLS certificates for the SuperLink, and keys for sites",
+        help="make or renew TLS certificates for the SuperLink, and keys for sites",
         description="With --host: a certificate authority and the SuperLink's certificate. With --site: that site's "
-        "key pair; a site can also make its own.",
+        "key pair; a site can also make its own. With --renew: a new certificate of the SuperLink from the authority "
+        "that the sites know, for the names of the old one or those of --host.",
     )
     certificates.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the files go")
     certificates.add_argument(
@@ -39,7 +40,11 @@ def _parser() -> argparse.ArgumentParser:
         "--site", action="append", default=[], metavar="NAME", dest="sites", help="make this site's keys; repeatable"
     )
     certificates.add_argument(
-        "--days", type=int, default=365, metavar="N", help="how long the certificates are valid (default 365)"
+        "--days", type=int, default=365, metavar="N",
+        help="how long the SuperLink's certificate is valid (default 365); the authority's is for ten years",
+    )  # fmt: skip
+    certificates.add_argument(
+        "--renew", action="store_true", help="renew the SuperLink's certificate in DIR; its private key stays"
     )
     certificates.set_defaults(command=_certificates)
 
@@ -88,6 +93,32 @@ def _parser() -> argparse.ArgumentParser:
     agree.set_defaults(command=_agree)
 
     _add_sites(commands)
+    site = commands.add_parser(
+        "site",
+        help="what a site runs to take part",
+        description="Start this site's SuperNode, keep it running, and say in words what is wrong. SIGTERM ends it.",
+    )
+    site.add_argument("--superlink", required=True, metavar="HOST:PORT", help="where the coordinator's SuperLink is")
+    site.add_argument("--root-certificates", type=Path, required=True, metavar="FILE", help="the coordinator's ca.crt")
+    site.add_argument("--key", type=Path, required=True, metavar="FILE", help="this site's private key")
+    site.add_argument("--client-id", required=True, metavar="ID", help="the site's name, the same for ever")
+    site.add_argument("--data", type=Path, required=True, metavar="PATH", help="a folder of images or an .npz file")
+    site.add_argument("--state-dir", type=Path, required=True, metavar="DIR", help="where the site keeps its state")
+    site.add_argument(
+        "--port", type=int, default=9094, metavar="N",
+        help="port of this machine's loopback that the SuperNode takes (default 9094); each site of a machine its own",
+    )  # fmt: skip
+    site.set_defaults(command=_site)
+
+    status = commands.add_parser(
+        "status",
+        help="how a run stands, at the coordinator",
+        description="Rounds, sites and their last answers, Flower's runs, and what to do.",
+    )
+    status.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="the run's folder")
+    status.add_argument("--connection", metavar="NAME", help="the SuperLink's name in Flower's config.toml")
+    status.set_defaults(command=_status)
+
     rehearse = commands.add_parser(
         "rehearse",
         help="run a whole federation on this machine as separate processes",
@@ -143,12 +174,18 @@ def _add_configuration(parser: argparse.ArgumentParser) -> None:
 
 
 def _certificates(options: argparse.Namespace) -> None:
-    from srfed.deployment.certificates import describe, make_certificates
+    from srfed.deployment.certificates import SERVER_CERTIFICATE, describe, make_certificates, renew_certificate
 
+    if options.renew:
+        if options.sites:
+            raise UserError("--renew is for the SuperLink's certificate; a site's keys do not expire")
+        end = renew_certificate(options.out, options.hosts, options.days)
+        print(f"{options.out / SERVER_CERTIFICATE} is valid until {end:%Y-%m-%d %H:%M} UTC; restart the SuperLink")
+        return
     if not options.hosts and not options.sites:
         raise UserError("nothing to make; name --host for the SuperLink's certificate, --site for a site's keys")
     make_certificates(options.out, options.hosts, options.sites, options.days)
-    print(describe(options.out, options.hosts, options.sites, options.days))
+    print(describe(options.out, options.hosts, options.sites))
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -230,6 +267,22 @@ def _sites(options: argparse.Namespace) -> None:
         print(rebind(options.run, options.rebind))
     else:
         print(sites_in_words(options.run, options.notes))
+
+
+def _site(options: argparse.Namespace) -> None:
+    from srfed.deployment.site_command import SiteSettings, run_site
+
+    certificates, key, data, state_dir = (
+        path.expanduser().absolute()
+        for path in (options.root_certificates, options.key, options.data, options.state_dir)
+    )
+    run_site(SiteSettings(options.superlink, certificates, key, options.client_id, data, state_dir, options.port))
+
+
+def _status(options: argparse.Namespace) -> None:
+    from srfed.deployment.status import status
+
+    print(status(options.run_dir, options.connection))
 
 
 def _rehearse(options: argparse.Namespace) -> None:

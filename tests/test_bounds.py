@@ -13,8 +13,9 @@ from srfed.config import load_config, parse_config_json
 from srfed.data import load_tasks
 from srfed.errors import UserError
 from srfed.federation.aggregation import client_weights
-from srfed.federation.bounds import TrainPlan, printable
+from srfed.federation.bounds import TrainPlan
 from srfed.federation.screening import RefusedError, _check_moments, moment_templates
+from srfed.reporting.words import printable
 from srfed.training.batches import MinibatchOrder
 from srfed.training.local import LocalTrainer, initial_state
 from srfed.training.optimizers import ADAM_REACH, BETA1, BETA2, PartOptimizer, reach_of_round

@@ -32,7 +32,8 @@ from srfed.config import ResourcesConfig, load_config
 from srfed.data import Task, load_tasks, to_model_range
 from srfed.deployment.agree import agree_as_rehearsed
 from srfed.deployment.certificates import make_certificates, site_key
-from srfed.deployment.processes import CONNECTION, HOST, Deployment, FlowerRun
+from srfed.deployment.flower import HOST
+from srfed.deployment.processes import CONNECTION, Deployment, FlowerRun
 from srfed.evaluation.generation import generate
 from srfed.federation.messages import DESCRIBE, EVALUATE, TRAIN
 from srfed.reporting.metrics_log import MetricsLog

@@ -29,7 +29,6 @@ from srfed.federation.bounds import (
     EvaluatePlan,
     Number,
     TrainPlan,
-    printable,
 )
 from srfed.federation.messages import (
     AUDIT,
