@@ -119,12 +119,17 @@ def _words(record: dict[str, Any], headline: int) -> str:
 
 
 def _audit_words(memorisation: dict[str, Any]) -> list[str]:
+    # Evaluations of earlier versions have an audit of every task.
+    missing = [f"no memorisation audit of {name}: {why}" for name, why in memorisation.get("none", {}).items()]
+    if memorisation["all"] is None:
+        return missing
     merged = memorisation["all"]
     fired = [name for name, numbers in memorisation["by_task"].items() if numbers["fires"]]
     verdict = f"memorised: {', '.join(fired)}" if fired else "no task's model shows memorisation"
     return [
         f"memorisation: {merged['pixels_share']:.4f} (pixels) and {merged['features_share']:.4f} (features) of the "
-        f"samples are closer to a training image than a share {merged['quantile']:.4f} of held-out images; {verdict}"
+        f"samples are closer to a training image than a share {merged['quantile']:.4f} of held-out images; {verdict}",
+        *missing,
     ]
 
 

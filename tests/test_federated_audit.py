@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.clientapp import ClientApp
 from tiny_run import CLIENTS, begin, run_in_process
 
+from srfed import evaluate
 from srfed.centralised.run import train_centrally
 from srfed.checkpoints.trained_run import TrainedRun
 from srfed.data import load_tasks
@@ -66,6 +67,11 @@ def test_an_audit_that_cannot_be_made_says_why_to_its_owner_and_that_there_is_no
     assert "round 1: no memorisation audit: all 2 held-out images are training images too" in log
     assert not (run.clients / "class-1" / "client.log").exists()
     assert "  no memorisation audit: class-0; a client's own log says why\n" in capsys.readouterr().out
+
+    assert evaluate.main(["--run", str(run.path), "--samples", "12"]) == 0
+    said = capsys.readouterr().out
+    assert "no memorisation audit of class-0: all 2 held-out images are training images too" in said
+    assert "memorisation: 0." in said, "the other task's"
 
     central = {**settings, "training.method": "pooled", "model.exclusive_stages": "none"}
     train_centrally(begin(tmp_path / "central", central))
