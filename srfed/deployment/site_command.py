@@ -91,9 +91,7 @@ def check_before_start(state_dir: Path, client_id: str, certificate: Path) -> No
     check_validity(read_certificate(certificate), str(certificate))
     file = state_dir / client_id / AGREEMENT_FILE
     if not file.exists():
-        raise UserError(
-            f"{file} does not exist, and without an agreement a site answers nothing; agree with: {COMMAND}"
-        )
+        raise UserError(f"{file} is missing: a site without an agreement answers nothing; agree with: {COMMAND}")
     agreed, found = Agreement.load(file.parent).coordinator, certificate_fingerprint(certificate)
     if agreed not in (None, found):
         raise UserError(
