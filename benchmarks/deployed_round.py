@@ -19,6 +19,7 @@ import numpy as np
 
 from srfed.config import load_config
 from srfed.data import load_tasks
+from srfed.deployment.agree import agree_as_rehearsed
 from srfed.deployment.processes import CONNECTION, Deployment, Role
 from srfed.reporting.metrics_log import MetricsLog
 
@@ -122,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for task in load_tasks(config.data, SITES):
             images = folder / f"{task.name}.npz"
             np.savez(images, train_images=task.train, test_images=task.test)
+            agree_as_rehearsed(config, images, folder / "state" / task.name, task.name)
             deployment.add_site(task.name, images, folder / "state" / task.name)
         peers = {}
         for name, imports, arrays in (

@@ -29,6 +29,7 @@ from srfed.checkpoints.client_store import ClientStore
 from srfed.checkpoints.server_state import ServerCheckpoints
 from srfed.config import RunConfig, parse_config
 from srfed.data import load_tasks
+from srfed.deployment.agree import agree_as_rehearsed
 from srfed.deployment.processes import Deployment, FlowerRun
 from srfed.federation.client_app import app as client_app
 from srfed.federation.inline_grid import run_inline
@@ -121,6 +122,7 @@ class Episode:
             for task in tasks:
                 images = self._folder / f"{task.name}.npz"
                 np.savez(images, train_images=task.train, test_images=task.test)
+                agree_as_rehearsed(self._config, images, self.state_dir(task.name), task.name)
                 deployment.add_site(task.name, images, self.state_dir(task.name), wait=False)
             for task in tasks:
                 deployment.wait_for_site(task.name)

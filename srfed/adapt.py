@@ -137,7 +137,7 @@ def _task(options: argparse.Namespace, trained: "TrainedRun | TrainedSite") -> "
     """The new task, its images brought to the run's size and channels, and as many of them as were asked for."""
     from dataclasses import replace
 
-    from srfed.data import load_own_task, load_task, task_names
+    from srfed.data import describe_own_images, load_own_task, load_task, task_names
     from srfed.data.source import slugs
     from srfed.errors import UserError
 
@@ -155,7 +155,10 @@ def _task(options: argparse.Namespace, trained: "TrainedRun | TrainedSite") -> "
             "channels": channels if channels in (1, 3) else None,
         }
         name = slugs([options.data.resolve().stem])[0]
-        task = load_own_task(config.model_copy(update=fitting), options.data, name)
+        config = config.model_copy(update=fitting)
+        task = load_own_task(config, options.data, name)
+        for line in describe_own_images(config, options.data):
+            print(line)
     shape, count = task.train.shape[1:], len(task.train)
     if shape != tuple(trained.shape):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Run a federation on real machines: ``python -m srfed.deploy certificates | check | rehearse``."""
+"""Run a federation on real machines: ``python -m srfed.deploy COMMAND``."""
 
 import argparse
 import re
@@ -56,6 +56,37 @@ def _parser() -> argparse.ArgumentParser:
     _add_configuration(check)
     check.set_defaults(command=_check)
 
+    agree = commands.add_parser(
+        "agree",
+        help="what a site's owner allows, written down; without it a site answers nothing",
+        description="Show in words what would leave this site and what may be asked of it, ask, and write it into the "
+        "state folder. Called again it shows what would change.",
+    )
+    agree.add_argument("--data", type=Path, required=True, metavar="PATH", help="a folder of images or an .npz file")
+    agree.add_argument("--state-dir", type=Path, required=True, metavar="DIR", help="where the site keeps its state")
+    agree.add_argument("--client-id", required=True, metavar="ID", help="the site's name, the same for ever")
+    agree.add_argument(
+        "--root-certificates", type=Path, metavar="FILE", dest="certificate",
+        help="ca.crt: the only coordinator that the site is to speak to",
+    )  # fmt: skip
+    agree.add_argument(
+        "--least-statistics", type=int, default=20, metavar="N",
+        help="fewest images behind feature statistics (default 20)",
+    )  # fmt: skip
+    agree.add_argument(
+        "--least-mean", type=int, default=8, metavar="N", help="fewest images behind a mean: a loss, SSIM (default 8)"
+    )
+    agree.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it computes")
+    agree.add_argument("--threads", type=int, default=1, metavar="N", help="of the processor (default 1)")
+    agree.add_argument(
+        "--inception-weights", type=Path, metavar="FILE",
+        help="this site's own copy of the Inception weights; default: downloaded once and verified",
+    )  # fmt: skip
+    agree.add_argument("--yes", action="store_true", help="agree without being asked")
+    _add_configuration(agree)
+    agree.set_defaults(command=_agree)
+
+    _add_sites(commands)
     rehearse = commands.add_parser(
         "rehearse",
         help="run a whole federation on this machine as separate processes",
@@ -69,6 +100,37 @@ def _parser() -> argparse.ArgumentParser:
     _add_configuration(rehearse)
     rehearse.set_defaults(command=_rehearse)
     return parser
+
+
+def _add_sites(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    register = commands.add_parser(
+        "register",
+        help="let a site's key in, and note whose it is",
+        description="As `flwr supernode register`, under the site's name, and notes which node it is.",
+    )
+    register.add_argument("--site", required=True, metavar="NAME", help="the site's name")
+    register.add_argument("--key", type=Path, required=True, metavar="FILE", help="its public key, site-<name>.pub")
+    register.add_argument(
+        "--connection",
+        default="",
+        metavar="NAME",
+        help="the SuperLink in Flower's config.toml; default: the default one",
+    )
+    register.add_argument("--notes", type=Path, metavar="FILE", help="default: registered.json beside the key")
+    register.set_defaults(command=_register)
+
+    sites = commands.add_parser(
+        "sites",
+        help="which site is which",
+        description="Client id, site, node, key, images and last answer of each site.",
+    )
+    sites.add_argument("--run", type=Path, metavar="DIR", help="the run's folder")
+    sites.add_argument("--notes", type=Path, metavar="FILE", help="the registered.json that `register` has written")
+    sites.add_argument(
+        "--rebind", metavar="ID",
+        help="forget to which key this client id belongs, and how many images it had; not while the server runs",
+    )  # fmt: skip
+    sites.set_defaults(command=_sites)
 
 
 def _add_configuration(parser: argparse.ArgumentParser) -> None:
@@ -90,12 +152,79 @@ def _certificates(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     from srfed.config import load_config
+    from srfed.deployment.agree import fits, standing
     from srfed.deployment.check import check_site
 
     # A name for a file: "my pictures" becomes "my-pictures".
     client = options.client_id or re.sub(r"[^A-Za-z0-9._-]+", "-", options.data.absolute().stem).strip("._-")
     config = load_config(options.config, options.overrides)
     print(check_site(config, options.data, options.state_dir, client, options.out))
+    agreement = standing(options.state_dir.expanduser(), client)
+    print(f"\nagreement:  {'none yet; python -m srfed.deploy agree' if agreement is None else fits(agreement, config)}")
+
+
+def _agree(options: argparse.Namespace) -> None:
+    from pydantic import ValidationError
+
+    from srfed.config import load_config
+    from srfed.data import current_images
+    from srfed.deployment.agree import agree, in_words, propose, standing
+    from srfed.federation.agreement import AGREEMENT_FILE, LeastImages, SiteResources
+
+    state_dir = options.state_dir.expanduser().absolute()
+    weights = "" if options.inception_weights is None else str(options.inception_weights.expanduser().absolute())
+    try:
+        least = LeastImages(statistics=options.least_statistics, mean=options.least_mean)
+        resources = SiteResources(device=options.device, threads=options.threads, inception_weights=weights)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise UserError(f"{problem['loc'][0]} = {problem['input']} is impossible: {problem['msg']}") from error
+    config = load_config(options.config, options.overrides)
+    data, folder = options.data.expanduser(), state_dir / options.client_id
+    proposed = propose(
+        config, data, state_dir, options.client_id,
+        certificate=options.certificate, least=least, resources=resources,
+    )  # fmt: skip
+    print(in_words(proposed, config))
+    if changed := current_images(config.data, data, options.client_id, folder)[1]:
+        print(f"\nyour images are others than those on record: {changed}")
+    if (agreement := standing(state_dir, options.client_id)) is not None:
+        changes = agreement.differences(proposed)
+        if not changes:
+            print(f"\n{folder / AGREEMENT_FILE} says so already, since {agreement.agreed}")
+            return
+        print(f"\nwhat stands since {agreement.agreed} would change:")
+        print("\n".join(f"  {line}" for line in changes))
+    if not options.yes and not _confirmed(f"\nagree, as the owner of {options.client_id}'s images? [y/N] "):
+        raise UserError("not agreed; nothing was written")
+    agree(proposed, config, data, state_dir)
+    print(f"agreed: {folder / AGREEMENT_FILE}")
+
+
+def _confirmed(question: str) -> bool:
+    """What a person answers; raises UserError where there is nobody to ask."""
+    if not sys.stdin.isatty():
+        raise UserError("nobody is there to be asked; agree with --yes")
+    return input(question).strip().lower() in ("y", "yes")
+
+
+def _register(options: argparse.Namespace) -> None:
+    from srfed.deployment.sites import register_site
+
+    print(register_site(options.site, options.key, options.connection, options.notes))
+
+
+def _sites(options: argparse.Namespace) -> None:
+    from srfed.deployment.sites import rebind, sites_in_words
+
+    if options.rebind is not None and options.run is None:
+        raise UserError(f"--rebind {options.rebind} needs --run, the folder of the run that has this client")
+    if options.run is None and options.notes is None:
+        raise UserError("nothing to show; name --run, the folder of a run, or --notes, the file that register wrote")
+    if options.rebind is not None:
+        print(rebind(options.run, options.rebind))
+    else:
+        print(sites_in_words(options.run, options.notes))
 
 
 def _rehearse(options: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """Score a trained run again: ``python -m srfed.evaluate --run RUN --samples 10000``."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--quantile", type=float, default=0.05, metavar="Q", help="of the memorisation audit, 0 to 0.5 (0.05)"
     )
     parser.add_argument("--references", type=Path, metavar="DIR", help="keep statistics of real images here")
+    parser.add_argument(
+        "--allow-changed-images", action="store_true",
+        help="score against the images that are there, although they are not those that the run was begun with",
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
     options = parser.parse_args(arguments)
     return run_command(lambda: _evaluate(options))
@@ -41,9 +46,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     from srfed.config import load_config, parse_config
     from srfed.errors import UserError
     from srfed.evaluation.features import load_feature_network
+    from srfed.reporting.run_directory import RunDirectory
 
     if not 0 < options.quantile < 0.5:
         raise UserError(f"--quantile {options.quantile} is impossible; allowed: above 0 and below 0.5")
+    if not RunDirectory.open(options.run).images.exists():
+        _note("the run has no record of its images, so nobody can tell whether it was begun with those that are there")
     trained = TrainedRun(options.run, load_config(None, [f"resources.device={options.device}"]).resources)
     content = trained.config.model_dump(mode="json")
     for section, given in (
@@ -74,8 +82,13 @@ def _evaluate(options: argparse.Namespace) -> None:
         record = evaluate_run(
             options.run, trained, wanted, network,
             reference_folder=options.references, progress=lambda _: bar.update(),
+            on_changed_images=_note if options.allow_changed_images else None,
         )  # fmt: skip
     print(_words(record, evaluation.ssim_timestep))
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def _words(record: dict[str, Any], headline: int) -> str:

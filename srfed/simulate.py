@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 from srfed.command import run_command
@@ -23,11 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(lambda: train_by_command("srfed.simulate", options, further, check, _run))
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig, record: Path | None = None, *, allow_changed_images: bool = False) -> None:
     """Look for everything that would fail later; raises UserError as :func:`check_training` does."""
     if config.training.method != "federated":
         raise UserError(f"training.method = {config.training.method} is for python -m srfed.centralise")
-    check_training(config)
+    check_training(config, record, allow_changed_images=allow_changed_images)
 
 
 def _run(run: RunDirectory) -> None:

@@ -30,6 +30,10 @@ def training_parser(command: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="the run's folder; default runs/<name>-<time>")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
     parser.add_argument(
+        "--allow-changed-images", action="store_true",
+        help="with --resume: go on although the images are not those that the run was begun with",
+    )  # fmt: skip
+    parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="override a setting, e.g. training.batch_size=32; repeatable",
     )  # fmt: skip
@@ -40,7 +44,7 @@ def train_by_command(
     command: str,
     options: argparse.Namespace,
     further: dict[str, str | None],
-    check: Callable[[RunConfig], None],
+    check: Callable[..., None],
     train: Callable[[RunDirectory], None],
 ) -> None:
     """Begin a run or go on with one, train it, and say how it went.
@@ -49,7 +53,7 @@ def train_by_command(
         command: the command's name, for the words that say how to go on.
         options: of :func:`training_parser`.
         further: settings that the command has options of its own for; None where not given.
-        check: raises UserError for what cannot work, before anything is written.
+        check: as :func:`check_training`; raises UserError for what cannot work, before anything is written.
         train: does the work; may raise UserError or KeyboardInterrupt.
 
     Raises:
@@ -65,6 +69,8 @@ def train_by_command(
     }
     overrides += [f"{key}={value}" for key, value in named.items() if value is not None]
     if options.resume is None:
+        if options.allow_changed_images:
+            raise UserError("--allow-changed-images is for --resume: a new run takes the images that are there")
         config = _with_absolute_data_dir(load_config(options.config, overrides))
         check(config)
         run = RunDirectory.create(options.run_dir, config)
@@ -74,7 +80,7 @@ def train_by_command(
         run = RunDirectory.open(options.resume)
         config = _with_absolute_data_dir(load_config(options.config or run.config_file, overrides))
         run = run.reconfigure(config)
-        check(config)
+        check(config, run.images, allow_changed_images=options.allow_changed_images)
     if finished(run):
         print(f"{relative(run.path)} is finished already; a larger federation.rounds would go on with it")
     else:
@@ -93,14 +99,19 @@ def train_by_command(
     _show_where(run)
 
 
-def check_training(config: RunConfig) -> None:
+def check_training(config: RunConfig, record: Path | None = None, *, allow_changed_images: bool = False) -> None:
     """Look for everything that would fail later, before anything is written or started.
 
+    Args:
+        config: the run's configuration.
+        record: of the images that the run was begun with; None for a new run.
+        allow_changed_images: put other images on record, and say so, instead of refusing them.
+
     Raises:
-        UserError: data, batch size, device, partition, feature network or cores do not fit.
+        UserError: data, batch size, device, partition, feature network or cores do not fit; images have changed.
     """
     # Importing torch's half of the package takes seconds, and --help needs none of it.
-    from srfed.data import load_tasks
+    from srfed.data import load_recorded_tasks, load_tasks, record_tasks
     from srfed.evaluation.features import load_feature_network
     from srfed.training.batches import MinibatchOrder
     from srfed.training.central import central_orders
@@ -114,7 +125,12 @@ def check_training(config: RunConfig) -> None:
     training = config.training
     device = resolve_device(config.resources)
     check_resources(config.resources)
-    tasks = load_tasks(config.data, config.federation.clients)
+    if record is None:
+        tasks = load_tasks(config.data, config.federation.clients)
+    else:
+        tasks = load_recorded_tasks(
+            config.data, config.federation.clients, record, _say_on_stderr if allow_changed_images else None
+        )
     if training.method != "federated":
         central_orders(config, {task.name: len(task.train) for task in tasks})
     for task in tasks:
@@ -124,6 +140,14 @@ def check_training(config: RunConfig) -> None:
             raise UserError(f"task {task.name!r} has {len(task.test)} test images; evaluation needs at least 2")
     build_partition(config, build_model(config, tasks[0].train.shape[-1]))
     load_feature_network(config.evaluation.feature_network, config.evaluation.inception_weights, device)
+    if record is not None:
+        if not record.exists():
+            _say_on_stderr(f"the run has no record of its images, so they cannot be compared; {record} is begun now")
+        record_tasks(record, tasks)
+
+
+def _say_on_stderr(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def relative(path: Path) -> Path:
@@ -152,12 +176,16 @@ def finished(run: RunDirectory) -> bool:
 
 
 def _announce(run: RunDirectory) -> None:
+    from srfed.data import describe_images
+
     config = run.config
     print(
         f"{config.name}: {config.federation.clients} clients, {config.federation.rounds} rounds, "
         f"exclusive stages {config.model.exclusive_stages}, "
         + (f"backend {config.resources.backend}" if config.training.method == "federated" else config.training.method)
     )
+    for line in describe_images(config.data, config.federation.clients):
+        print(line)
     print(f"run folder: {run.path}")
     print(f"follow it:  tensorboard --logdir {relative(run.tensorboard)}", flush=True)
 

@@ -112,6 +112,11 @@ def test_the_configuration_is_immutable() -> None:
         ("training.gradient_clip=0", ["training.gradient_clip = 0", "number | null, > 0"]),
         ("data.dataset=imagenet", ['data.dataset = "imagenet"', "digits | mnist", "npz | folder"]),
         ("data.channels=2", ["data.channels = 2", "1 | 3 | null"]),
+        ("data.intensity=[5, 5]", ["data.intensity", "[5.0, 5.0]", "low below high"]),
+        ("data.intensity=[9]", ["data.intensity = [9]", "per_image | list of number"]),
+        ("data.intensity=[0, 1, 2]", ["data.intensity = [0, 1, 2]", "per_image | list of number"]),
+        ("data.intensity=own", ['data.intensity = "own"', "per_image"]),
+        ("data.intensity=[0, .nan]", ["data.intensity = [0, NaN]"]),
         ("name=a/b", ['name = "a/b"', "matching ^"]),
         ("name=..", ['name = ".."', "matching ^"]),
         # types
@@ -339,6 +344,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "data.dir": st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
     "data.images_per_task": st.none() | st.integers(1, 10**6),
     "data.channels": st.sampled_from([1, 3, None]),
+    "data.intensity": st.just("per_image") | st.tuples(st.floats(-9e9, -1), st.floats(0, 9e9)).map(list),
     "data.test_fraction": st.floats(0, 1, exclude_min=True, exclude_max=True),
     "model.exclusive_stages": st.sampled_from(["none", "io", "all", 1, 2, 3, 4])
     | st.lists(st.text("abcdown.0123*", min_size=1), min_size=1, max_size=3),

@@ -28,6 +28,7 @@ from srfed.checkpoints.site_model import SiteModel, save_site_model
 from srfed.checkpoints.trained_run import TrainedRun, TrainedSite
 from srfed.config import ResourcesConfig, RunConfig
 from srfed.data import Task, load_tasks, to_model_range
+from srfed.deployment.agree import agree_as_rehearsed
 from srfed.errors import UserError
 from srfed.evaluation.features import FeatureNetwork, load_feature_network
 from srfed.evaluation.generation import generate
@@ -218,7 +219,9 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Messag
         model = build_model(config, 1)
         shared = build_partition(config, model).take_shared(model.state_dict())
         attempt = f"attempt-{guarded}"
-        content = Request(config.to_json(), "lineage", round=1, attempt=attempt, samples=4).to_content({SHARED: shared})
+        content = Request(config.to_json(), "lineage", "digit-0", round=1, attempt=attempt, samples=4).to_content(
+            {SHARED: shared}
+        )
         return InlineGrid(app, 1).send_and_receive([Message(content, 1, kind)])[0]
 
     return send
@@ -432,21 +435,21 @@ class Sites(InlineGrid):
     def __init__(self, run: RunDirectory, data: dict[str, Path]) -> None:
         super().__init__(real_app, 0)
         for node, (client, path) in enumerate(data.items(), 1):
+            agree_as_rehearsed(run.config, path, run.clients, client)
             config = {"client-id": client, "data": str(path), "state-dir": str(run.clients)}
             self._contexts[node] = Context(0, node, config, RecordDict(), {})
 
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """Three sites with the digits' images: two folders, with and without splits, and an .npz file."""
+    """Three sites with the digits' images: two folders, whose splits are spelt in two ways, and an .npz file."""
     root = tmp_path_factory.mktemp("sites")
-    paths = [root / "splits", root / "mixed", root / "own.npz"]
+    paths = [root / "lower", root / "upper", root / "own.npz"]
     first, second, third = load_tasks(tiny_config().data, 3)
-    for part in ("train", "test"):
-        for number, image in enumerate(getattr(first, part)):
-            save(paths[0] / part / f"{number:04d}.png", image[..., 0])
-    for number, image in enumerate(np.concatenate([second.train, second.test])):
-        save(paths[1] / f"{number:04d}.png", image[..., 0])
+    for path, task, spelt in ((paths[0], first, str.lower), (paths[1], second, str.upper)):
+        for part in ("train", "test"):
+            for number, image in enumerate(getattr(task, part)):
+                save(path / spelt(part) / f"{number:04d}.png", image[..., 0])
     np.savez(paths[2], train_images=third.train, test_images=third.test)
     run = begin(root / "run", {**SETTINGS, **SITES})
     os.environ.pop(STATE_DIR_VARIABLE, None)

@@ -32,7 +32,7 @@ from srfed.training.local import ClientState
 
 NO_PARENT = "none"
 LINEAGES = "lineages"
-LONGEST_NAME = 64
+LONGEST_NAME = 100
 PLAIN_NAME = re.compile(rf"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}")
 """What a client, a lineage or an attempt may be called: it becomes a folder's name."""
 MOST_ROUNDS = 1_000_000

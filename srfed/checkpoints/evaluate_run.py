@@ -19,14 +19,15 @@ import torch
 
 from srfed.checkpoints.trained_run import TrainedRun
 from srfed.config import SamplingConfig
-from srfed.data import load_tasks
+from srfed.data import ImageRecord, load_recorded_tasks, load_tasks
 from srfed.data.images import Images
+from srfed.data.record import read_records
 from srfed.errors import DamagedError
-from srfed.evaluation.central import shares_of_samples
 from srfed.evaluation.generation import generate
 from srfed.evaluation.memorisation import merge_audits
 from srfed.evaluation.network import FeatureNetwork
 from srfed.evaluation.scoring import ReferenceStatistics, audit_numbers, score_samples
+from srfed.evaluation.shares import share_of_samples
 from srfed.evaluation.ssim import ssim_window
 from srfed.evaluation.task import ssim_curve
 from srfed.files import exists, read_json, try_output, write_json
@@ -68,6 +69,7 @@ def evaluate_run(
     *,
     reference_folder: Path | None = None,
     progress: Callable[[str], object] = lambda _: None,
+    on_changed_images: Callable[[str], object] | None = None,
 ) -> dict[str, Any]:
     """Sample a run's last checkpoint and score it, or read what an earlier call has left.
 
@@ -78,23 +80,33 @@ def evaluate_run(
         network: the feature network.
         reference_folder: where statistics of real images are kept between runs; None keeps none.
         progress: told each task's name when its samples are there.
+        on_changed_images: told how the images differ from those that the run was begun with, which are then scored
+            against all the same; None refuses.
 
     Returns:
         A record of plain values: the run, what was measured on how many images and how, and the scores.
 
     Raises:
-        UserError: the data are not where the run's configuration says, or a file is damaged.
+        UserError: the data are not where the run's configuration says, or have changed, or a file is damaged.
     """
-    folder = path / "evaluations" / _key(trained, wanted, network)
+    config, run = trained.config, RunDirectory.open(path)
+    changes: list[str] = []
+    tasks = load_recorded_tasks(
+        config.data, config.federation.clients, run.images, None if on_changed_images is None else changes.append
+    )
+    if on_changed_images is not None and changes:
+        on_changed_images(changes[0])
+    others = [asdict(ImageRecord.of(task)) for task in tasks] if changes else None
+    folder = path / "evaluations" / _key(trained, wanted, network, others)
     if exists(folder / SCORES_FILE):
         return read_json(folder / SCORES_FILE, "scores")
     try_output(folder / SCORES_FILE)
-    config = trained.config
     torch.set_num_threads(config.resources.client_cpus)
-    tasks = load_tasks(config.data, config.federation.clients)
     samples, sampling_seconds = _samples(folder, trained, wanted, progress)
-    began, log = time.perf_counter(), MetricsLog(RunDirectory.open(path).metrics)
-    whole = load_tasks(config.data.model_copy(update={"images_per_task": None}), config.federation.clients)
+    began, log = time.perf_counter(), MetricsLog(run.metrics)
+    whole = load_tasks(
+        config.data.model_copy(update={"images_per_task": None}), config.federation.clients, read_records(run.images)
+    )
     scored = score_samples(
         samples,
         tasks,
@@ -174,12 +186,13 @@ def _samples(
         return _read_samples(file, trained), float(read_json(folder / "sampling.json", "seconds")["seconds"])
     began = time.perf_counter()
     samples = {}
-    for info, count in zip(trained.tasks, shares_of_samples(wanted.samples, len(trained.tasks)), strict=True):
+    share = share_of_samples(wanted.samples, len(trained.tasks))
+    for info in trained.tasks:
         samples[info.task] = generate(
             trained.model_of(info),
             trained.diffusion,
             wanted.sampling,
-            count=count,
+            count=share,
             shape=trained.shape,
             seed=wanted.seed,
             task=info.client,
@@ -191,12 +204,14 @@ def _samples(
     return samples, seconds
 
 
-def _key(trained: TrainedRun, wanted: Wanted, network: FeatureNetwork) -> str:
+def _key(trained: TrainedRun, wanted: Wanted, network: FeatureNetwork, others: Any = None) -> str:
+    """What names an evaluation; ``others`` describes images that are not the run's own."""
     content = {
         **asdict(wanted),
         "sampling": wanted.sampling.model_dump(mode="json"),
         "network": network.fingerprint,
         "weights": trained.weights_hash,
+        **({} if others is None else {"images": others}),
     }
     digest = sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
     return f"round-{trained.round:05d}-{wanted.samples}-{digest}"

@@ -1,7 +1,7 @@
 """The server's state between rounds, and its checkpoints: `<run>/server/round-00012/`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -31,6 +31,25 @@ _KINDS = {
 
 
 @dataclass(frozen=True)
+class KnownClient:
+    """What a run holds a client to, from its first description on, whoever comes under its id later.
+
+    Attributes:
+        images: m_i.
+        test_images: its held-out images.
+        key: fingerprint of the SuperNode key that the id belongs to; empty where nodes have no keys of their own.
+        name: under which that key was registered; may be empty.
+        node: where the client was last.
+    """
+
+    images: int
+    test_images: int
+    key: str = ""
+    name: str = ""
+    node: int = 0
+
+
+@dataclass(frozen=True)
 class ServerState:
     """All that the next round depends on.
 
@@ -45,7 +64,8 @@ class ServerState:
         attempts: the accepted attempt of each client that ever had one.
         shape: H, W, C of the images.
         clients: ids of all clients that have taken part.
-        usual_norm: norm of a client's update in the last round, the lower median; 0 before the first.
+        known: what each of them is held to; those of a checkpoint of an earlier version are learned anew.
+        minibatches: how many of them are behind each client's accepted attempt.
     """
 
     lineage: str
@@ -58,7 +78,8 @@ class ServerState:
     attempts: dict[str, str] = field(default_factory=dict)
     shape: tuple[int, int, int] = (0, 0, 0)
     clients: tuple[str, ...] = ()
-    usual_norm: float = 0.0
+    known: dict[str, KnownClient] = field(default_factory=dict)
+    minibatches: dict[str, int] = field(default_factory=dict)
 
     def parent(self, client: str) -> str:
         """The attempt that a client is to start from."""
@@ -86,7 +107,8 @@ class ServerCheckpoints:
             "attempts": state.attempts,
             "shape": list(state.shape),
             "clients": list(state.clients),
-            "usual_norm": state.usual_norm,
+            "known": {client: asdict(known) for client, known in state.known.items()},
+            "minibatches": state.minibatches,
         }
         groups = {group: getattr(state, group) for group in _GROUPS}
         write_checkpoint(self._path(state.round), Checkpoint(groups, manifest))
@@ -117,6 +139,10 @@ class ServerCheckpoints:
             advice = f"remove {path} to go back to round {rounds[-2]}" if len(rounds) > 1 else "it is the only one"
             raise DamagedError(f"{error}; {advice}") from error
         manifest = checkpoint.manifest
+        try:
+            known = {client: KnownClient(**entry) for client, entry in manifest.get("known", {}).items()}
+        except (AttributeError, TypeError) as error:
+            raise DamagedError(f"{path} is damaged: {error}") from error
         return ServerState(
             **{group: checkpoint.group(group) for group in _GROUPS},
             lineage=manifest["lineage"],
@@ -125,7 +151,8 @@ class ServerCheckpoints:
             attempts=manifest["attempts"],
             shape=shape,
             clients=tuple(manifest["clients"]),
-            usual_norm=manifest.get("usual_norm", 0.0),
+            known=known,
+            minibatches=manifest.get("minibatches", {}),
         )
 
     def check(self, state: ServerState, shared: Mapping[str, Tensor]) -> None:

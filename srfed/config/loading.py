@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from srfed.config.sections import RunConfig
+from srfed.config.sections import REMOVED, RunConfig
 from srfed.config.words import explain
 from srfed.config.yaml_rules import Loader
 from srfed.errors import UserError
@@ -54,11 +54,20 @@ def parse_config(content: dict[str, Any], source: str = "configuration") -> RunC
 
 @lru_cache(maxsize=8)
 def parse_config_json(text: str) -> RunConfig:
-    """Validate what :meth:`RunConfig.to_json` wrote; raises UserError as :func:`load_config`."""
+    """Validate what :meth:`RunConfig.to_json` wrote, if of an earlier version; raises as :func:`load_config`."""
     try:
+        if any(f'"{name.split(".")[-1]}"' in text for name in REMOVED):
+            text = _without_removed(text)
         return RunConfig.model_validate_json(text)
     except ValidationError as error:
         raise UserError(f"configuration: {_one_line(error)}") from error
+
+
+def _without_removed(text: str) -> str:
+    content = json.loads(text)
+    for section, _, key in (name.partition(".") for name in REMOVED):
+        content.get(section, {}).pop(key, None)
+    return json.dumps(content)
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:

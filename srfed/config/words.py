@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from srfed.config.sections import RunConfig, Section
+from srfed.config.sections import REMOVED, RunConfig, Section
 
 
 def describe() -> str:
@@ -84,7 +84,9 @@ def explain(content: dict[str, Any], error: ValidationError) -> list[str]:
     for problem in error.errors(include_url=False):
         path = [str(part) for part in problem["loc"]]
         name = ".".join(path[:2]) if ".".join(path[:2]) in known else ".".join(path[:1])
-        if problem["type"] == "extra_forbidden":
+        if problem["type"] == "extra_forbidden" and ".".join(path) in REMOVED:
+            lines[f"{'.'.join(path)} is no setting any more: {REMOVED['.'.join(path)]}; leave it out"] = None
+        elif problem["type"] == "extra_forbidden":
             siblings = RunConfig.model_fields[path[0]].annotation if len(path) > 1 else RunConfig
             allowed = ", ".join(siblings.model_fields) if isinstance(siblings, type) else ""
             lines[f"unknown key `{'.'.join(path)}`; allowed: {allowed}"] = None

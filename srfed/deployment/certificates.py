@@ -97,6 +97,17 @@ def describe(folder: Path, hosts: Sequence[str], sites: Sequence[str], days: int
     return "\n".join(lines)
 
 
+def certificate_fingerprint(path: Path) -> str:
+    """SHA-256 of a PEM certificate's DER bytes, hexadecimal; raises UserError where there is no certificate."""
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no PEM certificate") from error
+    return certificate.fingerprint(hashes.SHA256()).hex()
+
+
 def _make_authority_and_server(folder: Path, names: Sequence[x509.GeneralName], days: int) -> None:
     """Extensions as RFC 5280 wants them; strict verifiers, such as Python 3.13's, refuse what lacks one."""
     begin = datetime.now(UTC)

@@ -31,8 +31,10 @@ from srfed.deployment.certificates import (
     make_certificates,
     site_key,
 )
+from srfed.deployment.sites import NOTES, REGISTERED, note_site
 from srfed.errors import UserError
 from srfed.files import make_folder, private, write_bytes
+from srfed.keys import read_key
 
 Role = Literal["superlink", "supernode", "serverapp", "client"]
 HOST = "127.0.0.1"
@@ -169,7 +171,7 @@ class Deployment:
                 key = self.certificates / site_key(client)
                 if not key.exists():
                     make_certificates(self.certificates, [], [client])
-            self._register(key.with_suffix(".pub"))
+            self._register(client, key.with_suffix(".pub"))
         self._sites[client] = _Site(
             data.absolute(), state_dir.absolute(), key, superlink_address or self.superlink_address, next(self._ports)
         )
@@ -313,9 +315,11 @@ class Deployment:
         self._started.append(process)
         return process
 
-    def _register(self, public_key: Path) -> None:
+    def _register(self, client: str, public_key: Path) -> None:
         try:
-            self.flwr("supernode", "register", str(public_key), CONNECTION)
+            said = self.flwr("supernode", "register", str(public_key), CONNECTION, "--name", client)
+            if node := REGISTERED.search(said):
+                note_site(self.certificates / NOTES, client, int(node[1]), read_key(public_key))
         except UserError as error:
             # The database of an earlier deployment in this folder knows the key already.
             if "already in use" not in str(error):
@@ -361,7 +365,7 @@ class Deployment:
                 "serverapp": "srfed.federation.server_app:app",
                 "clientapp": "srfed.federation.client_app:app",
             },
-            "tool.flwr.app.config": {"run-dir": "", "config": "", "set": ""},
+            "tool.flwr.app.config": {"run-dir": "", "config": "", "set": "", "roster": ""},
         }
         write_bytes(self.folder / "app" / "pyproject.toml", b"\n".join(_toml(t, name) for name, t in app.items()))
 

@@ -12,7 +12,9 @@ from types import FrameType
 import numpy as np
 
 from srfed.config import RunConfig
-from srfed.data import load_tasks
+from srfed.data import RECORD_FILE, load_recorded_tasks
+from srfed.deployment.agree import agree_as_rehearsed
+from srfed.deployment.certificates import CA_CERTIFICATE
 from srfed.deployment.processes import Deployment
 from srfed.errors import UserError
 from srfed.files import held, list_folder, write_bytes
@@ -52,7 +54,9 @@ def rehearse(folder: Path, config: RunConfig) -> None:
 
 
 def _rehearse(folder: Path, config: RunConfig) -> None:
-    tasks = load_tasks(config.data, config.federation.clients)
+    tasks = load_recorded_tasks(
+        config.data, config.federation.clients, folder / "run" / RECORD_FILE, remedy="rehearse in another folder, --dir"
+    )
     for task in tasks:
         buffer = io.BytesIO()
         np.savez(buffer, train_images=task.train, test_images=task.test)
@@ -63,7 +67,9 @@ def _rehearse(folder: Path, config: RunConfig) -> None:
         deployment.start_superlink()
         _say(f"SuperLink on {deployment.superlink_address}, with TLS and authentication")
         for name in names:
-            deployment.add_site(name, _images(folder, name), folder / "sites" / name / "state", wait=False)
+            images, state = _images(folder, name), folder / "sites" / name / "state"
+            agree_as_rehearsed(config, images, state, name, deployment.certificates / CA_CERTIFICATE)
+            deployment.add_site(name, images, state, wait=False)
         for name in names:
             deployment.wait_for_site(name)
         _say(f"connected: {', '.join(names)}")

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from srfed.checkpoints.client_store import NO_PARENT, ClientStore
-from srfed.config import RunConfig, parse_config_json
+from srfed.config import RunConfig
 from srfed.errors import UserError
 from srfed.evaluation.features import FeatureNetwork, load_feature_network
+from srfed.federation.admission import Admitted
+from srfed.federation.agreement import Agreement, not_agreed
 from srfed.federation.messages import Request
 from srfed.federation.site import Site, own_task
 from srfed.tensors import check_tensors
@@ -51,6 +53,13 @@ class Runtime:
         evaluation = self.config.evaluation
         return load_feature_network(evaluation.feature_network, evaluation.inception_weights, self.device)
 
+    def check_agreed(self, agreement: Agreement) -> None:
+        """Raise RequestRefusedError where φ or the features are not those that the owner has agreed to send."""
+        if self.partition_fingerprint != agreement.shared.fingerprint:
+            raise not_agreed("the tensors of φ")
+        if agreement.features is not None and self.feature_network.fingerprint != agreement.features.fingerprint:
+            raise not_agreed("the feature network")
+
     def store(self, site: Site, request: Request) -> ClientStore:
         """The site's store for the request's lineage."""
         return ClientStore(site.state_dir, site.client, request.lineage, self.config.federation.keep_attempts)
@@ -79,16 +88,22 @@ class Runtime:
                 raise UserError(f"the φ received has {name} as {tensor.dtype} {tuple(tensor.shape)}")
 
 
-def runtime_for(request: Request, image_channels: int) -> Runtime:
-    """The process's runtime for a request's configuration; sets the threads that it runs with."""
-    runtime = _runtime(request.config, image_channels)
-    torch.set_num_threads(runtime.config.resources.client_cpus)
+def runtime_for(admitted: Admitted) -> Runtime:
+    """The process's runtime for what was admitted; sets the threads that it runs with.
+
+    Raises:
+        RequestRefusedError: this srfed makes another φ, or has other features, of the agreed settings.
+    """
+    runtime = _runtime(admitted.config, admitted.task.train.shape[-1])
+    torch.set_num_threads(admitted.config.resources.client_cpus)
+    if admitted.agreement is not None:
+        runtime.check_agreed(admitted.agreement)
     return runtime
 
 
 @lru_cache(maxsize=1)
-def _runtime(config: str, image_channels: int) -> Runtime:
-    return Runtime(parse_config_json(config), image_channels)
+def _runtime(config: RunConfig, image_channels: int) -> Runtime:
+    return Runtime(config, image_channels)
 
 
 def _check_names(what: str, tensors: Mapping[str, Tensor], expected: tuple[str, ...]) -> None:

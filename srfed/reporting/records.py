@@ -31,6 +31,7 @@ class RoundRecord:
         accepted: clients whose update is in φ.
         refused: reason by client, for replies that are not.
         missing: reason by client, for those that were away or did not reply in time.
+        shortened: what the updates that were too long were multiplied by, by client.
         images: training images seen in the round.
         images_per_second: over the round's wall time, all clients together.
         bytes_up, bytes_down: of this round's messages.
@@ -55,6 +56,7 @@ class RoundRecord:
     update_norm: float
     disagreement: float
     seconds: float
+    shortened: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

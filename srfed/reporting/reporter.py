@@ -109,6 +109,9 @@ class Reporter:
                     "held-out images",
                     flush=True,
                 )
+        unaudited = [client for client in record.score_by_client if client not in record.audits]
+        if record.final and unaudited and self._run.config.evaluation.memorisation_quantile:
+            print(f"  no memorisation audit: {', '.join(unaudited)}; a client's own log says why", flush=True)
         self._tell_absent(record.refused, record.missing)
 
     def on_notice(self, text: str) -> None:

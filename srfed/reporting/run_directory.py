@@ -3,6 +3,7 @@
 README.txt       who may see what
 config.yaml      the whole configuration
 run.json         lineage, version, when it began, the settings that decide its result
+images.json      fingerprints of the images that it was begun with
 metrics.jsonl    one line a round, one an evaluation: what TensorBoard shows, as numbers
 summary.txt      the table printed at the end
 samples/         grids of samples and reverse-process strips, PNG
@@ -143,6 +144,10 @@ class RunDirectory:
     @property
     def config_file(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def images(self) -> Path:
+        return self.path / "images.json"
 
     @property
     def identity_file(self) -> Path:
