@@ -10,9 +10,9 @@ from pathlib import Path
 from srfed.command import INTERRUPTED
 from srfed.config import RunConfig, describe, load_config
 from srfed.errors import UserError
-from srfed.files import write_bytes
+from srfed.files import held, write_bytes
 from srfed.reporting.metrics_log import MetricsLog
-from srfed.reporting.run_directory import RunDirectory
+from srfed.reporting.run_directory import LOCK, RunDirectory
 from srfed.reporting.summary import summarise
 
 
@@ -143,7 +143,8 @@ def check_training(config: RunConfig, record: Path | None = None, *, allow_chang
     if record is not None:
         if not record.exists():
             _say_on_stderr(f"the run has no record of its images, so they cannot be compared; {record} is begun now")
-        record_tasks(record, tasks)
+        with held(record.parent / LOCK, wait=False):
+            record_tasks(record, tasks)
 
 
 def _say_on_stderr(text: str) -> None:
