@@ -487,7 +487,7 @@ def test_strangers_are_refused_and_the_run_goes_on_without_them(tmp_path: Path) 
     superlink = (deployment.logs / "superlink.log").read_text()
     assert superlink.count("[Fleet.ActivateNode] Activated") == 3, "the sites, and none else"
     assert "refused client 'digit-2': its images are 10x10x1, this run's are 8x8x1" in output
-    assert not list((state / "digit-2").glob("*/round-*")), "it was never asked to train"
+    assert not list((state / "digit-2").glob("lineages/*/round-*")), "it was never asked to train"
 
     deployed = RunDirectory.open(tmp_path / "run")
     log = MetricsLog(deployed.metrics)
