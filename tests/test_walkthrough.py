@@ -207,7 +207,8 @@ class Machine:
                 stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         try:
-            wait_until(lambda: words in said.read_text() or process.poll() is not None, said.read_text)
+            ended = lambda: words in said.read_text() or process.poll() is not None  # noqa: E731
+            wait_until(ended, lambda: said.read_text() + self.journal())
             assert words in said.read_text(), said.read_text() + self.journal()
             os.killpg(process.pid, signal.SIGINT)
             process.wait(WAIT_SECONDS)
