@@ -168,6 +168,8 @@ class Machine:
             "PIP_NO_DEPS": "1",
             "PIP_NO_BUILD_ISOLATION": "0",
             "PYTHONPATH": sysconfig.get_path("purelib"),
+            # Lines come one by one, as on a terminal.
+            "PYTHONUNBUFFERED": "1",
         }
 
     def close(self) -> None:
