@@ -8,7 +8,6 @@ beyond the second is its own; the third shows what it would take if φ travelled
 With ``--parts`` what a ClientApp's process costs before it does anything, as each message starts one.
 """
 
-import argparse
 import os
 import resource
 import shutil
@@ -22,8 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
+from srfed.command import Parser
 from srfed.config import load_config
 from srfed.data import load_tasks
+from srfed.deployment.agree import agree_as_rehearsed
 from srfed.deployment.processes import CONNECTION, Deployment, Role
 from srfed.reporting.metrics_log import MetricsLog
 
@@ -121,7 +122,7 @@ class Watch:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.deployed_round")
+    parser = Parser(prog="python -m benchmarks.deployed_round")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--parts", action="store_true", help="only what a ClientApp's process costs before it works")
     parser.add_argument("--dir", type=Path, default=Path("runs/deployed-round"), help="emptied first")
@@ -139,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for task in load_tasks(config.data, SITES):
             images = folder / f"{task.name}.npz"
             np.savez(images, train_images=task.train, test_images=task.test)
+            agree_as_rehearsed(config, images, folder / "state" / task.name, task.name)
             deployment.add_site(task.name, images, folder / "state" / task.name)
         peers = {}
         for name, imports, arrays in (

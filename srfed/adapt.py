@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from srfed.command import run_command
+from srfed.command import Parser, run_command
 
 if TYPE_CHECKING:
     from srfed.checkpoints.adapted_task import Point
@@ -19,7 +19,7 @@ ROW = 10
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m srfed.adapt",
         description="Fit exclusive layers θ to a task that took no part in a run, on its owner's images alone. The "
         "run stays as it is. A second call goes on with the modes that are missing.",
@@ -47,16 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _adapt(options: argparse.Namespace) -> None:
-    import torch
-    from tqdm import tqdm
-
-    from srfed.checkpoints.adapted_task import AdaptationFolder, images_hash, score_adaptation, tensors_hash
-    from srfed.checkpoints.trained_run import TrainedRun, TrainedSite
     from srfed.config import load_config
     from srfed.errors import UserError
-    from srfed.evaluation.features import load_feature_network
-    from srfed.reporting.pictures import draw_grid, write_png
-    from srfed.training.adaptation import MODES, adaptation_config
+    from srfed.reporting.run_directory import RunDirectory
 
     for name, least in (("steps", 1), ("every", 1), ("samples", 2), ("seed", 0)):
         value = getattr(options, name)
@@ -64,6 +57,18 @@ def _adapt(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} {value} is impossible; allowed: {least} or more")
     every = options.every or -(-options.steps // 6)
     resources = load_config(None, [f"resources.device={options.device}"]).resources
+    if options.run is not None:
+        RunDirectory.open(options.run)
+    # Importing torch takes seconds: what is wrong with the options is said before.
+    import torch
+    from tqdm import tqdm
+
+    from srfed.checkpoints.adapted_task import AdaptationFolder, images_hash, score_adaptation, tensors_hash
+    from srfed.checkpoints.trained_run import TrainedRun, TrainedSite
+    from srfed.evaluation.features import load_feature_network
+    from srfed.reporting.pictures import draw_grid, write_png
+    from srfed.training.adaptation import MODES, adaptation_config
+
     trained = TrainedRun(options.run, resources) if options.store is None else TrainedSite(options.store, resources)
     config = _on_this_device(trained.config, options.device, cuda=trained.device.type == "cuda")
     task = _task(options, trained)
@@ -85,41 +90,41 @@ def _adapt(options: argparse.Namespace) -> None:
         )
         for mode in modes
     }
-    folder = AdaptationFolder(out, about)
-    print(
-        f"{task.name}: {len(task.train)} training images and {len(task.test)} held out, of {_extents(trained.shape)}; "
-        f"core of round {trained.round}, sha256 {core}"
-    )
-    for mode in modes:
-        if folder.has(mode, task.name):
-            print(f"{mode}: finished already")
-            continue
-        curve = []
-        with tqdm(total=options.steps, desc=mode, unit="step", disable=None, leave=False) as bar:
-            for scored in score_adaptation(
-                config, trained.shared, task, network, mode=mode, steps=options.steps, every=every,
-                samples=options.samples, seed=options.seed,
-            ):  # fmt: skip
-                curve.append(scored)
-                bar.update(scored.point.steps - bar.n)
-                point = scored.point
-                tqdm.write(
-                    f"{mode:<8} step {point.steps:>5}  loss {point.loss:.4f}  {point.score_name} {point.score:.3f}"
-                )
-        last = curve[-1]
-        folder.add(own[mode], mode, task.name, curve)
-        rows = {str(first): last.samples[first : first + ROW] for first in range(0, len(last.samples[:100]), ROW)}
-        write_png(out / f"samples-{mode}.png", draw_grid(rows))
-        print(f"{mode}: {_core_words(mode, core, tensors_hash(last.adapted.shared))}")
-        print(f"  sample it: python -m srfed.sample --store {folder.store(mode, task.name)} --n 64 --out grid.png")
-    _plot(out / "scores.png", folder.points, task.name)
-    some = folder.points[-1]
-    print(
-        f"{some.score_name} of {some.samples} samples against {some.references} held-out images; the {some.images} "
-        f"training images score {some.floor:.3f} ({network.name} {network.sha256[:8]}, {network.resize_rule}; "
-        f"seed {options.seed})"
-    )
-    print(f"scores: {folder.scores}, {out / 'scores.png'}")
+    with AdaptationFolder.held(out, about) as folder:
+        print(
+            f"{task.name}: {len(task.train)} training images and {len(task.test)} held out, "
+            f"of {_extents(trained.shape)}; core of round {trained.round}, sha256 {core}"
+        )
+        for mode in modes:
+            if folder.has(mode, task.name):
+                print(f"{mode}: finished already")
+                continue
+            curve = []
+            with tqdm(total=options.steps, desc=mode, unit="step", disable=None, leave=False) as bar:
+                for scored in score_adaptation(
+                    config, trained.shared, task, network, mode=mode, steps=options.steps, every=every,
+                    samples=options.samples, seed=options.seed,
+                ):  # fmt: skip
+                    curve.append(scored)
+                    bar.update(scored.point.steps - bar.n)
+                    point = scored.point
+                    tqdm.write(
+                        f"{mode:<8} step {point.steps:>5}  loss {point.loss:.4f}  {point.score_name} {point.score:.3f}"
+                    )
+            last = curve[-1]
+            folder.add(own[mode], mode, task.name, curve)
+            rows = {str(first): last.samples[first : first + ROW] for first in range(0, len(last.samples[:100]), ROW)}
+            write_png(out / f"samples-{mode}.png", draw_grid(rows))
+            print(f"{mode}: {_core_words(mode, core, tensors_hash(last.adapted.shared))}")
+            print(f"  sample it: python -m srfed.sample --store {folder.store(mode, task.name)} --n 64 --out grid.png")
+        _plot(out / "scores.png", folder.points, task.name)
+        some = folder.points[-1]
+        print(
+            f"{some.score_name} of {some.samples} samples against {some.references} held-out images; the {some.images} "
+            f"training images score {some.floor:.3f} ({network.name} {network.sha256[:8]}, {network.resize_rule}; "
+            f"seed {options.seed})"
+        )
+        print(f"scores: {folder.scores}, {out / 'scores.png'}")
 
 
 def _on_this_device(config: "RunConfig", device: str, *, cuda: bool) -> "RunConfig":
@@ -137,7 +142,7 @@ def _task(options: argparse.Namespace, trained: "TrainedRun | TrainedSite") -> "
     """The new task, its images brought to the run's size and channels, and as many of them as were asked for."""
     from dataclasses import replace
 
-    from srfed.data import load_own_task, load_task, task_names
+    from srfed.data import describe_own_images, load_own_task, load_task, task_names
     from srfed.data.source import slugs
     from srfed.errors import UserError
 
@@ -155,7 +160,10 @@ def _task(options: argparse.Namespace, trained: "TrainedRun | TrainedSite") -> "
             "channels": channels if channels in (1, 3) else None,
         }
         name = slugs([options.data.resolve().stem])[0]
-        task = load_own_task(config.model_copy(update=fitting), options.data, name)
+        config = config.model_copy(update=fitting)
+        task = load_own_task(config, options.data, name)
+        for line in describe_own_images(config, options.data):
+            print(line)
     shape, count = task.train.shape[1:], len(task.train)
     if shape != tuple(trained.shape):
         raise UserError(

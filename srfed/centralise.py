@@ -4,6 +4,7 @@ The baselines that a federation is compared with; run folder, reports and scores
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from srfed.command import run_command
 from srfed.config import RunConfig
@@ -22,12 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(lambda: train_by_command("srfed.centralise", options, {}, _check, _run))
 
 
-def _check(config: RunConfig) -> None:
+def _check(config: RunConfig, record: Path | None = None, *, allow_changed_images: bool = False) -> None:
     if config.training.method == "federated":
         raise UserError(
             "training.method = federated is for python -m srfed.simulate; allowed here: pooled, one_task, balanced"
         )
-    check_training(config)
+    check_training(config, record, allow_changed_images=allow_changed_images)
 
 
 def _run(run: RunDirectory) -> None:

@@ -1,13 +1,14 @@
-"""Run a federation on real machines: ``python -m srfed.deploy certificates | check | site | status | rehearse``."""
+"""Run a federation on real machines: ``python -m srfed.deploy COMMAND``."""
 
 import argparse
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from srfed.command import INTERRUPTED, run_command
+from srfed.command import Parser, run_command, status_of, tell
 from srfed.errors import UserError
 
 
@@ -18,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m srfed.deploy", description="Prepare, check and rehearse a federation of real machines."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -61,6 +62,37 @@ def _parser() -> argparse.ArgumentParser:
     _add_configuration(check)
     check.set_defaults(command=_check)
 
+    agree = commands.add_parser(
+        "agree",
+        help="what a site's owner allows, written down; without it a site answers nothing",
+        description="Show in words what would leave this site and what may be asked of it, ask, and write it into the "
+        "state folder. Called again it shows what would change.",
+    )
+    agree.add_argument("--data", type=Path, required=True, metavar="PATH", help="a folder of images or an .npz file")
+    agree.add_argument("--state-dir", type=Path, required=True, metavar="DIR", help="where the site keeps its state")
+    agree.add_argument("--client-id", required=True, metavar="ID", help="the site's name, the same for ever")
+    agree.add_argument(
+        "--root-certificates", type=Path, metavar="FILE", dest="certificate",
+        help="ca.crt: the only coordinator that the site is to speak to",
+    )  # fmt: skip
+    agree.add_argument(
+        "--least-statistics", type=int, default=20, metavar="N",
+        help="fewest images behind feature statistics (default 20)",
+    )  # fmt: skip
+    agree.add_argument(
+        "--least-mean", type=int, default=8, metavar="N", help="fewest images behind a mean: a loss, SSIM (default 8)"
+    )
+    agree.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it computes")
+    agree.add_argument("--threads", type=int, default=1, metavar="N", help="of the processor (default 1)")
+    agree.add_argument(
+        "--inception-weights", type=Path, metavar="FILE",
+        help="this site's own copy of the Inception weights; default: downloaded once and verified",
+    )  # fmt: skip
+    agree.add_argument("--yes", action="store_true", help="agree without being asked")
+    _add_configuration(agree)
+    agree.set_defaults(command=_agree)
+
+    _add_sites(commands)
     site = commands.add_parser(
         "site",
         help="what a site runs to take part",
@@ -102,6 +134,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_sites(commands: "argparse._SubParsersAction[Parser]") -> None:
+    register = commands.add_parser(
+        "register",
+        help="let a site's key in, and note whose it is",
+        description="As `flwr supernode register`, under the site's name, and notes which node it is.",
+    )
+    register.add_argument("--site", required=True, metavar="NAME", help="the site's name")
+    register.add_argument("--key", type=Path, required=True, metavar="FILE", help="its public key, site-<name>.pub")
+    register.add_argument(
+        "--connection",
+        default="",
+        metavar="NAME",
+        help="the SuperLink in Flower's config.toml; default: the default one",
+    )
+    register.add_argument("--notes", type=Path, metavar="FILE", help="default: registered.json beside the key")
+    register.set_defaults(command=_register)
+
+    sites = commands.add_parser(
+        "sites",
+        help="which site is which",
+        description="Client id, site, node, key, images and last answer of each site.",
+    )
+    sites.add_argument("--run", type=Path, metavar="DIR", help="the run's folder")
+    sites.add_argument("--notes", type=Path, metavar="FILE", help="the registered.json that `register` has written")
+    sites.add_argument(
+        "--rebind", metavar="ID",
+        help="forget to which key this client id belongs, and how many images it had; not while the server runs",
+    )  # fmt: skip
+    sites.set_defaults(command=_sites)
+
+
 def _add_configuration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="the run's YAML file; default: the embedded digits")
     parser.add_argument(
@@ -127,12 +190,83 @@ def _certificates(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     from srfed.config import load_config
-    from srfed.deployment.check import check_site
 
     # A name for a file: "my pictures" becomes "my-pictures".
     client = options.client_id or re.sub(r"[^A-Za-z0-9._-]+", "-", options.data.absolute().stem).strip("._-")
     config = load_config(options.config, options.overrides)
+    # After the settings, as it imports torch.
+    from srfed.deployment.agree import fits, standing
+    from srfed.deployment.check import check_site
+
     print(check_site(config, options.data, options.state_dir, client, options.out))
+    agreement = standing(options.state_dir.expanduser(), client)
+    print(f"\nagreement:  {'none yet; python -m srfed.deploy agree' if agreement is None else fits(agreement, config)}")
+
+
+def _agree(options: argparse.Namespace) -> None:
+    from pydantic import ValidationError
+
+    from srfed.config import load_config
+    from srfed.federation.agreement import AGREEMENT_FILE, LeastImages, SiteResources
+
+    state_dir = options.state_dir.expanduser().absolute()
+    weights = "" if options.inception_weights is None else str(options.inception_weights.expanduser().absolute())
+    try:
+        least = LeastImages(statistics=options.least_statistics, mean=options.least_mean)
+        resources = SiteResources(device=options.device, threads=options.threads, inception_weights=weights)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise UserError(f"{problem['loc'][0]} = {problem['input']} is impossible: {problem['msg']}") from error
+    config = load_config(options.config, options.overrides)
+    # After the settings, as it imports torch.
+    from srfed.data import current_images
+    from srfed.deployment.agree import agree, in_words, propose, standing
+
+    data, folder = options.data.expanduser(), state_dir / options.client_id
+    proposed = propose(
+        config, data, state_dir, options.client_id,
+        certificate=options.certificate, least=least, resources=resources,
+    )  # fmt: skip
+    print(in_words(proposed, config))
+    if changed := current_images(config.data, data, options.client_id, folder)[1]:
+        print(f"\nyour images are others than those on record: {changed}")
+    if (agreement := standing(state_dir, options.client_id)) is not None:
+        changes = agreement.differences(proposed)
+        if not changes:
+            print(f"\n{folder / AGREEMENT_FILE} says so already, since {agreement.agreed}")
+            return
+        print(f"\nwhat stands since {agreement.agreed} would change:")
+        print("\n".join(f"  {line}" for line in changes))
+    if not options.yes and not _confirmed(f"\nagree, as the owner of {options.client_id}'s images? [y/N] "):
+        raise UserError("not agreed; nothing was written")
+    agree(proposed, config, data, state_dir)
+    print(f"agreed: {folder / AGREEMENT_FILE}")
+
+
+def _confirmed(question: str) -> bool:
+    """What a person answers; raises UserError where there is nobody to ask."""
+    if not sys.stdin.isatty():
+        raise UserError("nobody is there to be asked; agree with --yes")
+    return input(question).strip().lower() in ("y", "yes")
+
+
+def _register(options: argparse.Namespace) -> None:
+    from srfed.deployment.sites import register_site
+
+    print(register_site(options.site, options.key, options.connection, options.notes))
+
+
+def _sites(options: argparse.Namespace) -> None:
+    from srfed.deployment.sites import rebind, sites_in_words
+
+    if options.rebind is not None and options.run is None:
+        raise UserError(f"--rebind {options.rebind} needs --run, the folder of the run that has this client")
+    if options.run is None and options.notes is None:
+        raise UserError("nothing to show; name --run, the folder of a run, or --notes, the file that register wrote")
+    if options.rebind is not None:
+        print(rebind(options.run, options.rebind))
+    else:
+        print(sites_in_words(options.run, options.notes))
 
 
 def _site(options: argparse.Namespace) -> None:
@@ -152,30 +286,30 @@ def _status(options: argparse.Namespace) -> None:
 
 
 def _rehearse(options: argparse.Namespace) -> None:
-    from srfed.config import load_config
-    from srfed.deployment.rehearsal import rehearse
+    from srfed.files import new_folder
+    from srfed.requested_config import requested_config
     from srfed.simulate import check
 
-    folder = (options.dir or Path("runs") / f"rehearsal-{datetime.now().strftime('%Y%m%d-%H%M%S')}").absolute()
-    overrides = list(options.overrides)
-    if options.clients is not None:
-        overrides.append(f"federation.clients={options.clients}")
-    earlier = folder / "config.yaml"
-    config = load_config(options.config or (earlier if earlier.is_file() else None), overrides)
-    if config.data.dir:
-        # Flower's processes, and later rehearsals, may stand in other folders.
-        data = config.data.model_copy(update={"dir": str(Path(config.data.dir).absolute())})
-        config = config.model_copy(update={"data": data})
+    earlier = None if options.dir is None else options.dir / "config.yaml"
+    config = requested_config(
+        options.config or (earlier if earlier and earlier.is_file() else None),
+        options.overrides,
+        {"federation.clients": options.clients},
+    )
     check(config)
+    from srfed.deployment.rehearsal import rehearse
+
+    own = Path("runs") / f"rehearsal-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
+    folder = (options.dir or new_folder(own)).absolute()
     print(
         f"{config.name}: {config.federation.clients} sites, {config.federation.rounds} rounds\nfolder: {folder}",
         flush=True,
     )
     try:
         rehearse(folder, config)
-    except KeyboardInterrupt:
-        print(f"stopped; go on with: python -m srfed.deploy rehearse --dir {folder}", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+    except (KeyboardInterrupt, BrokenPipeError) as stop:
+        tell(f"stopped; go on with: python -m srfed.deploy rehearse --dir {shlex.quote(str(folder))}")
+        raise SystemExit(status_of(stop)) from None
     print(f"\nresults:    {folder / 'run'}")
     print(f"curves:     tensorboard --logdir {folder / 'run' / 'tensorboard'}")
     print(f"site state: {folder / 'sites'}")

@@ -6,3 +6,11 @@ class UserError(Exception):
 
     Everything else that is raised is a defect of ours and keeps its traceback.
     """
+
+
+class DamagedError(UserError):
+    """A file that is not what was written: it is missing, cut short or altered, and reading it again changes nothing.
+
+    What cannot be read for another reason (no permission, too many open files, a network drive that is away) may be
+    sound: that is a plain UserError, and no advice to remove anything follows from it.
+    """

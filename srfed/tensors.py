@@ -2,19 +2,34 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
+import safetensors.numpy
 import safetensors.torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from srfed.errors import UserError
-from srfed.files import read_json, write_folder
+from srfed.errors import DamagedError, UserError
+from srfed.files import (
+    FORMAT,
+    check_format,
+    json_bytes,
+    list_folder,
+    read_bytes,
+    read_json,
+    remove_folder,
+    remove_leftovers,
+    write_bytes,
+    write_folder,
+)
 
 STATE_FILE = "state.safetensors"
 MANIFEST_FILE = "manifest.json"
+_FILES = (STATE_FILE, MANIFEST_FILE)
 
 
 @dataclass(frozen=True)
@@ -38,29 +53,35 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     }
     state = safetensors.torch.save(tensors)
     manifest = {**checkpoint.manifest, "sha256": hashlib.sha256(state).hexdigest()}
-    write_folder(folder, {STATE_FILE: state, MANIFEST_FILE: (json.dumps(manifest, indent=2) + "\n").encode()})
+    write_folder(folder, {STATE_FILE: state, MANIFEST_FILE: json_bytes(manifest)})
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest alone; raises UserError where it is missing or damaged."""
-    return read_json(folder / MANIFEST_FILE, "sha256")
+def read_manifest(folder: Path, kinds: Mapping[str, type] | None = None) -> dict[str, Any]:
+    """Read a checkpoint's manifest alone.
+
+    Args:
+        folder: the checkpoint's.
+        kinds: what the manifest must have besides the hash, of these types.
+
+    Raises:
+        DamagedError: it is missing or not what was written.
+        UserError: it cannot be read, or is of another srfed.
+    """
+    return read_json(folder / MANIFEST_FILE, kinds={"sha256": str, **(kinds or {})})
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint; raises UserError where it is missing, truncated or altered."""
-    manifest = read_manifest(folder)
+def read_checkpoint(folder: Path, kinds: Mapping[str, type] | None = None) -> Checkpoint:
+    """Read a checkpoint; arguments and errors as of :func:`read_manifest`."""
+    manifest = read_manifest(folder, kinds)
     path = folder / STATE_FILE
-    try:
-        state = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    state = read_bytes(path)
     if hashlib.sha256(state).hexdigest() != manifest["sha256"]:
-        raise UserError(f"{path} is damaged ({len(state)} bytes that do not match the hash in {MANIFEST_FILE})")
+        raise DamagedError(f"{path} is damaged ({len(state)} bytes that do not match the hash in {MANIFEST_FILE})")
     groups: dict[str, dict[str, Tensor]] = {}
     try:
         tensors = safetensors.torch.load(state)
     except safetensors.SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+        raise DamagedError(f"{path} is damaged: {error}") from error
     # safetensors sorts by size; the manifest-independent order restored here is by name.
     for name in sorted(tensors):
         group, _, member = name.partition(":")
@@ -68,9 +89,69 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(groups, manifest)
 
 
+def find_checkpoints(folder: Path) -> list[str]:
+    """The names of the checkpoints in a folder, damaged ones too, in order; raises UserError where it cannot be read.
+
+    A folder with neither state nor manifest is what an interrupted removal has left, and is none.
+    """
+    return [name for name in list_folder(folder) if set(_FILES) & set(list_folder(folder / name))]
+
+
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint, manifest last, so that a half-removed one is never taken for whole."""
-    (folder / STATE_FILE).unlink(missing_ok=True)
-    (folder / MANIFEST_FILE).unlink(missing_ok=True)
-    if folder.exists():
-        folder.rmdir()
+    """Remove a checkpoint; under its name it is gone at once or not at all."""
+    remove_folder(folder, _FILES)
+
+
+def remove_remains(folder: Path) -> None:
+    """Remove what killed processes have left among the checkpoints of a folder; nobody else may be writing there."""
+    remove_leftovers(folder, _FILES)
+    sound = find_checkpoints(folder)
+    for name in list_folder(folder):
+        if name not in sound and (folder / name).is_dir():
+            remove_folder(folder / name, ())
+
+
+def check_tensors(what: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise UserError unless tensors have the names and shapes of others; ``what`` says whose they are."""
+    for name in sorted(set(tensors) | set(expected)):
+        if name not in tensors or name not in expected:
+            where = "has no" if name not in tensors else "has a"
+            raise UserError(f"{what} {where} tensor {name}, which is not what the configuration says")
+        found, wanted = tuple(tensors[name].shape), tuple(expected[name].shape)
+        if found != wanted:
+            raise UserError(f"{what} has {name} with shape {found}, and the configuration says {wanted}")
+
+
+def image_shape(path: Path, content: list[int]) -> tuple[int, int, int]:
+    """H, W, C as a manifest has them; raises DamagedError, naming ``path``, where it does not."""
+    if len(content) != 3 or not all(isinstance(extent, int) for extent in content):
+        raise DamagedError(f"{path} is damaged: 'shape' is {content!r}")
+    height, width, channels = content
+    return height, width, channels
+
+
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], about: Mapping[str, str] | None = None) -> None:
+    """Write named arrays, and words about them, as one safetensors file, atomically; raises UserError."""
+    write_bytes(path, safetensors.numpy.save(dict(arrays), metadata={FORMAT: "1", **(about or {})}))
+
+
+def read_arrays(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """Read what :func:`write_arrays` wrote: the arrays, and the words.
+
+    Raises:
+        DamagedError: it is missing, or no such file.
+        UserError: it cannot be read, or is of another srfed.
+    """
+    content = read_bytes(path)
+    try:
+        arrays = safetensors.numpy.load(content)
+        header = _header(content)
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{path} is damaged: {error}") from error
+    check_format(path, header)
+    return arrays, header
+
+
+def _header(content: bytes) -> dict[str, str]:
+    size = int.from_bytes(content[:8], "little")
+    return dict(json.loads(content[8 : 8 + size]).get("__metadata__", {}))

@@ -18,8 +18,8 @@ from sklearn.datasets import load_digits
 from torchvision import datasets, transforms
 
 from srfed.config import DataConfig
-from srfed.data import load_task, load_tasks, task_names, to_model_range, to_uint8
-from srfed.data.folder import read_images
+from srfed.data import describe_images, load_task, load_tasks, task_names, to_model_range, to_uint8
+from srfed.data.folder import list_images
 from srfed.data.images import fit_image, fit_images
 from srfed.errors import UserError
 
@@ -49,6 +49,12 @@ def save(path: Path, pixels: np.ndarray, **options: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, **options)
     return path
+
+
+def held_out(images: np.ndarray, fraction: float) -> np.ndarray:
+    """Which images (uint8 N x H x W x C) their content holds out, as docs/data.md words the rule."""
+    names = [hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest() for image in images]
+    return np.array([int(name[:13], 16) < fraction * 16**13 for name in names])
 
 
 # --- the range that models see ---
@@ -133,8 +139,72 @@ def test_deep_grey_is_scaled_by_its_own_range(dtype: type[np.generic]) -> None:
     assert not fit_image(Image.fromarray(np.full((8, 8), 7, dtype)), None, None).any()
 
 
-def test_values_that_are_not_finite_are_refused() -> None:
-    assert "not finite" in message_of(fit_image, Image.fromarray(np.full((8, 8), np.nan, np.float32)), None, None)
+@pytest.mark.parametrize("nothing", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused_or_an_end_of_the_range(nothing: float) -> None:
+    values = np.linspace(-50, 150, 64, dtype=np.float32).reshape(8, 8)
+    values[2, 3] = nothing
+    text = message_of(fit_image, Image.fromarray(values), None, None)
+    assert "not finite" in text
+    assert "set data.intensity" in text
+    result = fit_image(Image.fromarray(values), None, None, (-50.0, 150.0))[..., 0]
+    expected = np.rint((values.astype(np.float64) + 50) / 200 * 255)
+    expected[2, 3] = 255 if nothing == np.inf else 0
+    np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+@pytest.mark.parametrize("intensity", [(0.0, 4095.0), (-1000.0, 500.5), (200.0, 201.0)])
+def test_a_fixed_range_makes_equal_values_equally_grey_in_all_pictures(
+    dtype: type[np.generic], intensity: tuple[float, float]
+) -> None:
+    low, high = intensity
+    for first, last in ((0, 60000), (190, 260), (300, 300)):
+        values = np.linspace(first, last, 64).reshape(8, 8).astype(dtype)
+        result = fit_image(Image.fromarray(values), None, None, intensity)[..., 0]
+        exact = (np.clip(values.astype(np.float64), low, high) - low) / (high - low) * 255
+        assert np.abs(result - exact).max() <= 0.5 + 1e-9
+
+
+def test_pictures_of_8_bits_have_no_intensity_to_set() -> None:
+    for pixels in (random_images(9, 7), random_images(9, 7, 3), random_images(9, 7, 4)):
+        image = Image.fromarray(pixels)
+        np.testing.assert_array_equal(fit_image(image, 6, None, (0.0, 10.0)), fit_image(image, 6, None))
+
+
+@pytest.mark.parametrize(
+    ("values", "nodata"), [(range(64), -9999), (range(64), 65535), (range(100, 164), -3.4e38), (range(3), 40)]
+)
+def test_one_value_far_from_all_others_is_named_instead_of_whitening_the_picture(values: range, nodata: float) -> None:
+    pixels = np.resize(np.array(values, np.float32), (8, 8))
+    fit_image(Image.fromarray(pixels), None, None)
+    pixels[0] = nodata
+    text = message_of(fit_image, Image.fromarray(pixels), None, None)
+    assert f"the value {np.float32(nodata):g} far from all others" in text
+    assert "set data.intensity" in text
+    fitted = fit_image(Image.fromarray(pixels), None, None, (float(min(values)), float(max(values))))
+    assert len(np.unique(fitted)) > 2, "the others keep their contrast"
+
+
+def test_two_levels_and_a_wide_range_are_no_missing_values() -> None:
+    for pixels in (np.array([0, 4000]), np.array([0, 1000, 1100, 1200, 1300]), np.geomspace(1, 60000, 64)):
+        fit_image(Image.fromarray(np.resize(pixels, (8, 8)).astype(np.uint16)), None, None)
+
+
+def test_intensity_reaches_the_files_of_a_task_and_is_said(tmp_path: Path) -> None:
+    deep = np.linspace(100, 900, 64).reshape(8, 8).astype(np.uint16)
+    for number in range(6):
+        save(tmp_path / "lamp" / f"{number}.png", deep + np.uint16(number))
+    save(tmp_path / "lamp" / "flat.png", random_images(8, 8))
+    config = folder(tmp_path, intensity=(0.0, 1000.0))
+    task = load_task(config, 0)
+    levels = {round((100 + number) / 1000 * 255) for number in range(6)}
+    assert levels <= {int(image[0, 0, 0]) for image in (*task.train, *task.test)}
+    said = " ".join(" ".join(describe_images(config, 1)).split())
+    assert "6 of 7 pictures have more than 8 bits, values 100 to 905; 0 becomes black, 1000 white" in said
+    assert "0.00% of the values are outside" in said
+    assert "100.00% of the values" in " ".join(describe_images(folder(tmp_path, intensity=(2000.0, 3000.0)), 1))
+    said = " ".join(" ".join(describe_images(folder(tmp_path), 1)).split())
+    assert "each is stretched by its own least and greatest value" in said
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
@@ -402,10 +472,10 @@ def test_cifar_that_is_nowhere_says_how_to_get_it(tmp_path: Path) -> None:
 # --- one .npz file ---
 
 
-def npz(tmp_path: Path, **arrays: Any) -> DataConfig:
+def npz(tmp_path: Path, *, test_fraction: float = 0.2, **arrays: Any) -> DataConfig:
     path = tmp_path / "images.npz"
     np.savez(path, **arrays)
-    return DataConfig(dataset="npz", dir=str(path))
+    return DataConfig(dataset="npz", dir=str(path), test_fraction=test_fraction)
 
 
 def test_npz_with_names_and_test_part(tmp_path: Path) -> None:
@@ -422,13 +492,15 @@ def test_npz_with_names_and_test_part(tmp_path: Path) -> None:
         np.testing.assert_array_equal(task.test, test[test_labels == label])
 
 
-def test_npz_without_test_part_holds_out_the_end(tmp_path: Path) -> None:
-    images, labels = random_images(20, 8, 8), np.array([-4, 9] * 10)
-    config = npz(tmp_path, train_images=images, train_labels=labels)
+def test_npz_without_test_part_is_split_by_the_images_content(tmp_path: Path) -> None:
+    images, labels = random_images(40, 8, 8, 1), np.array([-4, 9] * 20)
+    config = npz(tmp_path, train_images=images, train_labels=labels, test_fraction=0.4)
     assert task_names(config) == ["class--4", "class-9"]
     task = load_task(config, 1)
-    np.testing.assert_array_equal(task.train[..., 0], images[1::2][:8])
-    np.testing.assert_array_equal(task.test[..., 0], images[1::2][8:])
+    out = held_out(images[1::2], 0.4)
+    assert 2 < out.sum() < 18
+    np.testing.assert_array_equal(task.train, images[1::2][~out])
+    np.testing.assert_array_equal(task.test, images[1::2][out])
 
 
 GOOD = {"train_images": random_images(6, 8, 8, 1), "train_labels": np.arange(6) % 2}
@@ -477,13 +549,13 @@ def folder(root: Path, **options: Any) -> DataConfig:
     return DataConfig(dataset="folder", dir=str(root), **options)
 
 
-def test_folder_tasks_in_order_with_the_last_files_held_out(tmp_path: Path) -> None:
+def test_folder_tasks_in_order_and_split_by_content(tmp_path: Path) -> None:
     names = ["a/1.png", "a/2.PNG", "b.png", "c.bmp", "d.tif"]
     pixels = {name: random_images(8, 10, 3, seed=k) for k, name in enumerate(names)}
     for name, image in pixels.items():
         save(tmp_path / "Site B" / name, image)
     save(tmp_path / "Site A" / "x.png", random_images(8, 10, 3))
-    save(tmp_path / "Site A" / "y.png", random_images(8, 10, 3))
+    save(tmp_path / "Site A" / "y.png", random_images(8, 10, 3, seed=9))
     (tmp_path / ".git").mkdir()
     (tmp_path / "readme.txt").write_text("no image")
     (tmp_path / "Site B" / "Thumbs.db").write_text("no image")
@@ -491,9 +563,14 @@ def test_folder_tasks_in_order_with_the_last_files_held_out(tmp_path: Path) -> N
     config = folder(tmp_path, test_fraction=0.4)
     assert task_names(config) == ["site-a", "site-b"]
     task = load_task(config, 1)
-    np.testing.assert_array_equal(task.train, [pixels[name] for name in names[:3]])
-    np.testing.assert_array_equal(task.test, [pixels[name] for name in names[3:]])
-    np.testing.assert_array_equal(read_images(tmp_path / "Site B", None, None), [pixels[name] for name in names])
+    images = np.array([pixels[name] for name in names])
+    out = held_out(images, 0.4)
+    assert 2 <= out.sum() <= 3, "otherwise the least number would decide, which is tested below"
+    np.testing.assert_array_equal(task.train, images[~out])
+    np.testing.assert_array_equal(task.test, images[out])
+    assert [
+        path.relative_to(tmp_path / "Site B").as_posix() for path in list_images(tmp_path / "Site B").files
+    ] == names
     assert [len(part) for part in (load_task(config, 0).train, load_task(config, 0).test)] == [1, 1]
 
 
@@ -507,16 +584,19 @@ def test_folder_with_a_split_of_its_own(tmp_path: Path) -> None:
     assert "5 training images of task lamp" in message_of(load_task, folder(tmp_path, images_per_task=6), 0)
     (tmp_path / "train" / "chair").mkdir()
     assert "task chair is not in both" in message_of(task_names, folder(tmp_path))
-    (tmp_path / "val").mkdir()
-    assert "holds train, test and val" in message_of(task_names, folder(tmp_path))
 
 
-def test_folder_images_beyond_images_per_task_are_not_opened(tmp_path: Path) -> None:
+def test_folder_images_beyond_images_per_task_are_opened_only_where_their_content_decides(tmp_path: Path) -> None:
     for k in range(5):
-        save(tmp_path / "lamp" / f"{k}.png", random_images(8, 8, seed=k))
-    (tmp_path / "lamp" / "2.png").write_bytes(b"damaged")
-    assert len(load_task(folder(tmp_path, images_per_task=2), 0).train) == 2
-    assert f"cannot read image {tmp_path / 'lamp' / '2.png'}" in message_of(load_task, folder(tmp_path), 0)
+        save(tmp_path / "a" / "lamp" / f"{k}.png", random_images(8, 8, seed=k))
+    shutil.copytree(tmp_path / "a" / "lamp", tmp_path / "b" / "train" / "lamp")
+    shutil.copytree(tmp_path / "a" / "lamp", tmp_path / "b" / "test" / "lamp")
+    for damaged in (tmp_path / "a" / "lamp" / "2.png", tmp_path / "b" / "train" / "lamp" / "2.png"):
+        damaged.write_bytes(b"damaged")
+    assert len(load_task(folder(tmp_path / "b", images_per_task=2), 0).train) == 2
+    for root in ("a", "b"):
+        assert "cannot read image" in message_of(load_task, folder(tmp_path / root), 0)
+    assert "2.png" in message_of(load_task, folder(tmp_path / "a", images_per_task=2), 0)
 
 
 def test_truncated_image_is_named(tmp_path: Path) -> None:
@@ -545,7 +625,7 @@ def test_sizes_and_channels_that_differ(tmp_path: Path) -> None:
 def test_tasks_that_differ_in_shape_are_refused_together_not_alone(tmp_path: Path) -> None:
     for name, width in (("a", 8), ("b", 9)):
         for k in range(2):
-            save(tmp_path / name / f"{k}.png", random_images(8, width))
+            save(tmp_path / name / f"{k}.png", random_images(8, width, seed=k))
     assert load_task(folder(tmp_path), 1).train.shape == (1, 8, 9, 1)
     assert "task b 8 x 9 x 1; set data.image_size" in message_of(load_tasks, folder(tmp_path), 2)
 
@@ -554,7 +634,6 @@ def test_folders_with_nothing_in_them(tmp_path: Path) -> None:
     assert "has no task folders" in message_of(task_names, folder(tmp_path))
     (tmp_path / "lamp").mkdir()
     assert "task lamp has no training images" in message_of(load_task, folder(tmp_path), 0)
-    assert "holds no images" in message_of(read_images, tmp_path / "lamp", None, None)
     save(tmp_path / "lamp" / "1.png", random_images(8, 8))
     assert "data.test_fraction" in message_of(load_task, folder(tmp_path), 0)
     file = tmp_path / "lamp" / "1.png"

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
@@ -28,17 +29,21 @@ from PIL import Image
 from tiny_run import CLIENTS, all_bits, begin, run_in_process, server_bits, tiny_config
 
 from srfed import deploy
+from srfed.config import load_config
+from srfed.data import accept_images, load_own_task
 from srfed.deployment import certificates as certificates_module
 from srfed.deployment import processes
 from srfed.deployment.certificates import make_certificates
 from srfed.deployment.flower import FOLDER_VARIABLE
 from srfed.deployment.processes import Deployment
 from srfed.errors import UserError
+from srfed.files import held
 from srfed.models.partition import divide
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import RunDirectory
 from srfed.tensors import read_manifest
-from srfed.training.setup import build_model
+from srfed.training.local import LocalTrainer, initial_state
+from srfed.training.setup import build_diffusion, build_model, build_partition
 
 HOSTS = ("fed.example.org", "10.0.0.5")
 
@@ -290,11 +295,14 @@ def test_check_of_a_folder_of_mixed_pictures(pictures: Path, tiny_yaml: Path, tm
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert "8 for training, 2 for tests; 8 x 8 px, 3 channels" in done.stdout
-    assert "minibatch:  4 of 8 images" in done.stdout
+    train, test = map(int, re.search(r"(\d) for training, (\d) for tests; 8 x 8 px, 3 channels", done.stdout).groups())
+    assert (train + test, min(train, test) >= 2) == (10, True)
+    assert f"minibatch:  4 of {train} images" in done.stdout
     with Image.open(state / "check.png") as picture:
         assert picture.format == "PNG"
     assert [path.name for path in state.iterdir()] == ["check.png"], "what it tried to write is gone again"
+    assert [path.stat().st_mode & 0o777 for path in (state, state / "check.png")] == [0o700, 0o600]
+    assert "can be read by others" not in done.stdout
     options = joining_options(done.stdout)
     assert (options["--client-id"], options["--key"]) == ("clinic-1", "site-clinic-1.key")
     assert (options["--data"], options["--state-dir"]) == (str(pictures), str(state))
@@ -306,6 +314,18 @@ def test_check_of_a_folder_of_mixed_pictures(pictures: Path, tiny_yaml: Path, tm
     assert f"each round: {payload:,} bytes" in done.stdout
     for word in ("never go:   your images, θ_i", "generated images: 10 at the end, 4 at", "of 192 bytes"):
         assert word in done.stdout
+
+
+def test_check_says_where_others_can_look_into_the_state(tiny_yaml: Path, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "clinic.npz", train_images=images[:24], test_images=images[24:])
+    state = tmp_path / "state"
+    (state / "clinic").mkdir(parents=True, mode=0o700)
+    state.chmod(0o750)
+    done = command("check", "--data", tmp_path / "clinic.npz", "--state-dir", state, "--config", tiny_yaml)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line.strip() for line in done.stdout.splitlines() if "read by others" in line]
+    assert line == f"{state} can be read by others on this machine (mode 0750); close it: chmod -R go= {state}"
 
 
 def test_check_of_an_npz_file_in_moments_mode(tiny_yaml: Path, tmp_path: Path) -> None:
@@ -328,6 +348,81 @@ def test_check_of_an_npz_file_in_moments_mode(tiny_yaml: Path, tmp_path: Path) -
     assert f"each round: {payload:,} bytes" in done.stdout
     assert "no image" in done.stdout
     assert "generated images: " not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("settings", "minibatch"),
+    [
+        (["training.batch_size=32", "training.across_passes=true"], "32 of 20 images"),
+        (["training.batch_size=32", "training.drop_last=false"], "20 of 20 images"),
+        (["training.batch_size=32", "training.drop_last=false", "training.across_passes=true"], "32 of 20 images"),
+        (["training.batch_size=8"], "8 of 20 images"),
+    ],
+)
+def test_check_takes_the_minibatches_that_training_takes(
+    settings: list[str], minibatch: str, tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (22, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "own.npz", train_images=images[:20], test_images=images[20:])
+    overrides = [word for setting in settings for word in ("--set", setting)]
+    arguments = ["check", "--data", str(tmp_path / "own.npz"), "--state-dir", str(tmp_path / "state")]
+    assert deploy.main([*arguments, "--config", str(tiny_yaml), *overrides]) == 0
+    assert f"minibatch:  {minibatch}\n" in capsys.readouterr().out
+    # Training's own words on the same settings.
+    config = load_config(tiny_yaml, settings)
+    model = build_model(config, 1)
+    trainer = LocalTrainer(
+        config, model, build_partition(config, model), build_diffusion(config, torch.device("cpu")), "own", images[:20]
+    )
+    partition = build_partition(config, model)
+    result = trainer.train(1, partition.take_shared(model.state_dict()), initial_state(model, partition))
+    assert f"{result.images // 2} of 20 images" == minibatch
+
+
+def test_check_compares_with_the_sites_record_and_never_accepts(
+    tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, state = tmp_path / "own.npz", tmp_path / "state"
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    np.savez(own, train_images=images[:40])
+    arguments = ["check", "--data", str(own), "--state-dir", str(state), "--config", str(tiny_yaml)]
+    config = load_config(tiny_yaml).data
+    assert deploy.main(arguments) == 0
+    assert "are put on record when the site joins" in capsys.readouterr().out
+    load_own_task(config, own, "own", state / "own")
+    record = (state / "own" / "images.json").read_bytes()
+    assert deploy.main(arguments) == 0
+    assert "these are the images on record" in capsys.readouterr().out
+
+    np.savez(own, train_images=images)
+    for _ in range(2):
+        assert deploy.main(arguments) == 2
+        assert "are not those on record for own" in capsys.readouterr().err
+    assert (state / "own" / "images.json").read_bytes() == record
+    accept_images(config, own, "own", state / "own")
+    assert deploy.main(arguments) == 0
+
+
+def test_check_says_what_it_takes_and_what_it_passes_over(
+    pictures: Path, tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "@eaDir").mkdir()
+    deep = np.linspace(7, 4000, 400).reshape(20, 20).astype(np.uint16)
+    Image.fromarray(deep).save(pictures / "deep.png")
+    arguments = ["check", "--data", str(pictures), "--state-dir", str(tmp_path / "state"), "--config", str(tiny_yaml)]
+    for setting in ("data.image_size=8", "data.channels=3", "training.batch_size=4"):
+        arguments += ["--set", setting]
+    assert deploy.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "taken:      11 pictures (9 .png, 2 .tif)\n" in said
+    assert "skipped:    1 left by a system (e.g. @eaDir), 1 no picture by its name (e.g. notes.txt)\n" in said
+    assert "1 of 11 pictures have more than 8 bits, values 7 to 4000; each is stretched by its own" in said
+    assert deploy.main([*arguments, "--set", "data.intensity=[0, 2000]"]) == 0
+    assert "0 becomes black,\n            2000 white" in capsys.readouterr().out
+    (pictures / "train").mkdir()
+    (pictures / "val").mkdir()
+    assert deploy.main(arguments) == 2
+    assert "holds train, val" in capsys.readouterr().err
 
 
 SMALL = ["--data", "small.npz", "--set", "training.batch_size=2"]
@@ -400,7 +495,7 @@ def deployed_bits(folder: Path) -> dict[str, Any]:
     bits: dict[str, Any] = {"server": server_bits(run)}
     attempts = read_manifest(sorted(run.server.glob("round-*"))[-1])["attempts"]
     for client, attempt in attempts.items():
-        manifest = read_manifest(folder / "sites" / client / "state" / client / run.lineage / attempt)
+        manifest = read_manifest(folder / "sites" / client / "state" / client / "lineages" / run.lineage / attempt)
         bits[client] = {name: manifest[name] for name in ("round", "steps", "exclusive_steps", "sha256")}
     return bits
 
@@ -432,6 +527,10 @@ def test_a_rehearsal_stopped_and_resumed_has_the_bits_of_a_simulation(tiny_yaml:
     assert "INFO" not in output, "Flower's own log is in the files"
     assert_none_left(folder)
     assert (folder / "certificates" / "ca.crt").read_bytes() == certificate
+
+    # Databases, images, θ_i, keys, logs; what is handed out has its own modes, in a folder that is closed.
+    for path in (folder, *folder.rglob("*")):
+        assert path.suffix in (".crt", ".pub") or not path.stat().st_mode & 0o077, path
 
     run = RunDirectory.open(folder / "run")
     assert (run.server / "round-00002" / "manifest.json").is_file()
@@ -469,6 +568,14 @@ def test_a_folder_of_something_else_is_left_alone(tiny_yaml: Path, tmp_path: Pat
     done = command("rehearse", "--clients", 1, "--config", tiny_yaml, "--dir", tmp_path)
     assert_one_line(done, "neither an empty folder nor that of a rehearsal")
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+
+
+def test_a_rehearsal_in_use_is_left_alone(tiny_yaml: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "rehearsal"
+    with held(folder / "lock", wait=False):
+        done = command("rehearse", "--clients", 1, "--config", tiny_yaml, "--dir", folder)
+    assert_one_line(done, f"{folder} is in use by another process")
+    assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
 def test_a_deployment_starts_flower_as_a_real_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

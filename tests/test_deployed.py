@@ -28,8 +28,9 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from tiny_run import TINY, begin, run_in_process, server_bits, tiny_config
 
 from srfed.checkpoints.trained_run import TrainedSite
-from srfed.config import ResourcesConfig
+from srfed.config import ResourcesConfig, load_config
 from srfed.data import Task, load_tasks, to_model_range
+from srfed.deployment.agree import agree_as_rehearsed
 from srfed.deployment.certificates import make_certificates, site_key
 from srfed.deployment.flower import HOST
 from srfed.deployment.processes import CONNECTION, Deployment, FlowerRun
@@ -263,7 +264,7 @@ def needle(values: torch.Tensor) -> bytes | None:
 
 def private_needles(state: Path, lineage: str) -> Iterator[tuple[str, bytes]]:
     """θ_i, its average and its moments, of every attempt of every site."""
-    for attempt in sorted(state.glob(f"*/{lineage}/round-*")):
+    for attempt in sorted(state.glob(f"*/lineages/{lineage}/round-*")):
         checkpoint = read_checkpoint(attempt)
         for group in ("exclusive", "exclusive_average", "exclusive_moments"):
             for name, tensor in checkpoint.group(group).items():
@@ -325,6 +326,7 @@ def test_nothing_private_crosses_the_wire_and_the_log_tells_how_much_does(mode: 
         proxies = [stack.enter_context(Proxy(deployment.superlink_port)) for _ in SITES]
         for task, proxy in zip(tasks, proxies, strict=True):
             data = site_data(tmp_path, task)
+            agree_as_rehearsed(load_config(config), data, state, task.name)
             deployment.add_site(task.name, data, state, superlink_address=proxy.address, wait=False)
         for client in SITES:
             deployment.wait_for_site(client)
@@ -474,7 +476,9 @@ def test_strangers_are_refused_and_the_run_goes_on_without_them(tmp_path: Path) 
             assert "certificate" not in unknown.said
             assert not any("SuperNode ID:" in stranger.said for stranger in (unknown, astray)), "never connected"
         for task in (larger, *tasks):
-            deployment.add_site(task.name, site_data(tmp_path, task), state, wait=False)
+            data = site_data(tmp_path, task)
+            agree_as_rehearsed(load_config(config), data, state, task.name)
+            deployment.add_site(task.name, data, state, wait=False)
         for client in ("digit-2", *SITES):
             deployment.wait_for_site(client)
         run = deployment.run(tmp_path / "run", config)
@@ -502,6 +506,6 @@ def accepted_bits(run: RunDirectory, state: Path) -> dict[str, Any]:
     """The hashes of each site's accepted attempt."""
     attempts = read_manifest(sorted(run.server.glob("round-*"))[-1])["attempts"]
     return {
-        client: read_manifest(state / client / run.lineage / attempt)["sha256"]
+        client: read_manifest(state / client / "lineages" / run.lineage / attempt)["sha256"]
         for client, attempt in sorted(attempts.items())
     }

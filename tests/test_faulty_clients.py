@@ -130,6 +130,19 @@ def relaid(edit: Callable[[bytes], bytes]) -> Callable[[Message], None]:
     return change
 
 
+def with_empty_tensors(text: bytes) -> bytes:
+    """A layout with 400,000 further entries, none of which holds a value."""
+    return b",".join([text[:-1], *(b'["%d","float32",[0]]' % number for number in range(400_000))]) + b"]"
+
+
+def with_arrays(count: int) -> Callable[[Message], None]:
+    def change(reply: Message) -> None:
+        for number in range(count):
+            reply.content.array_records[SHARED][f"float{number}"] = Array(np.zeros(1, np.float32))
+
+    return change
+
+
 def set_field(name: str, value: Any) -> Callable[[Message], None]:
     def change(reply: Message) -> None:
         reply.content.config_records[REPLY][name] = value
@@ -155,6 +168,10 @@ def as_error(reply: Message) -> Message:
     return Message(Error(100, "secret text"), reply_to=reply_to(reply))
 
 
+def as_error_of(code: int, reason: str) -> Callable[[Message], Message]:
+    return lambda reply: Message(Error(code, reason), reply_to=reply_to(reply))
+
+
 def reply_to(reply: Message) -> Message:
     """A stand-in for the request: an error reply needs only its metadata."""
     request = Message(reply.content, reply.metadata.src_node_id, reply.metadata.message_type)
@@ -174,7 +191,7 @@ TRAIN_FAULTS: dict[str, tuple[Callable[[Message], Message | None], str]] = {
     "transposed": (edit_array(lambda values: values.reshape(-1)), "torch.float32"),
     "wrong dtype": (edit_array(lambda values: values.astype(np.float64)), "torch.float64"),
     "integers": (edit_array(lambda values: values.astype(np.int32)), "torch.int32"),
-    "a thousand times too large": (edit_tensors(scaled), "100 times the usual"),
+    "a thousand times too large": (edit_tensors(scaled), "is the most that a round can move φ"),
     "two tensors swapped": (edit_tensors(swapped), "tensor "),
     "all tensors permuted": (edit_tensors(permuted), "tensor "),
     "bytes that are no array": (edit_bytes(lambda data: b"garbage"), "cannot be read"),
@@ -187,14 +204,16 @@ TRAIN_FAULTS: dict[str, tuple[Callable[[Message], Message | None], str]] = {
     "values in two dimensions": (edit_bytes(lambda data: Array(np.zeros((2, 2), np.float32)).data), "has no values"),
     "more values than announced": (
         edit_bytes(lambda data: Array(np.zeros(10**6, np.float32)).data),
-        "that no array claims",
+        "bytes long, where",
     ),
     "no layout": (lambda reply: reply.content.array_records[SHARED].__delitem__(LAYOUT), "no layout"),
     "a layout that is no JSON": (relaid(lambda text: text[:-3]), "cannot be read"),
     "a layout of something else": (relaid(lambda text: b"7"), "cannot be read"),
     "a layout with negative shapes": (relaid(lambda text: text.replace(b"[16]", b"[-16]", 1)), "cannot be read"),
     "a layout that names a tensor twice": (relaid(lambda text: b"[" + text[1:-1] + b"," + text[1:]), "named twice"),
-    "a layout without end": (relaid(lambda text: b"[" * 10**5), "cannot be read"),
+    "a layout without end": (relaid(lambda text: b"[" * 5000), "cannot be read"),
+    "400,000 empty tensors": (relaid(with_empty_tensors), "its layout is"),
+    "an array for each letter": (with_arrays(200), "it sent 201 arrays"),
     "no tensors": (without(SHARED), "no arrays 'shared'"),
     "no header": (without(REPLY), "header is malformed"),
     "no numbers": (without(METRICS), "'examples'"),
@@ -202,32 +221,58 @@ TRAIN_FAULTS: dict[str, tuple[Callable[[Message], Message | None], str]] = {
     "an older attempt": (set_field("attempt", "round-00001-0123abcd"), "attempt 'round-00001-0123abcd'"),
     "an older round": (set_field("round", 1), "not for this one"),
     "a round that is no number": (set_field("round", "2"), "header is malformed"),
-    "no images": (set_number("examples", 0.0), "claims 0"),
-    "half an image": (set_number("examples", 0.5), "claims 0.5"),
+    "no images": (set_number("examples", 0.0), "'examples' is 0.0, not 146"),
+    "half an image": (set_number("examples", 0.5), "'examples' is 0.5"),
+    "more images than it said at first": (set_number("examples", 1e300), "'examples' is 1e+300, not 146"),
+    "less than no image": (set_number("examples", -146.0), "'examples' is -146.0"),
     "infinitely many images": (set_number("examples", float("inf")), "'examples'"),
     "a loss that is no number": (set_number("loss", float("nan")), "'loss'"),
     "a list for a loss": (set_number("loss", [0.5]), "'loss'"),
-    "three quarters": (set_number("loss_by_quarter", [0.5] * 3), "loss by quarter"),
+    "three quarters": (set_number("loss_by_quarter", [0.5] * 3), "'loss_by_quarter' is a list of 3"),
+    "a giant quarter": (set_number("loss_by_quarter", [0.5, 1e30, 0.5, 0.5]), "'loss_by_quarter' is 1e+30"),
+    "a loss below 0": (set_number("loss", -1.0), "'loss' is -1.0"),
+    "a giant loss": (set_number("loss", 1e30), "'loss' is 1e+30"),
+    "more images a round than there are": (set_number("images", 1e15), "'images' is"),
+    "a round of a million years": (set_number("seconds", 1e13), "'seconds' is"),
+    "a number that nobody asked for": (set_number("password", 1.0), "'password'"),
+    "a record that nobody asked for": (
+        lambda reply: reply.content.__setitem__("besides", MetricRecord({"one": 1.0})),
+        "'besides'",
+    ),
+    "a field that nobody asked for": (set_field("password", "123"), "'password'"),
+    "a name of 5 MB": (set_field("attempt", "a" * 5_000_000), "5000000 characters"),
+    "a name that draws on the terminal": (set_field("attempt", "\x1b[2J\x1b]0;owned\x07"), "not printable"),
+    "a reason that draws on the terminal": (
+        as_error_of(101, "not agreed:\x1b[2J \x1b]0;owned\x07\u202etxt " + "x" * 5_000_000),
+        "Flower's error 101, not agreed: [2J ]0;owned txt xxx",
+    ),
     "steps without end": (set_number("shared_steps", 1e15), "steps"),
     "steps backwards": (set_number("shared_steps", -3.0), "steps"),
 }
 
 EVALUATE_FAULTS: dict[str, tuple[Callable[[Message], Message | None], str]] = {
     "it raises": (fail, "failed"),
-    "too few images": (edit_array(lambda images: images[1:], GENERATED), "its images are"),
-    "too many images": (edit_array(lambda images: np.concatenate([images, images]), GENERATED), "its images are"),
-    "images of another size": (edit_array(lambda images: images[:, 1:], GENERATED), "its images are"),
-    "float images": (edit_array(lambda images: images / 255, GENERATED), "its images are"),
+    "too few images": (edit_array(lambda images: images[1:], GENERATED), "tensor 'images' is"),
+    "too many images": (edit_array(lambda images: np.concatenate([images, images]), GENERATED), "tensor 'images' is"),
+    "images of another size": (edit_array(lambda images: images[:, 1:], GENERATED), "tensor 'images' is"),
+    "float images": (edit_array(lambda images: images / 255, GENERATED), "tensor 'images' is"),
     "no images": (without(GENERATED), "no arrays 'generated'"),
     "a strip that is a number": (
         edit_tensors(lambda tensors: {**tensors, "strip": torch.tensor(3, dtype=torch.uint8)}, GENERATED),
-        "its strip are",
+        "tensor 'strip' is",
     ),
-    "SSIM above 1": (set_number("ssim", [1.5]), "impossible"),
-    "SSIM that is no number": (set_number("ssim", [float("nan")]), "impossible"),
-    "more SSIM than timesteps": (set_number("ssim", [0.5] * 7), "malformed"),
-    "SSIM at another timestep": (set_number("ssim_timesteps", [7.0]), "not at t = 5"),
-    "SSIM at infinity": (set_number("ssim_timesteps", [float("inf")]), "not at t = 5"),
+    "SSIM above 1": (set_number("ssim", [1.5]), "'ssim' is 1.5, not from -1 to 1"),
+    "SSIM that is no number": (set_number("ssim", [float("nan")]), "'ssim' is nan"),
+    "more SSIM than timesteps": (set_number("ssim", [0.5] * 7), "'ssim' is a list of 7, not a list of 1"),
+    "SSIM at another timestep": (set_number("ssim_timesteps", [3.0]), "measured at [3.0], not at [5]"),
+    "SSIM at infinity": (set_number("ssim_timesteps", [float("inf")]), "'ssim_timesteps' is inf"),
+    "more judged images than there are": (set_number("ssim_images", 1e9), "'ssim_images' is 1000000000.0, not 1"),
+    "a window as large as the sky": (set_number("ssim_window", 1e300), "'ssim_window' is 1e+300, not 7"),
+    "a film for a strip": (
+        edit_tensors(lambda tensors: {**tensors, "strip": torch.zeros((9, 8, 8, 1), dtype=torch.uint8)}, GENERATED),
+        "tensor 'strip' is torch.uint8 (9, 8, 8, 1), not torch.uint8 (3, 8, 8, 1)",
+    ),
+    "an audit before the end": (set_number("memorisation_pixels_share", 0.0), "numbers that nobody asked for"),
     "no window": (
         lambda reply: reply.content.__setitem__(
             METRICS, MetricRecord({k: v for k, v in reply.content[METRICS].items() if k != "ssim_window"})
@@ -279,6 +324,8 @@ def test_a_faulty_update_is_refused_with_its_reason_and_leaves_no_trace(runs: Ru
     assert list(line["refused"]) == ["digit-1"]
     assert TRAIN_FAULTS[what][1] in line["refused"]["digit-1"]
     assert "secret text" not in line["refused"]["digit-1"]
+    assert line["refused"]["digit-1"].isprintable()
+    assert len(line["refused"]["digit-1"]) <= 200
     for name in ("loss", "loss_by_client", "loss_by_quarter", "images", "update_norm", "disagreement"):
         assert line[name] == reference[name], name
 
@@ -421,6 +468,15 @@ def set_own(name: str, value: Any) -> Callable[[Message, int], None]:
         ("client", "../digit-1", "is no name for a store"),
         ("client", "digit-7", "no such task"),
         ("version", "0.0.1", "it runs srfed '0.0.1'"),
+        ("version", "\x1b[2J", "not printable"),
+        ("task", "a" * 5_000_000, "5000000 characters"),
+        ("task", "digit\x1b]0;owned\x07", "not printable"),
+        ("client", "d" * 101, "101 characters"),
+        ("images", 2**62, "'images' is 4611686018427387904, not a whole number from 1"),
+        ("images", -16, "'images' is -16"),
+        ("images", 15, "training.batch_size = 16 is above the 15 training images"),
+        ("test_images", -1, "'test_images' is -1"),
+        ("index", -7, "'index' is -7"),
     ],
 )
 def test_clients_that_do_not_fit_together_stop_the_run_at_the_door(
@@ -430,6 +486,7 @@ def test_clients_that_do_not_fit_together_stop_the_run_at_the_door(
     with pytest.raises(UserError) as caught:
         run_in_process(run, describing(set_own(name, value)))
     assert expected in str(caught.value)
+    assert str(caught.value).isprintable()
     assert not run.started
 
 

@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.clientapp import ClientApp
 from tiny_run import CLIENTS, begin, run_in_process
 
+from srfed import evaluate
+from srfed.centralised.run import train_centrally
 from srfed.checkpoints.trained_run import TrainedRun
 from srfed.data import load_tasks
 from srfed.evaluation.embedded import EmbeddedFeatures
@@ -41,6 +44,38 @@ def test_the_last_evaluation_reports_every_clients_audit(run: RunDirectory) -> N
         found = last["audits"][info.client]
         assert found.pop("fires") == expected.fires
         assert found == pytest.approx(expected.to_numbers())
+
+
+def test_an_audit_that_cannot_be_made_says_why_to_its_owner_and_that_there_is_none_to_the_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One client's held-out images are all training images too; another's two are not."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+    labels = np.arange(40) % 2
+    held_out = np.concatenate([images[:4:2], 255 - images[1:5:2]])
+    np.savez(
+        tmp_path / "own.npz", train_images=images, train_labels=labels, test_images=held_out,
+        test_labels=np.array([0, 0, 1, 1]),
+    )  # fmt: skip
+    settings = {
+        "data.dataset": "npz", "data.dir": str(tmp_path / "own.npz"), "federation.clients": 2, "federation.rounds": 1,
+    }  # fmt: skip
+    run = run_in_process(begin(tmp_path / "run", settings))
+    (last,) = MetricsLog(run.metrics).evaluations()
+    assert list(last["audits"]) == ["class-1"]
+    log = (run.clients / "class-0" / "client.log").read_text()
+    assert "round 1: no memorisation audit: all 2 held-out images are training images too" in log
+    assert not (run.clients / "class-1" / "client.log").exists()
+    assert "  no memorisation audit: class-0; a client's own log says why\n" in capsys.readouterr().out
+
+    assert evaluate.main(["--run", str(run.path), "--samples", "12"]) == 0
+    said = capsys.readouterr().out
+    assert "no memorisation audit of class-0: all 2 held-out images are training images too" in said
+    assert "memorisation: 0." in said, "the other task's"
+
+    central = {**settings, "training.method": "pooled", "model.exclusive_stages": "none"}
+    train_centrally(begin(tmp_path / "central", central))
+    assert "class-0: no memorisation audit: all 2 held-out images are training" in capsys.readouterr().err
 
 
 def test_suspicious_pairs_stay_with_their_owner(run: RunDirectory) -> None:

@@ -1,7 +1,9 @@
 """Evaluation by feature statistics: the score is that of the images, and no image leaves; sites' own models."""
 
 import copy
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,10 +23,12 @@ from tiny_run import CLIENTS, all_bits, begin, run_in_process, run_on_grid, tiny
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
 from srfed import sample
+from srfed.checkpoints.client_store import NO_PARENT
 from srfed.checkpoints.site_model import SiteModel, save_site_model
 from srfed.checkpoints.trained_run import TrainedRun, TrainedSite
 from srfed.config import ResourcesConfig, RunConfig
 from srfed.data import Task, load_tasks, to_model_range
+from srfed.deployment.agree import agree_as_rehearsed
 from srfed.errors import UserError
 from srfed.evaluation.features import FeatureNetwork, load_feature_network
 from srfed.evaluation.generation import generate
@@ -215,7 +219,9 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Messag
         model = build_model(config, 1)
         shared = build_partition(config, model).take_shared(model.state_dict())
         attempt = f"attempt-{guarded}"
-        content = Request(config.to_json(), "lineage", round=1, attempt=attempt, samples=4).to_content({SHARED: shared})
+        content = Request(config.to_json(), "lineage", "digit-0", round=1, attempt=attempt, samples=4).to_content(
+            {SHARED: shared}
+        )
         return InlineGrid(app, 1).send_and_receive([Message(content, 1, kind)])[0]
 
     return send
@@ -429,21 +435,21 @@ class Sites(InlineGrid):
     def __init__(self, run: RunDirectory, data: dict[str, Path]) -> None:
         super().__init__(real_app, 0)
         for node, (client, path) in enumerate(data.items(), 1):
+            agree_as_rehearsed(run.config, path, run.clients, client)
             config = {"client-id": client, "data": str(path), "state-dir": str(run.clients)}
             self._contexts[node] = Context(0, node, config, RecordDict(), {})
 
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """Three sites with the digits' images: two folders, with and without splits, and an .npz file."""
+    """Three sites with the digits' images: two folders, whose splits are spelt in two ways, and an .npz file."""
     root = tmp_path_factory.mktemp("sites")
-    paths = [root / "splits", root / "mixed", root / "own.npz"]
+    paths = [root / "lower", root / "upper", root / "own.npz"]
     first, second, third = load_tasks(tiny_config().data, 3)
-    for part in ("train", "test"):
-        for number, image in enumerate(getattr(first, part)):
-            save(paths[0] / part / f"{number:04d}.png", image[..., 0])
-    for number, image in enumerate(np.concatenate([second.train, second.test])):
-        save(paths[1] / f"{number:04d}.png", image[..., 0])
+    for path, task, spelt in ((paths[0], first, str.lower), (paths[1], second, str.upper)):
+        for part in ("train", "test"):
+            for number, image in enumerate(getattr(task, part)):
+                save(path / spelt(part) / f"{number:04d}.png", image[..., 0])
     np.savez(paths[2], train_images=third.train, test_images=third.test)
     run = begin(root / "run", {**SETTINGS, **SITES})
     os.environ.pop(STATE_DIR_VARIABLE, None)
@@ -500,7 +506,9 @@ def test_the_command_samples_from_a_sites_store(deployed: RunDirectory, by_sampl
 def test_a_site_keeps_the_model_of_the_last_evaluation_only(deployed: RunDirectory) -> None:
     for client in CLIENTS:
         models = deployed.clients / client / "models"
-        assert [path.relative_to(models).parts for path in models.glob("*/*")] == [(deployed.lineage, "round-00003")]
+        (model,) = models.glob("*/*")
+        assert model.parent.name == deployed.lineage
+        assert re.fullmatch(r"round-00003-\d", model.name)
 
 
 # --- The store of a site's model ---------------------------------------------------------------------
@@ -508,9 +516,9 @@ def test_a_site_keeps_the_model_of_the_last_evaluation_only(deployed: RunDirecto
 CONFIG: RunConfig = tiny_config({**SITES})
 
 
-def store_model(folder: Path, number: int, value: float, lineage: str = "lineage") -> None:
+def store_model(folder: Path, number: int, value: float, lineage: str = "lineage", line: str = NO_PARENT) -> None:
     shared, exclusive = {"core.weight": torch.full((3,), value)}, {"head.weight": torch.full((2,), -value)}
-    save_site_model(folder, CONFIG, lineage, number, (8, 8, 1), shared, exclusive)
+    save_site_model(folder, CONFIG, lineage, number, (8, 8, 1), shared, exclusive, line)
 
 
 def stored_value(folder: Path) -> tuple[int, float]:
@@ -526,20 +534,60 @@ def test_the_newest_model_counts_and_older_rounds_are_dropped(tmp_path: Path) ->
     for number in (2, 12, 4):  # a run that was rolled back evaluates an earlier round again
         store_model(store, number, float(number))
         assert stored_value(store) == (number, number)
-        assert [path.name for path in (store / "models" / "lineage").iterdir()] == [f"round-{number:05d}"]
+        (model,) = (store / "models" / "lineage").iterdir()
+        assert model.name.startswith(f"round-{number:05d}-")
     store_model(store, 4, 9.0)
     assert stored_value(store) == (4, 9.0), "the same round, evaluated again"
 
 
 def test_the_model_of_another_run_stays_and_the_newest_is_opened(tmp_path: Path) -> None:
     store = tmp_path / "clinic"
-    for lineage, value in (("z-first", 1.0), ("a-second", 2.0)):
+    for number, (lineage, value) in enumerate((("z-first", 1.0), ("a-second", 2.0)), 1):
         store_model(store, 3, value, lineage)
-        manifest = store / "models" / lineage / "round-00003" / MANIFEST_FILE
-        os.utime(manifest, (1e9 + value, 1e9 + value))
+        # A copy of the store, or a clock that went back, gives the later one an earlier time.
+        manifest = store / "models" / lineage / f"round-00003-{number}" / MANIFEST_FILE
+        os.utime(manifest, (1e9 - value, 1e9 - value))
     assert stored_value(store) == (3, 2.0)
-    os.utime(store / "models" / "z-first" / "round-00003" / MANIFEST_FILE)
-    assert stored_value(store) == (3, 1.0)
+    store_model(store, 2, 5.0, "z-first")
+    assert stored_value(store) == (2, 5.0)
+    assert len(list((store / "models").glob("*/*"))) == 2
+
+
+def test_a_model_goes_when_its_own_line_of_descent_has_a_later_one(tmp_path: Path) -> None:
+    """A message with a round from the future and no parent must not cost the site its model."""
+    store = tmp_path / "clinic"
+    store_model(store, 30, 1.0, line="round-00001")
+    store_model(store, 10**6, 2.0)
+    assert {path.name for path in (store / "models" / "lineage").iterdir()} == {"round-00030-1", "round-1000000-2"}
+    store_model(store, 32, 3.0, line="round-00001")
+    assert {path.name for path in (store / "models" / "lineage").iterdir()} == {"round-00032-3", "round-1000000-2"}
+    assert stored_value(store) == (32, 3.0)
+
+
+def test_models_lie_in_the_store_and_nowhere_else(tmp_path: Path) -> None:
+    store = tmp_path / "clinic"
+    for lineage in ("../../elsewhere", str(tmp_path / "elsewhere"), ".."):
+        with pytest.raises(UserError, match="is no name for a store"):
+            store_model(store, 3, 1.0, lineage)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_of_an_older_version_are_read_where_it_is_clear_which_is_the_newest(tmp_path: Path) -> None:
+    store = tmp_path / "clinic"
+    for lineage in ("a", "b"):
+        store_model(store, 3, 1.0, lineage)
+        (model,) = (store / "models" / lineage).iterdir()
+        manifest = json.loads((model / MANIFEST_FILE).read_text())
+        for key in ("format", "number", "line"):
+            del manifest[key]
+        (model / MANIFEST_FILE).write_text(json.dumps(manifest))
+        model.rename(model.with_name("round-00003"))
+        if lineage == "a":
+            assert stored_value(store) == (3, 1.0)
+    assert "which does not record the newest" in message_of(SiteModel, store)
+    store_model(store, 4, 2.0, "a")
+    assert stored_value(store) == (4, 2.0)
+    assert {path.name for path in (store / "models").glob("*/*")} == {"round-00003", "round-00004-1"}
 
 
 def spoil(model: Path, damage: str) -> None:
@@ -564,7 +612,7 @@ def spoil(model: Path, damage: str) -> None:
         ("no state", "cannot read"),
         ("a bit", "is damaged"),
         ("half a manifest", "is damaged"),
-        ("no manifest", "has no model; name <state-dir>/<client-id> of a site that took part in an evaluation"),
+        ("no manifest", "cannot read"),
     ],
 )
 def test_a_damaged_or_missing_model_is_one_line(
@@ -572,7 +620,7 @@ def test_a_damaged_or_missing_model_is_one_line(
 ) -> None:
     store = tmp_path / "clinic"
     store_model(store, 3, 1.0)
-    spoil(store / "models" / "lineage" / "round-00003", damage)
+    spoil(store / "models" / "lineage" / "round-00003-1", damage)
     text = message_of(SiteModel, store)
     assert str(store) in text
     assert expected in text

@@ -7,18 +7,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import begin, round_lines, tiny_config
+from tiny_run import begin, files_of_at_most, round_lines, tiny_config
 
-from srfed.errors import UserError
+from srfed.errors import DamagedError, UserError
+from srfed.evaluation.task import evaluate_task
 from srfed.reporting.metrics_log import MetricsLog
+from srfed.reporting.pace import Pace, evaluation_passes
 from srfed.reporting.pictures import GAP, SMALLEST_CELL, draw_grid, write_png
 from srfed.reporting.records import EvaluationRecord, RoundRecord, TaskInfo
 from srfed.reporting.reporter import Reporter
 from srfed.reporting.run_directory import RunDirectory
 from srfed.reporting.summary import summarise, totals
 from srfed.reporting.words import bytes_in_words, seconds_in_words
+from srfed.training.setup import build_diffusion
 
 TASKS = [TaskInfo("client-b", "zebra", 1200, 40), TaskInfo("client-a", "ant", 30, 10)]
 
@@ -110,6 +114,35 @@ def test_a_log_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         MetricsLog(tmp_path / "file" / "metrics.jsonl").add_round(round_record(1))
+
+
+@pytest.mark.parametrize(
+    ("line", "number"),
+    [(b"\xff\xfe", 2), (b"\0" * 9, 2), (b"12", 2), (b'{"kind": "round"}', 2), (b'{"kind": "news", "round": 1}', 2)],
+)
+def test_a_line_that_is_none_of_ours_is_named(tmp_path: Path, line: bytes, number: int) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.begin(0, TASKS)
+    with log.path.open("ab") as file:
+        file.write(line)
+    assert log.rounds() == [], "without an end it is what a crash has left"
+    with log.path.open("ab") as file:
+        file.write(b"\n")
+    for read in (log.rounds, log.evaluations, log.tasks, lambda: log.begin(1, TASKS)):
+        with pytest.raises(DamagedError, match=f"metrics.jsonl is damaged in line {number}; remove that line"):
+            read()
+
+
+def test_a_log_says_its_format_and_one_of_a_newer_srfed_is_refused(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.begin(0, TASKS)
+    head = json.loads(log.path.read_text())
+    assert head["format"] == 1
+    log.path.write_text(json.dumps({**head, "format": 2}) + "\n")
+    with pytest.raises(UserError, match="has format 2, which a newer srfed wrote"):
+        log.tasks()
+    log.path.write_text(json.dumps({key: head[key] for key in head if key != "format"}) + "\n")
+    assert log.tasks() == TASKS
 
 
 # --- The table -----------------------------------------------------------------------------------
@@ -340,3 +373,82 @@ def test_a_run_directory_keeps_its_lineage_and_its_configuration(tmp_path: Path)
     assert (again.lineage, again.config) == (run.lineage, run.config)
     assert again.config == tiny_config({"training.learning_rate": 1e-5})
     assert begin(tmp_path / "other").lineage != run.lineage
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_is_full_for_the_curves_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = begin(tmp_path / "run")
+    reporter = Reporter(run)
+    reporter.begin(0, TASKS)
+    reporter.on_round(round_record(1))
+    (events,) = run.tensorboard.iterdir()
+    with files_of_at_most(events.stat().st_size):
+        reporter.on_round(round_record(2))
+        reporter.on_round(round_record(3))
+        reporter.close()
+    notices = [line for line in capsys.readouterr().err.splitlines() if "cannot write" in line]
+    assert notices == [f"cannot write {run.tensorboard}: File too large; its curves end here, and the run goes on"]
+    assert [line["round"] for line in round_lines(run)] == [1, 2, 3]
+    assert scalars(run, "loss/mean")[1] == 1.0
+
+
+def test_curves_that_cannot_be_begun_are_the_users_to_mend(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run")
+    run.tensorboard.write_text("in the way")
+    with pytest.raises(UserError, match=f"^cannot write {run.tensorboard}: "):
+        Reporter(run).begin(0, TASKS)
+
+
+# --- The time left ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"sampling.sampler": "ancestral"}, {"evaluation.ssim_images": 0}])
+def test_the_passes_of_an_evaluation_are_those_that_the_network_is_asked_for(
+    changes: dict[str, Any], final: bool
+) -> None:
+    config = tiny_config({"diffusion.timesteps": 50, "federation.clients": 1, **changes})
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), dtype=np.uint8)
+    asked = 0
+
+    def predict_noise(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        nonlocal asked
+        asked += len(x)
+        return torch.zeros_like(x)
+
+    evaluate_task(
+        predict_noise, build_diffusion(config, torch.device("cpu")), config, task="t", train=images, test=images[:5],
+        samples=config.evaluation.samples if final else config.evaluation.samples_between, final=final,
+    )  # fmt: skip
+    assert asked == evaluation_passes(config, 1, final=final) > 0
+
+
+def test_the_time_left_counts_every_evaluation_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds of 2 s, evaluations of 10 s between and 40 s at the end, whose passes are in that proportion."""
+    evaluation = {"every": 2, "samples": 400, "samples_between": 100, "ssim_images": 0}
+    config = tiny_config({"federation.rounds": 6, **{f"evaluation.{key}": value for key, value in evaluation.items()}})
+    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 0.0)
+    pace = Pace(config)
+    pace.begin(0)
+    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 2.0)
+    # None measured yet: 100 images of 5 steps, at a third of the time of a trained image.
+    between = 500 * (2.0 / 96) / 3
+    assert pace.seconds_left(round_record(1), clients=3) == pytest.approx(5 * 2 + between * (2 + 4))
+    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 4.0)
+    assert pace.seconds_left(round_record(2), clients=3) == pytest.approx(4 * 2 + between * (2 + 4))
+    pace.count(evaluation_record(2, seconds=10.0), clients=3)
+    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 16.0)
+    assert pace.seconds_left(round_record(3), clients=3) == pytest.approx(3 * 2 + 10 + 40)
+    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 32.0)
+    pace.count(evaluation_record(4, seconds=10.0), clients=3)
+    assert pace.seconds_left(round_record(6), clients=3) == pytest.approx(40)
+
+
+def test_the_last_round_says_that_an_evaluation_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = Reporter(begin(tmp_path / "run", {"federation.rounds": 1}))
+    reporter.begin(0, TASKS)
+    reporter.on_round(round_record(1, seconds=600.0))
+    reporter.close()
+    assert not capsys.readouterr().out.strip().endswith("left 0s")

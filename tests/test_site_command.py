@@ -21,13 +21,15 @@ from test_deployed import assert_succeeded, free_ports, site_data, write_config
 from tiny_run import tiny_config
 
 import srfed
+from srfed.config import load_config
 from srfed.data import load_tasks
 from srfed.deployment import certificates
+from srfed.deployment.agree import agree_as_rehearsed
 from srfed.deployment.certificates import make_certificates
 from srfed.deployment.connection import check_superlink
 from srfed.deployment.flower import marked
 from srfed.deployment.processes import CONNECTION, Deployment
-from srfed.deployment.site_command import LOST_SECONDS, STOPPED_SECONDS, _Listener
+from srfed.deployment.site_command import LOST_SECONDS, STOPPED_SECONDS, _Listener, check_before_start
 from srfed.errors import UserError
 from srfed.reporting.metrics_log import MetricsLog
 
@@ -107,9 +109,9 @@ def test_a_site_takes_part_is_mended_and_ends_without_a_trace(tmp_path: Path) ->
         authority = deployment.certificates
         make_certificates(authority, [], ["a"])
         key = authority / "site-a.key"
-        with SiteProcess(
-            tmp_path, deployment.superlink_address, authority, key, site_data(tmp_path, task), task.name
-        ) as site:
+        data = site_data(tmp_path, task)
+        agree_as_rehearsed(load_config(config), data, tmp_path / "state", task.name, authority / "ca.crt")
+        with SiteProcess(tmp_path, deployment.superlink_address, authority, key, data, task.name) as site:
             site.wait_for("either site-a.pub is not registered there")
             deployment.flwr("supernode", "register", str(authority / "site-a.pub"), CONNECTION)
             site.wait_for("site: connected to the SuperLink")
@@ -267,3 +269,20 @@ def test_what_a_site_is_told_wrong_takes_one_line(
 
     assert deploy.main(["site", *(word for option in options.items() for word in option)]) == 2
     assert re.fullmatch(rf"error: .*{re.escape(words)}.*\n", capsys.readouterr().err)
+
+
+def test_a_site_starts_only_for_the_coordinator_that_was_agreed_to(tmp_path: Path) -> None:
+    (task,) = load_tasks(tiny_config().data, 1)
+    data, state = site_data(tmp_path, task), tmp_path / "state"
+    for name in ("agreed", "other"):
+        make_certificates(tmp_path / name, ["localhost"])
+    ours, others = tmp_path / "agreed" / "ca.crt", tmp_path / "other" / "ca.crt"
+    with pytest.raises(UserError, match="a site without an agreement answers nothing; agree with: python -m srfed"):
+        check_before_start(state, task.name, ours)
+    agree_as_rehearsed(tiny_config(), data, state, task.name, ours)
+    check_before_start(state, task.name, ours)
+    with pytest.raises(UserError, match="is not the certificate of the coordinator that was agreed to"):
+        check_before_start(state, task.name, others)
+    # An agreement that names no coordinator binds to none.
+    agree_as_rehearsed(tiny_config(), data, state, task.name)
+    check_before_start(state, task.name, others)

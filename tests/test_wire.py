@@ -23,6 +23,7 @@ from srfed.federation.messages import (
     GENERATED,
     LAYOUT,
     METRICS,
+    REFUSED,
     REPLY,
     SHARED,
     SHARED_MOMENTS,
@@ -86,11 +87,11 @@ def contents(tensor: torch.Tensor) -> bytes | None:
 
 def private_tensors(run: RunDirectory) -> Iterator[tuple[str, torch.Tensor]]:
     """All that any kept attempt of any client holds, except its copy of φ's moments."""
-    for folder in run.clients.glob(f"*/{run.lineage}/*"):
+    for folder in run.clients.glob(f"*/lineages/{run.lineage}/*"):
         checkpoint = read_checkpoint(folder)
         for group in ("exclusive", "exclusive_average", "exclusive_moments"):
             for name, tensor in checkpoint.group(group).items():
-                yield f"{folder.parent.parent.name} {group} {name}", tensor
+                yield f"{folder.parents[2].name} {group} {name}", tensor
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ def ask(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
         model = build_model(config, 1)
         shared = build_partition(config, model).take_shared(model.state_dict())
         attempt = f"attempt-{len(list(tmp_path.glob('*/lineage/*')))}"
-        request = Request(config.to_json(), "lineage", round=1, attempt=attempt, samples=samples)
+        request = Request(config.to_json(), "lineage", "digit-0", round=1, attempt=attempt, samples=samples)
         content = request.to_content({SHARED: shared} if kind != DESCRIBE else None)
         return grid.send_and_receive([Message(content, 1, kind)])[0]
 
@@ -310,6 +311,10 @@ def is_bare_error(reply: Message) -> bool:
     return reply.has_error() and reply.error.code == FAILED and SECRET not in (reply.error.reason or "")
 
 
+def is_refusal(reply: Message, words: str) -> bool:
+    return reply.has_error() and reply.error.code == REFUSED and reply.error.reason == words
+
+
 @pytest.mark.parametrize("kind", [DESCRIBE, TRAIN, EVALUATE])
 def test_an_honest_reply_passes_the_guard_unchanged(ask: Callable[..., Message], kind: str) -> None:
     guarded, free = (ask(kind, REAL[kind], guarded=guarded) for guarded in (True, False))
@@ -387,17 +392,17 @@ def test_an_error_reply_of_the_handlers_own_is_replaced(ask: Callable[..., Messa
 
 def test_a_message_of_unknown_kind_gets_no_content(ask: Callable[..., Message]) -> None:
     def obliging(message: Message, context: Context) -> Message:
-        return Message(client_app.evaluate(message, context).content, reply_to=message)
+        return Message(message.content, reply_to=message)
 
     assert ask("query.weights", obliging, guarded=False).has_content()
-    assert is_bare_error(ask("query.weights", obliging, guarded=True))
+    assert is_refusal(ask("query.weights", obliging, guarded=True), "the request is of an unknown kind")
 
 
 def test_a_request_of_another_protocol_gets_a_bare_error(tmp_path: Path) -> None:
     grid = InlineGrid(client_app.app, 1)
     request = Request("{}", "lineage").to_content()
     del request["request"]
-    assert is_bare_error(grid.send_and_receive([Message(request, 1, TRAIN)])[0])
+    assert is_refusal(grid.send_and_receive([Message(request, 1, TRAIN)])[0], "the request is of another protocol")
 
 
 def test_a_phi_of_another_model_is_refused_at_the_client(ask: Callable[..., Message], tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +86,12 @@ def server_bits(run: RunDirectory) -> dict[str, Any]:
 def accepted_attempts(run: RunDirectory) -> dict[str, Path]:
     """The folder of each client's last accepted attempt."""
     manifest = read_manifest(sorted(run.server.glob("round-*"))[-1])
-    return {client: run.clients / client / run.lineage / attempt for client, attempt in manifest["attempts"].items()}
+    return {client: store_of(run, client) / attempt for client, attempt in manifest["attempts"].items()}
+
+
+def store_of(run: RunDirectory, client: str) -> Path:
+    """Where a client keeps the attempts of a run."""
+    return run.clients / client / "lineages" / run.lineage
 
 
 def all_bits(run: RunDirectory) -> dict[str, Any]:
@@ -121,3 +128,16 @@ def stop_after_a_round(command: list[str], number: signal.Signals) -> tuple[int,
         finally:
             process.kill()
     return process.returncode, message
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """As on a full disk, writing stops in the middle of a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)

@@ -8,13 +8,15 @@ import torch
 
 from srfed.checkpoints.client_store import NO_PARENT, ClientStore
 from srfed.checkpoints.server_state import ServerCheckpoints, ServerState
-from srfed.data import Task, load_tasks
-from srfed.evaluation.central import CentralEvaluation, RealFloor, shares_of_samples
+from srfed.data import Task, load_recorded_tasks, record_tasks
+from srfed.evaluation.central import CentralEvaluation, RealFloor
 from srfed.evaluation.features import load_feature_network
+from srfed.evaluation.shares import share_of_samples
 from srfed.evaluation.task import evaluate_task
 from srfed.reporting.records import EvaluationRecord, RoundRecord, TaskInfo
 from srfed.reporting.reporter import Reporter
 from srfed.reporting.run_directory import RunDirectory
+from srfed.tensors import check_tensors
 from srfed.training.central import CentralResult, CentralState, CentralTrainer
 from srfed.training.local import initial_state, load_tensors
 from srfed.training.optimizers import learning_rate_factor
@@ -46,7 +48,8 @@ class _CentralRun:
         self._run, self._reporter = run, reporter
         self._config = config = run.config
         torch.set_num_threads(config.resources.client_cpus)
-        self._tasks = load_tasks(config.data, config.federation.clients)
+        self._tasks = load_recorded_tasks(config.data, config.federation.clients, run.images)
+        record_tasks(run.images, self._tasks)
         device = resolve_device(config.resources)
         layout = torch.channels_last if config.resources.channels_last else torch.contiguous_format
         model = build_model(config, self._tasks[0].train.shape[-1])
@@ -70,7 +73,9 @@ class _CentralRun:
     def run(self) -> None:
         config, reporter = self._config, self._reporter
         if self._run.started:
-            self._server = self._checkpoints.load_last()
+            found = self._checkpoints.load_last()
+            self._checkpoints.check(found, self._server.shared)
+            self._server = found
         else:
             self._checkpoints.save(self._server)
         state = self._restore()
@@ -95,6 +100,8 @@ class _CentralRun:
             else self._initial
             for task in self._tasks
         }
+        for task in self._tasks:
+            check_tensors(str(self._store(task).folder), tasks[task.name].exclusive, self._initial.exclusive)
         server = self._server
         return CentralState(server.shared, server.shared_average, tasks, server.shared_moments, server.shared_steps)
 
@@ -103,7 +110,7 @@ class _CentralRun:
         for task in self._tasks:
             parent = self._server.attempts.get(task.name, NO_PARENT)
             store = self._store(task)
-            if (store.folder / attempt).exists():
+            if store.has(attempt):
                 # The process was stopped between this store and the server's checkpoint: these are its bits.
                 continue
             store.save(attempt, parent, number, state.tasks[task.name])
@@ -144,17 +151,19 @@ class _CentralRun:
     def _evaluate(self, number: int, state: CentralState) -> None:
         began = time.perf_counter()
         settings, final = self._config.evaluation, number == self._config.federation.rounds
-        counts = shares_of_samples(settings.samples if final else settings.samples_between, len(self._tasks))
+        share = share_of_samples(settings.samples if final else settings.samples_between, len(self._tasks))
         images, strips, curves, windows, audits = {}, {}, {}, [], {}
-        for place, (task, count) in enumerate(zip(self._tasks, counts, strict=True)):
+        for place, task in enumerate(self._tasks):
             load_tensors(self._model, state.shared_average, state.tasks[task.name].exclusive_average)
             self._model.eval()
             evaluated = evaluate_task(
                 noise_of_task(self._model, place), self._diffusion, self._config,
-                task=task.name, train=task.train, test=task.test, samples=count, final=final,
+                task=task.name, train=task.train, test=task.test, samples=share, final=final,
             )  # fmt: skip
             if evaluated.audit is not None:
                 audits[task.name] = evaluated.audit
+            if evaluated.no_audit:
+                self._reporter.on_notice(f"{task.name}: no memorisation audit: {evaluated.no_audit}")
             images[task.name], strips[task.name] = evaluated.generated.images, evaluated.generated.strip
             if evaluated.ssim:
                 curves[task.name] = evaluated.ssim

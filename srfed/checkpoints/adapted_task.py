@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,11 +26,12 @@ from srfed.errors import UserError
 from srfed.evaluation.frechet import FeatureStatistics, frechet_distance
 from srfed.evaluation.generation import generate
 from srfed.evaluation.network import FeatureNetwork
-from srfed.files import read_json, write_bytes, write_json
+from srfed.files import exists, held, list_folder, read_json, try_output, write_bytes, write_json
 from srfed.training.adaptation import Adapted, Mode, adapt
 from srfed.training.local import load_tensors
 from srfed.training.setup import build_diffusion, build_model, resolve_device
 
+IDENTITY, LOCK = "adaptation.json", "lock"
 DIGITS = 16
 """Hexadecimal digits of a hash that names what was adapted."""
 
@@ -136,19 +138,19 @@ class AdaptationFolder:
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         self.path = path
-        identity = path / "adaptation.json"
-        if identity.exists():
-            found = read_json(identity, "task")
-            changed = [f"{key}: {found.get(key)} -> {value}" for key, value in about.items() if found.get(key) != value]
-            if changed:
-                raise UserError(
-                    f"{path} holds another adaptation ({'; '.join(changed)}); name another folder with --out"
-                )
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} is not an empty folder; name another one with --out")
-        else:
-            write_json(identity, about)
+        _refuse_other(path, about)
+        if not exists(path / IDENTITY):
+            write_json(path / IDENTITY, about)
+        try_output(self.scores)
         self.points = read_points(self.scores, Point)
+
+    @classmethod
+    @contextmanager
+    def held(cls, path: Path, about: Mapping[str, Any]) -> Iterator["AdaptationFolder"]:
+        """The folder, for this process alone; raises UserError where another one has it, and as the class does."""
+        _refuse_other(path, about)
+        with held(path / LOCK, wait=False):
+            yield cls(path, about)
 
     @property
     def scores(self) -> Path:
@@ -181,6 +183,16 @@ class AdaptationFolder:
         write_points(self.scores, self.points)
 
 
+def _refuse_other(path: Path, about: Mapping[str, Any]) -> None:
+    if exists(path / IDENTITY):
+        found = read_json(path / IDENTITY, "task")
+        changed = [f"{key}: {found.get(key)} -> {value}" for key, value in about.items() if found.get(key) != value]
+        if changed:
+            raise UserError(f"{path} holds another adaptation ({'; '.join(changed)}); name another folder with --out")
+    elif exists(path) and (not path.is_dir() or set(list_folder(path)) - {LOCK}):
+        raise UserError(f"{path} is not an empty folder; name another one with --out")
+
+
 def write_points(path: Path, points: Sequence[Point]) -> None:
     """Write points of one kind as a table with a header, atomically; raises UserError where that cannot be."""
     buffer = io.StringIO()
@@ -196,7 +208,7 @@ def read_points(path: Path, kind: type[SomePoint]) -> list[SomePoint]:
     Raises:
         UserError: the file is damaged, or holds another kind.
     """
-    if not path.exists():
+    if not exists(path):
         return []
     # The type of each field is str, int or float, and reads its own text.
     kinds: dict[str, Any] = {field.name: field.type for field in fields(kind)}

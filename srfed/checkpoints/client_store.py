@@ -1,22 +1,58 @@
 """A client's durable state: one folder an attempt, written whole or not at all.
 
-    <state-dir>/<client>/<lineage>/<attempt>/state.safetensors, manifest.json
+    <state-dir>/<client>/lineages/<lineage>/<attempt>/state.safetensors, manifest.json
 
 The server names the attempt to start from, so a lost reply, a retry or a crash leaves at most an
 attempt that nobody refers to; it can never pair θ_i with the φ of another round.
+
+What an attempt removes is decided by descent alone: nothing goes but what it descends from itself, and what branched
+off from that. So no message, whatever round it claims, empties a store.
 """
 
+import os
 import re
-import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from srfed.errors import UserError
-from srfed.files import held
-from srfed.tensors import Checkpoint, read_checkpoint, read_manifest, remove_checkpoint, write_checkpoint
+from srfed.files import exists, held, list_folder, make_folder
+from srfed.reporting.words import bytes_in_words
+from srfed.tensors import (
+    Checkpoint,
+    find_checkpoints,
+    read_checkpoint,
+    read_manifest,
+    remove_checkpoint,
+    remove_remains,
+    write_checkpoint,
+)
 from srfed.training.local import ClientState
 
 NO_PARENT = "none"
+LINEAGES = "lineages"
+LONGEST_NAME = 100
+PLAIN_NAME = re.compile(rf"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}")
+"""What a client, a lineage or an attempt may be called: it becomes a folder's name."""
+MOST_ROUNDS = 1_000_000
 _GROUPS = ("exclusive", "exclusive_average", "exclusive_moments", "shared_moments")
+_KINDS = {"parent": str, "round": int, "steps": int, "exclusive_steps": int}
+_UNVERSIONED_LINEAGE = re.compile(r"[0-9a-f]{12}")
+"""Lineages of stores from before formats had versions; they lay beside ``models`` and ``samples``."""
+
+
+@dataclass(frozen=True)
+class StoreBounds:
+    """How much one client's store may hold; what would exceed it is refused.
+
+    Attributes:
+        lineages: runs.
+        bytes: of all attempts of all runs.
+    """
+
+    lineages: int = 64
+    bytes: int = 64 * 2**30
 
 
 class ClientStore:
@@ -27,21 +63,30 @@ class ClientStore:
         client: its id.
         lineage: the run with all its resumptions.
         keep: rounds whose attempts stay when a later one is stored.
+        bounds: of the store with all its lineages.
 
     Raises:
         UserError: an id that is no plain file name.
     """
 
-    def __init__(self, state_dir: Path, client: str, lineage: str, keep: int) -> None:
+    def __init__(
+        self, state_dir: Path, client: str, lineage: str, keep: int, bounds: StoreBounds | None = None
+    ) -> None:
         for name in (client, lineage):
             check_name(name)
-        self.folder = state_dir / client / lineage
+        self._client = state_dir / client
+        self.folder = self._client / LINEAGES / lineage
         self._keep = keep
+        self._bounds = bounds or StoreBounds()
+
+    def has(self, attempt: str) -> bool:
+        """Whether there is an attempt of this name, sound or not."""
+        return attempt in find_checkpoints(self._present)
 
     def load(self, attempt: str) -> ClientState:
         """The state that an attempt left; raises UserError where it is missing or damaged."""
         check_name(attempt)
-        checkpoint = read_checkpoint(self.folder / attempt)
+        checkpoint = read_checkpoint(self._present / attempt, _KINDS)
         manifest = checkpoint.manifest
         return ClientState(
             **{group: checkpoint.group(group) for group in _GROUPS},
@@ -49,45 +94,172 @@ class ClientStore:
             exclusive_steps=manifest["exclusive_steps"],
         )
 
-    def save(self, attempt: str, parent: str, round_number: int, state: ClientState) -> None:
-        """Store an attempt durably, then drop those that no kept round refers to.
+    def check_descent(self, parent: str, round_number: int, *, training: bool) -> None:
+        """Compare a round with that of the attempt that it starts from.
+
+        Args:
+            parent: the attempt's name, or "none".
+            round_number: the round.
+            training: it must be later than the parent's; an evaluation's may be the same.
 
         Raises:
-            UserError: it cannot be written; the store is as it was.
+            UserError: it is not, or is no round at all; the parent is missing or damaged.
+        """
+        least = 1 if training else 0
+        if parent != NO_PARENT:
+            check_name(parent)
+            least += int(read_manifest(self._present / parent, _KINDS)["round"])
+        if not least <= round_number <= MOST_ROUNDS:
+            what = "training" if training else "evaluation"
+            raise UserError(
+                f"{what} round {round_number} is impossible after attempt {parent!r}; allowed: {least} to {MOST_ROUNDS}"
+            )
+
+    def line(self, attempt: str) -> str:
+        """The first attempt of an attempt's line of descent, as far as the store knows it; "none" for none."""
+        if attempt == NO_PARENT:
+            return NO_PARENT
+        check_name(attempt)
+        return str(read_manifest(self._present / attempt, _KINDS).get("line", attempt))
+
+    def save(self, attempt: str, parent: str, round_number: int, state: ClientState) -> None:
+        """Store an attempt durably, then drop those of its ancestors that no kept round refers to.
+
+        Raises:
+            UserError: it cannot be written, would exceed the store's bounds, or is no later than its parent; the
+                store is as it was.
         """
         check_name(attempt)
-        manifest = {
-            "attempt": attempt,
-            "parent": parent,
-            "round": round_number,
-            "steps": state.steps,
-            "exclusive_steps": state.exclusive_steps,
-        }
         groups = {group: getattr(state, group) for group in _GROUPS}
+        size = sum(tensor.nbytes for members in groups.values() for tensor in members.values())
         # A process that outlives its SuperNode for a moment must not have its half-written folder pruned.
-        with held(self.folder.parent / "lock", wait=True):
+        with held(self._client / "lock", wait=True):
+            self._adopt()
+            known = set(find_checkpoints(self.folder))
+            # A process that was slow may save when its parent has been dropped already.
+            self.check_descent(parent if parent in known else NO_PARENT, round_number, training=True)
+            check_bounds(self.folder.parent, self.folder.name, size, self._bounds)
+            manifest = {
+                "attempt": attempt,
+                "parent": parent,
+                "line": self.line(parent) if parent in known else attempt,
+                "round": round_number,
+                "steps": state.steps,
+                "exclusive_steps": state.exclusive_steps,
+            }
+            remove_remains(self.folder)
             write_checkpoint(self.folder / attempt, Checkpoint(groups, manifest))
-            self._prune(attempt, round_number)
-
-    def _prune(self, newest: str, round_number: int) -> None:
-        """Keep the recent rounds and, of the newest attempt's ancestors, the last before them."""
-        horizon = round_number - self._keep
-        rounds = {}
-        for folder in self.folder.iterdir():
-            try:
-                rounds[folder.name] = int(read_manifest(folder)["round"])
-            except UserError:
-                # What a killed process left: a temporary folder, or one that was half removed.
-                shutil.rmtree(folder, ignore_errors=True)
-        ancestor = newest
-        while ancestor in rounds and rounds[ancestor] > horizon:
-            ancestor = str(read_manifest(self.folder / ancestor)["parent"])
-        for name, number in rounds.items():
-            if number <= horizon and name != ancestor:
+            for name in _dispensable(self._manifests(), attempt, round_number - self._keep):
                 remove_checkpoint(self.folder / name)
+
+    @property
+    def _present(self) -> Path:
+        """Where the lineage lies: in its place, or where it was before formats had versions."""
+        old = self._client / self.folder.name
+        if not exists(self.folder) and _UNVERSIONED_LINEAGE.fullmatch(old.name) and old.is_dir():
+            return old
+        return self.folder
+
+    def _adopt(self) -> None:
+        """Move a lineage of before to its place."""
+        found = self._present
+        if found != self.folder:
+            try:
+                make_folder(self.folder.parent)
+                os.rename(found, self.folder)
+            except OSError as error:
+                raise UserError(f"cannot move {found} to {self.folder}: {error.strerror or error}") from error
+
+    def _manifests(self) -> dict[str, dict[str, Any]]:
+        """By attempt. One that cannot be read or is damaged is left out, and so stays."""
+        manifests = {}
+        for name in find_checkpoints(self.folder):
+            try:
+                manifests[name] = read_manifest(self.folder / name, _KINDS)
+            except UserError:
+                continue
+        return manifests
+
+
+def check_bounds(folder: Path, name: str, size: int, bounds: StoreBounds) -> None:
+    """Raise UserError where a store has no room for one more thing; the text says what to remove.
+
+    Args:
+        folder: the store, with one folder for each run.
+        name: the run that wants room.
+        size: how much, bytes.
+        bounds: of the whole.
+    """
+    others = [found for found in list_folder(folder) if found != name]
+    advice = f"remove folders of runs that are over from {folder}"
+    if len(others) >= bounds.lineages:
+        raise UserError(f"{folder} holds {len(others)} runs, and {bounds.lineages} are the most: {advice}")
+    used = sum(_sizes(folder))
+    if used + size > bounds.bytes:
+        raise UserError(
+            f"{folder} holds {bytes_in_words(used)}; {bytes_in_words(size)} more exceed the "
+            f"{bytes_in_words(bounds.bytes)} that are the most: {advice}"
+        )
 
 
 def check_name(name: str) -> None:
     """Raise UserError for a name of a client, lineage or attempt that is no plain file name."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UserError(f"{name!r} is no name for a store; allowed: letters, digits, and . _ - inside")
+    if not PLAIN_NAME.fullmatch(name):
+        raise UserError(
+            f"{name[: LONGEST_NAME + 1]!a} is no name for a store; allowed: letters, digits, and . _ - inside, no "
+            f"'..', at most {LONGEST_NAME} characters"
+        )
+
+
+def _dispensable(manifests: dict[str, dict[str, Any]], newest: str, horizon: int) -> list[str]:
+    """The attempts that no checkpoint of the server refers to any more, now that there is ``newest``.
+
+    The server may go back to any of its last rounds, that is, to any ancestor of ``newest`` after the horizon, or to
+    the last at or before it: the anchor. The anchor's ancestors go, with all that branched off from them. Of those
+    that have no parent only such go as nothing descends from: the beginning of another line is not ours to judge.
+
+    Args:
+        manifests: of all attempts.
+        newest: the attempt just stored.
+        horizon: the last round that is no longer kept.
+    """
+    ancestors = list(_ancestors(manifests, newest))
+    anchor = next((place for place, name in enumerate(ancestors) if _round(manifests, name) <= horizon), None)
+    if anchor is None:
+        return []
+    children: dict[str, list[str]] = {}
+    for name, manifest in manifests.items():
+        children.setdefault(str(manifest["parent"]), []).append(name)
+    kept, gone = set(ancestors[: anchor + 1]), set()
+    first = str(manifests[ancestors[-1]]["parent"])
+    waiting = [*ancestors[anchor + 1 :], *(children[first] if first != NO_PARENT else [])]
+    waiting += [name for name in children.get(NO_PARENT, []) if first == NO_PARENT and name not in children]
+    while waiting:
+        name = waiting.pop()
+        if name not in kept and name not in gone:
+            gone.add(name)
+            waiting += children.get(name, [])
+    return sorted(gone)
+
+
+def _ancestors(manifests: dict[str, dict[str, Any]], newest: str) -> Iterator[str]:
+    """An attempt and its ancestors, as far as they are known and each is earlier than the one that it led to."""
+    name, number = newest, MOST_ROUNDS + 1
+    while name in manifests and _round(manifests, name) < number:
+        yield name
+        number = _round(manifests, name)
+        name = str(manifests[name]["parent"])
+
+
+def _round(manifests: dict[str, dict[str, Any]], name: str) -> int:
+    return int(manifests[name]["round"])
+
+
+def _sizes(folder: Path) -> Iterator[int]:
+    """The sizes of all files below a folder; what goes meanwhile has none."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                yield os.lstat(os.path.join(place, name)).st_size
+            except OSError:
+                continue

@@ -16,24 +16,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load, save
 
 from srfed.checkpoints.trained_run import TrainedRun
 from srfed.config import SamplingConfig
-from srfed.data import load_tasks
+from srfed.data import ImageRecord, load_recorded_tasks, load_tasks
 from srfed.data.images import Images
-from srfed.errors import UserError
-from srfed.evaluation.central import shares_of_samples
+from srfed.data.record import read_records
+from srfed.errors import DamagedError
 from srfed.evaluation.generation import generate
 from srfed.evaluation.memorisation import merge_audits
 from srfed.evaluation.network import FeatureNetwork
 from srfed.evaluation.scoring import ReferenceStatistics, audit_numbers, score_samples
+from srfed.evaluation.shares import share_of_samples
 from srfed.evaluation.ssim import ssim_window
 from srfed.evaluation.task import ssim_curve
-from srfed.files import read_json, write_bytes, write_json
+from srfed.files import exists, read_json, try_output, write_json
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import RunDirectory
 from srfed.reporting.summary import totals
+from srfed.tensors import read_arrays, write_arrays
 
 SAMPLES_FILE = "samples.safetensors"
 SCORES_FILE = "scores.json"
@@ -68,6 +69,7 @@ def evaluate_run(
     *,
     reference_folder: Path | None = None,
     progress: Callable[[str], object] = lambda _: None,
+    on_changed_images: Callable[[str], object] | None = None,
 ) -> dict[str, Any]:
     """Sample a run's last checkpoint and score it, or read what an earlier call has left.
 
@@ -78,22 +80,33 @@ def evaluate_run(
         network: the feature network.
         reference_folder: where statistics of real images are kept between runs; None keeps none.
         progress: told each task's name when its samples are there.
+        on_changed_images: told how the images differ from those that the run was begun with, which are then scored
+            against all the same; None refuses.
 
     Returns:
         A record of plain values: the run, what was measured on how many images and how, and the scores.
 
     Raises:
-        UserError: the data are not where the run's configuration says, or a file is damaged.
+        UserError: the data are not where the run's configuration says, or have changed, or a file is damaged.
     """
-    folder = path / "evaluations" / _key(trained, wanted, network)
-    if (folder / SCORES_FILE).exists():
+    config, run = trained.config, RunDirectory.open(path)
+    changes: list[str] = []
+    tasks = load_recorded_tasks(
+        config.data, config.federation.clients, run.images, None if on_changed_images is None else changes.append
+    )
+    if on_changed_images is not None and changes:
+        on_changed_images(changes[0])
+    others = [asdict(ImageRecord.of(task)) for task in tasks] if changes else None
+    folder = path / "evaluations" / _key(trained, wanted, network, others)
+    if exists(folder / SCORES_FILE):
         return read_json(folder / SCORES_FILE, "scores")
-    config = trained.config
+    try_output(folder / SCORES_FILE)
     torch.set_num_threads(config.resources.client_cpus)
-    tasks = load_tasks(config.data, config.federation.clients)
     samples, sampling_seconds = _samples(folder, trained, wanted, progress)
-    began, log = time.perf_counter(), MetricsLog(RunDirectory.open(path).metrics)
-    whole = load_tasks(config.data.model_copy(update={"images_per_task": None}), config.federation.clients)
+    began, log = time.perf_counter(), MetricsLog(run.metrics)
+    whole = load_tasks(
+        config.data.model_copy(update={"images_per_task": None}), config.federation.clients, read_records(run.images)
+    )
     scored = score_samples(
         samples,
         tasks,
@@ -133,8 +146,9 @@ def evaluate_run(
         "ssim_images": wanted.ssim_images,
         "ssim_window": ssim_window(*trained.shape[:2]),
         "memorisation": {
-            "all": merge_audits(list(scored.audits.values())),
+            "all": merge_audits(list(scored.audits.values())) if scored.audits else None,
             "by_task": audit_numbers(scored.audits),
+            "none": scored.no_audit,
         },
         "parameters": {
             part: sum(trained.sizes[name] for name in names)
@@ -151,28 +165,35 @@ def evaluate_run(
 
 def read_samples(path: Path, trained: TrainedRun, wanted: Wanted, network: FeatureNetwork) -> dict[str, Images]:
     """The samples that :func:`evaluate_run` has scored, by task in order; raises UserError where there are none."""
-    file = path / "evaluations" / _key(trained, wanted, network) / SAMPLES_FILE
+    return _read_samples(path / "evaluations" / _key(trained, wanted, network) / SAMPLES_FILE, trained)
+
+
+def _read_samples(file: Path, trained: TrainedRun) -> dict[str, Images]:
+    """By task in order; raises UserError where the file is damaged, saying what to do."""
     try:
-        found = load(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
-    return {info.task: found[info.task] for info in trained.tasks}
+        found, _ = read_arrays(file)
+        return {info.task: found[info.task] for info in trained.tasks}
+    except DamagedError as error:
+        raise DamagedError(f"{error}; remove {file.parent}, and it is made again") from error
+    except KeyError as error:
+        raise DamagedError(f"{file} has no samples of {error}; remove {file.parent}, and it is made again") from error
 
 
 def _samples(
     folder: Path, trained: TrainedRun, wanted: Wanted, progress: Callable[[str], object]
 ) -> tuple[dict[str, Images], float]:
     file = folder / SAMPLES_FILE
-    if file.exists():
-        return load(file.read_bytes()), float(read_json(folder / "sampling.json", "seconds")["seconds"])
+    if exists(file):
+        return _read_samples(file, trained), float(read_json(folder / "sampling.json", "seconds")["seconds"])
     began = time.perf_counter()
     samples = {}
-    for info, count in zip(trained.tasks, shares_of_samples(wanted.samples, len(trained.tasks)), strict=True):
+    share = share_of_samples(wanted.samples, len(trained.tasks))
+    for info in trained.tasks:
         samples[info.task] = generate(
             trained.model_of(info),
             trained.diffusion,
             wanted.sampling,
-            count=count,
+            count=share,
             shape=trained.shape,
             seed=wanted.seed,
             task=info.client,
@@ -180,16 +201,18 @@ def _samples(
         progress(info.task)
     seconds = time.perf_counter() - began
     write_json(folder / "sampling.json", {"seconds": seconds})
-    write_bytes(file, save(samples))
+    write_arrays(file, samples)
     return samples, seconds
 
 
-def _key(trained: TrainedRun, wanted: Wanted, network: FeatureNetwork) -> str:
+def _key(trained: TrainedRun, wanted: Wanted, network: FeatureNetwork, others: Any = None) -> str:
+    """What names an evaluation; ``others`` describes images that are not the run's own."""
     content = {
         **asdict(wanted),
         "sampling": wanted.sampling.model_dump(mode="json"),
         "network": network.fingerprint,
         "weights": trained.weights_hash,
+        **({} if others is None else {"images": others}),
     }
     digest = sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
     return f"round-{trained.round:05d}-{wanted.samples}-{digest}"

@@ -1,16 +1,52 @@
 """The server's state between rounds, and its checkpoints: `<run>/server/round-00012/`."""
 
-import shutil
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
 from srfed.checkpoints.client_store import NO_PARENT
-from srfed.errors import UserError
-from srfed.tensors import Checkpoint, read_checkpoint, remove_checkpoint, write_checkpoint
+from srfed.errors import DamagedError, UserError
+from srfed.tensors import (
+    Checkpoint,
+    check_tensors,
+    find_checkpoints,
+    image_shape,
+    read_checkpoint,
+    remove_checkpoint,
+    remove_remains,
+    write_checkpoint,
+)
 
 _GROUPS = ("shared", "shared_average", "optimizer", "shared_moments")
+_KINDS = {
+    "lineage": str,
+    "round": int,
+    "shared_steps": int,
+    "attempts": dict,
+    "shape": list,
+    "clients": list,
+}
+
+
+@dataclass(frozen=True)
+class KnownClient:
+    """What a run holds a client to, from its first description on, whoever comes under its id later.
+
+    Attributes:
+        images: m_i.
+        test_images: its held-out images.
+        key: fingerprint of the SuperNode key that the id belongs to; empty where nodes have no keys of their own.
+        name: under which that key was registered; may be empty.
+        node: where the client was last.
+    """
+
+    images: int
+    test_images: int
+    key: str = ""
+    name: str = ""
+    node: int = 0
 
 
 @dataclass(frozen=True)
@@ -28,7 +64,8 @@ class ServerState:
         attempts: the accepted attempt of each client that ever had one.
         shape: H, W, C of the images.
         clients: ids of all clients that have taken part.
-        usual_norm: norm of a client's update in the last round, the lower median; 0 before the first.
+        known: what each of them is held to; those of a checkpoint of an earlier version are learned anew.
+        minibatches: how many of them are behind each client's accepted attempt.
     """
 
     lineage: str
@@ -41,7 +78,8 @@ class ServerState:
     attempts: dict[str, str] = field(default_factory=dict)
     shape: tuple[int, int, int] = (0, 0, 0)
     clients: tuple[str, ...] = ()
-    usual_norm: float = 0.0
+    known: dict[str, KnownClient] = field(default_factory=dict)
+    minibatches: dict[str, int] = field(default_factory=dict)
 
     def parent(self, client: str) -> str:
         """The attempt that a client is to start from."""
@@ -69,47 +107,58 @@ class ServerCheckpoints:
             "attempts": state.attempts,
             "shape": list(state.shape),
             "clients": list(state.clients),
-            "usual_norm": state.usual_norm,
+            "known": {client: asdict(known) for client, known in state.known.items()},
+            "minibatches": state.minibatches,
         }
         groups = {group: getattr(state, group) for group in _GROUPS}
         write_checkpoint(self._path(state.round), Checkpoint(groups, manifest))
         for number in self.rounds()[: -self._keep]:
             remove_checkpoint(self._path(number))
-        for leftover in self.folder.glob(".*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        remove_remains(self.folder)
 
     def rounds(self) -> list[int]:
-        """Rounds that have a checkpoint, in order."""
-        names = (path.name.removeprefix("round-") for path in self.folder.glob("round-*"))
+        """Rounds that have a checkpoint, in order; raises UserError where the folder cannot be read."""
+        names = (name.removeprefix("round-") for name in find_checkpoints(self.folder) if name.startswith("round-"))
         return sorted(int(name) for name in names if name.isdecimal())
 
     def load_last(self) -> ServerState:
         """The last checkpoint.
 
         Raises:
-            UserError: there is none, or it is damaged; the text says how to go back one round.
+            DamagedError: it is damaged; the text says how to go back one round.
+            UserError: there is none, it cannot be read, or it is of another srfed.
         """
         rounds = self.rounds()
         if not rounds:
             raise UserError(f"{self.folder} has no checkpoint: the run stopped before its first round ended")
         path = self._path(rounds[-1])
         try:
-            checkpoint = read_checkpoint(path)
-        except UserError as error:
+            checkpoint = read_checkpoint(path, _KINDS)
+            shape = image_shape(path, checkpoint.manifest["shape"])
+        except DamagedError as error:
             advice = f"remove {path} to go back to round {rounds[-2]}" if len(rounds) > 1 else "it is the only one"
-            raise UserError(f"{error}; {advice}") from error
+            raise DamagedError(f"{error}; {advice}") from error
         manifest = checkpoint.manifest
-        height, width, channels = manifest["shape"]
+        try:
+            known = {client: KnownClient(**entry) for client, entry in manifest.get("known", {}).items()}
+        except (AttributeError, TypeError) as error:
+            raise DamagedError(f"{path} is damaged: {error}") from error
         return ServerState(
             **{group: checkpoint.group(group) for group in _GROUPS},
             lineage=manifest["lineage"],
             round=manifest["round"],
             shared_steps=manifest["shared_steps"],
             attempts=manifest["attempts"],
-            shape=(height, width, channels),
+            shape=shape,
             clients=tuple(manifest["clients"]),
-            usual_norm=manifest["usual_norm"],
+            known=known,
+            minibatches=manifest.get("minibatches", {}),
         )
+
+    def check(self, state: ServerState, shared: Mapping[str, Tensor]) -> None:
+        """Raise UserError unless a state's φ and its average have the names and shapes of the model's ``shared``."""
+        for tensors in (state.shared, state.shared_average):
+            check_tensors(str(self._path(state.round)), tensors, shared)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"round-{number:05d}"

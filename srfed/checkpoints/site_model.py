@@ -1,20 +1,33 @@
 """A site's own copy of its model: the averaged φ that the server last sent, with the site's averaged θ_i.
 
-    <state-dir>/<client>/models/<lineage>/round-00030/
+    <state-dir>/<client>/models/<lineage>/round-00030-4/
 
-It is written at each evaluation, so the one of the last round is there when training ends.
+It is written at each evaluation, so the one of the last round is there when training ends. The number behind the
+round counts the models that the site has written; the highest is the newest, whatever a copy has done to times.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
+from srfed.checkpoints.client_store import NO_PARENT, StoreBounds, check_bounds, check_name
 from srfed.config import RunConfig, parse_config_json
-from srfed.errors import UserError
-from srfed.tensors import Checkpoint, read_checkpoint, read_manifest, remove_checkpoint, write_checkpoint
+from srfed.errors import DamagedError, UserError
+from srfed.files import held, list_folder
+from srfed.tensors import (
+    Checkpoint,
+    find_checkpoints,
+    image_shape,
+    read_checkpoint,
+    read_manifest,
+    remove_checkpoint,
+    remove_remains,
+    write_checkpoint,
+)
 
 MODELS = "models"
+_KINDS = {"config": str, "round": int, "shape": list, "client": str}
 
 
 def save_site_model(
@@ -25,8 +38,10 @@ def save_site_model(
     shape: tuple[int, ...],
     shared: Mapping[str, Tensor],
     exclusive: Mapping[str, Tensor],
+    line: str = NO_PARENT,
+    bounds: StoreBounds | None = None,
 ) -> None:
-    """Store the model of a round, then drop those of earlier rounds.
+    """Store the model of a round, then drop those that were stored before of the same line of descent.
 
     Args:
         folder: the client's own folder.
@@ -36,20 +51,32 @@ def save_site_model(
         shape: H, W, C of the images.
         shared: the averaged φ.
         exclusive: the averaged θ_i.
+        line: the first attempt of θ_i's line of descent; "none" where it is the common initialisation.
+        bounds: of all models of the site.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or would exceed the bounds.
     """
+    check_name(lineage)
     models = folder / MODELS / lineage
-    path = models / f"round-{round_number:05d}"
-    if path.exists():
-        # The evaluation of this round was asked for before, and a resumed server asks for it again.
-        remove_checkpoint(path)
-    manifest = {"config": config.to_json(), "round": round_number, "shape": list(shape), "client": folder.name}
-    write_checkpoint(path, Checkpoint({"shared": dict(shared), "exclusive": dict(exclusive)}, manifest))
-    for old in models.glob("round-*"):
-        if old != path:
-            remove_checkpoint(old)
+    size = sum(tensor.nbytes for part in (shared, exclusive) for tensor in part.values())
+    with held(folder / "lock", wait=True):
+        check_bounds(models.parent, lineage, size, bounds or StoreBounds())
+        remove_remains(models)
+        number = 1 + max((number for _, number, _ in _found(folder)), default=0)
+        before = [path for path, _, other in _found(folder) if path.parent == models and other in (line, None)]
+        manifest = {
+            "config": config.to_json(),
+            "round": round_number,
+            "shape": list(shape),
+            "client": folder.name,
+            "number": number,
+            "line": line,
+        }
+        groups = {"shared": dict(shared), "exclusive": dict(exclusive)}
+        write_checkpoint(models / f"round-{round_number:05d}-{number}", Checkpoint(groups, manifest))
+        for path in before:
+            remove_checkpoint(path)
 
 
 class SiteModel:
@@ -59,26 +86,46 @@ class SiteModel:
         folder: the client's own folder, ``<state-dir>/<client>``.
 
     Raises:
-        UserError: there is no model yet, or it is damaged.
+        UserError: there is no model yet, it is damaged, or which one is the newest is not recorded.
     """
 
     def __init__(self, folder: Path) -> None:
-        found = list((folder / MODELS).glob("*/round-*/manifest.json"))
+        found = list(_found(folder))
         if not found:
             raise UserError(
                 f"{folder} has no model; name <state-dir>/<client-id> of a site that took part in an evaluation"
             )
-        newest = max(found, key=lambda manifest: manifest.stat().st_mtime_ns).parent
-        read_manifest(newest)
-        self._checkpoint = read_checkpoint(newest)
+        last = max(number for _, number, _ in found)
+        newest = [path for path, number, _ in found if number == last]
+        if len(newest) > 1:
+            raise UserError(
+                f"{folder} has models of an older srfed, which does not record the newest: "
+                f"{', '.join(map(str, newest))}; remove all but one"
+            )
+        self._checkpoint = read_checkpoint(newest[0], _KINDS)
         manifest = self._checkpoint.manifest
+        self.path = newest[0]
         self.config = parse_config_json(str(manifest["config"]))
         self.round = int(manifest["round"])
         self.client = str(manifest["client"])
-        height, width, channels = manifest["shape"]
-        self.shape: tuple[int, int, int] = (height, width, channels)
+        self.shape = image_shape(self.path, manifest["shape"])
 
     @property
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The averaged φ and the averaged θ_i."""
         return self._checkpoint.group("shared"), self._checkpoint.group("exclusive")
+
+
+def _found(folder: Path) -> Iterator[tuple[Path, int, str | None]]:
+    """All models of a site with their numbers and lines of descent: 0 and None before formats had versions."""
+    for lineage in list_folder(folder / MODELS):
+        for name in find_checkpoints(folder / MODELS / lineage):
+            path = folder / MODELS / lineage / name
+            try:
+                manifest = read_manifest(path, _KINDS)
+            except DamagedError:
+                # Its name says as much, and opening it will say that it is damaged.
+                number = name.rpartition("-")[2] if name.count("-") > 1 else "0"
+                yield path, int(number) if number.isdecimal() else 0, ""
+            else:
+                yield path, int(manifest.get("number", 0)), manifest.get("line")

@@ -11,9 +11,11 @@ from srfed.checkpoints.site_model import SiteModel
 from srfed.config import ResourcesConfig
 from srfed.diffusion.process import PredictNoise
 from srfed.errors import UserError
+from srfed.files import exists
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.records import TaskInfo
 from srfed.reporting.run_directory import RunDirectory
+from srfed.tensors import check_tensors
 from srfed.training.local import initial_state, load_tensors
 from srfed.training.setup import build_diffusion, build_model, build_partition, noise_of_task, resolve_device
 
@@ -38,6 +40,7 @@ class TrainedSite:
         self.device = resolve_device(resources)
         model = build_model(self.config, self.shape[-1])
         self.shared, exclusive = stored.tensors
+        check_tensors(str(stored.path), {**self.shared, **exclusive}, model.state_dict())
         load_tensors(model, self.shared, exclusive)
         self._model = model.to(self.device).eval()
         self.diffusion = build_diffusion(self.config, self.device)
@@ -68,16 +71,23 @@ class TrainedRun:
     def __init__(self, path: Path, resources: ResourcesConfig) -> None:
         self._run = RunDirectory.open(path)
         self.config = self._run.config
-        self._state = ServerCheckpoints(self._run.server, 1).load_last()
+        checkpoints = ServerCheckpoints(self._run.server, 1)
+        self._state = checkpoints.load_last()
         self.round = self._state.round
         self.shape = self._state.shape
         self.device = resolve_device(resources)
         self._model = build_model(self.config, self.shape[-1])
         self.partition = build_partition(self.config, self._model)
         self._initial = initial_state(self._model, self.partition)
+        checkpoints.check(self._state, self.partition.take_shared(self._model.state_dict()))
         self._model.to(self.device)
         self.diffusion = build_diffusion(self.config, self.device)
         self.tasks: list[TaskInfo] = MetricsLog(self._run.metrics).tasks()
+        if not self.tasks:
+            raise UserError(
+                f"{self._run.metrics} names no task: it is missing or empty; put it back, or write it again with "
+                f"--resume {self._run.path}"
+            )
 
     def find_task(self, wanted: str) -> TaskInfo:
         """The task of that name or position; raises UserError listing what there is."""
@@ -123,9 +133,11 @@ class TrainedRun:
         if task.client not in self._state.attempts:
             return self._initial.exclusive_average
         store = ClientStore(self._run.clients, task.client, self._run.lineage, 1)
-        if not store.folder.exists():
+        if not exists(self._run.clients / task.client):
             raise UserError(
                 f"{self._run.path} has no θ of {task.client!r}: a deployed site keeps its own; sample there with "
                 "--store <state-dir>/<client-id>"
             )
-        return store.load(self._state.attempts[task.client]).exclusive_average
+        average = store.load(self._state.attempts[task.client]).exclusive_average
+        check_tensors(str(store.folder), average, self._initial.exclusive_average)
+        return average

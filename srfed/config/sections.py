@@ -6,6 +6,7 @@ The defaults are the embedded digits' experiment, ``configs/digits.yaml``.
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 import yaml
@@ -47,8 +48,17 @@ class DataConfig(Section):
     channels: Literal[1, 3] | None = Field(
         None, description="convert images to grey (1) or RGB (3); null keeps what the data has"
     )
+    intensity: Literal["per_image"] | tuple[float, float] = Field(
+        "per_image",
+        description="what becomes black and white in grey pictures of 16 bits, 32 bits or floats: per_image, each "
+        "picture's own least and greatest value; or one range for all, [low, high], which keeps what a value means",
+    )
     test_fraction: float = Field(
-        0.2, gt=0, lt=1, description="share held out as test images where a data set has no test split"
+        0.2,
+        gt=0,
+        lt=1,
+        description="share held out as test images where there is no test split: of published sets the end, of "
+        "`npz`, `folder` and sites those images whose content says so, about so many",
     )
     horizontal_flip: bool = Field(False, description="mirror half of the training images at random")
 
@@ -57,6 +67,13 @@ class DataConfig(Section):
     def _refuse_truth_values(cls, value: object) -> object:
         if isinstance(value, bool):  # Python's True equals 1, so the Literal would take it
             raise ValueError(f"{json.dumps(value)} is not allowed; allowed: 1 | 3 | null")
+        return value
+
+    @field_validator("intensity")
+    @classmethod
+    def _check_range(cls, value: str | tuple[float, float]) -> str | tuple[float, float]:
+        if isinstance(value, tuple) and value[0] >= value[1]:
+            raise ValueError(f"{json.dumps(value)} is not allowed; allowed: [low, high] with low below high, per_image")
         return value
 
 
@@ -226,13 +243,15 @@ class FederationConfig(Section):
         description="a client that is away or fails: skip goes on without it, wait asks it again until "
         "round_timeout, and then stops the run",
     )
-    largest_update: float | None = Field(
-        100.0,
-        gt=1,
-        description="an update is refused if its norm is above this many times the usual one; null takes any",
-    )
     weights: Literal["uniform", "examples"] = Field(
         "uniform", description="weights of the clients' updates: equal, or by number of training images"
+    )
+    largest_weight: float = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="weights `examples`: the largest share that one client may have, since the number of its images "
+        "is its own word; the rest goes to the others. Of n clients each can always have 1/n",
     )
     server_optimizer: Literal["average", "momentum", "adam", "extrapolate"] = Field(
         "extrapolate",
@@ -417,9 +436,13 @@ class RunConfig(Section):
         """The whole configuration as YAML that :func:`load_config` reads back to an equal object."""
         return yaml.dump(json.loads(self.to_json()), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
+    def decisive_settings(self) -> dict[str, Any]:
+        """The settings that decide the result, by name, as JSON has them."""
+        return self._decisive()
+
     def fingerprint(self) -> str:
         """SHA-256 over the settings that decide the result (not backend, paths, or time limits)."""
-        return hashlib.sha256(json.dumps(self._decisive(), sort_keys=True).encode()).hexdigest()
+        return fingerprint_of(self._decisive())
 
     def decisive_differences(self, other: "RunConfig") -> list[str]:
         """The settings that decide the result and differ, each as "section.key: own -> other"."""
@@ -430,16 +453,28 @@ class RunConfig(Section):
             if value != others[name]
         ]
 
-    def _decisive(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """Every setting by its name, "section.key" or "seed", as JSON has it."""
         content = json.loads(self.to_json())
         flat = {name: content.pop(name) for name in ("name", "seed")}
-        flat |= {f"{section}.{key}": value for section, keys in content.items() for key, value in keys.items()}
+        return flat | {f"{section}.{key}": value for section, keys in content.items() for key, value in keys.items()}
+
+    def _decisive(self) -> dict[str, Any]:
         free = NOT_DECISIVE
         if self.training.learning_rate_schedule != "constant":
             free = free - {"federation.rounds"}
-        return {name: value for name, value in flat.items() if name not in free}
+        return {name: value for name, value in self.settings().items() if name not in free}
 
 
+def fingerprint_of(settings: Mapping[str, Any]) -> str:
+    """SHA-256 over settings by name."""
+    return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()
+
+
+REMOVED = {
+    "federation.largest_update": "an update's bound is what the clients' optimizer can do",
+}
+"""Settings of earlier versions, and why there is none any more."""
 NOT_DECISIVE = frozenset(
     {
         "name",

@@ -1,22 +1,29 @@
 """Images as arrays: the range that models see, and the one rule for modes, sizes and channels."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from srfed.errors import UserError
+
+if TYPE_CHECKING:
+    # What is wrong with a data set is found without torch, whose import takes seconds.
+    import torch
 
 Images = NDArray[np.uint8]
 SMALLEST = 5
 """Least height and width of an image, in pixels: the UNet halves it three times."""
 GREY_MODES = ("1", "L", "LA")
 ALPHA_MODES = ("LA", "PA", "RGBA", "RGBa")
+FAR = 4
+"""A least or greatest value this many times further away than the others reach is taken for no measurement."""
+Intensity = Literal["per_image"] | tuple[float, float]
+"""How 16-bit, 32-bit and float grey becomes 0 to 255: by each picture's own range, or by one for all."""
 
 
-def to_model_range(images: Images) -> torch.Tensor:
+def to_model_range(images: Images) -> "torch.Tensor":
     """Scale uint8 images (N x H x W x C) to float32 in [-1, 1] (N x C x H x W): x / 127.5 - 1.
 
     Raises:
@@ -24,11 +31,13 @@ def to_model_range(images: Images) -> torch.Tensor:
     """
     if images.dtype != np.uint8 or images.ndim != 4:
         raise ValueError(f"expected uint8 images N x H x W x C, got {images.dtype} {images.shape}")
+    import torch
+
     # np.array copies: torch accepts neither the negative strides of a mirrored view nor read-only memory.
     return torch.from_numpy(np.array(images.transpose(0, 3, 1, 2), order="C")).float().div_(127.5).sub_(1)
 
 
-def to_uint8(images: torch.Tensor) -> Images:
+def to_uint8(images: "torch.Tensor") -> Images:
     """Quantise images in [-1, 1] (N x C x H x W, any float type) to uint8 (N x H x W x C).
 
     Values outside are clamped; each value takes the *nearest* of the 256 levels, so that
@@ -37,6 +46,8 @@ def to_uint8(images: torch.Tensor) -> Images:
     Raises:
         ValueError: the tensor is not floating point or not four-dimensional, or has a NaN.
     """
+    import torch
+
     if not images.is_floating_point() or images.ndim != 4:
         raise ValueError(f"expected float images N x C x H x W, got {images.dtype} {tuple(images.shape)}")
     if images.isnan().any():
@@ -45,12 +56,13 @@ def to_uint8(images: torch.Tensor) -> Images:
     return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def fit_image(image: Image.Image, size: int | None, channels: Literal[1, 3] | None) -> Images:
+def fit_image(
+    image: Image.Image, size: int | None, channels: Literal[1, 3] | None, intensity: Intensity = "per_image"
+) -> Images:
     """Bring one picture into the form that a task's images have.
 
     In this order: the EXIF orientation is applied; 16-bit, 32-bit and float grey (I;16, I, F) are scaled
-    so that the picture's own least and greatest value become 0 and 255 (a constant picture becomes
-    0); transparency is composited on black; the picture becomes grey (ITU-R 601 luma) or RGB; the
+    as ``intensity`` says; transparency is composited on black; the picture becomes grey (ITU-R 601 luma) or RGB; the
     short side is resized to ``size`` by Pillow's antialiased bicubic filter and the centre is cut
     out, as torchvision's ``Resize(size, BICUBIC)`` and ``CenterCrop(size)`` do. Of several frames or pages
     the current one counts, which is the first in a file just opened.
@@ -59,18 +71,22 @@ def fit_image(image: Image.Image, size: int | None, channels: Literal[1, 3] | No
         image: any mode that Pillow converts to RGB.
         size: height and width of the result; None keeps the picture's.
         channels: 1 for grey, 3 for RGB; None keeps grey pictures grey and makes all others RGB.
+        intensity: the values that become 0 and 255: a fixed range, where values outside become the nearer end
+            and NaN the lower one; or "per_image", the picture's own least and greatest value (a constant
+            picture becomes 0). Pictures of 8 bits are left alone.
 
     Returns:
         uint8, H x W x C.
 
     Raises:
-        UserError: the picture is smaller than 5 x 5 pixels or has values that are not finite.
+        UserError: the picture is smaller than 5 x 5 pixels; or, under "per_image", has values that are not finite,
+            or a least or greatest one so far from all others that it seems to stand for "no data".
     """
     image = ImageOps.exif_transpose(image)
     _check_size(image.width, image.height)
     grey = image.mode in GREY_MODES
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image, grey = Image.fromarray(_to_8_bits(np.asarray(image))), True
+    if is_deep(image):
+        image, grey = Image.fromarray(_to_8_bits(np.asarray(image), intensity)), True
     if image.mode in ALPHA_MODES or "transparency" in image.info:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         image = Image.alpha_composite(black, image.convert("RGBA"))
@@ -107,13 +123,41 @@ def _check_size(width: int, height: int) -> None:
         raise UserError(f"images of {width} x {height} px are too small; allowed: {SMALLEST} x {SMALLEST} and more")
 
 
-def _to_8_bits(values: NDArray[np.generic]) -> Images:
+def is_deep(image: Image.Image) -> bool:
+    """Whether a picture is grey of 16 bits, 32 bits or floats."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def _to_8_bits(values: NDArray[np.generic], intensity: Intensity) -> Images:
     exact = values.astype(np.float64)
-    if not np.isfinite(exact).all():
-        raise UserError("an image has pixel values that are not finite")
-    exact -= exact.min()
-    levels: Images = np.rint(exact * (255 / (exact.max() or 1.0))).astype(np.uint8)
+    if intensity == "per_image":
+        least, greatest = _own_range(exact)
+    else:
+        least, greatest = intensity
+        exact = np.clip(np.nan_to_num(exact, nan=least, posinf=greatest, neginf=least), least, greatest)
+    exact -= least
+    levels: Images = np.rint(exact * (255 / ((greatest - least) or 1.0))).astype(np.uint8)
     return levels
+
+
+def _own_range(values: NDArray[np.float64]) -> tuple[float, float]:
+    """The least and the greatest value, where both can be measurements."""
+    advice = 'set data.intensity to the range that counts, "[low, high]": what is outside becomes its nearer end'
+    if not np.isfinite(values).all():
+        raise UserError(f"an image has pixel values that are not finite; {advice}, and NaN the low one")
+    least, greatest = float(values.min()), float(values.max())
+    if least < greatest:
+        second, last_but_one = float(values[values > least].min()), float(values[values < greatest].max())
+        for lone, gap, rest in (
+            (least, second - least, greatest - second), (greatest, greatest - last_but_one, last_but_one - least),
+        ):  # fmt: skip
+            # A picture of two levels has no rest to be far from.
+            if gap > FAR * rest > 0:
+                raise UserError(
+                    f'an image has the value {lone:g} far from all others, as if for "no data", and would lose its '
+                    f"contrast to it; {advice}"
+                )
+    return least, greatest
 
 
 def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:

@@ -50,7 +50,7 @@ def open_npz(config: DataConfig) -> LabelledSource:
             )
         return train, test
 
-    return LabelledSource(config, names, labels, read)
+    return LabelledSource(config, names, labels, read, published=False)
 
 
 def read_arrays(path: Path, required: Sequence[str], optional: Sequence[str] = (), key: str = "data.dir") -> Arrays:

@@ -9,54 +9,126 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from srfed.config import DataConfig
-from srfed.data.folder import image_files, read_files
+from srfed.data.folder import describe_intensity, describe_listings, describe_skipped, list_images, load_listing
 from srfed.data.images import Images, fit_images
 from srfed.data.npz import read_arrays
-from srfed.data.source import split
+from srfed.data.record import RECORD_FILE, ImageRecord, read_records, write_records
+from srfed.data.source import split, split_by_content
 from srfed.data.tasks import Task
 from srfed.errors import UserError
 from srfed.files import write_bytes
 
-SETTINGS = ("images_per_task", "image_size", "channels", "test_fraction")
+SETTINGS = ("images_per_task", "image_size", "channels", "intensity", "test_fraction")
 """The settings of ``data`` that decide what an owner's images become."""
 
 
-def load_own_task(config: DataConfig, path: Path, name: str, cache: Path | None = None) -> Task:
-    """Read an owner's images, as ``data.image_size``, ``channels``, ``test_fraction`` and ``images_per_task`` say.
+def load_own_task(config: DataConfig, path: Path, name: str, store: Path | None = None, *, keep: bool = True) -> Task:
+    """Read an owner's images, as the settings of :data:`SETTINGS` say.
 
-    A folder is searched recursively (:func:`~srfed.data.folder.image_files`); where it holds exactly the
-    sub-folders ``train`` and ``test``, these are the splits. An .npz file has ``train_images`` and optionally
-    ``test_images``, uint8, N x H x W or N x H x W x C. Without a test split the last ``test_fraction`` is held
-    out.
+    A folder is read as :func:`~srfed.data.folder.list_images` says: its own ``train`` and ``test`` are the splits,
+    where it has them. An .npz file has ``train_images`` and optionally ``test_images``, uint8, N x H x W or
+    N x H x W x C. Without a split of the owner's, the images' content decides
+    (:func:`~srfed.data.source.split_by_content`).
 
     Args:
         config: the run's data settings; ``dataset`` and ``dir`` mean nothing here.
         path: the folder or the file.
         name: the task's name, which is the client's id.
-        cache: folder for a copy of the decoded images, so that the next process need not decode them again;
-            the copy is used as long as settings, files, sizes and times of change are the same.
+        store: the site's own folder. It keeps the record of the images that were first met under these settings,
+            with which they are compared ever after; and a copy of the decoded images, so that the next process
+            need not decode them again, which is used as long as settings, files, sizes and times of change are
+            the same. None keeps and compares nothing.
+        keep: False compares with what the store has on record, and writes nothing.
 
     Returns:
         The task; its index is -1, as no data set gives it a place.
 
     Raises:
-        UserError: there are no images, or too few; one cannot be read; they differ in size.
+        UserError: there are no images, or too few; one cannot be read; they differ in size; they are not those on
+            record.
     """
+    records = {} if store is None else read_records(store / RECORD_FILE)
+    known = records.get(_key(config, name))
+    task = _load(config, path, name, known, store if keep else None)
+    now = ImageRecord.of(task)
+    if known is not None and (changes := known.differences(now)):
+        raise UserError(
+            f"the images of {path} are not those on record for {name} ({changes}); put them back, or accept the change "
+            "with: python -m srfed.deploy agree"
+        )
+    if known is None and store is not None and keep:
+        write_records(store / RECORD_FILE, records | {_key(config, name): now})
+    return task
+
+
+def current_images(config: DataConfig, path: Path, name: str, store: Path) -> tuple[Task, str]:
+    """An owner's images as they are now, for the owner to accept; images that are known already stay on their side.
+
+    Args:
+        config, path, name, store: as :func:`load_own_task`; nothing is written.
+
+    Returns:
+        The task, and in words what has changed since the last record; empty where nothing has, or there was none.
+
+    Raises:
+        UserError: as :func:`load_own_task`, but for changes.
+    """
+    known = recorded_images(config, name, store)
+    task = _load(config, path, name, known, None)
+    return task, "" if known is None else known.differences(ImageRecord.of(task))
+
+
+def accept_images(config: DataConfig, path: Path, name: str, store: Path) -> str:
+    """Put the images that are there now on record, for the owner who has seen what changed.
+
+    Args, returns and raises as :func:`current_images`; besides, the record may not be written.
+    """
+    task, changes = current_images(config, path, name, store)
+    now, records = ImageRecord.of(task), read_records(store / RECORD_FILE)
+    if records.get(_key(config, name)) != now:
+        write_records(store / RECORD_FILE, records | {_key(config, name): now})
+    return changes
+
+
+def recorded_images(config: DataConfig, name: str, store: Path) -> ImageRecord | None:
+    """The images that a site has on record under these settings; None where it has none.
+
+    Raises:
+        UserError: the record cannot be read, is damaged, or of another format.
+    """
+    return read_records(store / RECORD_FILE).get(_key(config, name))
+
+
+def describe_own_images(config: DataConfig, path: Path) -> list[str]:
+    """What is taken of an owner's folder, what is passed over and why, and what deep pictures become: a few lines.
+
+    Raises:
+        UserError: as :func:`load_own_task`.
+    """
+    if not path.is_dir():
+        return []
+    listing = list_images(path)
+    return [*describe_listings([listing]), *describe_intensity(listing.files, config)]
+
+
+def _load(config: DataConfig, path: Path, name: str, known: ImageRecord | None, cache: Path | None) -> Task:
     try:
-        return Task(-1, name, *_load(config, path, name, cache))
+        return Task(-1, name, *_decoded(config, path, name, known, cache))
     except OSError as error:
         raise UserError(f"data: cannot read {error.filename or path}: {error.strerror or error}") from error
 
 
-def _load(config: DataConfig, path: Path, name: str, cache: Path | None) -> tuple[Images, Images]:
+def _decoded(
+    config: DataConfig, path: Path, name: str, known: ImageRecord | None, cache: Path | None
+) -> tuple[Images, Images]:
     if not path.exists():
         raise UserError(f"data: {path} does not exist; name a folder of images or an .npz file")
     if cache is None:
-        return _read(config, path, name)
+        return _read(config, path, name, known)
     file = cache / f"images-{_fingerprint(config, path)}.safetensors"
     cached = _from_cache(file)
     if cached is None:
-        cached = _read(config, path, name)
+        cached = _read(config, path, name, known)
         arrays = {"train": np.ascontiguousarray(cached[0]), "test": np.ascontiguousarray(cached[1])}
         write_bytes(file, safetensors.numpy.save(arrays))
         for old in cache.glob("images-*.safetensors"):
@@ -65,31 +137,18 @@ def _load(config: DataConfig, path: Path, name: str, cache: Path | None) -> tupl
     return cached
 
 
-def _read(config: DataConfig, path: Path, name: str) -> tuple[Images, Images]:
-    return _read_folder(config, path, name) if path.is_dir() else _read_npz(config, path, name)
+def _read(config: DataConfig, path: Path, name: str, known: ImageRecord | None) -> tuple[Images, Images]:
+    if not path.is_dir():
+        return _read_npz(config, path, name, known)
+    listing = list_images(path)
+    for folder, files in zip(listing.folders, (listing.train, listing.test), strict=False):
+        if not files:
+            passed_over = f"; skipped: {describe_skipped(listing.skipped)}" if listing.skipped else ""
+            raise UserError(f"data: {folder} holds no images{passed_over}")
+    return load_listing(config, name, listing, known)
 
 
-def _read_folder(config: DataConfig, folder: Path, name: str) -> tuple[Images, Images]:
-    train_folder, test_folder = _split_folders(folder)
-    files = image_files(train_folder)
-    if not files:
-        raise UserError(f"data: {train_folder} holds no images")
-    held_out = None if test_folder is None else image_files(test_folder)
-    if held_out == []:
-        raise UserError(f"data: {test_folder} holds no images")
-    train, test = split(config, name, files, held_out)
-    images = read_files([*train, *test], config.image_size, config.channels)
-    return images[: len(train)], images[len(train) :]
-
-
-def _split_folders(folder: Path) -> tuple[Path, Path | None]:
-    visible = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
-    if visible == {"train", "test"}:
-        return folder / "train", folder / "test"
-    return folder, None
-
-
-def _read_npz(config: DataConfig, path: Path, name: str) -> tuple[Images, Images]:
+def _read_npz(config: DataConfig, path: Path, name: str, known: ImageRecord | None) -> tuple[Images, Images]:
     arrays = read_arrays(path, ["train_images"], optional=["test_images"], key="data")
     for key, values in arrays.items():
         if values.dtype != np.uint8 or values.ndim not in (3, 4) or not len(values):
@@ -97,7 +156,10 @@ def _read_npz(config: DataConfig, path: Path, name: str) -> tuple[Images, Images
                 f"data: {path}: {key} is {values.dtype} {values.shape}; allowed: uint8, N x H x W x C or N x H x W"
             )
     images = {key: values if values.ndim == 4 else values[..., None] for key, values in arrays.items()}
-    chosen = split(config, name, images["train_images"], images.get("test_images"))
+    if "test_images" not in images:
+        fitted = fit_images(images["train_images"], config.image_size, config.channels)
+        return split_by_content(config, name, fitted, known)
+    chosen = split(config, name, images["train_images"], images["test_images"])
     train, test = (fit_images(part, config.image_size, config.channels) for part in chosen)
     if train.shape[1:] != test.shape[1:]:
         raise UserError(
@@ -107,9 +169,14 @@ def _read_npz(config: DataConfig, path: Path, name: str) -> tuple[Images, Images
     return train, test
 
 
+def _key(config: DataConfig, name: str) -> str:
+    """Under what a record stands: the same images in another shape are other images."""
+    return ", ".join([name, *(f"{key} {json.dumps(getattr(config, key))}" for key in SETTINGS)])
+
+
 def _fingerprint(config: DataConfig, path: Path) -> str:
     """What a cached copy depends on: the settings, and each file's place, size and time of change."""
-    files = image_files(path) if path.is_dir() else [path]
+    files = list_images(path).files if path.is_dir() else [path]
     found = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     settings = [getattr(config, key) for key in SETTINGS]
     return hashlib.sha256(json.dumps([settings, found]).encode()).hexdigest()[:16]

@@ -2,7 +2,8 @@
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,9 @@ from numpy.typing import NDArray
 
 from srfed.config import DataConfig
 from srfed.data.images import Images, fit_images
+from srfed.data.record import ImageRecord, fingerprints
 from srfed.errors import UserError
+from srfed.paths import user_path
 
 ImagesOrFiles = TypeVar("ImagesOrFiles", Images, list[Path])
 
@@ -26,8 +29,11 @@ class Source(Protocol):
         """The tasks, in order: unique and safe as file names."""
         ...
 
-    def load(self, index: int) -> tuple[Images, Images]:
-        """The training and the held-out test images of one task, uint8 N x H x W x C."""
+    def load(self, index: int, known: ImageRecord | None = None) -> tuple[Images, Images]:
+        """The training and the held-out test images of one task, uint8 N x H x W x C.
+
+        Where the images' content decides the split, an image that is ``known`` stays on its side.
+        """
         ...
 
 
@@ -50,27 +56,28 @@ class LabelledSource:
     """The label of each task."""
     read: Callable[[], tuple[Labelled, Labelled | None]]
     """Decodes training and test split; None where the data set has no test split."""
+    published: bool = True
+    """The file is the same everywhere and for ever, so its order may say what is held out."""
 
     @cached_property
     def _splits(self) -> tuple[Labelled, Labelled | None]:
         return self.read()
 
-    def load(self, index: int) -> tuple[Images, Images]:
+    def load(self, index: int, known: ImageRecord | None = None) -> tuple[Images, Images]:
         train, test = self._splits
-        chosen = split(
-            self.config,
-            self.names[index],
-            train.images[train.labels == self.labels[index]],
-            None if test is None else test.images[test.labels == self.labels[index]],
-        )
+        own = train.images[train.labels == self.labels[index]]
         size, channels = self.config.image_size, self.config.channels
+        if test is None and not self.published:
+            return split_by_content(self.config, self.names[index], fit_images(own, size, channels), known)
+        held_out = None if test is None else test.images[test.labels == self.labels[index]]
+        chosen = split(self.config, self.names[index], own, held_out)
         return fit_images(chosen[0], size, channels), fit_images(chosen[1], size, channels)
 
 
 def split(
     config: DataConfig, name: str, train: ImagesOrFiles, test: ImagesOrFiles | None
 ) -> tuple[ImagesOrFiles, ImagesOrFiles]:
-    """Choose a task's training and test images; the same rule for every source.
+    """Choose a task's training and test images where the owner or a published file says which are which.
 
     Where there is no test split, the last ``test_fraction`` (to the nearest image, at least one) in file
     order is held out. Of what remains for training the first ``images_per_task`` are taken.
@@ -83,20 +90,77 @@ def split(
     if test is None:
         held_out = max(1, round(len(train) * config.test_fraction))
         if held_out >= len(train):
-            raise UserError(
-                f"data.test_fraction = {config.test_fraction} leaves nothing to train on of the {len(train)} "
-                f"images of task {name}; allowed: more images or a smaller fraction"
-            )
+            raise _nothing_left(config, name, len(train))
         train, test = train[:-held_out], train[-held_out:]
     if not len(test):
         raise UserError(f"data.dir: task {name} has no test images")
+    return _first(config, name, train), test
+
+
+def split_by_content(
+    config: DataConfig, name: str, images: Images, known: ImageRecord | None = None
+) -> tuple[Images, Images]:
+    """Hold images out by what they show, so that none changes its side when others come or go.
+
+    An image's fingerprint, read as a number in [0, 1), is below ``test_fraction`` or not: below, it is held out. So
+    ``test_fraction`` is met on average, and equal images are on one side. An image that is ``known`` stays where it
+    was. Where either side would have fewer than two images (one, of two or three), new images nearest to the limit
+    cross it until it has. Both sides keep the order of the images; of the training images the first
+    ``images_per_task`` are taken.
+
+    Args:
+        config: says how many.
+        name: the task's, for errors.
+        images: uint8 N x H x W x C, as the network will see them.
+        known: of an earlier time.
+
+    Raises:
+        UserError: there are no two different images, or ``images_per_task`` is more than there is.
+    """
+    if not len(images):
+        raise UserError(f"data.dir: task {name} has no training images")
+    names = fingerprints(images)
+    sides = {} if known is None else known.held_out
+    counts = Counter(names)
+    # Known ones stand at the ends of the row, which the limit cannot reach.
+    row = sorted(counts, key=lambda one: (_place(one, sides), one))
+    lowest = max(1, sum(sides.get(one, False) for one in row))
+    highest = len(row) - max(1, sum(not sides.get(one, True) for one in row))
+    if lowest > highest:
+        raise _nothing_left(config, name, len(names))
+    least = min(2, len(names) // 2)
+    limit = min(max(sum(_place(one, sides) < config.test_fraction for one in row), lowest), highest)
+    while limit < highest and sum(counts[one] for one in row[:limit]) < least:
+        limit += 1
+    while limit > lowest and sum(counts[one] for one in row[limit:]) < least:
+        limit -= 1
+    held_out = set(row[:limit])
+    chosen = np.array([one in held_out for one in names])
+    return _first(config, name, images[~chosen]), images[chosen]
+
+
+def _place(fingerprint: str, held_out: Mapping[str, bool]) -> float:
+    """An image's place in [0, 1); known ones are before or behind all others."""
+    if fingerprint in held_out:
+        return -1.0 if held_out[fingerprint] else 1.0
+    return int(fingerprint[:13], 16) / 16**13
+
+
+def _first(config: DataConfig, name: str, train: ImagesOrFiles) -> ImagesOrFiles:
     wanted = config.images_per_task
     if wanted is not None and wanted > len(train):
         raise UserError(
             f"data.images_per_task = {wanted} is more than the {len(train)} training images of task {name}; "
             f"allowed: 1 to {len(train)}, or null for all"
         )
-    return train[:wanted], test
+    return train[:wanted]
+
+
+def _nothing_left(config: DataConfig, name: str, count: int) -> UserError:
+    return UserError(
+        f"data.test_fraction = {config.test_fraction} leaves nothing to train on, or to test on, of the {count} images "
+        f"of task {name}; allowed: more images that differ, or a split of your own"
+    )
 
 
 def slugs(titles: Sequence[str]) -> list[str]:
@@ -129,7 +193,7 @@ def data_path(config: DataConfig, expected: str) -> Path:
     """
     if not config.dir:
         raise UserError(f"data.dir is not set; data.dataset = {config.dataset} needs {expected}")
-    path = Path(config.dir).expanduser()
+    path = user_path(config.dir)
     if not path.exists():
         raise UserError(f"data.dir = {config.dir} does not exist; data.dataset = {config.dataset} needs {expected}")
     return path

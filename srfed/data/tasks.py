@@ -1,21 +1,27 @@
 """Tasks: the image distributions that the clients own, one each."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from srfed.config import DataConfig
 from srfed.data.cifar import open_cifar
 from srfed.data.digits import open_digits
-from srfed.data.folder import open_folder
+from srfed.data.folder import FolderSource, describe_intensity, describe_listings, open_folder
 from srfed.data.idx import open_idx
 from srfed.data.images import Images
 from srfed.data.npz import open_npz
+from srfed.data.record import ImageRecord, read_records, write_records
 from srfed.data.source import Source
 from srfed.errors import UserError
+
+ALLOW = "allow the change with --allow-changed-images"
+"""What a command that has the option advises."""
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One client's images; how they were chosen is said in :func:`srfed.data.source.split`."""
+    """One client's images; how they were chosen is said in :mod:`srfed.data.source`."""
 
     index: int
     """Position among the data set's tasks, from 0."""
@@ -36,8 +42,13 @@ def task_names(config: DataConfig) -> list[str]:
     return _open(config).names
 
 
-def load_task(config: DataConfig, index: int) -> Task:
+def load_task(config: DataConfig, index: int, known: Mapping[str, ImageRecord] | None = None) -> Task:
     """Load one client's own task; of other tasks no more is read than the file format forces.
+
+    Args:
+        config: the run's data settings.
+        index: position among the tasks.
+        known: by task, images that stay on their side where their content decides it.
 
     Raises:
         UserError: as :func:`task_names`, or no task has this index, an image cannot be read, sizes differ,
@@ -46,22 +57,23 @@ def load_task(config: DataConfig, index: int) -> Task:
     source = _open(config)
     if not 0 <= index < len(source.names):
         raise UserError(f"there is no task {index}; {config.dataset} has tasks 0 to {len(source.names) - 1}")
-    return Task(index, source.names[index], *source.load(index))
+    name = source.names[index]
+    return Task(index, name, *source.load(index, (known or {}).get(name)))
 
 
-def load_tasks(config: DataConfig, count: int) -> list[Task]:
-    """Load the first ``count`` tasks, all with images of one shape.
+def load_tasks(config: DataConfig, count: int, known: Mapping[str, ImageRecord] | None = None) -> list[Task]:
+    """Load the first ``count`` tasks, all with images of one shape; ``known`` as in :func:`load_task`.
 
     Raises:
         UserError: as :func:`load_task`, or the data set has fewer tasks, or their images differ in shape.
     """
-    source = _open(config)
+    source, known = _open(config), known or {}
     if not 1 <= count <= len(source.names):
         raise UserError(
             f"federation.clients = {count} is impossible with data.dataset = {config.dataset}, which has "
             f"{len(source.names)} tasks; allowed: 1 to {len(source.names)}"
         )
-    tasks = [Task(index, source.names[index], *source.load(index)) for index in range(count)]
+    tasks = [Task(index, name, *source.load(index, known.get(name))) for index, name in enumerate(source.names[:count])]
     first = tasks[0]
     for task in tasks:
         if task.train.shape[1:] != first.train.shape[1:]:
@@ -70,6 +82,74 @@ def load_tasks(config: DataConfig, count: int) -> list[Task]:
                 f"task {task.name} {_shape(task)}; set data.image_size and data.channels"
             )
     return tasks
+
+
+def load_recorded_tasks(
+    config: DataConfig,
+    count: int,
+    record: Path,
+    on_change: Callable[[str], object] | None = None,
+    *,
+    remedy: str = ALLOW,
+) -> list[Task]:
+    """Load a run's tasks, and compare them with the record of the images that it began with.
+
+    Args:
+        config: the run's data settings.
+        count: the first so many tasks.
+        record: the run's file; where there is none yet, nothing is compared.
+        on_change: told in one sentence how the images differ, which is then allowed; None refuses it.
+        remedy: what the refusal advises, besides putting the images back.
+
+    Raises:
+        UserError: as :func:`load_tasks`; the record is damaged; the images have changed.
+    """
+    known = read_records(record)
+    tasks = load_tasks(config, count, known)
+    if changes := _changes(tasks, known):
+        if on_change is None:
+            raise UserError(f"{changes}; put them back, or {remedy}")
+        on_change(changes)
+    return tasks
+
+
+def load_recorded_task(config: DataConfig, index: int, record: Path) -> Task:
+    """Load one client's own task as :func:`load_recorded_tasks` does, which refuses other images."""
+    known = read_records(record)
+    task = load_task(config, index, known)
+    if changes := _changes([task], known):
+        raise UserError(f"{changes}; put them back")
+    return task
+
+
+def _changes(tasks: Sequence[Task], known: Mapping[str, ImageRecord]) -> str:
+    """How the tasks' images differ from those on record, in one sentence; empty where they do not."""
+    told = [
+        f"{task.name}: {words}"
+        for task in tasks
+        if task.name in known and (words := known[task.name].differences(ImageRecord.of(task)))
+    ]
+    return f"the images are not those that the run has on record ({'; '.join(told)})" if told else ""
+
+
+def record_tasks(record: Path, tasks: Sequence[Task]) -> None:
+    """Keep which images the tasks have, where that is not on record already; raises UserError where it cannot be."""
+    now = {task.name: ImageRecord.of(task) for task in tasks}
+    if read_records(record) != now:
+        write_records(record, now)
+
+
+def describe_images(config: DataConfig, count: int) -> list[str]:
+    """What is taken of the first ``count`` task folders, what is passed over and why: a few lines.
+
+    No line for data sets that are one file. Raises UserError as :func:`load_tasks`.
+    """
+    source = _open(config)
+    if not isinstance(source, FolderSource):
+        return []
+    listings = source.listings[:count]
+    files = [file for listing in listings for file in listing.files]
+    return [*describe_listings(listings, source.skipped), *describe_intensity(files, config)]
 
 
 def _open(config: DataConfig) -> Source:

@@ -79,7 +79,7 @@ def make_certificates(folder: Path, hosts: Sequence[str], sites: Sequence[str] =
         key = ec.generate_private_key(ec.SECP384R1())
         public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
         _write_private_key(folder / site_key(site), key, serialization.PrivateFormat.OpenSSH)
-        write_bytes(folder / site_public_key(site), public + f" {site}\n".encode())
+        write_bytes(folder / site_public_key(site), public + f" {site}\n".encode(), private=False)
 
 
 def renew_certificate(folder: Path, hosts: Sequence[str] = (), days: int = 365) -> datetime:
@@ -177,6 +177,11 @@ def describe(folder: Path, hosts: Sequence[str], sites: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def certificate_fingerprint(path: Path) -> str:
+    """SHA-256 of a PEM certificate's DER bytes, hexadecimal; raises UserError where there is no certificate."""
+    return read_certificate(path).fingerprint(hashes.SHA256()).hex()
+
+
 def _check_days(days: int) -> None:
     if not 1 <= days <= LONGEST:
         raise UserError(f"--days {days} is impossible; allowed: 1 to {LONGEST}")
@@ -204,7 +209,7 @@ def _make_authority_and_server(folder: Path, names: Sequence[x509.GeneralName], 
     for name, key in ((CA_KEY, authority_key), (SERVER_KEY, server_key)):
         _write_private_key(folder / name, key, serialization.PrivateFormat.PKCS8)
     for name, certificate in ((CA_CERTIFICATE, authority), (SERVER_CERTIFICATE, server)):
-        write_bytes(folder / name, certificate.public_bytes(serialization.Encoding.PEM))
+        write_bytes(folder / name, certificate.public_bytes(serialization.Encoding.PEM), private=False)
 
 
 def _server_certificate(

@@ -10,10 +10,11 @@ import numpy as np
 
 from srfed.checkpoints.client_store import check_name
 from srfed.config import RunConfig
-from srfed.data import Task, load_own_task
+from srfed.data import Task, describe_own_images, load_own_task, recorded_images
 from srfed.data.images import Images
 from srfed.errors import UserError
 from srfed.evaluation.features import load_feature_network
+from srfed.files import make_folder, open_to_others
 from srfed.reporting.pictures import draw_grid, write_png
 from srfed.reporting.words import bytes_in_words
 from srfed.training.batches import MinibatchOrder
@@ -37,15 +38,16 @@ def check_site(config: RunConfig, data: Path, state_dir: Path, client: str, pict
         What was found, what will travel, and the command that joins the federation.
 
     Raises:
-        UserError: something would fail later: the id, the images, the minibatches, the device, the feature
-            network, the state directory, the disk.
+        UserError: something would fail later: the id, the images, a change of them, the minibatches, the device, the
+            feature network, the state directory, the disk.
     """
     check_name(client)
     data, state_dir = data.expanduser().absolute(), state_dir.expanduser().absolute()
     training, evaluation = config.training, config.evaluation
     device = resolve_device(config.resources)
-    task = load_own_task(config.data, data, client)
-    MinibatchOrder(len(task.train), training.batch_size, training.drop_last, config.seed, client)
+    store = state_dir / client
+    task = load_own_task(config.data, data, client, store, keep=False)
+    order = MinibatchOrder.of(training, len(task.train), training.batch_size, config.seed, client)
     if evaluation.mode == "moments":
         if len(task.test) < 2:
             raise UserError(f"{data} gives {len(task.test)} test images; evaluation needs at least 2")
@@ -78,9 +80,17 @@ def check_site(config: RunConfig, data: Path, state_dir: Path, client: str, pict
             f"images:     {data}",
             f"            {len(task.train)} for training, {len(task.test)} for tests; "
             f"{height} x {width} px, {channels} channel{'s' if channels > 1 else ''}",
+            *describe_own_images(config.data, data),
+            "record:     "
+            + (
+                "these images are put on record when the site joins; later changes are refused until you accept them"
+                if recorded_images(config.data, client, store) is None
+                else f"these are the images on record in {store}"
+            ),
             f"picture:    {picture}  (look at it: this is what the network will see)",
-            f"minibatch:  {min(training.batch_size, len(task.train))} of {len(task.train)} images",
+            f"minibatch:  {len(order.indices(0))} of {len(task.train)} images",
             f"state:      {state_dir} can be written",
+            *(f"            {said}" for path in (state_dir, state_dir / client) if (said := open_to_others(path))),
             f"            {bytes_in_words(free)} free, up to {bytes_in_words(needed)} needed",
             f"computes:   on {device.type}",
             "",
@@ -131,7 +141,7 @@ def _try_to_write(folder: Path) -> None:
     """Make a file in the folder and remove it; raises UserError where that does not work."""
     probe = folder / f".check-{uuid4().hex[:8]}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with probe.open("wb") as file:
             file.write(b"srfed")
             file.flush()

@@ -42,8 +42,10 @@ from srfed.deployment.flower import (
     send,
     toml,
 )
+from srfed.deployment.sites import NOTES, REGISTERED, note_site
 from srfed.errors import UserError
-from srfed.files import write_bytes
+from srfed.files import make_folder, private, write_bytes
+from srfed.keys import read_key
 
 Role = Literal["superlink", "supernode", "serverapp", "client"]
 CONNECTION = "deployment"
@@ -175,7 +177,7 @@ class Deployment:
                 key = self.certificates / site_key(client)
                 if not key.exists():
                     make_certificates(self.certificates, [], [client])
-            self._register(key.with_suffix(".pub"))
+            self._register(client, key.with_suffix(".pub"))
         self._sites[client] = _Site(
             data.absolute(), state_dir.absolute(), key, superlink_address or self.superlink_address, next(self._ports)
         )
@@ -289,16 +291,18 @@ class Deployment:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _start(self, command: Sequence[str], part: str, home: Path, log: str) -> "_Process":
-        home.mkdir(parents=True, exist_ok=True)
-        self.logs.mkdir(parents=True, exist_ok=True)
+        make_folder(home)
+        make_folder(self.logs)
         environment = environment_for(home, self.folder, part) | {"OMP_NUM_THREADS": str(self._threads)}
         process = _Process([str(program(command[0])), *command[1:]], part, environment, self.logs / log)
         self._started.append(process)
         return process
 
-    def _register(self, public_key: Path) -> None:
+    def _register(self, client: str, public_key: Path) -> None:
         try:
-            self.flwr("supernode", "register", str(public_key), CONNECTION)
+            said = self.flwr("supernode", "register", str(public_key), CONNECTION, "--name", client)
+            if node := REGISTERED.search(said):
+                note_site(self.certificates / NOTES, client, int(node[1]), read_key(public_key))
         except UserError as error:
             # The database of an earlier deployment in this folder knows the key already.
             if "already in use" not in str(error):
@@ -344,7 +348,7 @@ class Deployment:
                 "serverapp": "srfed.federation.server_app:app",
                 "clientapp": "srfed.federation.client_app:app",
             },
-            "tool.flwr.app.config": {"run-dir": "", "config": "", "set": ""},
+            "tool.flwr.app.config": {"run-dir": "", "config": "", "set": "", "roster": ""},
         }
         write_bytes(self.folder / "app" / "pyproject.toml", b"\n".join(toml(t, name) for name, t in app.items()))
 
@@ -438,7 +442,7 @@ class _Process:
         self.log = log
         self.begin = log.stat().st_size if log.exists() else 0
         self._name = Path(command[0]).name + (f" of {part}" if part.startswith("site") else "")
-        with log.open("ab") as file:
+        with private(), log.open("ab") as file:
             self._popen = subprocess.Popen(
                 command,
                 env=environment,
@@ -446,6 +450,7 @@ class _Process:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                umask=0o077,  # databases and logs are nobody else's
             )
 
     @property

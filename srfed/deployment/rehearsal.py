@@ -3,7 +3,6 @@
 import io
 import re
 import signal
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,14 +10,16 @@ from types import FrameType
 
 import numpy as np
 
+from srfed.command import SIGNALS, Interrupted, signals_to, tell
 from srfed.config import RunConfig
-from srfed.data import load_tasks
+from srfed.data import RECORD_FILE, load_recorded_tasks
+from srfed.deployment.agree import agree_as_rehearsed
+from srfed.deployment.certificates import CA_CERTIFICATE
 from srfed.deployment.processes import Deployment
 from srfed.errors import UserError
-from srfed.files import write_bytes
+from srfed.files import held, list_folder, write_bytes
 from srfed.reporting.run_directory import RunDirectory
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _FLOWERS = re.compile(
     r"(\x1b\[\d+m)?(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) *(\x1b\[0m)?:|Successfully installed "
 )
@@ -41,12 +42,20 @@ def rehearse(folder: Path, config: RunConfig) -> None:
         KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came; every process has been ended.
     """
     folder = folder.absolute()
-    if folder.exists() and not (folder / "certificates").is_dir() and (not folder.is_dir() or any(folder.iterdir())):
+    used = folder.exists() and (not folder.is_dir() or set(list_folder(folder)) - {"lock"})
+    if used and not (folder / "certificates").is_dir():
         raise UserError(f"{folder} is neither an empty folder nor that of a rehearsal; name another one with --dir")
-    if (folder / "run" / "run.json").exists():
-        # Refused here, and not after everything has been started.
-        RunDirectory.open(folder / "run").reconfigure(config)
-    tasks = load_tasks(config.data, config.federation.clients)
+    with held(folder / "lock", wait=False):
+        if (folder / "run" / "run.json").exists():
+            # Refused here, and not after everything has been started.
+            RunDirectory.open(folder / "run").reconfigure(config)
+        _rehearse(folder, config)
+
+
+def _rehearse(folder: Path, config: RunConfig) -> None:
+    tasks = load_recorded_tasks(
+        config.data, config.federation.clients, folder / "run" / RECORD_FILE, remedy="rehearse in another folder, --dir"
+    )
     for task in tasks:
         buffer = io.BytesIO()
         np.savez(buffer, train_images=task.train, test_images=task.test)
@@ -57,7 +66,9 @@ def rehearse(folder: Path, config: RunConfig) -> None:
         deployment.start_superlink()
         _say(f"SuperLink on {deployment.superlink_address}, with TLS and authentication")
         for name in names:
-            deployment.add_site(name, _images(folder, name), folder / "sites" / name / "state", wait=False)
+            images, state = _images(folder, name), folder / "sites" / name / "state"
+            agree_as_rehearsed(config, images, state, name, deployment.certificates / CA_CERTIFICATE)
+            deployment.add_site(name, images, state, wait=False)
         for name in names:
             deployment.wait_for_site(name)
         _say(f"connected: {', '.join(names)}")
@@ -94,15 +105,11 @@ def _own_lines(lines: Iterable[str]) -> Iterator[str]:
 def _signals_as_interrupts() -> Iterator[None]:
     """The first signal raises KeyboardInterrupt; more of them change nothing, as all is being ended already."""
 
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        print("ending all processes", file=sys.stderr, flush=True)
-        raise KeyboardInterrupt
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_IGN)
+        tell("ending all processes")
+        raise Interrupted(number)
 
-    previous = {number: signal.signal(number, interrupt) for number in SIGNALS}
-    try:
+    with signals_to(interrupt):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from srfed.deployment.certificates import check_site_name, check_validity, read_certificate
+from srfed.deployment.certificates import certificate_fingerprint, check_site_name, check_validity, read_certificate
 from srfed.deployment.connection import check_superlink
 from srfed.deployment.flower import CLIENT_APP, HOST, SUPERNODE, environment_for, marked, plain, program, send, toml
 from srfed.errors import UserError
+from srfed.federation.agreement import AGREEMENT_FILE, COMMAND, Agreement
 from srfed.files import held, write_bytes
 from srfed.reporting.words import printable
 
@@ -88,6 +89,15 @@ def check_before_start(state_dir: Path, client_id: str, certificate: Path) -> No
         UserError: it does not; the text says what to do.
     """
     check_validity(read_certificate(certificate), str(certificate))
+    file = state_dir / client_id / AGREEMENT_FILE
+    if not file.exists():
+        raise UserError(f"{file} is missing: a site without an agreement answers nothing; agree with: {COMMAND}")
+    agreed, found = Agreement.load(file.parent).coordinator, certificate_fingerprint(certificate)
+    if agreed not in (None, found):
+        raise UserError(
+            f"{certificate} is not the certificate of the coordinator that was agreed to (its SHA-256 is {found}, "
+            f"agreed was {agreed}); ask who runs the SuperLink, and if it is meant, agree again with: {COMMAND}"
+        )
 
 
 def run_site(site: SiteSettings) -> None:

@@ -59,12 +59,6 @@ def score_statistics(
     )
 
 
-def shares_of_samples(total: int, tasks: int) -> list[int]:
-    """How many of ``total`` samples each task generates: equal shares, the first ones taking the remainder."""
-    each, rest = divmod(total, max(1, tasks))
-    return [each + (place < rest) for place in range(tasks)]
-
-
 class CentralEvaluation:
     """Scores samples against reference images that the server itself has.
 

@@ -3,13 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
-
-from srfed.errors import UserError
+from srfed.errors import DamagedError, UserError
 from srfed.evaluation.frechet import FeatureStatistics
 from srfed.evaluation.network import FeatureNetwork, one_line
-from srfed.files import write_bytes
+from srfed.tensors import read_arrays, write_arrays
 
 
 def save_statistics(path: Path, statistics: FeatureStatistics, network: FeatureNetwork) -> None:
@@ -18,9 +15,8 @@ def save_statistics(path: Path, statistics: FeatureStatistics, network: FeatureN
     Raises:
         UserError: the file cannot be written.
     """
-    metadata = {**network.identity, "count": str(statistics.count)}
-    tensors = {"mean": statistics.mean, "scatter": statistics.scatter}
-    write_bytes(path, save(tensors, metadata=metadata))
+    about = {**network.identity, "count": str(statistics.count)}
+    write_arrays(path, {"mean": statistics.mean, "scatter": statistics.scatter}, about)
 
 
 def load_statistics(path: Path, network: FeatureNetwork) -> FeatureStatistics:
@@ -31,13 +27,9 @@ def load_statistics(path: Path, network: FeatureNetwork) -> FeatureStatistics:
             computed between the features of two networks.
     """
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            count = int(metadata["count"])
-            statistics = FeatureStatistics(count, file.get_tensor("mean"), file.get_tensor("scatter"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (SafetensorError, KeyError, ValueError) as error:
+        arrays, metadata = read_arrays(path)
+        statistics = FeatureStatistics(int(metadata["count"]), arrays["mean"], arrays["scatter"])
+    except (DamagedError, KeyError, ValueError) as error:
         raise UserError(f"{path} is no file of feature statistics: {one_line(error)}") from error
     check_same_network(network.identity, metadata, str(path))
     return statistics

@@ -23,8 +23,8 @@ class TaskEvaluation:
         ssim: SSIM-rec by timestep; empty where there is no test image to judge.
         ssim_images: test images judged.
         ssim_window: side of the SSIM window, px.
-        audit: the memorisation audit, with the embedded network's features; None where it was not asked for or
-            cannot be made (no test image, or none that is not a training image too).
+        audit: the memorisation audit, with the embedded network's features; None where there is none.
+        no_audit: why there is none although it was asked for; otherwise empty.
     """
 
     generated: Generated
@@ -32,6 +32,7 @@ class TaskEvaluation:
     ssim_images: int
     ssim_window: int
     audit: Audit | None
+    no_audit: str
 
 
 def evaluate_task(
@@ -69,25 +70,27 @@ def evaluate_task(
     )
     judged = test[: config.evaluation.ssim_images]
     timesteps = {config.evaluation.ssim_timestep, *(config.evaluation.ssim_curve if final else ())}
+    found, reason = _audit(config, generated.images, train, test) if final else (None, "")
     return TaskEvaluation(
         generated,
         ssim_curve(predict_noise, diffusion, config, task=task, images=judged, timesteps=sorted(timesteps)),
         len(judged),
         ssim_window(*test.shape[1:3]),
-        _audit(config, generated.images, train, test) if final else None,
+        found,
+        reason,
     )
 
 
-def _audit(config: RunConfig, generated: Images, train: Images, test: Images) -> Audit | None:
+def _audit(config: RunConfig, generated: Images, train: Images, test: Images) -> tuple[Audit | None, str]:
+    """The audit; or why it cannot be made, which is no reason to withhold the samples."""
     quantile = config.evaluation.memorisation_quantile
-    if not quantile or not len(test) or not len(generated):
-        return None
+    if not quantile:
+        return None, ""
     try:
         # Always the network that everybody has: a client of a run that is scored with another need not load that.
-        return audit(generated, train, test, EmbeddedFeatures(), quantile=quantile)
-    except UserError:
-        # All held-out images are training images too: no reason to withhold the samples.
-        return None
+        return audit(generated, train, test, EmbeddedFeatures(), quantile=quantile), ""
+    except UserError as error:
+        return None, str(error)
 
 
 def ssim_curve(

@@ -35,12 +35,29 @@ class Aggregate:
     disagreement: float
 
 
-def client_weights(rule: Literal["uniform", "examples"], examples: Mapping[str, int]) -> dict[str, float]:
-    """Weights p_i by client, in the order of their ids; they sum to 1."""
+def client_weights(
+    rule: Literal["uniform", "examples"], examples: Mapping[str, int], largest: float = 1.0
+) -> dict[str, float]:
+    """Weights p_i by client, in the order of their ids; they sum to 1.
+
+    Args:
+        rule: equal weights, or by number of training images.
+        examples: m_i by client.
+        largest: what one client may have of them by ``examples``, or an equal share where that is more; what is above
+            it goes to the others, by their own numbers.
+    """
     if rule == "uniform":
         return {client: 1 / len(examples) for client in sorted(examples)}
     total = sum(examples.values())
-    return {client: examples[client] / total for client in sorted(examples)}
+    weights = {client: examples[client] / total for client in sorted(examples)}
+    cap = max(largest, 1 / len(weights))
+    capped: set[str] = set()
+    while above := {client for client, weight in weights.items() if weight > cap and client not in capped}:
+        capped |= above
+        others = sum(examples[client] for client in weights if client not in capped)
+        left = 1 - cap * len(capped)
+        weights = {c: cap if c in capped else left * examples[c] / others for c in weights}
+    return weights
 
 
 def weighted_mean(members: Mapping[str, Tensors], weights: Mapping[str, float]) -> dict[str, Tensor]:

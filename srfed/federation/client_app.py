@@ -1,8 +1,8 @@
 """The ClientApp: describe yourself, train a round, generate and judge samples."""
 
+import math
 import time
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import replace
 
 import torch
 from flwr.app import Context, Message
@@ -11,13 +11,11 @@ from torch import Tensor
 
 from srfed import __version__
 from srfed.checkpoints.site_model import save_site_model
-from srfed.config import parse_config_json
-from srfed.data import Task
-from srfed.errors import UserError
 from srfed.evaluation.frechet import FeatureStatistics
 from srfed.evaluation.generation import Generated
 from srfed.evaluation.memorisation import draw_nearest_pairs
 from srfed.evaluation.task import TaskEvaluation, evaluate_task
+from srfed.federation.admission import Admitted, admit
 from srfed.federation.messages import (
     GENERATED,
     SETS,
@@ -26,72 +24,52 @@ from srfed.federation.messages import (
     STATISTICS,
     Description,
     ReplyHeader,
-    Request,
     audit_metrics,
     read_refusal,
     read_tensors,
     reply_content,
 )
 from srfed.federation.runtime import Runtime, runtime_for
-from srfed.federation.site import Site, own_task, site_of
 from srfed.federation.site_log import write_to_log
 from srfed.federation.wire_guard import wire_guard
 from srfed.reporting.pictures import draw_grid, write_png
 from srfed.reporting.words import printable
-from srfed.training.local import load_tensors
+from srfed.training.local import LocalResult, load_tensors
 from srfed.training.setup import noise_of_task
 
 app = ClientApp(mods=[wire_guard])
 
 
-@dataclass(frozen=True)
-class Duty:
-    """What a message asks, and what this client has to do it with."""
+def _header(admitted: Admitted) -> ReplyHeader:
+    return ReplyHeader(admitted.site.client, admitted.request.attempt, admitted.request.round)
 
-    request: Request
-    site: Site
-    task: Task
-    runtime: Runtime
 
-    @classmethod
-    def of(cls, message: Message, context: Context) -> Self:
-        """Raises UserError or ValueError where the message or the site is not what it should be."""
-        request = Request.of(message.content)
-        config = parse_config_json(request.config)
-        site = site_of(context, config)
-        if request.client not in ("", site.client):
-            raise UserError(f"the server asks {request.client!r}, this is {site.client!r}")
-        task = own_task(config.data, site)
-        return cls(request, site, task, runtime_for(request, task.train.shape[-1]))
-
-    def shared(self, message: Message) -> dict[str, Tensor]:
-        """φ as the message carries it, checked."""
-        shared = read_tensors(message.content, SHARED)
-        self.runtime.check_shared(shared)
-        return shared
-
-    @property
-    def header(self) -> ReplyHeader:
-        return ReplyHeader(self.site.client, self.request.attempt, self.request.round)
+def _shared(message: Message, runtime: Runtime) -> dict[str, Tensor]:
+    """φ as the message carries it, checked."""
+    shared = read_tensors(message.content, SHARED)
+    runtime.check_shared(shared)
+    return shared
 
 
 @app.query("describe")
 def describe(message: Message, context: Context) -> Message:
     """Say who this client is, what its images look like, and which partition it would use."""
-    duty = Duty.of(message, context)
+    admitted = admit(message, context)
+    site, task = admitted.site, admitted.task
+    site.note_open_folders()
     if refusal := read_refusal(message.content):
-        write_to_log(duty.site, "refused by the server", printable(refusal))
-    _, height, width, channels = duty.task.train.shape
+        write_to_log(site, "refused by the server", printable(refusal))
+    _, height, width, channels = task.train.shape
     description = Description(
-        client=duty.site.client,
-        task=duty.task.name,
-        index=duty.site.index,
+        client=site.client,
+        task=task.name,
+        index=site.index,
         height=height,
         width=width,
         channels=channels,
-        images=len(duty.task.train),
-        test_images=len(duty.task.test),
-        partition=duty.runtime.partition_fingerprint,
+        images=len(task.train),
+        test_images=len(task.test),
+        partition=runtime_for(admitted).partition_fingerprint,
         version=__version__,
     )
     return Message(description.to_content(), reply_to=message)
@@ -100,19 +78,19 @@ def describe(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train one round from the parent attempt, store the new attempt durably, return φ_i."""
-    duty = Duty.of(message, context)
-    request, runtime = duty.request, duty.runtime
+    admitted = admit(message, context)
+    request, site, runtime = admitted.request, admitted.site, runtime_for(admitted)
     received_moments = SHARED_MOMENTS in message.content.array_records
-    result = runtime.trainer(duty.site).train(
+    result = runtime.trainer(site).train(
         request.round,
-        duty.shared(message),
-        runtime.state(duty.site, request),
+        _shared(message, runtime),
+        runtime.state(site, request, training=True),
         read_tensors(message.content, SHARED_MOMENTS) if received_moments else None,
     )
     metrics: dict[str, float | list[float]] = {
-        "examples": float(len(duty.task.train)),
+        "examples": float(len(admitted.task.train)),
         "loss": result.loss,
-        "loss_by_quarter": list(result.loss_by_quarter),
+        "loss_by_quarter": _told_quarters(result, admitted),
         "images": float(result.images),
         "seconds": result.seconds,
         "shared_steps": float(result.shared_steps),
@@ -120,8 +98,8 @@ def train(message: Message, context: Context) -> Message:
     arrays = {SHARED: result.shared}
     if runtime.config.training.shared_moments == "average":
         arrays[SHARED_MOMENTS] = result.shared_moments
-    content = reply_content(duty.header, metrics, arrays)
-    runtime.store(duty.site, request).save(request.attempt, request.parent, request.round, result.state)
+    content = reply_content(_header(admitted), metrics, arrays)
+    runtime.store(site, request).save(request.attempt, request.parent, request.round, result.state)
     return Message(content, reply_to=message)
 
 
@@ -134,19 +112,19 @@ def evaluate(message: Message, context: Context) -> Message:
     pairs stay beside them.
     """
     start = time.perf_counter()
-    duty = Duty.of(message, context)
-    request, task, runtime = duty.request, duty.task, duty.runtime
-    config, client = runtime.config, duty.site.client
-    shared, state = duty.shared(message), runtime.state(duty.site, request)
-    if duty.site.data is not None:
+    admitted = admit(message, context)
+    request, site, task, runtime = admitted.request, admitted.site, admitted.task, runtime_for(admitted)
+    config, client = admitted.config, site.client
+    shared, state = _shared(message, runtime), runtime.state(site, request, training=False)
+    if site.data is not None:
         save_site_model(
-            duty.site.folder, config, request.lineage, request.round, task.train.shape[1:], shared,
-            state.exclusive_average,
+            site.folder, config, request.lineage, request.round, task.train.shape[1:], shared,
+            state.exclusive_average, runtime.store(site, request).line(request.parent),
         )  # fmt: skip
     load_tensors(runtime.model, shared, state.exclusive_average)
     runtime.model.eval()
     evaluated = evaluate_task(
-        noise_of_task(runtime.model, duty.site.index),
+        noise_of_task(runtime.model, site.index),
         runtime.diffusion,
         config,
         task=client,
@@ -159,8 +137,10 @@ def evaluate(message: Message, context: Context) -> Message:
     if evaluated.audit is not None:
         metrics |= audit_metrics(evaluated.audit)
         pairs = draw_nearest_pairs(evaluated.audit, generated.images, task.train)
-        write_png(duty.site.folder / "memorisation" / f"round-{request.round:05d}.png", draw_grid(pairs))
-    header = duty.header
+        write_png(site.folder / "memorisation" / f"round-{request.round:05d}.png", draw_grid(pairs))
+    if evaluated.no_audit:
+        site.note(f"round {request.round}: no memorisation audit: {evaluated.no_audit}")
+    header = _header(admitted)
     arrays: dict[str, dict[str, torch.Tensor]] = {}
     if config.evaluation.mode == "moments":
         network = runtime.feature_network
@@ -171,7 +151,7 @@ def evaluate(message: Message, context: Context) -> Message:
             metrics[f"{name}_count"] = float(statistics.count)
             arrays[STATISTICS][f"{name}.mean"] = torch.from_numpy(statistics.mean)
             arrays[STATISTICS][f"{name}.scatter"] = torch.from_numpy(statistics.scatter)
-        _keep_pictures(duty, generated)
+        _keep_pictures(admitted, generated)
     else:
         arrays[GENERATED] = {
             "images": torch.from_numpy(generated.images),
@@ -192,10 +172,17 @@ def _ssim_metrics(evaluated: TaskEvaluation) -> dict[str, float | list[float]]:
     }
 
 
-def _keep_pictures(duty: Duty, generated: Generated) -> None:
+def _told_quarters(result: LocalResult, admitted: Admitted) -> list[float]:
+    """The mean loss of each quarter of the timesteps; NaN where too few images stand behind it to be told."""
+    least = 1 if admitted.agreement is None else admitted.agreement.least_images.mean
+    pairs = zip(result.loss_by_quarter, result.images_by_quarter, strict=True)
+    return [loss if images >= least else math.nan for loss, images in pairs]
+
+
+def _keep_pictures(admitted: Admitted, generated: Generated) -> None:
     """Samples and reverse process for the owner's eyes, among the client's own files."""
     rows = {
-        duty.task.name: generated.images[: duty.runtime.config.evaluation.grid_columns],
+        admitted.task.name: generated.images[: admitted.config.evaluation.grid_columns],
         "x_T to x_0": generated.strip,
     }
-    write_png(duty.site.folder / "samples" / f"round-{duty.request.round:05d}.png", draw_grid(rows))
+    write_png(admitted.site.folder / "samples" / f"round-{admitted.request.round:05d}.png", draw_grid(rows))

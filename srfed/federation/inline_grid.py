@@ -99,4 +99,5 @@ def run_inline(run: RunDirectory, server_app: ServerApp, client_app: ClientApp) 
     os.environ[RUN_DIR_VARIABLE] = str(run.path)
     os.environ[STATE_DIR_VARIABLE] = str(run.clients)
     context = Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config={})
-    server_app(InlineGrid(client_app, run.config.federation.clients), context)
+    with run.in_use():
+        server_app(InlineGrid(client_app, run.config.federation.clients), context)

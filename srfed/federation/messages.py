@@ -17,7 +17,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from numpy.typing import NDArray
 from torch import Tensor
 
+from srfed.checkpoints.client_store import PLAIN_NAME
 from srfed.evaluation.memorisation import Audit
+from srfed.federation.agreement import RequestRefusedError
 
 DESCRIBE = "query.describe"
 TRAIN = "train"
@@ -42,6 +44,13 @@ AUDIT = "memorisation_"
 
 FAILED = 100
 """Flower error code of a client that could not do what it was asked; the reason stays in its own log."""
+REFUSED = 101
+"""Flower error code of a client that does not do what it was asked; the reason is in its own words."""
+
+LONGEST_CONFIG = 65_536
+"""Characters of a configuration; ours have some 3,000."""
+MOST_ROUNDS = MOST_SAMPLES = 1_000_000
+"""Far above what any run has, and below what overflows anything."""
 
 LAYOUT = "layout"
 """The array of a record that says what its other arrays hold."""
@@ -78,8 +87,28 @@ class Request:
 
     @classmethod
     def of(cls, content: RecordDict) -> Self:
-        """Read a request; raises ValueError for one of another protocol."""
-        return cls(**_fields(cls, content, REQUEST))
+        """Read a request, the one door for all that it says: names become folders, numbers become work.
+
+        Raises:
+            RequestRefusedError: it is of another protocol, a name is no plain file name, a number is out of range.
+        """
+        try:
+            request = cls(**_fields(cls, content, REQUEST))
+        except ValueError as error:
+            raise RequestRefusedError("the request is of another protocol", str(error)[:200]) from error
+        names = {"lineage": request.lineage, "attempt": request.attempt, "parent": request.parent}
+        if request.client:
+            names["client"] = request.client
+        for field, name in names.items():
+            if not PLAIN_NAME.fullmatch(name):
+                raise RequestRefusedError(f"the request's {field} is impossible", f"{name[:100]!a}")
+        numbers = {"round": (request.round, MOST_ROUNDS), "samples": (request.samples, MOST_SAMPLES)}
+        for field, (number, most) in numbers.items():
+            if not 0 <= number <= most:
+                raise RequestRefusedError(f"the request's {field} is impossible", f"{number}, allowed: 0 to {most}")
+        if len(request.config) > LONGEST_CONFIG:
+            raise RequestRefusedError("the request's config is impossible", f"{len(request.config)} characters")
+        return request
 
 
 @dataclass(frozen=True)

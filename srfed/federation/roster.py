@@ -1,23 +1,30 @@
 """The roster: which clients take part, and at which node each of them is.
 
 A node that comes is asked who it is. One that does not fit is refused with a reason, and asked again
-when it has been away or some time has passed; the others are not held up.
+when it has been away or some time has passed; the others are not held up. A client id belongs to the
+SuperNode key that first came with it, or to the one that the run's roster file names.
 """
 
 import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 from flwr.app import Message
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from srfed import __version__
-from srfed.checkpoints.client_store import check_name
+from srfed.checkpoints.server_state import KnownClient
 from srfed.config import RunConfig
 from srfed.errors import UserError
+from srfed.federation.bounds import LONGEST_TEXT
 from srfed.federation.exchange import POLL_SECONDS, StoppedError, stop_requested
+from srfed.federation.identity import registered_by_hand
 from srfed.federation.messages import DESCRIBE, Description, Request, add_refusal
-from srfed.reporting.words import seconds_in_words
+from srfed.federation.screening import RefusedError, screen_description
+from srfed.keys import key_fingerprint
+from srfed.reporting.words import printable, seconds_in_words
+from srfed.training.batches import MinibatchOrder
 
 LOOK_SECONDS = 1.0
 """Least time between two looks at who is connected."""
@@ -25,6 +32,8 @@ ASK_AGAIN_SECONDS = 30.0
 """A refused node that stays is asked again after this time: its owner may have mended it."""
 TELL_SECONDS = 60.0
 """While the server waits for clients it says so this often."""
+SHORT = 19
+"""Characters of a fingerprint that tell keys apart in a notice."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +52,15 @@ class Expected:
         shape: H, W, C of its images.
         partition: fingerprint of the partition.
         clients: the only ids there can be; None where any will do.
+        known: the clients that the run has had, who are held to what they said at first.
+        keys: the run's roster, fingerprint of the SuperNode key by client id; None where there is none.
     """
 
     shape: tuple[int, int, int]
     partition: str
     clients: frozenset[str] | None
+    known: Mapping[str, KnownClient] = field(default_factory=dict)
+    keys: Mapping[str, str] | None = None
 
 
 class Roster:
@@ -77,6 +90,9 @@ class Roster:
         self._expected = expected
         self._joined = joined
         self._notice = notice
+        self._known = dict(expected.known)
+        self._nodes: dict[int, NodeInfo] = {}
+        self._keyed = False
         self._members: dict[str, Member] = {}
         self._asked: dict[str, int] = {}
         self._refused: dict[int, tuple[float, str]] = {}
@@ -89,6 +105,11 @@ class Roster:
     def members(self) -> dict[str, Member]:
         """Every client that has taken part since the server started, by id, in the order of their ids."""
         return dict(sorted(self._members.items()))
+
+    @property
+    def known(self) -> dict[str, KnownClient]:
+        """What each client that ever took part is held to, in the order of their ids."""
+        return dict(sorted(self._known.items()))
 
     @property
     def present(self) -> list[str]:
@@ -112,7 +133,11 @@ class Roster:
         now = time.monotonic()
         if now - self._looked >= LOOK_SECONDS:
             self._looked = now
-            self._connected = frozenset(self._grid.get_node_ids())
+            self._nodes = {node.node_id: node for node in self._grid.get_nodes()}
+            self._connected = frozenset(self._nodes)
+            # One key that somebody registered shows that nodes here have keys of their own.
+            self._keyed = self._keyed or any(map(registered_by_hand, self._nodes.values()))
+            self._bind()
             self._refused = {node: why for node, why in self._refused.items() if node in self._connected}
             known = {member.node for member in self._members.values()} | set(self._asked.values())
             for node in sorted(self._connected - (known - self._doubted)):
@@ -170,32 +195,74 @@ class Roster:
             description = self._admit(node, reply)
         except UserError as error:
             self._members = {client: member for client, member in self._members.items() if member.node != node}
-            if self._refused.get(node, (0.0, ""))[1] != str(error):
-                self._notice(f"refused {error}")
-            self._refused[node] = (time.monotonic(), str(error))
+            reason = printable(str(error))
+            if self._refused.get(node, (0.0, ""))[1] != reason:
+                self._notice(f"refused {reason}")
+            self._refused[node] = (time.monotonic(), reason)
             return
         self._refused.pop(node, None)
         new = description.client not in self._members
         self._members = {client: member for client, member in self._members.items() if member.node != node}
         self._members[description.client] = member = Member(node, description)
+        self._bind()
         if new:
             self._joined(member)
 
+    def _key(self, node: int) -> str:
+        """The fingerprint of a connected node's key; empty where it has none."""
+        info = self._nodes.get(node)
+        return key_fingerprint(info.public_key) if info is not None and info.public_key else ""
+
+    def _bind(self) -> None:
+        """Hold the members to what they said first; an id without an owner becomes its key's, where nodes have keys."""
+        for client, member in self._members.items():
+            description, info = member.description, self._nodes.get(member.node)
+            known = self._known.get(client, KnownClient(description.images, description.test_images))
+            known = replace(known, node=member.node)
+            if self._keyed and info is not None and not known.key:
+                known = replace(known, key=self._key(member.node), name=printable(info.name, LONGEST_TEXT))
+            self._known[client] = known
+
+    def _check_owner(self, node: int, client: str) -> None:
+        """Raise UserError unless the node's key is the one that the client id belongs to, or it belongs to none."""
+        listed, known, key = self._expected.keys, self._known.get(client), self._key(node)
+        if listed is not None and client not in listed:
+            raise UserError(f"node {node}: client {client!r} is not in the run's roster")
+        owner = listed[client] if listed is not None else known.key if known is not None else ""
+        if owner:
+            if key != owner:
+                raise UserError(
+                    f"node {node}: client {client!r} belongs to another SuperNode key, {owner[:SHORT]}, not "
+                    f"{key[:SHORT] or 'none'}; for a new key: python -m srfed.deploy sites --run RUN --rebind {client}"
+                )
+            return
+        holder = self._members.get(client)
+        if holder is not None and holder.node != node and holder.node in self._connected:
+            raise UserError(f"node {node}: another node is client {client!r} already")
+
+    def _check_images(self, description: Description) -> None:
+        """Raise UserError unless the client has the images that it had at first, and enough for a minibatch."""
+        client, known = description.client, self._known.get(description.client)
+        now = (description.images, description.test_images)
+        if known is not None and now != (known.images, known.test_images):
+            raise UserError(
+                f"client {client!r}: it has {now[0]} training and {now[1]} test images, and had {known.images} and "
+                f"{known.test_images} when it joined; if that is meant: "
+                f"python -m srfed.deploy sites --run RUN --rebind {client}"
+            )
+        training = self._config.training
+        try:
+            MinibatchOrder.of(training, description.images, training.batch_size, self._config.seed, client)
+        except UserError as error:
+            raise UserError(f"client {client!r}: {error}") from error
+
     def _admit(self, node: int, reply: Message) -> Description:
         """The description of a client that may take part; raises UserError with the reason where it may not."""
-        if reply.has_error():
-            raise UserError(f"node {node}: it cannot describe itself; the reason is in its client.log")
         try:
-            description = Description.of(reply.content)
-        except ValueError as error:
-            raise UserError(
-                f"node {node}: it describes itself in another way ({error}); is its srfed another version?"
-            ) from error
-        client, expected = description.client, self._expected
-        try:
-            check_name(client)
-        except UserError as error:
+            description = screen_description(reply)
+        except RefusedError as error:
             raise UserError(f"node {node}: {error}") from error
+        client, expected = description.client, self._expected
         if description.version != __version__:
             raise UserError(f"client {client!r}: it runs srfed {description.version!r}, this server {__version__!r}")
         shape = (description.height, description.width, description.channels)
@@ -209,9 +276,8 @@ class Roster:
                 f"client {client!r}: the server's reference images have no such task; "
                 "set evaluation.mode to moments, or name the client after its task"
             )
-        holder = self._members.get(client)
-        if holder is not None and holder.node != node and holder.node in self._connected:
-            raise UserError(f"node {node}: another node is client {client!r} already")
+        self._check_owner(node, client)
+        self._check_images(description)
         return description
 
     def _awaited(self, known: Collection[str]) -> str:

@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 from srfed.checkpoints.client_store import NO_PARENT, ClientStore
-from srfed.config import RunConfig, parse_config_json
+from srfed.config import RunConfig
 from srfed.errors import UserError
 from srfed.evaluation.features import FeatureNetwork, load_feature_network
+from srfed.federation.admission import Admitted
+from srfed.federation.agreement import Agreement, not_agreed
 from srfed.federation.messages import Request
 from srfed.federation.site import Site, own_task
+from srfed.tensors import check_tensors
 from srfed.training.local import ClientState, LocalTrainer, initial_state
 from srfed.training.setup import build_diffusion, build_model, build_partition, resolve_device
 
@@ -50,20 +53,30 @@ class Runtime:
         evaluation = self.config.evaluation
         return load_feature_network(evaluation.feature_network, evaluation.inception_weights, self.device)
 
+    def check_agreed(self, agreement: Agreement) -> None:
+        """Raise RequestRefusedError where φ or the features are not those that the owner has agreed to send."""
+        if self.partition_fingerprint != agreement.shared.fingerprint:
+            raise not_agreed("the tensors of φ")
+        if agreement.features is not None and self.feature_network.fingerprint != agreement.features.fingerprint:
+            raise not_agreed("the feature network")
+
     def store(self, site: Site, request: Request) -> ClientStore:
         """The site's store for the request's lineage."""
         return ClientStore(site.state_dir, site.client, request.lineage, self.config.federation.keep_attempts)
 
-    def state(self, site: Site, request: Request) -> ClientState:
+    def state(self, site: Site, request: Request, *, training: bool) -> ClientState:
         """The state that the request tells the client to start from.
 
         Raises:
-            UserError: the store has no such attempt, or one of another partition.
+            UserError: the store has no such attempt, or one of another partition; or the round does not follow it.
         """
+        store = self.store(site, request)
+        store.check_descent(request.parent, request.round, training=training)
         if request.parent == NO_PARENT:
             return self._initial_state
-        state = self.store(site, request).load(request.parent)
+        state = store.load(request.parent)
         _check_names("θ_i", state.exclusive, self.partition.exclusive)
+        check_tensors(str(store.folder), state.exclusive, self._initial_state.exclusive)
         return state
 
     def check_shared(self, shared: Mapping[str, Tensor]) -> None:
@@ -75,16 +88,22 @@ class Runtime:
                 raise UserError(f"the φ received has {name} as {tensor.dtype} {tuple(tensor.shape)}")
 
 
-def runtime_for(request: Request, image_channels: int) -> Runtime:
-    """The process's runtime for a request's configuration; sets the threads that it runs with."""
-    runtime = _runtime(request.config, image_channels)
-    torch.set_num_threads(runtime.config.resources.client_cpus)
+def runtime_for(admitted: Admitted) -> Runtime:
+    """The process's runtime for what was admitted; sets the threads that it runs with.
+
+    Raises:
+        RequestRefusedError: this srfed makes another φ, or has other features, of the agreed settings.
+    """
+    runtime = _runtime(admitted.config, admitted.task.train.shape[-1])
+    torch.set_num_threads(admitted.config.resources.client_cpus)
+    if admitted.agreement is not None:
+        runtime.check_agreed(admitted.agreement)
     return runtime
 
 
 @lru_cache(maxsize=1)
-def _runtime(config: str, image_channels: int) -> Runtime:
-    return Runtime(parse_config_json(config), image_channels)
+def _runtime(config: RunConfig, image_channels: int) -> Runtime:
+    return Runtime(config, image_channels)
 
 
 def _check_names(what: str, tensors: Mapping[str, Tensor], expected: tuple[str, ...]) -> None:

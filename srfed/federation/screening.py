@@ -1,30 +1,57 @@
-"""Screening: what a reply must be before it may touch φ. One bad reply is refused, never the round."""
+"""Screening: what a reply must be before it may touch φ. One bad reply is refused, never the round.
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+What it may say is declared in :mod:`srfed.federation.bounds`; here every reply, description and error is held to it,
+the size of what is to be read before it is read.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
 
 import torch
-from flwr.app import Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from torch import Tensor
 
+from srfed.checkpoints.client_store import check_name
+from srfed.errors import UserError
 from srfed.evaluation.central import Moments
 from srfed.evaluation.frechet import FeatureStatistics
 from srfed.evaluation.memorisation import Audit
+from srfed.federation.aggregation import update_norm
+from srfed.federation.bounds import (
+    DESCRIPTION,
+    LARGEST_FEATURE,
+    LONGEST_TEXT,
+    MOST_ARRAYS,
+    SLACK,
+    SLACK_BYTES,
+    EvaluatePlan,
+    Number,
+    TrainPlan,
+)
 from srfed.federation.messages import (
+    AUDIT,
     FAILED,
     GENERATED,
+    LAYOUT,
+    METRICS,
+    REFUSED,
+    REPLY,
     SETS,
     SHARED,
     SHARED_MOMENTS,
     STATISTICS,
+    Description,
     ReplyHeader,
+    layout_bytes,
+    layout_of,
     read_audit,
     read_metrics,
     read_tensors,
 )
-from srfed.training.local import LOSS_QUARTERS
-from srfed.training.optimizers import MOMENTS
+from srfed.reporting.words import printable
+from srfed.training.optimizers import ADAM_REACH, MARGIN, MOMENTS, Reach
 
 LOST = frozenset(
     {
@@ -35,15 +62,15 @@ LOST = frozenset(
     }
 )
 """Flower's errors that mean that a client is gone; the others mean that it has failed."""
-MOST_STEPS = 1_000_000
-MOST_IMAGES = 1_000_000_000
-LARGEST_FEATURE = 1e9
-"""Feature networks give numbers of the order of 1; far larger ones would overflow in the score of everybody."""
-LONGEST_REASON = 200
+MOMENT_ROUNDING = 1e-15
+"""Below it a gradient's square is no float32 any more, and its root nothing beside Adam's ε."""
 
 
 class RefusedError(Exception):
-    """A reply is refused; the text says why, in the server's words only."""
+    """A reply is refused; the text says why, in the server's words, printable whatever it quotes."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(printable(reason))
 
 
 @dataclass(frozen=True)
@@ -51,16 +78,20 @@ class TrainReply:
     """An accepted update.
 
     Attributes:
-        shared: φ_i.
+        shared: φ_i, shortened where it was too long.
         shared_moments: φ's optimizer moments; empty unless they are averaged.
-        examples: m_i.
-        metrics: the client's numbers.
+        plan: what the server knows of the client's round.
+        loss: mean loss, its own word.
+        loss_by_quarter: the same by quarter of the timestep range; NaN where none was drawn.
+        shortened: what its update was multiplied by; 1 where it was not too long.
     """
 
     shared: dict[str, Tensor]
     shared_moments: dict[str, Tensor]
-    examples: int
-    metrics: dict[str, float | list[float]]
+    plan: TrainPlan
+    loss: float
+    loss_by_quarter: list[float]
+    shortened: float
 
 
 @dataclass(frozen=True)
@@ -72,7 +103,6 @@ class EvaluateReply:
         moments: in ``moments`` mode, statistics of the client's features.
         ssim: SSIM-rec by timestep.
         audit: the memorisation audit, if there was one.
-        metrics: the client's numbers.
     """
 
     images: Tensor | None
@@ -80,120 +110,124 @@ class EvaluateReply:
     moments: Moments | None
     ssim: dict[int, float]
     audit: Audit | None
-    metrics: dict[str, float | list[float]]
 
 
-def screen_train(message: Message, expected: ReplyHeader, shared: Mapping[str, Tensor], moments: bool) -> TrainReply:
-    """Check an update against φ^r: who, which attempt, key set, shapes, dtypes, finite values.
+def screen_description(message: Message) -> Description:
+    """Check what a client says of itself: its fields, printable texts, possible numbers. Raises RefusedError."""
+    if message.has_error():
+        if message.error.code == REFUSED:
+            # The guard's own refusals say why; other errors may quote anything.
+            raise RefusedError(reason_of_failure(message))
+        raise RefusedError("it cannot describe itself; the reason is in its client.log")
+    try:
+        _check_records(message.content, {REPLY}, {field.name for field in fields(Description)})
+        description = Description.of(message.content)
+    except (ValueError, RefusedError) as error:
+        raise RefusedError(f"it describes itself in another way ({error}); is its srfed another version?") from error
+    try:
+        check_name(description.client)
+    except UserError as error:
+        raise RefusedError(str(error)) from error
+    _check_numbers({name: getattr(description, name) for name in DESCRIPTION}, DESCRIPTION)
+    return description
+
+
+def screen_train(
+    message: Message,
+    expected: ReplyHeader,
+    plan: TrainPlan,
+    reach: Reach | None,
+    shared: Mapping[str, Tensor],
+    received: Mapping[str, Tensor] | None,
+    clip: float | None,
+) -> TrainReply:
+    """Check an update against φ^r: who, which attempt, key set, shapes, dtypes, finite values, numbers, its length.
 
     Args:
         message: the reply as it came.
         expected: the client and attempt that it must answer for.
+        plan: what the client was to do.
+        reach: how far it can have moved φ; None where nothing bounds it.
         shared: φ^r, in the partition's order.
-        moments: whether φ's moments must come too.
+        received: φ's moments as the client received them, empty in the first round; None where none are to come.
+        clip: the largest norm of a gradient, which bounds moments; None where there is none.
 
     Raises:
         RefusedError: it is not what was asked for.
     """
-    _check_header(message, expected)
-    update = _tensors(message, SHARED)
-    _check_like(update, shared)
+    _check_header(message, expected, {SHARED, *(() if received is None else (SHARED_MOMENTS,))})
+    update = _tensors(message, SHARED, shared)
     metrics = read_metrics(message.content)
-    examples = _number(metrics, "examples")
-    for name in ("loss", "images", "seconds", "shared_steps"):
-        _number(metrics, name)
-    if examples < 1 or examples != int(examples):
-        raise RefusedError(f"it claims {examples} training images")
-    # The server counts the steps off one by one, in the decay of its moving average.
-    if not 0 <= _number(metrics, "shared_steps") <= MOST_STEPS:
-        raise RefusedError(f"it claims {metrics['shared_steps']} steps in a round")
-    quarters = metrics.get("loss_by_quarter")
-    if not isinstance(quarters, list) or len(quarters) != LOSS_QUARTERS:
-        raise RefusedError(f"its loss by quarter is {quarters!r}")
+    _check_numbers(metrics, plan.numbers())
     averaged: dict[str, Tensor] = {}
-    if moments:
-        averaged = _tensors(message, SHARED_MOMENTS)
-        _check_like(averaged, moment_templates(shared))
-    return TrainReply(update, averaged, int(examples), metrics)
+    if received is not None:
+        averaged = _tensors(message, SHARED_MOMENTS, moment_templates(shared))
+        _check_moments(averaged, received, plan.shared_steps, clip)
+    shortened = 1.0
+    if reach is not None:
+        shortened = _shortening(update_norm(shared, update), reach)
+    if shortened < 1:
+        update = {
+            name: (shared[name].double() + shortened * (tensor.double() - shared[name].double())).to(tensor.dtype)
+            for name, tensor in update.items()
+        }
+    quarters = metrics["loss_by_quarter"]
+    assert isinstance(quarters, list), "the numbers were checked"
+    return TrainReply(update, averaged, plan, _one(metrics, "loss"), [float(loss) for loss in quarters], shortened)
 
 
-def screen_samples(
-    message: Message, expected: ReplyHeader, samples: int, shape: tuple[int, int, int], timestep: int
-) -> EvaluateReply:
-    """Check samples: number, shape, uint8; SSIM at most 1, and at ``timestep`` too. Raises RefusedError."""
-    _check_header(message, expected)
-    arrays = _tensors(message, GENERATED)
-    if set(arrays) != {"images", "strip"}:
-        raise RefusedError(f"it sent arrays {sorted(arrays)} for samples")
-    for name, count in (("images", (samples,)), ("strip", arrays["strip"].shape[:1])):
-        if arrays[name].dtype != torch.uint8 or tuple(arrays[name].shape) != (*count, *shape):
-            raise RefusedError(
-                f"its {name} are {arrays[name].dtype} {tuple(arrays[name].shape)}, not uint8 {(*count, *shape)}"
-            )
-    metrics = read_metrics(message.content)
-    curve = _ssim_curve(metrics, timestep)
-    return EvaluateReply(arrays["images"], arrays["strip"], None, curve, _audit(metrics), metrics)
+def screen_samples(message: Message, expected: ReplyHeader, plan: EvaluatePlan) -> EvaluateReply:
+    """Check samples: number, shape, uint8; and the numbers beside them. Raises RefusedError."""
+    _check_header(message, expected, {GENERATED})
+    arrays = _tensors(
+        message,
+        GENERATED,
+        {
+            name: torch.empty((count, *plan.shape), dtype=torch.uint8, device="meta")
+            for name, count in (("images", plan.samples), ("strip", plan.strip))
+        },
+    )
+    curve, audit = _evaluation_numbers(message, plan)
+    return EvaluateReply(arrays["images"], arrays["strip"], None, curve, audit)
 
 
 def screen_moments(
-    message: Message, expected: ReplyHeader, samples: int, dimension: int, features: str, timestep: int
+    message: Message, expected: ReplyHeader, plan: EvaluatePlan, dimension: int, features: str
 ) -> EvaluateReply:
     """Check statistics: of this feature network, of so many samples, possible numbers; SSIM as for samples.
 
     Args:
         message: the reply as it came.
         expected: the client and attempt that it must answer for.
-        samples: the number of images it was to generate.
+        plan: what the client was to do.
         dimension: D, of the features.
         features: fingerprint of the feature network.
-        timestep: t*, at which SSIM must be measured if it is.
 
     Raises:
         RefusedError: it is not what was asked for.
     """
-    _check_header(message, expected)
+    _check_header(message, expected, {STATISTICS})
     if ReplyHeader.of(message.content).features != features:
         raise RefusedError("its features are of another network, other weights or another resize rule")
-    arrays, metrics = _tensors(message, STATISTICS), read_metrics(message.content)
     shapes = {"mean": (dimension,), "scatter": (dimension, dimension)}
     templates = {
-        f"{name}.{part}": torch.empty(shape, dtype=torch.float64) for name in SETS for part, shape in shapes.items()
+        f"{name}.{part}": torch.empty(shape, dtype=torch.float64, device="meta")
+        for name in SETS
+        for part, shape in shapes.items()
     }
-    _check_like(arrays, templates)
+    arrays = _tensors(message, STATISTICS, templates)
+    curve, audit = _evaluation_numbers(message, plan)
     statistics = {}
-    for name in SETS:
-        count, scatter = _number(metrics, f"{name}_count"), arrays[f"{name}.scatter"]
-        if not count.is_integer() or (count != samples if name == "generated" else not 2 <= count <= MOST_IMAGES):
-            raise RefusedError(f"it claims statistics of {count:g} {name} images")
-        mean = arrays[f"{name}.mean"]
+    for name, count in zip(SETS, (plan.samples, plan.test_images, plan.images), strict=True):
+        mean, scatter = arrays[f"{name}.mean"], arrays[f"{name}.scatter"]
+        if count < 2:
+            raise RefusedError(f"statistics of {count} {name} images are none")
         if max(float(mean.abs().max()), float(scatter.abs().max()) / count) > LARGEST_FEATURE:
             raise RefusedError(f"its {name} features are impossibly large")
         if not torch.allclose(scatter, scatter.T) or bool((scatter.diagonal() < 0).any()):
             raise RefusedError(f"its scatter of {name} features is none")
-        statistics[name] = FeatureStatistics(int(count), mean.numpy(), scatter.numpy())
-    curve = _ssim_curve(metrics, timestep)
-    return EvaluateReply(None, None, Moments(**statistics), curve, _audit(metrics), metrics)
-
-
-def _audit(metrics: Mapping[str, float | list[float]]) -> Audit | None:
-    try:
-        return read_audit(metrics)
-    except ValueError as error:
-        raise RefusedError(f"its memorisation audit is malformed: {error}") from error
-
-
-def _ssim_curve(metrics: Mapping[str, float | list[float]], timestep: int) -> dict[int, float]:
-    """SSIM-rec by timestep; raises RefusedError where it is malformed, impossible or not measured at ``timestep``."""
-    timesteps, values = metrics.get("ssim_timesteps", []), metrics.get("ssim", [])
-    if not isinstance(timesteps, list) or not isinstance(values, list) or len(timesteps) != len(values):
-        raise RefusedError("its SSIM curve is malformed")
-    if not all(-1 <= value <= 1 for value in values):
-        raise RefusedError(f"its SSIM values {values} are impossible")
-    if timesteps:
-        _number(metrics, "ssim_window")
-        if timestep not in timesteps or not all(float(number).is_integer() for number in timesteps):
-            raise RefusedError(f"its SSIM curve is measured at {timesteps}, not at t = {timestep}")
-    return {int(number): value for number, value in zip(timesteps, values, strict=True)}
+        statistics[name] = FeatureStatistics(count, mean.numpy(), scatter.numpy())
+    return EvaluateReply(None, None, Moments(**statistics), curve, audit)
 
 
 def moment_templates(shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -206,16 +240,65 @@ def moment_templates(shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def reason_of_failure(message: Message) -> str:
-    """An error reply in one line."""
+    """An error reply in one line, printable."""
     if message.error.code == FAILED:
         return "it failed; the reason is in the client's own log"
-    reason = " ".join((message.error.reason or "no reason given").split())[:LONGEST_REASON]
-    return f"it failed: Flower's error {message.error.code}, {reason}"
+    reason = printable(message.error.reason or "no reason given")
+    if message.error.code == REFUSED:
+        return printable(f"it refuses: {reason}")
+    return printable(f"it failed: Flower's error {message.error.code}, {reason}")
 
 
-def _check_header(message: Message, expected: ReplyHeader) -> None:
+def _shortening(norm: float, reach: Reach) -> float:
+    """What to multiply an update of this norm by; raises RefusedError where no optimizer can have made it."""
+    if norm > reach.largest:
+        raise RefusedError(
+            f"its update has norm {norm:.3g}, and {reach.largest:.3g} is the most that a round can move φ"
+        )
+    return min(1.0, reach.usual / norm) if norm else 1.0
+
+
+def _check_moments(
+    moments: Mapping[str, Tensor], received: Mapping[str, Tensor], steps: int, clip: float | None
+) -> None:
+    """Adam's moments of φ: what no gradients can have made would move, or stop, everybody's φ."""
+    longest = math.inf if clip is None else MARGIN * clip
+    for name in [name.partition(".")[2] for name in moments if name.startswith("step.")]:
+        first, second, step = (moments[f"{moment}.{name}"].double() for moment in MOMENTS)
+        before = received.get(f"step.{name}", torch.zeros(()))
+        if abs(float(step) - float(before) - steps) > 0.01:
+            raise RefusedError(f"its moments of {name!r} claim {float(step):g} steps, not {float(before) + steps:g}")
+        if bool((second < 0).any()) or float(second.amax()) > longest**2:
+            raise RefusedError(f"its second moment of {name!r} is of no gradient")
+        farthest = (1.01 * ADAM_REACH * second.sqrt() + MOMENT_ROUNDING).clamp(max=longest)
+        if bool((first.abs() > farthest).any()):
+            raise RefusedError(f"its first moment of {name!r} is more than its second one allows")
+
+
+def _evaluation_numbers(message: Message, plan: EvaluatePlan) -> tuple[dict[int, float], Audit | None]:
+    """SSIM-rec by timestep, and the audit; raises RefusedError where a number is not what it can be."""
+    metrics = read_metrics(message.content)
+    # The client knows whether its held-out images can be a measure; where they cannot there is no audit.
+    audited = plan.audited and any(name.startswith(AUDIT) for name in metrics)
+    _check_numbers(metrics, plan.numbers() | (plan.audit_numbers() if audited else {}))
+    curve: dict[int, float] = {}
+    if plan.timesteps:
+        timesteps, values = metrics["ssim_timesteps"], metrics["ssim"]
+        assert isinstance(timesteps, list), "the numbers were checked"
+        assert isinstance(values, list), "the numbers were checked"
+        if tuple(timesteps) != plan.timesteps:
+            raise RefusedError(f"its SSIM curve is measured at {timesteps}, not at {list(plan.timesteps)}")
+        curve = dict(zip(plan.timesteps, map(float, values), strict=True))
+    try:
+        return curve, read_audit(metrics)
+    except ValueError as error:
+        raise RefusedError(f"its memorisation audit is malformed: {error}") from error
+
+
+def _check_header(message: Message, expected: ReplyHeader, arrays: Collection[str]) -> None:
     if message.has_error():
         raise RefusedError(reason_of_failure(message))
+    _check_records(message.content, {REPLY, METRICS, *arrays}, {field.name for field in fields(ReplyHeader)})
     try:
         header = replace(ReplyHeader.of(message.content), features=expected.features)
     except ValueError as error:
@@ -224,12 +307,45 @@ def _check_header(message: Message, expected: ReplyHeader) -> None:
         raise RefusedError(f"it answers as {header.client!r} for attempt {header.attempt!r}, not for this one")
 
 
-def _tensors(message: Message, name: str) -> dict[str, Tensor]:
+def _check_records(content: RecordDict, records: Collection[str], header: Collection[str]) -> None:
+    """No record and no field that nobody asked for, and no text longer than a text may be."""
+    extra = [name for name in content if name not in records]
+    if extra:
+        raise RefusedError(f"{len(extra)} records that nobody asked for: {extra[0]!r:.100}")
+    record = content.config_records.get(REPLY, ConfigRecord())
+    if unknown := [name for name in record if name not in header]:
+        raise RefusedError(f"{len(unknown)} fields that nobody asked for: {unknown[0]!r:.100}")
+    for name, value in record.items():
+        text = value if isinstance(value, str) else ""
+        if len(text) > LONGEST_TEXT or text != printable(text, LONGEST_TEXT):
+            raise RefusedError(f"{name!r} is {printable(repr(text), 50)}: {len(text)} characters, or not printable")
+
+
+def _tensors(message: Message, name: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a record, which are to be like the expected ones; looks at its size before it reads it."""
+    if name in message.content.array_records:
+        _check_size(message.content.array_records[name], expected)
     try:
-        return read_tensors(message.content, name)
+        tensors = read_tensors(message.content, name)
     except Exception as error:
         # numpy's reader of .npy headers raises what Python's tokenizer and parser raise, besides its own.
         raise RefusedError(f"its arrays {name!r} cannot be read: {error}") from error
+    _check_like(tensors, expected)
+    return tensors
+
+
+def _check_size(record: ArrayRecord, expected: Mapping[str, Tensor]) -> None:
+    """Number of arrays, bytes of the layout and of all others, of a record that has not been read yet."""
+    if len(record) > MOST_ARRAYS:
+        raise RefusedError(f"it sent {len(record)} arrays, where {MOST_ARRAYS} are the most")
+    layout = len(layout_bytes(layout_of(expected)))
+    values = sum(tensor.nbytes for tensor in expected.values())
+    for what, sent, asked in (
+        ("its layout is", len(record[LAYOUT].data) if LAYOUT in record else 0, layout),
+        ("its values are", sum(len(array.data) for key, array in record.items() if key != LAYOUT), values),
+    ):
+        if sent > SLACK * asked + SLACK_BYTES:
+            raise RefusedError(f"{what} {sent} bytes long, where {asked} were asked for")
 
 
 def _check_like(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -246,8 +362,22 @@ def _check_like(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
             raise RefusedError(f"tensor {name!r} has values that are not finite")
 
 
-def _number(metrics: Mapping[str, float | list[float]], name: str) -> float:
-    value = metrics.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
-        raise RefusedError(f"its number {name!r} is {value!r}")
+def _check_numbers(values: Mapping[str, float | list[float]], declared: Mapping[str, Number]) -> None:
+    """Just the declared numbers, each within its bounds."""
+    if unknown := [name for name in values if name not in declared]:
+        raise RefusedError(f"{len(unknown)} numbers that nobody asked for: {unknown[0]!r:.100}")
+    for name, number in declared.items():
+        value = values.get(name)
+        if not number.fits(value):
+            sent = f"a list of {len(value)}" if isinstance(value, list) else repr(value)
+            asked = number if number.count is None else f"a list of {number.count}"
+            raise RefusedError(f"its number {name!r} is {sent}, not {asked}")
+        for member in value if isinstance(value, list) else [value]:
+            if member is None or not number.allows(member):
+                raise RefusedError(f"its number {name!r} is {member!r}, not {number}")
+
+
+def _one(metrics: Mapping[str, float | list[float]], name: str) -> float:
+    value = metrics[name]
+    assert not isinstance(value, list), f"screening lets no list through as {name}"
     return float(value)

@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,16 +14,18 @@ from flwr.serverapp import Grid, ServerApp
 
 from srfed.checkpoints.server_state import ServerCheckpoints, ServerState
 from srfed.config import load_config
-from srfed.data import load_tasks
+from srfed.data import load_recorded_tasks, record_tasks
+from srfed.data.tasks import ALLOW
 from srfed.errors import UserError
 from srfed.evaluation.central import CentralEvaluation, RealFloor
 from srfed.evaluation.features import load_feature_network
 from srfed.federation.exchange import StoppedError
+from srfed.federation.identity import ROSTER_FILE, kept_roster, read_roster
 from srfed.federation.messages import array_record
 from srfed.federation.roster import Expected, Member, Roster
 from srfed.federation.site import run_folder
 from srfed.federation.strategy import SharedRepresentationStrategy
-from srfed.files import write_bytes
+from srfed.files import write_bytes, write_json
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.records import TaskInfo
 from srfed.reporting.reporter import Reporter
@@ -61,17 +64,22 @@ def begin_or_go_on(context: Context) -> RunDirectory:
 
     ``run-dir`` is its folder, ``config`` a YAML file (absolute, or one of the app's own such as
     "configs/mnist.yaml"; by default what the run was begun with, or the embedded digits), ``set`` holds
-    overrides, separated by spaces.
+    overrides, separated by spaces; ``roster`` is a file that maps client ids to public keys, which the run keeps.
 
     Raises:
-        UserError: the configuration is impossible, or not the one that the run was begun with.
+        UserError: the configuration is impossible, or not the one that the run was begun with; the roster is none.
     """
     folder = run_folder(context)
-    named, overrides = (str(context.run_config.get(key) or "") for key in ("config", "set"))
-    if not (folder / "run.json").exists():
-        return RunDirectory.create(folder, load_config(_config_file(named), shlex.split(overrides)))
-    run = RunDirectory.open(folder)
-    return run.reconfigure(load_config(_config_file(named) or run.config_file, shlex.split(overrides)))
+    named, overrides, roster = (str(context.run_config.get(key) or "") for key in ("config", "set", "roster"))
+    keys = read_roster(Path(roster).expanduser()) if roster else None
+    if (folder / "run.json").exists():
+        run = RunDirectory.open(folder)
+        run = run.reconfigure(load_config(_config_file(named) or run.config_file, shlex.split(overrides)))
+    else:
+        run = RunDirectory.create(folder, load_config(_config_file(named), shlex.split(overrides)))
+    if keys is not None:
+        write_json(folder / ROSTER_FILE, {"keys": keys})
+    return run
 
 
 def _config_file(name: str) -> Path | None:
@@ -117,7 +125,11 @@ class _Server:
         self._grid, self._run, self._reporter, self._fixed = grid, run, reporter, fixed
         self._config = config = run.config
         torch.set_num_threads(config.resources.client_cpus)
-        self._tasks = [] if config.data.dataset == "sites" else load_tasks(config.data, config.federation.clients)
+        self._tasks = []
+        if config.data.dataset != "sites":
+            remedy = ALLOW if fixed else "begin another run"
+            self._tasks = load_recorded_tasks(config.data, config.federation.clients, run.images, remedy=remedy)
+            record_tasks(run.images, self._tasks)
         shape = self._shape()
         model = build_model(config, shape[-1])
         self._partition = build_partition(config, model)
@@ -125,6 +137,7 @@ class _Server:
         self._checkpoints = ServerCheckpoints(run.server, config.federation.keep_attempts)
         if run.started:
             self._state = self._checkpoints.load_last()
+            self._checkpoints.check(self._state, shared)
         else:
             self._state = ServerState(
                 lineage=run.lineage,
@@ -141,6 +154,8 @@ class _Server:
                 shape=shape,
                 partition=self._partition.fingerprint(model.state_dict()),
                 clients=self._known_references(),
+                known=self._state.known,
+                keys=kept_roster(run.path),
             ),
             joined=self._joined,
             notice=reporter.on_notice,
@@ -150,8 +165,14 @@ class _Server:
     def run(self) -> None:
         config, reporter = self._config, self._reporter
         self._gather()
+        self._state = replace(self._state, known=self._roster.known)
         if not self._run.started:
             self._checkpoints.save(self._state)
+        training = config.training
+        if training.optimizer == "sgd" and training.gradient_clip is None:
+            reporter.on_notice(
+                "training.gradient_clip is null: plain SGD can move φ as far as it likes, so updates have no bound"
+            )
         members = self._roster.members.values()
         reporter.begin(self._state.round, [_info(m) for m in sorted(members, key=lambda m: m.description.index)])
         self._began = True

@@ -6,6 +6,7 @@ A deployed site says so itself, in its SuperNode's ``--node-config``; in a simul
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,17 @@ from flwr.app import Context
 
 from srfed.checkpoints.client_store import check_name
 from srfed.config import DataConfig, RunConfig
-from srfed.data import Task, load_own_task, load_task, task_names
+from srfed.data import (
+    RECORD_FILE,
+    Task,
+    describe_own_images,
+    load_own_task,
+    load_recorded_task,
+    recorded_images,
+    task_names,
+)
 from srfed.errors import UserError
+from srfed.files import append_text, open_to_others
 
 STATE_DIR_VARIABLE = "SRFED_STATE_DIR"
 """Environment variable that tells a simulation's clients where the run keeps their stores."""
@@ -51,6 +61,16 @@ class Site:
         """Where it explains failures, which never travel."""
         return self.folder / "client.log"
 
+    def note(self, text: str) -> None:
+        """Append to the log, with the time; raises UserError where it cannot be written."""
+        append_text(self.log, f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")
+
+    def note_open_folders(self) -> None:
+        """Say in the log which of the client's folders others can read."""
+        for folder in (self.state_dir, self.folder):
+            if said := open_to_others(folder):
+                self.note(said)
+
 
 def site_of(context: Context, config: RunConfig) -> Site:
     """The site that a message has reached.
@@ -58,10 +78,15 @@ def site_of(context: Context, config: RunConfig) -> Site:
     Raises:
         UserError: the node's configuration lacks something, or has what nobody reads.
     """
-    index = context.node_config.get("partition-id")
-    if isinstance(index, int) and "client-id" not in context.node_config:
+    if is_simulated(context):
+        index = int(str(context.node_config["partition-id"]))
         return Site(_task_names(config.data)[index], _simulated_state_dir(context), index=index)
     return deployed_site(context.node_config)
+
+
+def is_simulated(context: Context) -> bool:
+    """Whether the node is one of a simulation's, which Flower numbers and nobody has configured."""
+    return isinstance(context.node_config.get("partition-id"), int) and "client-id" not in context.node_config
 
 
 def deployed_site(node_config: Mapping[str, Any]) -> Site:
@@ -100,8 +125,13 @@ def run_folder(context: Context) -> Path:
 def own_task(config: DataConfig, site: Site) -> Task:
     """The site's task, read once a process; raises UserError where its images are not what they should be."""
     if site.data is None:
-        return load_task(config, site.index)
-    return load_own_task(config, site.data, site.client, site.folder)
+        # A simulation's stores lie in its run's folder, beside the record that the server has made.
+        return load_recorded_task(config, site.index, site.state_dir.parent / RECORD_FILE)
+    new = recorded_images(config, site.client, site.folder) is None
+    task = load_own_task(config, site.data, site.client, site.folder)
+    if new:
+        site.note("\n".join(["images put on record", *describe_own_images(config, site.data)]))
+    return task
 
 
 def _simulated_state_dir(context: Context) -> Path:

@@ -7,6 +7,7 @@ import sys
 from contextlib import suppress
 from datetime import UTC, datetime
 
+from srfed.errors import UserError
 from srfed.federation.site import Site
 
 
@@ -20,13 +21,11 @@ def write_to_log(site: Site | None, about: str, text: str) -> None:
         about: what it is about, such as the type of a message.
         text: one line, or a traceback.
     """
-    entry = f"{datetime.now(UTC).isoformat(timespec='seconds')} {about}\n{text.rstrip()}\n"
-    on_terminal = entry
+    entry = f"{about}\n{text.rstrip()}\n"
+    on_terminal = f"{datetime.now(UTC).isoformat(timespec='seconds')} {entry}"
     if site is not None:
-        with suppress(OSError):
-            site.log.parent.mkdir(parents=True, exist_ok=True)
-            with site.log.open("a", encoding="utf-8") as file:
-                file.write(f"{entry}\n")
+        with suppress(UserError):
+            site.note(entry)
             on_terminal = "" if site.data is None else f"{about}: {text.rstrip().splitlines()[-1]} (in {site.log})\n"
     with suppress(OSError, ValueError):
         sys.stderr.write(on_terminal)

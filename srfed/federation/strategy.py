@@ -19,8 +19,11 @@ from flwr.serverapp.strategy import Result, Strategy
 from srfed.checkpoints.server_state import ServerCheckpoints, ServerState
 from srfed.config import RunConfig
 from srfed.errors import UserError
-from srfed.evaluation.central import CentralEvaluation, Scores, score_statistics, shares_of_samples
-from srfed.federation.aggregation import aggregate, client_weights, update_norm, weighted_mean
+from srfed.evaluation.central import CentralEvaluation, Scores, score_statistics
+from srfed.evaluation.shares import share_of_samples
+from srfed.evaluation.ssim import ssim_window
+from srfed.federation.aggregation import aggregate, client_weights, weighted_mean
+from srfed.federation.bounds import EvaluatePlan, TrainPlan
 from srfed.federation.exchange import Exchange, exchange
 from srfed.federation.messages import (
     EVALUATE,
@@ -49,7 +52,7 @@ from srfed.randomness import derive_generator
 from srfed.reporting.records import EvaluationRecord, RoundRecord
 from srfed.reporting.words import seconds_in_words
 from srfed.training.ema import round_decay, update_average
-from srfed.training.optimizers import learning_rate_factor
+from srfed.training.optimizers import learning_rate_factor, reach_of_round
 
 TTL_MARGIN = 60.0
 """Seconds that a message outlives the wait for its reply, for the way back through a SuperLink."""
@@ -107,6 +110,7 @@ class SharedRepresentationStrategy(Strategy):
         observer: Observer,
     ) -> None:
         self.config = config
+        self._partition = partition
         # A checkpoint sorts tensors by name; a message has them in the partition's order.
         self.state = replace(state, shared={name: state.shared[name] for name in partition.shared})
         self._roster = roster
@@ -186,12 +190,13 @@ class SharedRepresentationStrategy(Strategy):
             UserError: fewer accepted updates than ``federation.min_clients``.
         """
         training, federation = self.config.training, self.config.federation
-        average = training.shared_moments == "average"
-        heard = self._hear(replies, partial(screen_train, shared=self.state.shared, moments=average))
-        accepted, usual_norm = self._refuse_outliers(heard)
+        heard = self._hear(replies, self._screen_update)
+        accepted = heard.accepted
         if len(accepted) < federation.min_clients:
             raise UserError(self._too_few(server_round, len(accepted), heard))
-        weights = client_weights(federation.weights, {c: reply.examples for c, reply in accepted.items()})
+        weights = client_weights(
+            federation.weights, {c: reply.plan.examples for c, reply in accepted.items()}, federation.largest_weight
+        )
         outcome = aggregate(
             federation,
             self.state.shared,
@@ -199,7 +204,7 @@ class SharedRepresentationStrategy(Strategy):
             weights,
             self.state.optimizer,
         )
-        steps = round(sum(weights[c] * _number(accepted[c], "shared_steps") for c in weights))
+        steps = round(sum(weights[c] * accepted[c].plan.shared_steps for c in weights))
         decay = round_decay(training.ema_decay, training.ema_warmup, self.state.shared_steps, steps)
         shared_average = {name: self.state.shared_average[name].clone() for name in self.state.shared}
         update_average(shared_average, outcome.shared, decay)
@@ -213,19 +218,30 @@ class SharedRepresentationStrategy(Strategy):
             shared_moments={n: t.float() for n, t in weighted_mean(moments, weights).items()},
             shared_steps=self.state.shared_steps + steps,
             attempts={**self.state.attempts, **{client: heard.attempts[client] for client in accepted}},
-            usual_norm=usual_norm,
+            known=self._roster.known,
+            minibatches={
+                **self.state.minibatches,
+                **{c: self._minibatches(c) + reply.plan.minibatches for c, reply in accepted.items()},
+            },
         )
+        shortened = {client: reply.shortened for client, reply in accepted.items() if reply.shortened < 1}
+        for client, factor in shortened.items():
+            self._observer.on_notice(
+                f"round {server_round}: {client}: its update is {1 / factor:.3g} times as long as {training.optimizer} "
+                "usually makes one in these steps; shortened to that"
+            )
         seconds = time.perf_counter() - self._started
-        images = sum(_number(reply, "images") for reply in accepted.values())
+        images = sum(reply.plan.images for reply in accepted.values())
         record = RoundRecord(
             round=server_round,
-            loss=sum(weights[c] * _number(accepted[c], "loss") for c in weights),
-            loss_by_client={client: _number(reply, "loss") for client, reply in accepted.items()},
+            loss=sum(weights[c] * accepted[c].loss for c in weights),
+            loss_by_client={client: reply.loss for client, reply in accepted.items()},
             loss_by_quarter=_mean_by_quarter(accepted.values()),
             accepted=list(accepted),
             refused=heard.refused,
             missing=heard.missing,
-            images=int(images),
+            shortened=shortened,
+            images=images,
             images_per_second=images / seconds,
             bytes_up=heard.bytes_up,
             bytes_down=heard.bytes_down,
@@ -240,24 +256,17 @@ class SharedRepresentationStrategy(Strategy):
         self._checkpoints.save(self.state)
         return array_record(self.state.shared), MetricRecord({"loss": record.loss})
 
-    def _refuse_outliers(self, heard: _Heard[TrainReply]) -> tuple[dict[str, TrainReply], float]:
-        """The updates of a plausible size, and the size that is usual now; the others are noted as refused.
+    def _minibatches(self, client: str) -> int:
+        """Minibatches behind a client's accepted attempt."""
+        return self.state.minibatches.get(client, 0)
 
-        The usual norm is the lower median of this round's updates, so that a single client cannot set it, and
-        one that is alone is compared with the round before.
-        """
-        limit = self.config.federation.largest_update
-        norms = {client: update_norm(self.state.shared, reply.shared) for client, reply in heard.accepted.items()}
-        known = sorted([*norms.values(), *([self.state.usual_norm] if self.state.usual_norm else [])])
-        if limit is None or not known:
-            return heard.accepted, self.state.usual_norm
-        usual = known[(len(known) - 1) // 2]
-        large = {client: norm for client, norm in norms.items() if norm > limit * usual}
-        for client, norm in large.items():
-            heard.refused[client] = f"its update has norm {norm:.3g}, more than {limit:g} times the usual {usual:.3g}"
-        accepted = {client: reply for client, reply in heard.accepted.items() if client not in large}
-        plausible = sorted(norms[client] for client in accepted)
-        return accepted, plausible[(len(plausible) - 1) // 2] if plausible else self.state.usual_norm
+    def _screen_update(self, reply: Message, header: ReplyHeader, request: Request) -> TrainReply:
+        training, client = self.config.training, request.client
+        images = self._roster.known[client].images
+        plan = TrainPlan.of(self.config, self._partition, client, images, self._minibatches(client))
+        reach = reach_of_round(self.config, request.round, plan.shared_steps, self.state.shared)
+        received = self.state.shared_moments if training.shared_moments == "average" else None
+        return screen_train(reply, header, plan, reach, self.state.shared, received, training.gradient_clip)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -269,22 +278,19 @@ class SharedRepresentationStrategy(Strategy):
         total = settings.samples if final else settings.samples_between
         clients = self._available()
         self._away = [client for client in self.state.clients if client not in clients]
-        return [
-            self._request(EVALUATE, client, server_round, {SHARED: arrays}, count, final)
-            for client, count in zip(clients, shares_of_samples(total, len(clients)), strict=True)
-        ]
+        share = share_of_samples(total, self.config.federation.clients)
+        return [self._request(EVALUATE, client, server_round, {SHARED: arrays}, share, final) for client in clients]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Screen the samples and score them; None where no client sent any."""
         settings = self.config.evaluation
-        heard = self._hear(replies, self._screen_evaluation())
+        heard = self._hear(replies, self._screen_evaluation)
         if not heard.accepted:
             self._observer.on_notice(f"evaluation {server_round}: no client took part")
             return None
         scores, floor = self._score(heard.accepted)
         curves = {client: reply.ssim for client, reply in heard.accepted.items() if reply.ssim}
         timesteps = sorted({timestep for curve in curves.values() for timestep in curve})
-        windows = [_number(reply, "ssim_window") for reply in heard.accepted.values() if reply.ssim]
         record = EvaluationRecord(
             round=server_round,
             final=server_round == self.config.federation.rounds,
@@ -297,7 +303,7 @@ class SharedRepresentationStrategy(Strategy):
             ssim_timestep=settings.ssim_timestep,
             ssim={t: _mean([curve[t] for curve in curves.values() if t in curve]) for t in timesteps},
             ssim_by_client={client: curve[settings.ssim_timestep] for client, curve in curves.items()},
-            ssim_window=int(max(windows, default=0)),
+            ssim_window=ssim_window(*self.state.shape[:2]) if curves else 0,
             audits={c: reply.audit for c, reply in heard.accepted.items() if reply.audit is not None},
             grids={
                 client: reply.images.numpy()[: settings.grid_columns]
@@ -314,14 +320,14 @@ class SharedRepresentationStrategy(Strategy):
         self._observer.on_evaluation(record)
         return MetricRecord({record.score_name: record.score, **{f"ssim@{t}": v for t, v in record.ssim.items()}})
 
-    def _screen_evaluation(self) -> Callable[..., EvaluateReply]:
-        settings, network = self.config.evaluation, self._evaluation.network
-        if settings.mode == "samples":
-            return partial(screen_samples, shape=self.state.shape, timestep=settings.ssim_timestep)
-        dimension = network.dimension_of(self.state.shape[-1])
-        return partial(
-            screen_moments, dimension=dimension, features=network.fingerprint, timestep=settings.ssim_timestep
+    def _screen_evaluation(self, reply: Message, header: ReplyHeader, request: Request) -> EvaluateReply:
+        known, network = self._roster.known[request.client], self._evaluation.network
+        plan = EvaluatePlan.of(
+            self.config, self.state.shape, known.images, known.test_images, request.samples, request.final
         )
+        if not plan.moments:
+            return screen_samples(reply, header, plan)
+        return screen_moments(reply, header, plan, network.dimension_of(plan.shape[-1]), network.fingerprint)
 
     def _score(self, accepted: Mapping[str, EvaluateReply]) -> tuple[Scores, float | None]:
         """The scores of the replies, and what the clients' real training images would score."""
@@ -451,7 +457,9 @@ class SharedRepresentationStrategy(Strategy):
             return "not connected"
         return "connected, but no reply in time; restart that site if it is not at work"
 
-    def _hear(self, replies: Iterable[Message], screen: Callable[..., ReplyT]) -> _Heard[ReplyT]:
+    def _hear(
+        self, replies: Iterable[Message], screen: Callable[[Message, ReplyHeader, Request], ReplyT]
+    ) -> _Heard[ReplyT]:
         """Screen the replies of the last exchange, by client in sorted order."""
         accepted: dict[str, ReplyT] = {}
         attempts: dict[str, str] = {}
@@ -466,9 +474,8 @@ class SharedRepresentationStrategy(Strategy):
                 missing[client] = reason_of_failure(reply)
                 continue
             header = ReplyHeader(client, request.attempt, request.round)
-            extra = {"samples": request.samples} if message.metadata.message_type == EVALUATE else {}
             try:
-                accepted[client] = screen(reply, header, **extra)
+                accepted[client] = screen(reply, header, request)
                 attempts[client] = request.attempt
             except RefusedError as error:
                 refused[client] = str(error)
@@ -498,17 +505,11 @@ def _new_attempt(server_round: int) -> str:
     return f"round-{server_round:05d}-{uuid4().hex[:8]}"
 
 
-def _number(reply: TrainReply | EvaluateReply, name: str) -> float:
-    value = reply.metrics[name]
-    assert not isinstance(value, list), f"screening lets no list through as {name}"
-    return float(value)
-
-
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
 def _mean_by_quarter(replies: Iterable[TrainReply]) -> list[float]:
     """Mean loss of each quarter of the timestep range over the clients that drew one from it."""
-    curves = torch.tensor([reply.metrics["loss_by_quarter"] for reply in replies], dtype=torch.float64)
+    curves = torch.tensor([reply.loss_by_quarter for reply in replies], dtype=torch.float64)
     return curves.nanmean(dim=0).tolist()

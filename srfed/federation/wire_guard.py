@@ -14,22 +14,24 @@ from dataclasses import fields
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
-from srfed.config import RunConfig, parse_config_json
-from srfed.evaluation.memorisation import Memorisation
+from srfed.config import parse_config_json
+from srfed.errors import UserError
+from srfed.federation.admission import Admitted, admit
+from srfed.federation.agreement import RequestRefusedError
+from srfed.federation.bounds import EvaluatePlan, Number, TrainPlan
 from srfed.federation.messages import (
-    AUDIT,
     DESCRIBE,
     EVALUATE,
     FAILED,
     GENERATED,
     LAYOUT,
     METRICS,
+    REFUSED,
     REPLY,
     SETS,
     SHARED,
     SHARED_MOMENTS,
     STATISTICS,
-    TRAIN,
     Description,
     Layout,
     ReplyHeader,
@@ -40,15 +42,9 @@ from srfed.federation.messages import (
 )
 from srfed.federation.runtime import runtime_for
 from srfed.federation.screening import moment_templates
-from srfed.federation.site import own_task, site_of
+from srfed.federation.site import Site, deployed_site, is_simulated, site_of
 from srfed.federation.site_log import write_to_log
-from srfed.training.local import LOSS_QUARTERS
 
-TRAIN_METRICS = frozenset({"examples", "loss", "loss_by_quarter", "images", "seconds", "shared_steps"})
-EVALUATE_METRICS = frozenset({"ssim", "ssim_timesteps", "ssim_images", "ssim_window", "seconds"}) | {
-    f"{AUDIT}{space}_{field.name}" for space in ("pixels", "features") for field in fields(Memorisation)
-}
-MOMENT_COUNTS = frozenset(f"{name}_count" for name in SETS)
 LONGEST_TEXT = 200
 NPY_HEADER = 256
 """Bytes that an array may have beyond its values: numpy's header takes 128."""
@@ -59,37 +55,39 @@ class NotAllowedError(Exception):
 
 
 def wire_guard(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-    """Run the handler; pass its reply on only if the protocol allows every part of it."""
+    """Run the handler for what the owner has agreed to; pass its reply on only if every part of it is allowed."""
     try:
+        admitted = admit(message, context)
         reply = call_next(message, context)
         if reply.has_error():
             raise NotAllowedError("the handler made an error reply of its own")
-        check_outgoing(message, context, reply.content)
+        check_outgoing(message.metadata.message_type, admitted, reply.content)
         return reply
+    except RequestRefusedError as refusal:
+        _log(message, context, f"refused: {refusal}" + (f" ({refusal.detail})" if refusal.detail else ""))
+        return Message(Error(REFUSED, str(refusal)), reply_to=message)
+    except UserError as error:
+        _log(message, context, f"failed: {error}")
     except Exception:
         _log(message, context, traceback.format_exc())
-        # The exception's text may quote data or paths, so the server learns only that there was one.
-        return Message(Error(FAILED, "failed; the reason is in the client's own log"), reply_to=message)
+    # The text of an exception may quote data or paths, so the server learns only that there was one.
+    return Message(Error(FAILED, "failed; the reason is in the client's own log"), reply_to=message)
 
 
-def check_outgoing(message: Message, context: Context, content: RecordDict) -> None:
-    """Compare a reply with what its request allows; raises NotAllowedError naming what it must not hold."""
-    request = Request.of(message.content)
-    config = parse_config_json(request.config)
-    kind = message.metadata.message_type
-    arrays, metrics, header = _allowed(kind, config, request, context)
+def check_outgoing(kind: str, admitted: Admitted, content: RecordDict) -> None:
+    """Compare a reply with what was admitted; raises NotAllowedError naming what it must not hold."""
+    arrays, numbers, header = _allowed(kind, admitted)
     for name, record in content.items():
         if isinstance(record, ArrayRecord):
             if name not in arrays:
                 raise NotAllowedError(f"arrays {name!r} in a reply to {kind}")
             _check_arrays(name, record, arrays[name], kind)
         elif isinstance(record, MetricRecord):
-            extra = sorted(set(record) - metrics)
+            extra = sorted(set(record) - set(numbers))
             if name != METRICS or extra:
                 raise NotAllowedError(f"number {extra[:1]} in record {name!r} of a reply to {kind}")
-            longest = max(LOSS_QUARTERS, 1 + len(config.evaluation.ssim_curve))
-            if any(isinstance(value, list) and len(value) > longest for value in record.values()):
-                raise NotAllowedError(f"a list of more than {longest} numbers in a reply to {kind}")
+            if unlike := [key for key, sent in record.items() if not numbers[key].fits(sent)]:
+                raise NotAllowedError(f"another list or number as {unlike[0]!r} in a reply to {kind}")
         elif isinstance(record, ConfigRecord):
             extra = sorted(set(record) - header)
             if name != REPLY or extra:
@@ -120,35 +118,44 @@ def _check_arrays(name: str, record: ArrayRecord, expected: Layout, kind: str) -
             )
 
 
-def _allowed(
-    kind: str, config: RunConfig, request: Request, context: Context
-) -> tuple[dict[str, Layout], frozenset[str], frozenset[str]]:
-    """Arrays by record, metric names and header fields that a reply to this kind may hold."""
+def _allowed(kind: str, admitted: Admitted) -> tuple[dict[str, Layout], dict[str, Number], frozenset[str]]:
+    """Arrays by record, numbers and header fields that a reply to this kind may hold."""
+    config, request, task = admitted.config, admitted.request, admitted.task
     header = frozenset(field.name for field in fields(ReplyHeader))
     if kind == DESCRIBE:
-        return {}, frozenset(), frozenset(field.name for field in fields(Description))
-    shape = own_task(config.data, site_of(context, config)).train.shape[1:]
-    if kind == EVALUATE and config.evaluation.mode == "moments":
-        dimension = runtime_for(request, shape[-1]).feature_network.dimension_of(shape[-1])
-        shapes = {"mean": (dimension,), "scatter": (dimension, dimension)}
-        layout: Layout = [(f"{name}.{part}", "float64", size) for name in SETS for part, size in shapes.items()]
-        return {STATISTICS: layout}, EVALUATE_METRICS | MOMENT_COUNTS, header
+        return {}, {}, frozenset(field.name for field in fields(Description))
+    runtime, (height, width, channels) = runtime_for(admitted), task.train.shape[1:]
     if kind == EVALUATE:
-        counts = {"images": request.samples, "strip": config.evaluation.strip_steps if request.samples else 0}
-        return {GENERATED: [(name, "uint8", (n, *shape)) for name, n in counts.items()]}, EVALUATE_METRICS, header
-    if kind == TRAIN:
-        runtime = runtime_for(request, shape[-1])
-        shared = runtime.partition.take_shared(runtime.model.state_dict())
-        arrays = {SHARED: layout_of(shared)}
-        if config.training.shared_moments == "average":
-            arrays[SHARED_MOMENTS] = layout_of(moment_templates(shared))
-        return arrays, TRAIN_METRICS, header
-    raise NotAllowedError(f"a reply to a message of unknown kind {kind!r}")
+        shape, images = (height, width, channels), (len(task.train), len(task.test))
+        evaluated = EvaluatePlan.of(config, shape, *images, request.samples, request.final)
+        numbers = evaluated.numbers() | (evaluated.audit_numbers() if evaluated.audited else {})
+        layout: Layout
+        if evaluated.moments:
+            dimension = runtime.feature_network.dimension_of(channels)
+            shapes = {"mean": (dimension,), "scatter": (dimension, dimension)}
+            layout = [(f"{name}.{part}", "float64", size) for name in SETS for part, size in shapes.items()]
+            return {STATISTICS: layout}, numbers, header
+        counts = {"images": evaluated.samples, "strip": evaluated.strip}
+        layout = [(name, "uint8", (count, *shape)) for name, count in counts.items()]
+        return {GENERATED: layout}, numbers, header
+    shared = runtime.partition.take_shared(runtime.model.state_dict())
+    arrays = {SHARED: layout_of(shared)}
+    if config.training.shared_moments == "average":
+        arrays[SHARED_MOMENTS] = layout_of(moment_templates(shared))
+    trained = TrainPlan.of(config, runtime.partition, admitted.site.client, len(task.train), 0)
+    return arrays, trained.numbers(), header
 
 
 def _log(message: Message, context: Context, text: str) -> None:
     """Append to the client's own log, or to standard error where even its site is unknown."""
     site = None
     with suppress(Exception):
-        site = site_of(context, parse_config_json(Request.of(message.content).config))
+        site = _site(message, context)
     write_to_log(site, message.metadata.message_type, text)
+
+
+def _site(message: Message, context: Context) -> Site:
+    """Whose log it is: a deployed site knows that whatever the message says."""
+    if not is_simulated(context):
+        return deployed_site(context.node_config)
+    return site_of(context, parse_config_json(Request.of(message.content).config))

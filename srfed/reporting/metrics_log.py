@@ -3,16 +3,23 @@
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from srfed.errors import UserError
-from srfed.files import write_bytes
+from srfed.errors import DamagedError
+from srfed.files import FORMAT, append_text, check_format, exists, read_bytes, write_bytes
 from srfed.reporting.records import EvaluationRecord, RoundRecord, TaskInfo
 
 Line = dict[str, Any]
 PICTURES = ("grids", "strips")
+_KINDS: dict[str, dict[str, type]] = {
+    "tasks": {"tasks": list},
+    "round": {"round": int},
+    "evaluation": {"round": int, "final": bool},
+}
+"""What the lines are, and what each must have."""
 
 
 class MetricsLog:
@@ -24,12 +31,11 @@ class MetricsLog:
     def begin(self, last_round: int, tasks: list[TaskInfo]) -> None:
         """Keep the lines up to a round, drop later ones: a resumed run writes those again."""
         kept = [line for line in self.lines() if line["kind"] != "tasks" and line["round"] <= last_round]
-        head = {"kind": "tasks", "tasks": [asdict(task) for task in tasks]}
-        write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in [head, *kept]).encode())
+        write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in [_head(tasks), *kept]).encode())
 
     def add_task(self, task: TaskInfo) -> None:
         """A client that joins later."""
-        self._append({"kind": "tasks", "tasks": [asdict(known) for known in (*self.tasks(), task)]})
+        self._append(_head([*self.tasks(), task]))
 
     def add_round(self, record: RoundRecord) -> None:
         self._append({"kind": "round", **asdict(record)})
@@ -40,16 +46,23 @@ class MetricsLog:
         self._append({"kind": "evaluation", **fields})
 
     def lines(self) -> Iterator[Line]:
-        """The lines of the file; none where there is no file yet."""
-        if not self.path.exists():
+        """The lines of the file; none where there is no file yet.
+
+        Raises:
+            DamagedError: a line before the last is no line of ours; the text says which.
+            UserError: the file cannot be read, or is of a newer srfed.
+        """
+        if not exists(self.path):
             return
-        for text in self.path.read_text(encoding="utf-8").splitlines():
+        *whole, rest = read_bytes(self.path).split(b"\n")
+        for number, text in enumerate(whole, 1):
             try:
-                line = json.loads(text)
-            except ValueError:
-                # A crash in the middle of an append; the run writes this line again.
-                continue
-            yield line
+                yield self._line(json.loads(text.decode()))
+            except ValueError as error:
+                raise DamagedError(f"{self.path} is damaged in line {number}; remove that line") from error
+        # What a crash in the middle of an append has left is no line yet; the run writes it again.
+        with suppress(ValueError):
+            yield self._line(json.loads(rest.decode()))
 
     def rounds(self) -> list[Line]:
         return [line for line in self.lines() if line["kind"] == "round"]
@@ -60,14 +73,25 @@ class MetricsLog:
     def tasks(self) -> list[TaskInfo]:
         """The clients of the run, as the last of their lines has them."""
         last = [line for line in self.lines() if line["kind"] == "tasks"][-1:]
-        return [TaskInfo(**task) for line in last for task in line["tasks"]]
+        try:
+            return [TaskInfo(**task) for line in last for task in line["tasks"]]
+        except TypeError as error:
+            raise DamagedError(f"{self.path} is damaged: {error}") from error
+
+    def _line(self, line: Any) -> Line:
+        """What was read, if it is a line of ours; raises ValueError for anything else, UserError for a newer one."""
+        kinds = _KINDS.get(str(line.get("kind"))) if isinstance(line, dict) else None
+        if kinds is None or not all(isinstance(line.get(key), kind) for key, kind in kinds.items()):
+            raise ValueError("no line of a run")
+        check_format(self.path, line)
+        return dict(line)
 
     def _append(self, line: Line) -> None:
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
+        append_text(self.path, json.dumps(_finite(line), allow_nan=False) + "\n")
+
+
+def _head(tasks: list[TaskInfo]) -> Line:
+    return {"kind": "tasks", FORMAT: 1, "tasks": [asdict(task) for task in tasks]}
 
 
 def _finite(value: Any) -> Any:

@@ -49,8 +49,8 @@ def draw_grid(rows: Mapping[str, Images], titles: Sequence[str] = ()) -> Images:
     return np.asarray(sheet)
 
 
-def write_png(path: Path, picture: Images) -> None:
-    """Write a picture atomically; raises UserError where it cannot."""
+def write_png(path: Path, picture: Images, *, private: bool = True) -> None:
+    """Write a picture atomically, as :func:`~srfed.files.write_bytes` does; raises UserError where it cannot."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG")
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue(), private=private)

@@ -1,11 +1,14 @@
 """What happened, as plain records: what the server tells and what is written, printed and drawn."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from srfed.evaluation.memorisation import Audit
+if TYPE_CHECKING:
+    # It imports torch, and a command says what is wrong with its options before that.
+    from srfed.evaluation.memorisation import Audit
 
 Images = NDArray[np.uint8]
 
@@ -31,6 +34,7 @@ class RoundRecord:
         accepted: clients whose update is in φ.
         refused: reason by client, for replies that are not.
         missing: reason by client, for those that were away or did not reply in time.
+        shortened: what the updates that were too long were multiplied by, by client.
         images: training images seen in the round.
         images_per_second: over the round's wall time, all clients together.
         bytes_up, bytes_down: of this round's messages.
@@ -55,6 +59,7 @@ class RoundRecord:
     update_norm: float
     disagreement: float
     seconds: float
+    shortened: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class EvaluationRecord:
     ssim: dict[int, float]
     ssim_by_client: dict[str, float]
     ssim_window: int
-    audits: dict[str, Audit]
+    audits: "dict[str, Audit]"
     grids: dict[str, Images] = field(repr=False)
     strips: dict[str, Images] = field(repr=False)
     refused: dict[str, str]

@@ -1,12 +1,15 @@
 """The reporter: what the server tells goes to the terminal, metrics.jsonl, TensorBoard and pictures."""
 
+import re
 import sys
-import time
+from contextlib import suppress
 from typing import Never
 
 from tqdm import tqdm
 
+from srfed.files import list_folder
 from srfed.reporting.metrics_log import MetricsLog
+from srfed.reporting.pace import Pace
 from srfed.reporting.pictures import draw_grid, write_png
 from srfed.reporting.records import EvaluationRecord, RoundRecord, TaskInfo
 from srfed.reporting.run_directory import RunDirectory
@@ -27,20 +30,22 @@ class Reporter:
         self._tensorboard: TensorBoard | None = None
         self._bar: tqdm[Never] | None = None
         self._order: list[str] = []
-        self._first = 0
-        self._began = 0.0
+        self._pace = Pace(run.config)
 
     def begin(self, last_round: int, tasks: list[TaskInfo]) -> None:
         """Start, or go on after ``last_round``; ``tasks`` in the order of display, before those that are away."""
         here = {task.client for task in tasks}
         tasks = [*tasks, *(task for task in self._log.tasks() if last_round and task.client not in here)]
+        if last_round and not self._log.rounds():
+            self.on_notice(f"{self._run.metrics} has nothing of rounds 1 to {last_round}; it begins anew")
         self._log.begin(last_round, tasks)
-        self._tensorboard = TensorBoard(self._run.tensorboard, self._run.config, last_round)
+        self._drop_pictures(last_round)
+        self._tensorboard = TensorBoard(self._run.tensorboard, self._run.config, last_round, self.on_notice)
         self._order = [task.client for task in tasks]
-        self._first = last_round
-        self._began = time.monotonic()
+        self._pace.begin(last_round)
         if last_round:
-            print(f"going on after round {last_round}", flush=True)
+            over = last_round >= self._run.config.federation.rounds
+            print(f"going on after round {last_round}{', the last: nothing is trained' if over else ''}", flush=True)
 
     def on_join(self, task: TaskInfo) -> None:
         if task.client not in self._order:
@@ -66,12 +71,12 @@ class Reporter:
         if self._tensorboard is not None:
             self._tensorboard.add_round(record)
         last = self._run.config.federation.rounds
-        per_round = (time.monotonic() - self._began) / (record.round - self._first)
+        left = self._pace.seconds_left(record, clients=len(self._order))
         print(
             f"round {record.round:>{len(str(last))}}/{last}  loss {record.loss:.4f}  "
             f"{record.images_per_second:,.0f} images/s  "
             f"up {bytes_in_words(record.bytes_up)}  down {bytes_in_words(record.bytes_down)}  "
-            f"left {seconds_in_words(per_round * (last - record.round))}",
+            f"left {seconds_in_words(left)}",
             flush=True,
         )
         self._tell_absent(record.refused, record.missing)
@@ -86,6 +91,7 @@ class Reporter:
             write_png(self._run.samples / f"round-{record.round:05d}.png", pictures["samples"])
             write_png(self._run.samples / f"reverse-process-{record.round:05d}.png", pictures["reverse_process"])
         self._log.add_evaluation(record)
+        self._pace.count(record, clients=len(self._order))
         if self._tensorboard is not None:
             self._tensorboard.add_evaluation(record, pictures)
         words = [f"{record.score_name} {record.score:.3f} ({record.samples} samples"]
@@ -102,6 +108,9 @@ class Reporter:
                     "held-out images",
                     flush=True,
                 )
+        unaudited = [client for client in record.score_by_client if client not in record.audits]
+        if record.final and unaudited and self._run.config.evaluation.memorisation_quantile:
+            print(f"  no memorisation audit: {', '.join(unaudited)}; a client's own log says why", flush=True)
         self._tell_absent(record.refused, record.missing)
 
     def on_notice(self, text: str) -> None:
@@ -113,6 +122,14 @@ class Reporter:
         self._close_bar()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+    def _drop_pictures(self, last_round: int) -> None:
+        """A resumed run draws those of later rounds again."""
+        for name in list_folder(self._run.samples):
+            number = re.fullmatch(r"(?:round|reverse-process)-(\d+)\.png", name)
+            if number is not None and int(number[1]) > last_round:
+                with suppress(OSError):
+                    (self._run.samples / name).unlink()
 
     def _tell_absent(self, refused: dict[str, str], missing: dict[str, str]) -> None:
         for word, reasons in (("refused", refused), ("missing", missing)):

@@ -1,7 +1,9 @@
 """The folder of one run, and where everything in it lies.
 
+README.txt       who may see what
 config.yaml      the whole configuration
-run.json         lineage, version, when it began
+run.json         lineage, version, when it began, the settings that decide its result
+images.json      fingerprints of the images that it was begun with
 metrics.jsonl    one line a round, one an evaluation: what TensorBoard shows, as numbers
 summary.txt      the table printed at the end
 samples/         grids of samples and reverse-process strips, PNG
@@ -11,17 +13,45 @@ clients/         simulation only: each client's own store, with θ_i and the cli
 """
 
 import platform
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
+
+import yaml
 
 from srfed import __version__
 from srfed.config import RunConfig, load_config
+from srfed.config.sections import fingerprint_of
 from srfed.errors import UserError
-from srfed.files import held, read_json, write_bytes, write_json
+from srfed.files import (
+    close_to_others,
+    exists,
+    held,
+    list_folder,
+    new_folder,
+    private,
+    read_json,
+    write_bytes,
+    write_json,
+)
+
+LOCK = "lock"
+README = """The folder of a run of srfed; docs/run_folder.md says what each file is.
+
+Who may see it? Not everybody. Where all parties are simulated on one machine, clients/ holds what no party of a
+real federation gives away: every exclusive part, and in memorisation/ crops of real training images. The folder is
+therefore its owner's alone (mode 0700); whoever passes it on passes on those images too. config.yaml, run.json,
+metrics.jsonl and summary.txt are settings and numbers, samples/ and tensorboard/ hold generated images besides.
+server/ holds the shared part, which every party has seen.
+"""
+_KINDS = {"lineage": str, "fingerprint": str}
+_held: set[Path] = set()
+"""The runs that this process has."""
 
 
 @dataclass(frozen=True)
@@ -34,59 +64,94 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path | None, config: RunConfig) -> "RunDirectory":
-        """Begin a run in a new or empty folder; None takes runs/<name>-<time>.
+        """Begin a run in a new or empty folder; None takes runs/<name>-<time>, which no other run has.
 
         Raises:
-            UserError: the folder holds something already, or cannot be written.
+            UserError: the folder holds something already, another process begins a run there, or it cannot be written.
         """
         if path is None:
-            path = Path("runs") / f"{config.name}-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
+            path = new_folder(Path("runs") / f"{config.name}-{datetime.now().strftime('%Y%m%d-%H%M%S')}")
         path = path.absolute()
-        if (path / "run.json").exists():
-            raise UserError(f"{path} holds a run already; continue it with --resume {path}, or name another folder")
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} is not an empty folder; name another one with --run-dir")
-        run = cls(path, config, uuid4().hex[:12])
-        write_bytes(run.config_file, config.to_yaml().encode())
-        identity = {
-            "lineage": run.lineage,
-            "srfed": __version__,
-            "torch": version("torch"),
-            "python": platform.python_version(),
-            "began": datetime.now(UTC).isoformat(timespec="seconds"),
-            "fingerprint": config.fingerprint(),
-        }
-        write_json(path / "run.json", identity)
+        _refuse_used(path)
+        with held(path / LOCK, wait=False):
+            _refuse_used(path)
+            close_to_others(path)
+            run = cls(path, config, uuid4().hex[:12])
+            write_bytes(path / "README.txt", README.encode())
+            write_bytes(run.config_file, config.to_yaml().encode())
+            identity = {
+                "lineage": run.lineage,
+                "srfed": __version__,
+                "torch": version("torch"),
+                "python": platform.python_version(),
+                "began": datetime.now(UTC).isoformat(timespec="seconds"),
+                **_of_configuration(config),
+            }
+            write_json(run.identity_file, identity)
         return run
 
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
-        """Open a run's folder; raises UserError where it is none, or its files are damaged."""
+        """Open a run's folder.
+
+        Raises:
+            UserError: it is none, its files are damaged, or its config.yaml is not what the run was begun with.
+        """
         path = path.absolute()
-        if not (path / "run.json").is_file():
+        if not exists(path / "run.json"):
             raise UserError(f"{path} is not the folder of a run: it has no run.json")
-        identity = read_json(path / "run.json", "lineage")
-        return cls(path, load_config(path / "config.yaml"), str(identity["lineage"]))
+        identity = read_json(path / "run.json", kinds=_KINDS)
+        run = cls(path, load_config(path / "config.yaml"), str(identity["lineage"]))
+        run._refuse_edited(identity)
+        return run
 
     def reconfigure(self, config: RunConfig) -> "RunDirectory":
         """The same run under a configuration that may differ in what does not decide its result.
 
+        Nothing is written before somebody has the run to himself, see :meth:`in_use`.
+
         Raises:
-            UserError: it differs in something else; the text names it.
+            UserError: it differs in something else, or ends before what there is already; the text names it.
         """
         if config.fingerprint() != self.config.fingerprint():
             changed = ", ".join(self.config.decisive_differences(config))
             raise UserError(f"{self.path} was begun with another configuration: {changed}")
-        write_bytes(self.config_file, config.to_yaml().encode())
-        return RunDirectory(self.path, config, self.lineage)
+        run = RunDirectory(self.path, config, self.lineage)
+        run._refuse_fewer_rounds()
+        return run
 
-    def in_use(self) -> AbstractContextManager[None]:
-        """Hold the run for this process; entering raises UserError where another one has it."""
-        return held(self.path / "lock", wait=False)
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Hold the run for this process, then write down its configuration; a process that has it may enter again.
+
+        Whatever is made meanwhile, by libraries too, is for the owner alone.
+
+        Raises:
+            UserError: another process has it, or the configuration no longer fits what that has left.
+        """
+        if self.path in _held:
+            yield
+            return
+        with held(self.path / LOCK, wait=False), private():
+            _held.add(self.path)
+            try:
+                self._refuse_fewer_rounds()
+                self._write_configuration()
+                yield
+            finally:
+                _held.discard(self.path)
 
     @property
     def config_file(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def images(self) -> Path:
+        return self.path / "images.json"
+
+    @property
+    def identity_file(self) -> Path:
+        return self.path / "run.json"
 
     @property
     def metrics(self) -> Path:
@@ -113,6 +178,67 @@ class RunDirectory:
         return self.path / "clients"
 
     @property
+    def last_round(self) -> int | None:
+        """The round of the last checkpoint, None before the first; raises UserError where that cannot be read."""
+        # Importing torch takes seconds, and beginning a run needs none of it.
+        from srfed.checkpoints.server_state import ServerCheckpoints
+
+        return max(ServerCheckpoints(self.server, 1).rounds(), default=None)
+
+    @property
     def started(self) -> bool:
         """Whether the server has written a checkpoint."""
-        return any(self.server.glob("round-*"))
+        return self.last_round is not None
+
+    def _refuse_edited(self, identity: Mapping[str, Any]) -> None:
+        """Compare config.yaml with what run.json says of the settings that decide the result."""
+        now, begun = self.config.decisive_settings(), identity.get("settings")
+        if begun is None:
+            # Of before formats had versions: the fingerprint of the settings that there were then.
+            named = _names(self.config_file)
+            if fingerprint_of({name: now[name] for name in now if name in named}) == identity["fingerprint"]:
+                return
+            changed = "the fingerprint in run.json is another"
+        else:
+            changed = ", ".join(
+                f"{name}: {value!r} -> {now[name]!r}"
+                for name, value in dict(begun).items()
+                if name in now and now[name] != value
+            )
+        if changed:
+            raise UserError(
+                f"{self.config_file} is not what the run was begun with ({changed}): put it back; what may change is "
+                "changed with --resume and --set"
+            )
+
+    def _refuse_fewer_rounds(self) -> None:
+        done, asked = self.last_round, self.config.federation.rounds
+        if done is not None and asked < done:
+            raise UserError(f"federation.rounds = {asked}, and {self.path} has {done} already; allowed: {done} or more")
+
+    def _write_configuration(self) -> None:
+        if load_config(self.config_file) == self.config:
+            return
+        identity = read_json(self.identity_file, kinds=_KINDS)
+        if "settings" not in identity:
+            # Its fingerprint is of the settings that config.yaml names now, which may become more.
+            write_json(self.identity_file, {**identity, **_of_configuration(self.config)})
+        write_bytes(self.config_file, self.config.to_yaml().encode())
+
+
+def _of_configuration(config: RunConfig) -> dict[str, Any]:
+    return {"fingerprint": config.fingerprint(), "settings": config.decisive_settings()}
+
+
+def _refuse_used(path: Path) -> None:
+    if exists(path / "run.json"):
+        raise UserError(f"{path} holds a run already; continue it with --resume {path}, or name another folder")
+    if exists(path) and (not path.is_dir() or set(list_folder(path)) - {LOCK}):
+        raise UserError(f"{path} is not an empty folder; name another one with --run-dir")
+
+
+def _names(file: Path) -> set[str]:
+    """The settings that a configuration file names, as :meth:`RunConfig.settings` names them."""
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    sections = {name: value for name, value in content.items() if isinstance(value, dict)}
+    return (set(content) - set(sections)) | {f"{name}.{key}" for name, keys in sections.items() for key in keys}

@@ -1,28 +1,42 @@
 """The run's curves and pictures for TensorBoard."""
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from srfed.config import RunConfig
+from srfed.errors import UserError
 from srfed.reporting.pictures import Images
 from srfed.reporting.records import EvaluationRecord, RoundRecord
 
 
 class TensorBoard:
-    """Event files of one run.
+    """Event files of one run. Where they cannot be written any more, that is told once, and the run goes on.
 
     Args:
         folder: where they lie.
         config: shown as text.
         last_round: a resumed run's last finished round; what was shown of later ones disappears.
+        notice: told where the files cannot be written.
+
+    Raises:
+        UserError: they cannot even be begun.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, last_round: int) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=last_round + 1 if last_round else None)
+    def __init__(self, folder: Path, config: RunConfig, last_round: int, notice: Callable[[str], object]) -> None:
+        self._folder, self._notice = folder, notice
+        _hush_writing_threads()
+        try:
+            self._writer: SummaryWriter | None = SummaryWriter(
+                str(folder), purge_step=last_round + 1 if last_round else None
+            )
+        except OSError as error:
+            raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
         indented = "".join(f"    {line}\n" for line in config.to_yaml().splitlines())
-        self._writer.add_text("config", indented, last_round)
+        self._write(lambda writer: writer.add_text("config", indented, last_round))
 
     def add_round(self, record: RoundRecord) -> None:
         values = {
@@ -42,9 +56,7 @@ class TensorBoard:
             **{f"took_part/{client}": 1 for client in record.accepted},
             **{f"took_part/{client}": 0 for client in (*record.refused, *record.missing)},
         }
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, record.round)
-        self._writer.flush()
+        self._write(partial(_add, values=values, pictures={}, step=record.round))
 
     def add_evaluation(self, record: EvaluationRecord, pictures: Mapping[str, Images]) -> None:
         values = {
@@ -60,11 +72,39 @@ class TensorBoard:
         }
         if record.floor is not None:
             values[f"{record.score_name}/real_images"] = record.floor
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, record.round)
-        for name, picture in pictures.items():
-            self._writer.add_image(name, picture, record.round, dataformats="HWC")
-        self._writer.flush()
+        self._write(partial(_add, values=values, pictures=pictures, step=record.round))
 
     def close(self) -> None:
-        self._writer.close()
+        self._write(SummaryWriter.close)
+
+    def _write(self, what: Callable[[SummaryWriter], object]) -> None:
+        if self._writer is None:
+            return
+        try:
+            what(self._writer)
+        except OSError as error:
+            self._writer = None
+            self._notice(
+                f"cannot write {self._folder}: {error.strerror or error}; its curves end here, and the run goes on"
+            )
+
+
+def _hush_writing_threads() -> None:
+    """A thread of TensorBoard's that fails is told of by the next call; its traceback says nothing more."""
+    others = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        tensorboards = type(arguments.thread).__module__.startswith("tensorboard.")
+        if not (tensorboards and isinstance(arguments.exc_value, OSError)):
+            others(arguments)
+
+    if getattr(others, "__module__", "") != __name__:
+        threading.excepthook = hook
+
+
+def _add(writer: SummaryWriter, values: Mapping[str, float], pictures: Mapping[str, Images], step: int) -> None:
+    for name, value in values.items():
+        writer.add_scalar(name, value, step)
+    for name, picture in pictures.items():
+        writer.add_image(name, picture, step, dataformats="HWC")
+    writer.flush()

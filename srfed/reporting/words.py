@@ -23,5 +23,9 @@ def seconds_in_words(seconds: float) -> str:
 
 
 def printable(text: str, longest: int = 200) -> str:
-    """Another party's text as one line that is safe for a log and a terminal, of at most so many letters."""
-    return "".join(letter if letter.isprintable() else " " for letter in text[:longest])
+    """A text that anybody may have written, as it may reach a terminal, a log or a curve's name: one line, cut to
+    length, without what is not printed (escapes, control characters, marks that turn the direction of writing)."""
+    begin = text[: 4 * longest]
+    words = "".join(letter if letter.isprintable() else " " for letter in begin).split()
+    line = " ".join(words)
+    return line if len(line) <= longest and len(begin) == len(text) else f"{line[: longest - 1]}…"

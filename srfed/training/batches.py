@@ -64,6 +64,14 @@ class MinibatchOrder:
             first, wanted = first + len(parts[-1]), wanted - len(parts[-1])
         return torch.cat(parts)
 
+    def images_until(self, step: int) -> int:
+        """How many images the steps before this one have seen, with repetition."""
+        if self.across_passes:
+            return step * self.batch_size
+        number, position = divmod(step, self.steps_per_pass)
+        in_pass = min(self.images, self.steps_per_pass * self.batch_size)
+        return number * in_pass + min(self.images, position * self.batch_size)
+
     def _in_pass(self, number: int) -> Tensor:
         if number != self._pass:
             generator = derive_generator(self._seed, "minibatch order", self._task, number)

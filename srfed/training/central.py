@@ -169,7 +169,7 @@ class CentralTrainer:
                 on_shared.step()
                 decay = step_decay(training.ema_decay, training.ema_warmup, state.steps + step)
                 update_average(shared_average, shared, decay)
-        loss, loss_by_quarter = all_losses.read()
+        loss, loss_by_quarter, _ = all_losses.read()
         seconds = time.perf_counter() - start
         return CentralResult(
             state=CentralState(

@@ -1,14 +1,14 @@
 """One client's local training: θ_i and φ on the client's own images, for one round."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from srfed.config import RunConfig
+from srfed.config import RunConfig, TrainingConfig
 from srfed.data import to_model_range
 from srfed.diffusion.process import Diffusion
 from srfed.models.partition import Partition
@@ -52,6 +52,7 @@ class LocalResult:
         state: what the client keeps.
         loss: mean over the images seen of the loss, eq. (7).
         loss_by_quarter: the same for timesteps in each quarter of 1..T; NaN where none was drawn.
+        images_by_quarter: images behind each of these, with repetition.
         shared_steps: optimizer steps taken on φ.
         images: images seen, with repetition.
         seconds: wall time of the steps.
@@ -62,6 +63,7 @@ class LocalResult:
     state: ClientState
     loss: float
     loss_by_quarter: tuple[float, ...]
+    images_by_quarter: tuple[int, ...]
     shared_steps: int
     images: int
     seconds: float
@@ -153,12 +155,11 @@ class LocalTrainer:
         average = {name: t.to(self._device, copy=True) for name, t in state.exclusive_average.items()}
         exclusive_step = state.exclusive_steps
         meter = LossMeter(self._diffusion.timesteps, self._device)
-        steps = training.local_steps or (training.local_epochs or 0) * self._order.steps_per_pass
-        phases = _phases(training.update, steps, training.exclusive_steps, self._exclusive, self._shared)
-        shared_steps = sum(count for count, parts in phases if "shared" in parts)
+        planned = phases(training, self._order.steps_per_pass, self._exclusive, self._shared)
+        shared_steps = sum(count for count, parts in planned if "shared" in parts)
         start = time.perf_counter()
         step = 0
-        for count, parts in phases:
+        for count, parts in planned:
             active = [*(self._exclusive.values() if "exclusive" in parts else ()),
                       *(self._shared.values() if "shared" in parts else ())]  # fmt: skip
             for parameter in self._model.parameters():
@@ -188,7 +189,7 @@ class LocalTrainer:
                     exclusive_step += 1
                 meter.add(losses.detach(), batch.timesteps)
                 step += 1
-        loss, loss_by_quarter = meter.read()
+        loss, loss_by_quarter, images_by_quarter = meter.read()
         seconds = time.perf_counter() - start
 
         moments = on_shared.export_moments()
@@ -205,6 +206,7 @@ class LocalTrainer:
             ),
             loss=loss,
             loss_by_quarter=loss_by_quarter,
+            images_by_quarter=images_by_quarter,
             shared_steps=shared_steps,
             images=meter.images,
             seconds=seconds,
@@ -226,22 +228,30 @@ class LossMeter:
         self._counts.index_add_(0, quarters, torch.ones_like(losses, dtype=torch.float64))
         self.images += len(losses)
 
-    def read(self) -> tuple[float, tuple[float, ...]]:
-        return float(self._sums.sum() / self.images), tuple((self._sums / self._counts).tolist())
+    def read(self) -> tuple[float, tuple[float, ...], tuple[int, ...]]:
+        """Mean loss, mean loss of each quarter, images behind each of these."""
+        means = tuple((self._sums / self._counts).tolist())
+        return float(self._sums.sum() / self.images), means, tuple(int(count) for count in self._counts.tolist())
 
 
-def _phases(
-    update: str,
-    steps: int,
-    exclusive_steps: int | None,
-    exclusive: Mapping[str, object],
-    shared: Mapping[str, object],
+def phases(
+    training: TrainingConfig, steps_per_pass: int, exclusive: Collection[str], shared: Collection[str]
 ) -> list[tuple[int, tuple[str, ...]]]:
-    """(steps, parts trained) in order; a part that the partition leaves empty is never trained."""
+    """A round in (steps, parts trained), in order; a part that the partition leaves empty is never trained.
+
+    Args:
+        training: the run's settings.
+        steps_per_pass: minibatches in one pass over the client's images.
+        exclusive, shared: names of the tensors of θ_i and of φ.
+    """
+    steps = training.local_steps or (training.local_epochs or 0) * steps_per_pass
     present = tuple(name for name, part in (("exclusive", exclusive), ("shared", shared)) if part)
-    if update == "joint":
+    if training.update == "joint":
         return [(steps, present)]
-    counts = {"exclusive": exclusive_steps or steps, "shared": 0 if update == "exclusive" else steps}
+    counts = {
+        "exclusive": training.exclusive_steps or steps,
+        "shared": 0 if training.update == "exclusive" else steps,
+    }
     return [(counts[name], (name,)) for name in present]
 
 

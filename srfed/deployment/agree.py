@@ -1,0 +1,194 @@
+"""What a site's owner agrees to: proposed from a run's configuration, shown in words, kept in the site's own state."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from srfed.checkpoints.client_store import check_name
+from srfed.config import RunConfig
+from srfed.data import accept_images, current_images
+from srfed.deployment.certificates import certificate_fingerprint
+from srfed.errors import UserError
+from srfed.evaluation.features import load_feature_network
+from srfed.federation.admission import images_of
+from srfed.federation.agreement import (
+    AGREEMENT_FILE,
+    AgreedFeatures,
+    AgreedShared,
+    Agreement,
+    LeastImages,
+    RequestRefusedError,
+    SiteResources,
+    rules_of,
+    samples_of,
+    weak_numbers,
+)
+from srfed.reporting.words import bytes_in_words
+from srfed.training.batches import MinibatchOrder
+from srfed.training.setup import build_model, build_partition, resolve_device
+
+
+def propose(
+    config: RunConfig,
+    data: Path,
+    state_dir: Path,
+    client: str,
+    *,
+    certificate: Path | None = None,
+    least: LeastImages | None = None,
+    resources: SiteResources | None = None,
+) -> Agreement:
+    """The agreement that allows a configuration, and no more than it needs.
+
+    Args:
+        config: the run's configuration.
+        data: the site's images, a folder or an .npz file.
+        state_dir: where the site keeps its state.
+        client: the site's id.
+        certificate: what the site is to trust the coordinator by (``ca.crt``); None ties it to none.
+        least: images behind each number; None takes 20 behind feature statistics and 8 behind a mean.
+        resources: what this machine gives; None takes one thread on a device that is found.
+
+    Raises:
+        UserError: the configuration, the images or the machine do not fit, or numbers would leave that too few
+            images stand behind.
+    """
+    check_name(client)
+    least, resources = least or LeastImages(), resources or SiteResources()
+    task, _ = current_images(config.data, data, client, state_dir / client)
+    MinibatchOrder.of(config.training, len(task.train), config.training.batch_size, config.seed, client)
+    counts, samples = (len(task.train), len(task.test)), samples_of(config)
+    weak = [f"{setting}: {what}" for setting, what in weak_numbers(config, least, counts, samples)]
+    if weak:
+        raise UserError(
+            f"too few images would stand behind what leaves {client}: {'; '.join(weak)}; allowed: another "
+            "configuration, more images, or less protection with --least-statistics and --least-mean"
+        )
+    model = build_model(config, task.train.shape[-1])
+    tensors, partition = model.state_dict(), build_partition(config, model)
+    rules = rules_of(config)
+    agreement = Agreement(
+        client=client,
+        agreed=datetime.now(UTC).isoformat(timespec="seconds"),
+        coordinator=None if certificate is None else certificate_fingerprint(certificate),
+        shared=AgreedShared(
+            tensors=len(partition.shared),
+            bytes=sum(tensors[name].nbytes for name in partition.shared),
+            fingerprint=partition.fingerprint(tensors),
+        ),
+        images=images_of(task),
+        samples=samples,
+        features=_features(config, resources),
+        least_images=least,
+        resources=resources,
+        exactly=rules["exactly"],
+        at_most=rules["at_most"],
+        at_least=rules["at_least"],
+        free=tuple(rules["free"]),
+    )
+    try:
+        resolve_device(agreement.with_own_resources(config).resources)
+    except RequestRefusedError as refusal:
+        raise UserError(refusal.detail) from refusal
+    return agreement
+
+
+def _features(config: RunConfig, resources: SiteResources) -> AgreedFeatures | None:
+    evaluation = config.evaluation
+    if evaluation.mode == "samples":
+        return None
+    network = load_feature_network(evaluation.feature_network, resources.inception_weights)
+    return AgreedFeatures(network=network.name, fingerprint=network.fingerprint)
+
+
+def agree_as_rehearsed(
+    config: RunConfig, data: Path, state_dir: Path, client: str, certificate: Path | None = None
+) -> None:
+    """Agree for a site that nobody owns: to this configuration, however few images stand behind a number."""
+    resources = SiteResources(device=config.resources.device, threads=config.resources.client_cpus)
+    least = LeastImages(statistics=2, mean=1)
+    agreement = propose(config, data, state_dir, client, certificate=certificate, least=least, resources=resources)
+    agree(agreement, config, data, state_dir)
+
+
+def agree(agreement: Agreement, config: RunConfig, data: Path, state_dir: Path) -> None:
+    """Write an agreement into the site's state, and the images that it is about on record beside it.
+
+    Raises:
+        UserError: one of the two cannot be written. Without the other, the site refuses to serve.
+    """
+    accept_images(config.data, data, agreement.client, state_dir / agreement.client)
+    agreement.save(state_dir / agreement.client)
+
+
+def standing(state_dir: Path, client: str) -> Agreement | None:
+    """The agreement that a site has; None where it has none. Raises UserError where it is damaged."""
+    check_name(client)
+    folder = state_dir / client
+    return Agreement.load(folder) if (folder / AGREEMENT_FILE).exists() else None
+
+
+def fits(agreement: Agreement, config: RunConfig) -> str:
+    """Whether a configuration is within an agreement, in one line."""
+    try:
+        agreement.admit(config)
+        asked, final = samples_of(config), config.federation.rounds
+        agreement.admit_evaluation(config, final, asked.final, final=True)
+        between = [number for number in range(1, final) if config.evaluation_due(number)][:1]
+        for number in between:
+            agreement.admit_evaluation(config, number, asked.between, final=False)
+    except RequestRefusedError as refusal:
+        return f"does NOT fit: {refusal} ({refusal.detail})"
+    return "fits"
+
+
+def in_words(agreement: Agreement, config: RunConfig) -> str:
+    """What an agreement means, for its owner to read; ``config`` is one that fits it."""
+    evaluation, training, shared = config.evaluation, config.training, agreement.shared
+    stages = agreement.exactly["model.exclusive_stages"]
+    images, least = agreement.images, agreement.least_images
+    often = f"every {evaluation.every} rounds or less often, and at the end" if evaluation.every else "at the end"
+    steps = f"{training.local_steps} steps" if training.local_steps else f"{training.local_epochs} passes"
+    samples = f"{agreement.samples.final} at the end" + (
+        f", {agreement.samples.between} before" if evaluation.every else ""
+    )
+    if agreement.features is None:
+        what = f"GENERATED IMAGES ({samples}), and {evaluation.strip_steps} of a reverse process"
+    else:
+        what = (
+            f"mean and scatter of features ({agreement.features.network} {agreement.features.fingerprint[:12]}) of "
+            f"generated images ({samples}), of your {images.training} training and {images.test} test images; no image"
+        )
+    numbers = [
+        *([f"SSIM of {min(evaluation.ssim_images, images.test)} reconstructed test images, a number for each timestep"]
+          if evaluation.ssim_images else []),
+        *(["how near generated images come to yours (memorisation, 20 numbers, at the end)"]
+          if evaluation.memorisation_quantile else []),
+    ]  # fmt: skip
+    own = agreement.resources
+    return "\n".join(
+        [
+            "would leave",
+            f"  each round:  φ, {shared.tensors} tensors, {shared.bytes:,} bytes ({bytes_in_words(shared.bytes)}), "
+            f"fingerprint {shared.fingerprint[:12]}; exclusive stages {stages}",
+            "               its mean loss, and that of each quarter of the timesteps; the seconds it took",
+            f"  evaluation:  {often}: {what}",
+            *(f"               {line}" for line in numbers),
+            "  once:        your id, the numbers and the size of your images, a fingerprint of φ, srfed's version",
+            "never leaves:  your images, θ_i, its moving average, its optimizer's moments, the texts of errors",
+            "",
+            "may be asked",
+            f"  training:    up to {config.federation.rounds} rounds, each of up to {steps} in minibatches of "
+            f"{training.batch_size} images",
+            f"  least:       {least.statistics} images behind feature statistics, {least.mean} behind a mean",
+            f"  settings:    {len(agreement.exactly)} exactly as in this configuration, {len(agreement.at_most)} at "
+            f"most, {len(agreement.at_least)} at least; the file lists each",
+            "  coordinator: "
+            + (
+                f"whose certificate has the SHA-256 {agreement.coordinator}"
+                if agreement.coordinator
+                else "anyone (name its certificate with --root-certificates)"
+            ),
+            f"  machine:     device {own.device}, {own.threads} thread{'s' if own.threads > 1 else ''}"
+            + (f", Inception weights {own.inception_weights}" if own.inception_weights else ""),
+        ]
+    )
