@@ -168,6 +168,8 @@ class Machine:
             "PIP_NO_DEPS": "1",
             "PIP_NO_BUILD_ISOLATION": "0",
             "PYTHONPATH": sysconfig.get_path("purelib"),
+            # Lines come one by one, as on a terminal.
+            "PYTHONUNBUFFERED": "1",
         }
 
     def close(self) -> None:
@@ -207,7 +209,8 @@ class Machine:
                 stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         try:
-            wait_until(lambda: words in said.read_text() or process.poll() is not None, said.read_text)
+            ended = lambda: words in said.read_text() or process.poll() is not None  # noqa: E731
+            wait_until(ended, lambda: said.read_text() + self.journal())
             assert words in said.read_text(), said.read_text() + self.journal()
             os.killpg(process.pid, signal.SIGINT)
             process.wait(WAIT_SECONDS)
