@@ -89,7 +89,7 @@ def describe(folder: Path, hosts: Sequence[str], sites: Sequence[str], days: int
     for site in sites:
         rows += [
             (site_key(site), f"SECRET, site {site} alone: flower-supernode --auth-supernode-private-key"),
-            (site_public_key(site), "public, who runs the SuperLink: flwr supernode register"),
+            (site_public_key(site), "public, who runs the SuperLink: python -m srfed.deploy register"),
         ]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {meaning}" for name, meaning in rows]
