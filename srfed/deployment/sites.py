@@ -142,7 +142,7 @@ def rebind(run: Path, client: str) -> str:
         if client not in known:
             raise UserError(f"{run} knows no client {client!r}; it has {', '.join(sorted(known)) or 'none'}")
         manifest = _manifest(run)
-        content = read_json(manifest, "known")
+        content = read_json(manifest, "sha256")
         content["known"] = {other: values for other, values in known.items() if other != client}
         write_json(manifest, content)
     return f"{client} was bound to {known[client]['key'] or 'no key'}; the next SuperNode to come with this id has it"
@@ -152,14 +152,15 @@ def _manifest(run: Path) -> Path:
     """The last checkpoint's manifest."""
     if not (run / "run.json").is_file():
         raise UserError(f"{run} is not the folder of a run: it has no run.json")
-    checkpoints = sorted(path for path in (run / "server").glob("round-*") if path.name[6:].isdecimal())
+    checkpoints = {int(path.name[6:]): path for path in (run / "server").glob("round-*") if path.name[6:].isdecimal()}
     if not checkpoints:
         raise UserError(f"{run} has no checkpoint yet")
-    return checkpoints[-1] / "manifest.json"
+    return checkpoints[max(checkpoints)] / "manifest.json"
 
 
 def _known(run: Path) -> dict[str, dict[str, Any]]:
-    return dict(read_json(_manifest(run.absolute()), "known")["known"])
+    """What the last checkpoint holds each client to; nothing in one of an earlier version."""
+    return dict(read_json(_manifest(run.absolute()), "sha256").get("known", {}))
 
 
 def _last_answer(run: Path, client: str) -> str:
