@@ -83,7 +83,8 @@ def train_by_command(
         run = RunDirectory.open(options.resume)
         config = requested_config(options.config or run.config_file, options.overrides, named)
         run = run.reconfigure(config)
-        check(config, run.images, allow_changed_images=options.allow_changed_images)
+        record = run.images if run.started or run.images.exists() else None
+        check(config, record, allow_changed_images=options.allow_changed_images)
     if finished(run):
         print(f"{relative(run.path)} is finished already; a larger federation.rounds would go on with it")
     else:
