@@ -12,9 +12,9 @@ from srfed.command import Parser, status_of, tell
 from srfed.config import RunConfig, describe
 from srfed.cores import check_resources
 from srfed.errors import UserError
-from srfed.files import write_bytes
+from srfed.files import held, write_bytes
 from srfed.reporting.metrics_log import MetricsLog
-from srfed.reporting.run_directory import RunDirectory
+from srfed.reporting.run_directory import LOCK, RunDirectory
 from srfed.reporting.summary import summarise
 from srfed.requested_config import requested_config
 
@@ -148,7 +148,8 @@ def check_training(config: RunConfig, record: Path | None = None, *, allow_chang
     if record is not None:
         if not record.exists():
             _say_on_stderr(f"the run has no record of its images, so they cannot be compared; {record} is begun now")
-        record_tasks(record, tasks)
+        with held(record.parent / LOCK, wait=False):
+            record_tasks(record, tasks)
 
 
 def _say_on_stderr(text: str) -> None:

@@ -511,7 +511,7 @@ def test_a_rehearsal_stopped_and_resumed_has_the_bits_of_a_simulation(tiny_yaml:
     assert len(processes_of(folder)) >= 1 + 1 + 3, "this command, a SuperLink, three SuperNodes"
     first.process.send_signal(signal.SIGTERM)
     code, errors = first.finish()
-    assert code == 130
+    assert code == 143
     assert f"go on with: python -m srfed.deploy rehearse --dir {folder}" in errors
     assert "Traceback" not in errors
     assert_none_left(folder)

@@ -91,16 +91,19 @@ def test_quantile_zero_switches_it_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "expected"),
     [
-        {"memorisation_pixels_share": 2.0},
-        {"memorisation_features_tolerance": -1.0},
-        {"memorisation_pixels_median": 1.0},
-        {"memorisation_pixels_threshold": float("nan")},
-        {"memorisation_pixels_share": None},
+        ({"memorisation_pixels_share": 2.0}, "'memorisation_pixels_share' is 2.0, not from 0 to 1"),
+        ({"memorisation_features_tolerance": -1.0}, "'memorisation_features_tolerance' is -1.0"),
+        ({"memorisation_pixels_median": 1.0}, "nobody asked for: 'memorisation_pixels_median'"),
+        ({"memorisation_pixels_threshold": float("nan")}, "'memorisation_pixels_threshold' is nan"),
+        ({"memorisation_pixels_share": None}, "'memorisation_pixels_share' is None"),
+        ({"memorisation_pixels_generated": 1e300}, "'memorisation_pixels_generated' is 1e+300, not 10"),
+        ({"memorisation_features_training": 1.0}, "'memorisation_features_training' is 1.0, not 1"),
+        ({"memorisation_features_quantile": 0.4}, "'memorisation_features_quantile' is 0.4, not 0.05"),
     ],
 )
-def test_a_malformed_audit_is_refused(tmp_path: Path, changes: dict[str, float | None]) -> None:
+def test_a_malformed_audit_is_refused(tmp_path: Path, changes: dict[str, float | None], expected: str) -> None:
     app = ClientApp()
     app.query("describe")(client_app.describe)
     app.train()(client_app.train)
@@ -117,7 +120,7 @@ def test_a_malformed_audit_is_refused(tmp_path: Path, changes: dict[str, float |
     run = run_in_process(begin(tmp_path / "run", {"federation.rounds": 1}), app)
     (last,) = MetricsLog(run.metrics).evaluations()
     assert list(last["refused"]) == ["digit-1"]
-    assert "memorisation audit is malformed" in last["refused"]["digit-1"]
+    assert expected in last["refused"]["digit-1"]
 
 
 def test_only_numbers_of_the_audit_are_in_the_reply(tmp_path: Path) -> None:

@@ -623,14 +623,16 @@ def test_a_refused_resumption_has_written_nothing(copy: Path, capsys: pytest.Cap
 def test_a_run_in_use_keeps_its_configuration(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     holder = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); print(1, flush=True)"
     command = [sys.executable, "-c", f"{holder}; sys.stdin.read()", str(copy / "lock")]
-    before = (copy / "config.yaml").read_bytes()
+    (copy / "images.json").write_text('{"format": 1, "records": {}}')
+    before = [(copy / name).read_bytes() for name in ("config.yaml", "images.json")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        text = one_error_line(capsys, ["--resume", str(copy), "--set", "federation.rounds=5"])
+        options = ["--allow-changed-images", "--set", "federation.rounds=5"]
+        text = one_error_line(capsys, ["--resume", str(copy), *options])
         process.communicate()
     assert text.startswith(f"error: {copy} is in use by another process")
-    assert (copy / "config.yaml").read_bytes() == before
+    assert [(copy / name).read_bytes() for name in ("config.yaml", "images.json")] == before
 
 
 def test_rounds_that_are_there_already_cannot_be_taken_back(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -728,15 +730,20 @@ def test_a_configuration_edited_by_hand_is_refused(
     assert line.startswith(f"error: {copy}/config.yaml is not what the run was begun with ({expected}): put it back")
 
 
-def test_a_run_of_before_is_read_and_gets_what_its_run_json_lacked(copy: Path, finished_run: RunDirectory) -> None:
-    """Written before formats had versions, and before a setting that there is now."""
-    config = "".join(
-        line for line in (copy / "config.yaml").read_text().splitlines(True) if "largest_update" not in line
-    )
+@pytest.mark.parametrize("left_out", [False, True], ids=["as it was", "left out as advised"])
+def test_a_run_of_before_is_read_and_gets_what_its_run_json_lacked(
+    copy: Path, finished_run: RunDirectory, capsys: pytest.CaptureFixture[str], left_out: bool
+) -> None:
+    """Written before formats had versions, before a setting that there is now, and with one that is no more."""
+    config = (copy / "config.yaml").read_text()
+    assert config.count("  proximal: 0.0\n") == config.count("  clients: 3\n") == 1
+    config = config.replace("  proximal: 0.0\n", "")
+    if not left_out:
+        config = config.replace("  clients: 3\n", "  clients: 3\n  largest_update: 100.0\n")
     (copy / "config.yaml").write_text(config)
     identity = json.loads((copy / "run.json").read_text())
-    settings = {name: value for name, value in identity["settings"].items() if not name.endswith("largest_update")}
-    assert len(settings) == len(identity["settings"]) - 1
+    settings = {**identity["settings"], "federation.largest_update": 100.0}
+    del settings["training.proximal"]
     old = {"lineage": identity["lineage"], "fingerprint": fingerprint_of(settings)}
     (copy / "run.json").write_text(json.dumps(old))
     for manifest in copy.rglob(MANIFEST_FILE):
@@ -753,7 +760,11 @@ def test_a_run_of_before_is_read_and_gets_what_its_run_json_lacked(copy: Path, f
     assert run.config == finished_run.config
     trained = TrainedRun(copy, run.config.resources)
     assert trained.exclusive_of(trained.tasks[1])
-    assert simulate.main(["--resume", str(copy), "--set", "federation.rounds=4"]) == 0
+    go_on = ["--resume", str(copy), "--set", "federation.rounds=4"]
+    if not left_out:
+        assert "federation.largest_update is no setting any more" in one_error_line(capsys, go_on)
+        return
+    assert simulate.main(go_on) == 0
     assert RunDirectory.open(copy).config.federation.rounds == 4
     assert round_lines(run)[-1]["accepted"] == ["digit-0", "digit-1", "digit-2"]
 

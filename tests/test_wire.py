@@ -192,7 +192,7 @@ def ask(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
         grid = InlineGrid(app, 1)
         model = build_model(config, 1)
         shared = build_partition(config, model).take_shared(model.state_dict())
-        attempt = f"attempt-{len(list(tmp_path.glob('*/lineage/*')))}"
+        attempt = f"attempt-{len(list(tmp_path.glob('*/lineages/lineage/*')))}"
         request = Request(config.to_json(), "lineage", "digit-0", round=1, attempt=attempt, samples=samples)
         content = request.to_content({SHARED: shared} if kind != DESCRIBE else None)
         return grid.send_and_receive([Message(content, 1, kind)])[0]

@@ -117,8 +117,6 @@ def split_by_content(
     Raises:
         UserError: there are no two different images, or ``images_per_task`` is more than there is.
     """
-    if not len(images):
-        raise UserError(f"data.dir: task {name} has no training images")
     names = fingerprints(images)
     sides = {} if known is None else known.held_out
     counts = Counter(names)

@@ -167,7 +167,7 @@ def describe(folder: Path, hosts: Sequence[str], sites: Sequence[str]) -> str:
     for site in sites:
         rows += [
             (site_key(site), f"SECRET, site {site} alone: python -m srfed.deploy site --key"),
-            (site_public_key(site), "public, who runs the SuperLink: flwr supernode register"),
+            (site_public_key(site), "public, who runs the SuperLink: python -m srfed.deploy register"),
         ]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {meaning}" for name, meaning in rows]

@@ -177,7 +177,7 @@ class Deployment:
                 key = self.certificates / site_key(client)
                 if not key.exists():
                     make_certificates(self.certificates, [], [client])
-            self._register(client, key.with_suffix(".pub"))
+            self._register(key.with_suffix(".pub"))
         self._sites[client] = _Site(
             data.absolute(), state_dir.absolute(), key, superlink_address or self.superlink_address, next(self._ports)
         )
@@ -298,11 +298,12 @@ class Deployment:
         self._started.append(process)
         return process
 
-    def _register(self, client: str, public_key: Path) -> None:
+    def _register(self, public_key: Path) -> None:
+        site = public_key.stem.removeprefix("site-")
         try:
-            said = self.flwr("supernode", "register", str(public_key), CONNECTION, "--name", client)
+            said = self.flwr("supernode", "register", str(public_key), CONNECTION, "--name", site)
             if node := REGISTERED.search(said):
-                note_site(self.certificates / NOTES, client, int(node[1]), read_key(public_key))
+                note_site(self.certificates / NOTES, site, int(node[1]), read_key(public_key))
         except UserError as error:
             # The database of an earlier deployment in this folder knows the key already.
             if "already in use" not in str(error):

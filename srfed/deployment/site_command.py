@@ -22,7 +22,7 @@ from srfed.deployment.connection import check_superlink
 from srfed.deployment.flower import CLIENT_APP, HOST, SUPERNODE, environment_for, marked, plain, program, send, toml
 from srfed.errors import UserError
 from srfed.federation.agreement import AGREEMENT_FILE, COMMAND, Agreement
-from srfed.files import held, write_bytes
+from srfed.files import exists, held, write_bytes
 from srfed.reporting.words import printable
 
 PORT = 9094
@@ -90,7 +90,7 @@ def check_before_start(state_dir: Path, client_id: str, certificate: Path) -> No
     """
     check_validity(read_certificate(certificate), str(certificate))
     file = state_dir / client_id / AGREEMENT_FILE
-    if not file.exists():
+    if not exists(file):
         raise UserError(f"{file} is missing: a site without an agreement answers nothing; agree with: {COMMAND}")
     agreed, found = Agreement.load(file.parent).coordinator, certificate_fingerprint(certificate)
     if agreed not in (None, found):

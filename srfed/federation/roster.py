@@ -126,7 +126,9 @@ class Roster:
 
     def doubt(self, client: str) -> None:
         """Ask a client's node once more who it is: what it has sent was not to be expected of this client."""
-        self._doubted.add(self._members[client].node)
+        # It may have been refused since it was asked for what it has sent.
+        if client in self._members:
+            self._doubted.add(self._members[client].node)
 
     def look(self) -> None:
         """See who is connected, ask the new ones, hear those that have answered; never waits for anybody."""

@@ -25,9 +25,10 @@ from uuid import uuid4
 import yaml
 
 from srfed import __version__
-from srfed.config import RunConfig, load_config
-from srfed.config.sections import fingerprint_of
-from srfed.errors import UserError
+from srfed.config import RunConfig, parse_config
+from srfed.config.sections import REMOVED, fingerprint_of
+from srfed.config.yaml_rules import Loader
+from srfed.errors import DamagedError, UserError
 from srfed.files import (
     close_to_others,
     exists,
@@ -35,6 +36,7 @@ from srfed.files import (
     list_folder,
     new_folder,
     private,
+    read_bytes,
     read_json,
     write_bytes,
     write_json,
@@ -50,6 +52,8 @@ metrics.jsonl and summary.txt are settings and numbers, samples/ and tensorboard
 server/ holds the shared part, which every party has seen.
 """
 _KINDS = {"lineage": str, "fingerprint": str}
+_REMOVED = {"federation.largest_update": 100.0}
+"""What settings that are no more were unless somebody set them: old fingerprints are of them too."""
 _held: set[Path] = set()
 """The runs that this process has."""
 
@@ -101,8 +105,9 @@ class RunDirectory:
         if not exists(path / "run.json"):
             raise UserError(f"{path} is not the folder of a run: it has no run.json")
         identity = read_json(path / "run.json", kinds=_KINDS)
-        run = cls(path, load_config(path / "config.yaml"), str(identity["lineage"]))
-        run._refuse_edited(identity)
+        config, named = _load(path / "config.yaml")
+        run = cls(path, config, str(identity["lineage"]))
+        run._refuse_edited(identity, named)
         return run
 
     def reconfigure(self, config: RunConfig) -> "RunDirectory":
@@ -190,13 +195,13 @@ class RunDirectory:
         """Whether the server has written a checkpoint."""
         return self.last_round is not None
 
-    def _refuse_edited(self, identity: Mapping[str, Any]) -> None:
+    def _refuse_edited(self, identity: Mapping[str, Any], named: Mapping[str, Any]) -> None:
         """Compare config.yaml with what run.json says of the settings that decide the result."""
         now, begun = self.config.decisive_settings(), identity.get("settings")
         if begun is None:
             # Of before formats had versions: the fingerprint of the settings that there were then.
-            named = _names(self.config_file)
-            if fingerprint_of({name: now[name] for name in now if name in named}) == identity["fingerprint"]:
+            then = {name: value for name, value in named.items() if name in now or name in _REMOVED}
+            if identity["fingerprint"] in (fingerprint_of(then), fingerprint_of(_REMOVED | then)):
                 return
             changed = "the fingerprint in run.json is another"
         else:
@@ -217,7 +222,7 @@ class RunDirectory:
             raise UserError(f"federation.rounds = {asked}, and {self.path} has {done} already; allowed: {done} or more")
 
     def _write_configuration(self) -> None:
-        if load_config(self.config_file) == self.config:
+        if _load(self.config_file)[0] == self.config:
             return
         identity = read_json(self.identity_file, kinds=_KINDS)
         if "settings" not in identity:
@@ -237,8 +242,21 @@ def _refuse_used(path: Path) -> None:
         raise UserError(f"{path} is not an empty folder; name another one with --run-dir")
 
 
-def _names(file: Path) -> set[str]:
-    """The settings that a configuration file names, as :meth:`RunConfig.settings` names them."""
-    content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+def _load(file: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """A run's own configuration without settings that there are no more, and all that the file names.
+
+    Raises:
+        UserError: it cannot be read, or is no configuration.
+    """
+    try:
+        content = yaml.load(read_bytes(file), Loader=Loader)
+    except yaml.YAMLError as error:
+        raise DamagedError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise DamagedError(f"{file} is damaged: it names no settings")
     sections = {name: value for name, value in content.items() if isinstance(value, dict)}
-    return (set(content) - set(sections)) | {f"{name}.{key}" for name, keys in sections.items() for key in keys}
+    named = {name: value for name, value in content.items() if name not in sections}
+    named |= {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    for section, _, key in (name.partition(".") for name in REMOVED):
+        sections.get(section, {}).pop(key, None)
+    return parse_config(content, str(file)), named
