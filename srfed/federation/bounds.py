@@ -21,6 +21,8 @@ LONGEST_TEXT = 100
 LONGEST_REASON = 200
 """Characters of a reason in the server's words, which may quote a client."""
 MOST_IMAGES = 10**9
+MOST_STEPS = 10**6
+"""Of a round: the server counts them off one by one, in the decay of its moving average."""
 LARGEST_LOSS = 1e6
 """The mean squared error of predicted noise is of the order of 1, of a network that diverges perhaps of thousands."""
 LARGEST_FEATURE = 1e9
