@@ -19,6 +19,8 @@ from srfed.training.local import LOSS_QUARTERS, phases
 LONGEST_TEXT = 100
 """Characters of a client's id, its task's name, and whatever else of it is shown."""
 MOST_IMAGES = 10**9
+MOST_STEPS = 10**6
+"""Of a round: the server counts them off one by one, in the decay of its moving average."""
 LARGEST_LOSS = 1e6
 """The mean squared error of predicted noise is of the order of 1, of a network that diverges perhaps of thousands."""
 LARGEST_FEATURE = 1e9

@@ -17,7 +17,7 @@ from srfed import __version__
 from srfed.checkpoints.server_state import KnownClient
 from srfed.config import RunConfig
 from srfed.errors import UserError
-from srfed.federation.bounds import LONGEST_TEXT
+from srfed.federation.bounds import LONGEST_TEXT, MOST_STEPS
 from srfed.federation.exchange import POLL_SECONDS, StoppedError, stop_requested
 from srfed.federation.identity import registered_by_hand
 from srfed.federation.messages import DESCRIBE, Description, Request, add_refusal
@@ -254,9 +254,12 @@ class Roster:
             )
         training = self._config.training
         try:
-            MinibatchOrder.of(training, description.images, training.batch_size, self._config.seed, client)
+            order = MinibatchOrder.of(training, description.images, training.batch_size, self._config.seed, client)
         except UserError as error:
             raise UserError(f"client {client!r}: {error}") from error
+        steps = (training.local_epochs or 0) * order.steps_per_pass
+        if steps > MOST_STEPS:
+            raise UserError(f"client {client!r}: {now[0]} images make {steps} steps a round; allowed: {MOST_STEPS}")
 
     def _admit(self, node: int, reply: Message) -> Description:
         """The description of a client that may take part; raises UserError with the reason where it may not."""
