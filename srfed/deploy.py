@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         "--site", action="append", default=[], metavar="NAME", dest="sites", help="make this site's keys; repeatable"
     )
     certificates.add_argument(
-        "--days", type=int, default=365, metavar="N",
+        "--days", type=int, metavar="N",
         help="how long the SuperLink's certificate is valid (default 365); the authority's is for ten years",
     )  # fmt: skip
     certificates.add_argument(
@@ -174,17 +174,19 @@ def _add_configuration(parser: argparse.ArgumentParser) -> None:
 
 
 def _certificates(options: argparse.Namespace) -> None:
-    from srfed.deployment.certificates import SERVER_CERTIFICATE, describe, make_certificates, renew_certificate
+    from srfed.deployment.certificates import DAYS, SERVER_CERTIFICATE, describe, make_certificates, renew_certificate
 
     if options.renew:
         if options.sites:
             raise UserError("--renew is for the SuperLink's certificate; a site's keys do not expire")
-        end = renew_certificate(options.out, options.hosts, options.days)
+        end = renew_certificate(options.out, options.hosts, DAYS if options.days is None else options.days)
         print(f"{options.out / SERVER_CERTIFICATE} is valid until {end:%Y-%m-%d %H:%M} UTC; restart the SuperLink")
         return
     if not options.hosts and not options.sites:
         raise UserError("nothing to make; name --host for the SuperLink's certificate, --site for a site's keys")
-    make_certificates(options.out, options.hosts, options.sites, options.days)
+    if options.days is not None and not options.hosts:
+        raise UserError(f"--days {options.days} would be ignored: a site's keys do not expire; leave it out")
+    make_certificates(options.out, options.hosts, options.sites, DAYS if options.days is None else options.days)
     print(describe(options.out, options.hosts, options.sites))
 
 
@@ -199,7 +201,7 @@ def _check(options: argparse.Namespace) -> None:
     from srfed.deployment.check import check_site
 
     print(check_site(config, options.data, options.state_dir, client, options.out))
-    agreement = standing(options.state_dir.expanduser(), client)
+    agreement = standing(options.state_dir, client)
     print(f"\nagreement:  {'none yet; python -m srfed.deploy agree' if agreement is None else fits(agreement, config)}")
 
 
@@ -209,8 +211,8 @@ def _agree(options: argparse.Namespace) -> None:
     from srfed.config import load_config
     from srfed.federation.agreement import AGREEMENT_FILE, LeastImages, SiteResources
 
-    state_dir = options.state_dir.expanduser().absolute()
-    weights = "" if options.inception_weights is None else str(options.inception_weights.expanduser().absolute())
+    state_dir = options.state_dir.absolute()
+    weights = "" if options.inception_weights is None else str(options.inception_weights.absolute())
     try:
         least = LeastImages(statistics=options.least_statistics, mean=options.least_mean)
         resources = SiteResources(device=options.device, threads=options.threads, inception_weights=weights)
@@ -222,7 +224,7 @@ def _agree(options: argparse.Namespace) -> None:
     from srfed.data import current_images
     from srfed.deployment.agree import agree, in_words, propose, standing
 
-    data, folder = options.data.expanduser(), state_dir / options.client_id
+    data, folder = options.data, state_dir / options.client_id
     proposed = propose(
         config, data, state_dir, options.client_id,
         certificate=options.certificate, least=least, resources=resources,
@@ -273,8 +275,7 @@ def _site(options: argparse.Namespace) -> None:
     from srfed.deployment.site_command import SiteSettings, run_site
 
     certificates, key, data, state_dir = (
-        path.expanduser().absolute()
-        for path in (options.root_certificates, options.key, options.data, options.state_dir)
+        path.absolute() for path in (options.root_certificates, options.key, options.data, options.state_dir)
     )
     run_site(SiteSettings(options.superlink, certificates, key, options.client_id, data, state_dir, options.port))
 

@@ -63,6 +63,9 @@ EARLY: dict[str, list[list[str]]] = {
     "partition": [WRONG_SETTING, ["--image-channels", "0"], ["--data-dir", "/nowhere"]],
     "deploy": [
         ["check", "--data", "x", "--state-dir", "y", *WRONG_SETTING],
+        ["agree", "--data", "x", "--state-dir", "y", "--client-id", "z", *WRONG_SETTING],
+        ["agree", "--data", "x", "--state-dir", "y", "--client-id", "z", "--least-mean", "0"],
+        ["agree", "--help"],
         ["rehearse", *WRONG_SETTING],
         ["certificates", "--out", "x"],
         ["check", "--help"],

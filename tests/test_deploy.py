@@ -249,6 +249,7 @@ def test_nothing_is_overwritten_and_then_nothing_is_written(tmp_path: Path) -> N
         (["--host", "localhost", "--days", "0"], "allowed: 1 to"),
         (["--site", "../up"], "no name for a site"),
         (["--site", "a", "--site", "a"], "given twice"),
+        (["--site", "a", "--days", "30"], "would be ignored"),
         (["--renew"], "cannot read"),
     ],
 )

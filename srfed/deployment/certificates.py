@@ -20,6 +20,8 @@ CA_CERTIFICATE, CA_KEY = "ca.crt", "ca.key"
 SERVER_CERTIFICATE, SERVER_KEY = "superlink.crt", "superlink.key"
 OWN_HOSTS = ("localhost", "127.0.0.1", "::1")
 """Names under which the SuperLink's own helper processes reach it; they are in every certificate."""
+DAYS = 365
+"""How long the SuperLink's certificate is valid, where nobody says otherwise."""
 LONGEST = 3650
 """Most days that a certificate may be valid; the authority's is for so many, and outlives those it signs."""
 _CLOCK_SKEW = timedelta(minutes=10)
@@ -43,7 +45,7 @@ def check_site_name(site: str, option: str) -> None:
         raise UserError(f"{option} {site!r} is no name for a site; allowed: letters, digits, and . _ - inside")
 
 
-def make_certificates(folder: Path, hosts: Sequence[str], sites: Sequence[str] = (), days: int = 365) -> None:
+def make_certificates(folder: Path, hosts: Sequence[str], sites: Sequence[str] = (), days: int = DAYS) -> None:
     """Write the SuperLink's certificates, and key pairs of sites.
 
     With hosts: a certificate authority of one's own (``ca.crt``, ``ca.key``) and the SuperLink's certificate that
@@ -82,7 +84,7 @@ def make_certificates(folder: Path, hosts: Sequence[str], sites: Sequence[str] =
         write_bytes(folder / site_public_key(site), public + f" {site}\n".encode(), private=False)
 
 
-def renew_certificate(folder: Path, hosts: Sequence[str] = (), days: int = 365) -> datetime:
+def renew_certificate(folder: Path, hosts: Sequence[str] = (), days: int = DAYS) -> datetime:
     """Write a new certificate of the SuperLink, signed by the folder's authority, which every site knows already.
 
     The SuperLink's private key stays, so that one file alone changes; where it is gone, another one is made.

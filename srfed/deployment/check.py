@@ -42,7 +42,7 @@ def check_site(config: RunConfig, data: Path, state_dir: Path, client: str, pict
             feature network, the state directory, the disk.
     """
     check_name(client)
-    data, state_dir = data.expanduser().absolute(), state_dir.expanduser().absolute()
+    data, state_dir = data.absolute(), state_dir.absolute()
     training, evaluation = config.training, config.evaluation
     device = resolve_device(config.resources)
     store = state_dir / client

@@ -12,6 +12,7 @@ from typing import Any
 from srfed.deployment.connection import check_superlink
 from srfed.deployment.flower import QUIET, plain, program
 from srfed.errors import UserError
+from srfed.paths import user_path
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import RunDirectory
 from srfed.reporting.words import printable, seconds_in_words
@@ -129,7 +130,7 @@ def _connection(name: str) -> tuple[str, Path | None]:
     if name not in known or "address" not in known[name]:
         raise UserError(f"{file} has no SuperLink {name!r}; there are: {', '.join(known) or 'none'}")
     authority = known[name].get("root-certificates")
-    return str(known[name]["address"]), None if authority is None else Path(str(authority)).expanduser()
+    return str(known[name]["address"]), None if authority is None else user_path(str(authority))
 
 
 def _flwr(*arguments: str) -> dict[str, Any]:

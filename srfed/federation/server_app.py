@@ -26,6 +26,7 @@ from srfed.federation.roster import Expected, Member, Roster
 from srfed.federation.site import run_folder
 from srfed.federation.strategy import SharedRepresentationStrategy
 from srfed.files import write_bytes, write_json
+from srfed.paths import user_path
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.records import TaskInfo
 from srfed.reporting.reporter import Reporter
@@ -71,7 +72,7 @@ def begin_or_go_on(context: Context) -> RunDirectory:
     """
     folder = run_folder(context)
     named, overrides, roster = (str(context.run_config.get(key) or "") for key in ("config", "set", "roster"))
-    keys = read_roster(Path(roster).expanduser()) if roster else None
+    keys = read_roster(user_path(roster)) if roster else None
     if (folder / "run.json").exists():
         run = RunDirectory.open(folder)
         run = run.reconfigure(load_config(_config_file(named) or run.config_file, shlex.split(overrides)))

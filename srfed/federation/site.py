@@ -26,6 +26,7 @@ from srfed.data import (
 )
 from srfed.errors import UserError
 from srfed.files import append_text, open_to_others
+from srfed.paths import user_path
 
 STATE_DIR_VARIABLE = "SRFED_STATE_DIR"
 """Environment variable that tells a simulation's clients where the run keeps their stores."""
@@ -99,7 +100,7 @@ def deployed_site(node_config: Mapping[str, Any]) -> Site:
             raise UserError(f"node-config: {key} = {value!r} is impossible; allowed: a text in quotation marks")
     client = str(node_config["client-id"])
     check_name(client)
-    paths = [Path(str(node_config[key])).expanduser() for key in ("state-dir", "data")]
+    paths = [user_path(str(node_config[key])) for key in ("state-dir", "data")]
     for key, path in zip(("state-dir", "data"), paths, strict=True):
         if not path.is_absolute():
             raise UserError(f"node-config: {key} = {path} is impossible; allowed: an absolute path")
@@ -115,7 +116,7 @@ def run_folder(context: Context) -> Path:
     named = context.run_config.get("run-dir") or ""
     if not named:
         return Path.home() / "srfed-runs" / str(context.run_id)
-    path = Path(str(named)).expanduser()
+    path = user_path(str(named))
     if not path.is_absolute():
         raise UserError(f"run-config: run-dir = {named} is impossible; allowed: an absolute path")
     return path
