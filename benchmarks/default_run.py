@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from srfed.command import Parser
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.summary import totals
 
@@ -19,7 +20,7 @@ POLL_SECONDS = 1.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arguments", nargs="*", default=["--clients", "10"], help="of srfed.simulate, after --")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -4,12 +4,16 @@ One SuperLink and three sites with TLS and keys on this machine. First apps of F
 with as many values as φ has: at once; after importing torch; after importing torch, and with the values in 90
 arrays, as many as φ has tensors. Then srfed with one local step a round, on the default network. What it takes
 beyond the second is its own; the third shows what it would take if φ travelled tensor by tensor.
+
+With ``--parts`` what a ClientApp's process costs before it does anything, as each message starts one.
 """
 
-import argparse
 import os
+import resource
 import shutil
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -17,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from srfed.command import Parser
 from srfed.config import load_config
 from srfed.data import load_tasks
 from srfed.deployment.agree import agree_as_rehearsed
@@ -27,6 +32,14 @@ SITES = 3
 ROLES: tuple[Role, ...] = ("superlink", "supernode", "serverapp", "client")
 VALUES = 779_136
 """Of φ in the default network."""
+PARTS = {
+    "Python": "pass",
+    "Flower's program": "import flwr.supernode.runtime.run_clientapp",
+    "the same, torch": "import flwr.supernode.runtime.run_clientapp, torch",
+    "the same, torch, srfed": "import flwr.supernode.runtime.run_clientapp, srfed.federation.client_app",
+}
+"""What a ClientApp's process imports, each with what comes before it."""
+PART_REPEATS = 7
 TICKS = os.sysconf("SC_CLK_TCK")
 PROJECT = """[project]
 name = "{name}"
@@ -109,10 +122,14 @@ class Watch:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.deployed_round")
+    parser = Parser(prog="python -m benchmarks.deployed_round")
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--parts", action="store_true", help="only what a ClientApp's process costs before it works")
     parser.add_argument("--dir", type=Path, default=Path("runs/deployed-round"), help="emptied first")
     options = parser.parse_args(arguments)
+    if options.parts:
+        _print_parts()
+        return
     folder: Path = options.dir.absolute()
     shutil.rmtree(folder, ignore_errors=True)
     overrides = [f"federation.clients={SITES}", f"federation.rounds={options.rounds}", "training.local_steps=1"]
@@ -147,6 +164,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cpu = "  ".join(f"{seen.cpu(role) / exchanges:5.1f}" for role in ROLES)
         life = statistics.median(seen.lives("client"))
         print(f"{name:<30}  {statistics.median(seconds):8.1f}         {cpu}   {life:5.1f}")
+
+
+def _print_parts() -> None:
+    """Each part by turns, so that what else the machine does meets all alike."""
+    spent: dict[str, list[float]] = {name: [] for name in PARTS}
+    for _ in range(PART_REPEATS):
+        for name, code in PARTS.items():
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, "-c", code], check=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            spent[name].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    for name, seconds in spent.items():
+        print(f"{name:<24} {statistics.median(seconds):5.2f} CPU s ({min(seconds):.2f} to {max(seconds):.2f})")
 
 
 def _peer(deployment: Deployment, folder: Path, imports: str, arrays: int, rounds: int) -> list[float]:

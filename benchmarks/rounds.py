@@ -7,7 +7,6 @@ per second and the ratio to the one-thread loop; the first round of each is warm
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -15,7 +14,9 @@ from pathlib import Path
 
 import torch
 
-from srfed.config import RunConfig, load_config
+from srfed.command import Parser
+from srfed.config import RunConfig
+from srfed.cores import usable_cores
 from srfed.data import load_tasks, to_model_range
 from srfed.federation.client_app import app as client_app
 from srfed.federation.inline_grid import run_inline
@@ -23,23 +24,24 @@ from srfed.federation.ray_grid import run_on_ray
 from srfed.federation.server_app import app as server_app
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import RunDirectory
+from srfed.requested_config import requested_config
 from srfed.training.setup import build_diffusion, build_model
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="default: the embedded digits")
-    parser.add_argument("--data-dir", default="", help="where the images are")
+    parser.add_argument("--data-dir", help="where the images are")
     parser.add_argument("--rounds", type=int, default=8, help="counted rounds (default 8)")
     options = parser.parse_args()
     overrides = [
         f"federation.rounds={options.rounds + 1}",
         "training.learning_rate_schedule=constant",
         "evaluation={every: 0, samples: 20, ssim_images: 0}",
-        f"data.dir={json.dumps(options.data_dir)}",
     ]
-    config = load_config(options.config, overrides)
-    cores = os.cpu_count() or 1
+    data_dir = None if options.data_dir is None else json.dumps(options.data_dir)
+    config = requested_config(options.config, overrides, {"data.dir": data_dir})
+    cores = usable_cores()
     speeds = {"plain loop, 1 thread": plain_loop(config, 1)}
     if cores > 1:
         speeds[f"plain loop, {cores} threads"] = plain_loop(config, cores)

@@ -8,7 +8,6 @@ the bits of an in-process run that nobody disturbed; under ``skip`` the run must
 missing. Episodes run side by side, as they mostly wait for Flower's heartbeats.
 """
 
-import argparse
 import os
 import random
 import shutil
@@ -27,6 +26,7 @@ import numpy as np
 
 from srfed.checkpoints.client_store import ClientStore
 from srfed.checkpoints.server_state import ServerCheckpoints
+from srfed.command import Parser
 from srfed.config import RunConfig, parse_config
 from srfed.data import load_tasks
 from srfed.deployment.agree import agree_as_rehearsed
@@ -205,7 +205,7 @@ def _kill_process(pid: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; exit code 1 where an episode ends in other bits, or not at all."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.soak", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50, help="processes to kill in all (default 50)")
     parser.add_argument("--each", type=int, default=5, help="of them in one episode (default 5)")
     parser.add_argument("--side-by-side", type=int, default=3, help="episodes at once (default 3)")

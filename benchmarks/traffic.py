@@ -11,28 +11,28 @@ import json
 import tempfile
 from pathlib import Path
 
-from srfed.config import load_config
+from srfed.command import Parser
 from srfed.data import load_task
 from srfed.federation.client_app import app as client_app
 from srfed.federation.inline_grid import run_inline
 from srfed.federation.server_app import app as server_app
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import RunDirectory
+from srfed.requested_config import requested_config
 from srfed.training.setup import build_model, build_partition
 
 SETTINGS = ("none", "io", "1", "2", "3", "4", "all")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="default: the embedded digits")
-    parser.add_argument("--data-dir", default="", help="where the images are")
+    parser.add_argument("--data-dir", help="where the images are")
     options = parser.parse_args()
     print(f"{'exclusive':<10} {'φ, parameters':>14} {'down, bytes':>12} {'up, bytes':>12} {'up / (4 |φ|)':>13}")
     for setting in SETTINGS:
         overrides = [
             f"model.exclusive_stages={setting}",
-            f"data.dir={json.dumps(options.data_dir)}",
             "federation.clients=1",
             "federation.rounds=1",
             "training.local_steps=1",
@@ -40,7 +40,8 @@ def main() -> None:
             "evaluation={every: 0, samples: 2, ssim_images: 0}",
             "sampling={sampler: ddim, steps: 1}",
         ]
-        config = load_config(options.config, overrides)
+        data_dir = None if options.data_dir is None else json.dumps(options.data_dir)
+        config = requested_config(options.config, overrides, {"data.dir": data_dir})
         model = build_model(config, load_task(config.data, 0).train.shape[-1])
         shared = sum(model.state_dict()[name].numel() for name in build_partition(config, model).shared)
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):

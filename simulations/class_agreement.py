@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from srfed.checkpoints.trained_run import TrainedRun
-from srfed.command import run_command
+from srfed.command import Parser, run_command
 from srfed.config import ResourcesConfig
 from srfed.data import load_tasks
 from srfed.evaluation.agreement import accuracy_on_real_images, class_agreement
@@ -19,7 +19,7 @@ from srfed.evaluation.generation import generate
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="the run's folder")
     parser.add_argument("--n", type=int, default=100, help="samples of each task (default 100)")
     parser.add_argument("--seed", type=int, default=0)

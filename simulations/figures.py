@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from srfed.checkpoints.trained_run import TrainedRun
-from srfed.command import run_command
+from srfed.command import Parser, run_command
 from srfed.config import load_config
 from srfed.data.images import Images
 from srfed.errors import UserError
@@ -30,7 +30,7 @@ SAMPLES = 20
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m simulations.figures",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

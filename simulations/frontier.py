@@ -12,7 +12,7 @@ from statistics import mean, stdev
 from simulations.study import Case, Outcome, add_options, by_name, change, mean_and_spread, row_of, run_cases, write_csv
 from simulations.table1 import DATASETS, PRESETS
 from simulations.when_it_pays import study_configuration
-from srfed.command import run_command
+from srfed.command import Parser, run_command
 from srfed.errors import UserError
 from srfed.files import write_bytes
 from srfed.reporting.plots import line_plot
@@ -25,7 +25,7 @@ FACTORS = (0.5, 1, 2, 4)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m simulations.frontier", description=__doc__)
+    parser = Parser(prog="python -m simulations.frontier", description=__doc__)
     parser.add_argument("--dataset", choices=DATASETS, default="digits")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
     parser.add_argument("--rounds", type=int, default=16, metavar="N", help="rounds at the usual local steps (16)")

@@ -23,7 +23,7 @@ from simulations.table1 import DATASETS, PRESETS, configuration
 from srfed import simulate
 from srfed.checkpoints.adapted_task import Point, read_points, score_adaptation, write_points
 from srfed.checkpoints.trained_run import TrainedRun
-from srfed.command import run_command
+from srfed.command import Parser, run_command
 from srfed.config import RunConfig
 from srfed.data import Task, load_tasks, task_names
 from srfed.errors import UserError
@@ -47,7 +47,7 @@ class NewTaskPoint(Point):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m simulations.new_task", description=__doc__)
+    parser = Parser(prog="python -m simulations.new_task", description=__doc__)
     parser.add_argument("--dataset", choices=DATASETS, default="digits")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
     parser.add_argument("--data-dir", metavar="DIR", help="where the images are (data.dir)")

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from srfed.checkpoints.trained_run import TrainedRun
-from srfed.command import run_command
+from srfed.command import Parser, run_command
 from srfed.config import load_config
 from srfed.data import Task, load_tasks
 from srfed.data.images import Images
@@ -52,7 +52,7 @@ class Correlation(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m simulations.similarity",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from srfed.checkpoints.evaluate_run import Wanted, read_samples
 from srfed.checkpoints.trained_run import TrainedRun
 from srfed.config import RunConfig, parse_config
+from srfed.cores import usable_cores
 from srfed.data.images import Images
 from srfed.errors import UserError
 from srfed.evaluation.features import load_feature_network
@@ -116,7 +117,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", metavar="DIR", help="where the images are (data.dir)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with seeds 0 to N-1 (default 1)")
     parser.add_argument("--pool", type=Path, default=Path("runs/studies"), metavar="DIR", help="folder of the runs")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at a time; default: cores")
+    parser.add_argument("--jobs", type=int, default=usable_cores(), metavar="N", help="runs at a time; default: cores")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where tables and plots go")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
 
@@ -137,8 +138,9 @@ def run_cases(cases: Sequence[Case], pool: Path, jobs: int) -> list[Outcome]:
     """
     if jobs < 1:
         raise UserError(f"--jobs {jobs} is impossible; allowed: 1 or more")
+    running: set[subprocess.Popen[bytes]] = set()
     with ThreadPoolExecutor(jobs) as executor:
-        futures = [executor.submit(_run, case, pool) for case in cases]
+        futures = [executor.submit(_run, case, pool, running) for case in cases]
         try:
             with tqdm(total=len(cases), unit="run", disable=None) as bar:
                 outcomes = []
@@ -146,8 +148,12 @@ def run_cases(cases: Sequence[Case], pool: Path, jobs: int) -> list[Outcome]:
                     outcomes.append(Outcome(case, future.result()))
                     bar.update()
                     bar.set_postfix_str(case.name)
-        except BaseException:
+        except BaseException as stop:
             executor.shutdown(wait=False, cancel_futures=True)
+            if isinstance(stop, KeyboardInterrupt):
+                # Ctrl-C reaches them too; a signal that was sent to the study alone does not.
+                for process in list(running):
+                    process.terminate()
             raise
     return outcomes
 
@@ -216,7 +222,7 @@ def row_of(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _run(case: Case, pool: Path) -> dict[str, Any]:
+def _run(case: Case, pool: Path, running: "set[subprocess.Popen[bytes]]") -> dict[str, Any]:
     folder = case.folder(pool)
     if (known := _outcome(case, folder)) is not None:
         return known
@@ -225,18 +231,20 @@ def _run(case: Case, pool: Path) -> dict[str, Any]:
     # A second study that wants the same run waits for it, and then finds it done.
     with held(pool / "locks" / folder.name / "lock", wait=True), log.open("ab") as output:
         threads = str(case.config.resources.client_cpus)
-        done = subprocess.run(
+        with subprocess.Popen(
             [
                 sys.executable, "-m", "simulations.study_job", str(folder), str(case.samples), str(case.ssim_images),
                 str(pool / "references"),
             ],
-            input=case.config.to_json().encode(),
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": threads},
-            check=False,
-        )  # fmt: skip
-    if done.returncode:
+        ) as process:  # fmt: skip
+            running.add(process)
+            process.communicate(case.config.to_json().encode())
+            running.discard(process)
+    if process.returncode:
         last = " ".join(log.read_text(errors="replace").splitlines()[-LAST_WORDS:])
         raise UserError(f"{case.name} (seed {case.config.seed}) failed: {last} (all of it: {log})")
     outcome = _outcome(case, folder)

@@ -29,12 +29,14 @@ from simulations.study import (
     samples_of,
     write_csv,
 )
-from srfed.command import run_command
+from srfed.command import Parser, run_command
 from srfed.config import RunConfig, load_config
 from srfed.errors import UserError
 from srfed.files import write_bytes
+from srfed.paths import absolute_path
 from srfed.reporting.pictures import draw_grid, write_png
 from srfed.reporting.words import bytes_in_words, seconds_in_words
+from srfed.requested_config import refuse_ignored_dir
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100")
@@ -175,7 +177,7 @@ def choose(listed: Sequence[Method], only: Sequence[str] | None) -> list[Method]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m simulations.table1", description=__doc__)
+    parser = Parser(prog="python -m simulations.table1", description=__doc__)
     parser.add_argument("--dataset", choices=DATASETS, default="digits")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
     parser.add_argument("--only", nargs="+", metavar="WORDS", help="methods whose names hold any of these words")
@@ -195,7 +197,7 @@ def configuration(dataset: str, preset: str, data_dir: str | None, device: str) 
         config = load_config(CONFIGS / "mnist_paper.yaml", []).model_copy(update={"name": own.name, "data": own.data})
         settings["federation__clients"] = own.federation.clients
     if data_dir is not None:
-        settings["data__dir"] = str(Path(data_dir).absolute())
+        settings["data__dir"] = str(absolute_path(data_dir))
     # Everything is scored afterwards, by the same code for every method.
     scored_later = {
         "evaluation__every": 0,
@@ -204,7 +206,9 @@ def configuration(dataset: str, preset: str, data_dir: str | None, device: str) 
         "evaluation__ssim_images": 0,
         "evaluation__memorisation_quantile": 0.0,
     }
-    return change(config, **settings, **scored_later, resources__backend="inline", resources__device=device)
+    config = change(config, **settings, **scored_later, resources__backend="inline", resources__device=device)
+    refuse_ignored_dir(config)
+    return config
 
 
 def _table(options: argparse.Namespace) -> None:

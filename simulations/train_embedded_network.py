@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save
 
+from srfed.command import Parser
 from srfed.config import DataConfig, DatasetName
 from srfed.data import Task, load_tasks
 from srfed.errors import UserError
@@ -39,7 +40,7 @@ GROUPS = 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with MNIST/raw and FashionMNIST/raw")
     parser.add_argument("--out", type=Path, default=EMBEDDED_FILE, help="weights file to write (or to check)")
     parser.add_argument("--check", action="store_true", help="only measure the weights file")

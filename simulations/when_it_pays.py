@@ -23,7 +23,7 @@ from simulations.study import (
     write_csv,
 )
 from simulations.table1 import DATASETS, PRESETS, configuration
-from srfed.command import run_command
+from srfed.command import Parser, run_command
 from srfed.config import RunConfig
 from srfed.errors import UserError
 from srfed.files import write_bytes
@@ -81,7 +81,7 @@ def ablations(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m simulations.when_it_pays", description=__doc__)
+    parser = Parser(prog="python -m simulations.when_it_pays", description=__doc__)
     parser.add_argument("--dataset", choices=DATASETS, default="digits")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
     parser.add_argument(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from srfed.command import run_command
+from srfed.command import Parser, run_command
 
 if TYPE_CHECKING:
     from srfed.checkpoints.adapted_task import Point
@@ -19,7 +19,7 @@ ROW = 10
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m srfed.adapt",
         description="Fit exclusive layers θ to a task that took no part in a run, on its owner's images alone. The "
         "run stays as it is. A second call goes on with the modes that are missing.",
@@ -47,16 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _adapt(options: argparse.Namespace) -> None:
-    import torch
-    from tqdm import tqdm
-
-    from srfed.checkpoints.adapted_task import AdaptationFolder, images_hash, score_adaptation, tensors_hash
-    from srfed.checkpoints.trained_run import TrainedRun, TrainedSite
     from srfed.config import load_config
     from srfed.errors import UserError
-    from srfed.evaluation.features import load_feature_network
-    from srfed.reporting.pictures import draw_grid, write_png
-    from srfed.training.adaptation import MODES, adaptation_config
+    from srfed.reporting.run_directory import RunDirectory
 
     for name, least in (("steps", 1), ("every", 1), ("samples", 2), ("seed", 0)):
         value = getattr(options, name)
@@ -64,6 +57,18 @@ def _adapt(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} {value} is impossible; allowed: {least} or more")
     every = options.every or -(-options.steps // 6)
     resources = load_config(None, [f"resources.device={options.device}"]).resources
+    if options.run is not None:
+        RunDirectory.open(options.run)
+    # Importing torch takes seconds: what is wrong with the options is said before.
+    import torch
+    from tqdm import tqdm
+
+    from srfed.checkpoints.adapted_task import AdaptationFolder, images_hash, score_adaptation, tensors_hash
+    from srfed.checkpoints.trained_run import TrainedRun, TrainedSite
+    from srfed.evaluation.features import load_feature_network
+    from srfed.reporting.pictures import draw_grid, write_png
+    from srfed.training.adaptation import MODES, adaptation_config
+
     trained = TrainedRun(options.run, resources) if options.store is None else TrainedSite(options.store, resources)
     config = _on_this_device(trained.config, options.device, cuda=trained.device.type == "cuda")
     task = _task(options, trained)

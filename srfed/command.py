@@ -1,23 +1,181 @@
-"""What every command has in common: one-line errors with exit code 2, and Ctrl-C."""
+"""What every command has in common: its options, its output, the signals that end it, its exit status.
 
+0 done; 2 after one line about what the user can mend; 129, 130 or 143 on SIGHUP, SIGINT or SIGTERM; 141 where nobody
+reads the output any more.
+"""
+
+import argparse
+import errno
+import io
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, Never
 
 from srfed.errors import UserError
+from srfed.paths import user_path
 
-INTERRUPTED = 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What ends a command: Ctrl-C, a service manager or a scheduler, a terminal that closes."""
+CLOSED_PIPE = 128 + signal.SIGPIPE
+Handler = Callable[[int, FrameType | None], None]
+
+
+class Interrupted(KeyboardInterrupt):
+    """One of SIGNALS has come."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of every command and sub-command.
+
+    An option is known by its whole name only (``--data`` is no ``--data-dir``), and ``type=Path`` knows ``~``.
+    """
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **settings})
+        self.register("type", Path, _path)
+
+    def print_help(self, file: Any = None) -> None:
+        mend_streams()
+        try:
+            print(self.format_help(), end="", file=file, flush=True)
+        except OSError as error:
+            _flushed()
+            raise SystemExit(CLOSED_PIPE if isinstance(error, BrokenPipeError) else 2) from None
+
+    def error(self, message: str) -> Never:
+        mend_streams()
+        tell(self.format_usage().rstrip("\n"))
+        self.exit(2, f"{self.prog}: error: {message}")
+
+    def exit(self, status: int = 0, message: str | None = None) -> Never:
+        if message:
+            tell(message.rstrip("\n"))
+        raise SystemExit(status if _flushed() else status or CLOSED_PIPE)
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Run a command; returns its exit code: 0, 2 after one line about what the user can mend, 130 on Ctrl-C."""
+    """Run a command; returns its exit status."""
+    mend_streams()
     try:
-        command()
+        with signals_to(_interrupt):
+            command()
+            sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        return 0
+    except (KeyboardInterrupt, BrokenPipeError) as stop:
+        tell("interrupted" if isinstance(stop, KeyboardInterrupt) else "interrupted: nobody reads the output")
+        return status_of(stop)
+    except OSError as error:
+        # A full disk under a redirected output has no file's name; all files of ours are written by name.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
+            raise
+        tell(f"error: cannot write the output: {error.strerror}")
+        return 2
+    finally:
+        _flushed()
     return 0
+
+
+def status_of(stop: BaseException) -> int:
+    """The exit status of a command that a signal or a closed pipe has stopped."""
+    if isinstance(stop, BrokenPipeError):
+        return CLOSED_PIPE
+    return stop.status if isinstance(stop, Interrupted) else 128 + signal.SIGINT
+
+
+@contextmanager
+def signals_to(handler: Handler) -> Iterator[None]:
+    """Let ``handler`` have SIGNALS; outside of the main thread, where Python hears none, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # nohup ignores SIGHUP, and what it starts is to go on when the terminal closes.
+    heard = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, handler) for number in heard}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+@contextmanager
+def stopping_gently(stop: threading.Event, stopped: type[Exception]) -> Iterator[None]:
+    """The first of SIGNALS sets ``stop``, and the work ends where it can, with ``stopped``; the second ends it at once.
+
+    Raises:
+        Interrupted: instead of ``stopped``.
+    """
+    numbers: list[int] = []
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        numbers.append(number)
+        if stop.is_set():
+            raise Interrupted(number)
+        stop.set()
+        tell("\nstopping (again to stop at once)")
+
+    stop.clear()
+    with signals_to(handle):
+        try:
+            yield
+        except stopped:
+            raise Interrupted(numbers[0] if numbers else signal.SIGINT) from None
+
+
+def tell(text: str) -> None:
+    """Say something on standard error; where nobody can hear it, that changes nothing."""
+    # RuntimeError: a signal's handler speaks while the interrupted code does.
+    with suppress(OSError, ValueError, RuntimeError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def mend_streams() -> None:
+    """Make the standard streams usable as they are found.
+
+    What is closed becomes the null device, before a file of ours gets its number; what a terminal cannot show (a φ in
+    ASCII, the bytes of a file's name) is written as an escape.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115  it stays open
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    raise Interrupted(number)
+
+
+def _flushed() -> bool:
+    """Whether all output is out; what cannot be written goes to the null device, lest Python complains at its end."""
+    sound = True
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            sound = False
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return sound
+
+
+def _path(text: str) -> Path:
+    try:
+        return user_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

@@ -2,12 +2,13 @@
 
 import argparse
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from srfed.command import INTERRUPTED, run_command
+from srfed.command import Parser, run_command, status_of, tell
 from srfed.errors import UserError
 
 
@@ -18,16 +19,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m srfed.deploy", description="Prepare, check and rehearse a federation of real machines."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     certificates = commands.add_parser(
         "certificates",
-        help="make TLS certificates for the SuperLink, and keys for sites",
+        help="make or renew TLS certificates for the SuperLink, and keys for sites",
         description="With --host: a certificate authority and the SuperLink's certificate. With --site: that site's "
-        "key pair; a site can also make its own.",
+        "key pair; a site can also make its own. With --renew: a new certificate of the SuperLink from the authority "
+        "that the sites know, for the names of the old one or those of --host.",
     )
     certificates.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the files go")
     certificates.add_argument(
@@ -38,7 +40,11 @@ def _parser() -> argparse.ArgumentParser:
         "--site", action="append", default=[], metavar="NAME", dest="sites", help="make this site's keys; repeatable"
     )
     certificates.add_argument(
-        "--days", type=int, default=365, metavar="N", help="how long the certificates are valid (default 365)"
+        "--days", type=int, default=365, metavar="N",
+        help="how long the SuperLink's certificate is valid (default 365); the authority's is for ten years",
+    )  # fmt: skip
+    certificates.add_argument(
+        "--renew", action="store_true", help="renew the SuperLink's certificate in DIR; its private key stays"
     )
     certificates.set_defaults(command=_certificates)
 
@@ -87,6 +93,32 @@ def _parser() -> argparse.ArgumentParser:
     agree.set_defaults(command=_agree)
 
     _add_sites(commands)
+    site = commands.add_parser(
+        "site",
+        help="what a site runs to take part",
+        description="Start this site's SuperNode, keep it running, and say in words what is wrong. SIGTERM ends it.",
+    )
+    site.add_argument("--superlink", required=True, metavar="HOST:PORT", help="where the coordinator's SuperLink is")
+    site.add_argument("--root-certificates", type=Path, required=True, metavar="FILE", help="the coordinator's ca.crt")
+    site.add_argument("--key", type=Path, required=True, metavar="FILE", help="this site's private key")
+    site.add_argument("--client-id", required=True, metavar="ID", help="the site's name, the same for ever")
+    site.add_argument("--data", type=Path, required=True, metavar="PATH", help="a folder of images or an .npz file")
+    site.add_argument("--state-dir", type=Path, required=True, metavar="DIR", help="where the site keeps its state")
+    site.add_argument(
+        "--port", type=int, default=9094, metavar="N",
+        help="port of this machine's loopback that the SuperNode takes (default 9094); each site of a machine its own",
+    )  # fmt: skip
+    site.set_defaults(command=_site)
+
+    status = commands.add_parser(
+        "status",
+        help="how a run stands, at the coordinator",
+        description="Rounds, sites and their last answers, Flower's runs, and what to do.",
+    )
+    status.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="the run's folder")
+    status.add_argument("--connection", metavar="NAME", help="the SuperLink's name in Flower's config.toml")
+    status.set_defaults(command=_status)
+
     rehearse = commands.add_parser(
         "rehearse",
         help="run a whole federation on this machine as separate processes",
@@ -102,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_sites(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_sites(commands: "argparse._SubParsersAction[Parser]") -> None:
     register = commands.add_parser(
         "register",
         help="let a site's key in, and note whose it is",
@@ -142,22 +174,30 @@ def _add_configuration(parser: argparse.ArgumentParser) -> None:
 
 
 def _certificates(options: argparse.Namespace) -> None:
-    from srfed.deployment.certificates import describe, make_certificates
+    from srfed.deployment.certificates import SERVER_CERTIFICATE, describe, make_certificates, renew_certificate
 
+    if options.renew:
+        if options.sites:
+            raise UserError("--renew is for the SuperLink's certificate; a site's keys do not expire")
+        end = renew_certificate(options.out, options.hosts, options.days)
+        print(f"{options.out / SERVER_CERTIFICATE} is valid until {end:%Y-%m-%d %H:%M} UTC; restart the SuperLink")
+        return
     if not options.hosts and not options.sites:
         raise UserError("nothing to make; name --host for the SuperLink's certificate, --site for a site's keys")
     make_certificates(options.out, options.hosts, options.sites, options.days)
-    print(describe(options.out, options.hosts, options.sites, options.days))
+    print(describe(options.out, options.hosts, options.sites))
 
 
 def _check(options: argparse.Namespace) -> None:
     from srfed.config import load_config
-    from srfed.deployment.agree import fits, standing
-    from srfed.deployment.check import check_site
 
     # A name for a file: "my pictures" becomes "my-pictures".
     client = options.client_id or re.sub(r"[^A-Za-z0-9._-]+", "-", options.data.absolute().stem).strip("._-")
     config = load_config(options.config, options.overrides)
+    # After the settings, as it imports torch.
+    from srfed.deployment.agree import fits, standing
+    from srfed.deployment.check import check_site
+
     print(check_site(config, options.data, options.state_dir, client, options.out))
     agreement = standing(options.state_dir.expanduser(), client)
     print(f"\nagreement:  {'none yet; python -m srfed.deploy agree' if agreement is None else fits(agreement, config)}")
@@ -167,8 +207,6 @@ def _agree(options: argparse.Namespace) -> None:
     from pydantic import ValidationError
 
     from srfed.config import load_config
-    from srfed.data import current_images
-    from srfed.deployment.agree import agree, in_words, propose, standing
     from srfed.federation.agreement import AGREEMENT_FILE, LeastImages, SiteResources
 
     state_dir = options.state_dir.expanduser().absolute()
@@ -180,6 +218,10 @@ def _agree(options: argparse.Namespace) -> None:
         problem = error.errors(include_url=False)[0]
         raise UserError(f"{problem['loc'][0]} = {problem['input']} is impossible: {problem['msg']}") from error
     config = load_config(options.config, options.overrides)
+    # After the settings, as it imports torch.
+    from srfed.data import current_images
+    from srfed.deployment.agree import agree, in_words, propose, standing
+
     data, folder = options.data.expanduser(), state_dir / options.client_id
     proposed = propose(
         config, data, state_dir, options.client_id,
@@ -227,22 +269,36 @@ def _sites(options: argparse.Namespace) -> None:
         print(sites_in_words(options.run, options.notes))
 
 
+def _site(options: argparse.Namespace) -> None:
+    from srfed.deployment.site_command import SiteSettings, run_site
+
+    certificates, key, data, state_dir = (
+        path.expanduser().absolute()
+        for path in (options.root_certificates, options.key, options.data, options.state_dir)
+    )
+    run_site(SiteSettings(options.superlink, certificates, key, options.client_id, data, state_dir, options.port))
+
+
+def _status(options: argparse.Namespace) -> None:
+    from srfed.deployment.status import status
+
+    print(status(options.run_dir, options.connection))
+
+
 def _rehearse(options: argparse.Namespace) -> None:
-    from srfed.config import load_config
-    from srfed.deployment.rehearsal import rehearse
     from srfed.files import new_folder
+    from srfed.requested_config import requested_config
     from srfed.simulate import check
 
-    overrides = list(options.overrides)
-    if options.clients is not None:
-        overrides.append(f"federation.clients={options.clients}")
     earlier = None if options.dir is None else options.dir / "config.yaml"
-    config = load_config(options.config or (earlier if earlier and earlier.is_file() else None), overrides)
-    if config.data.dir:
-        # Flower's processes, and later rehearsals, may stand in other folders.
-        data = config.data.model_copy(update={"dir": str(Path(config.data.dir).absolute())})
-        config = config.model_copy(update={"data": data})
+    config = requested_config(
+        options.config or (earlier if earlier and earlier.is_file() else None),
+        options.overrides,
+        {"federation.clients": options.clients},
+    )
     check(config)
+    from srfed.deployment.rehearsal import rehearse
+
     own = Path("runs") / f"rehearsal-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
     folder = (options.dir or new_folder(own)).absolute()
     print(
@@ -251,9 +307,9 @@ def _rehearse(options: argparse.Namespace) -> None:
     )
     try:
         rehearse(folder, config)
-    except KeyboardInterrupt:
-        print(f"stopped; go on with: python -m srfed.deploy rehearse --dir {folder}", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+    except (KeyboardInterrupt, BrokenPipeError) as stop:
+        tell(f"stopped; go on with: python -m srfed.deploy rehearse --dir {shlex.quote(str(folder))}")
+        raise SystemExit(status_of(stop)) from None
     print(f"\nresults:    {folder / 'run'}")
     print(f"curves:     tensorboard --logdir {folder / 'run' / 'tensorboard'}")
     print(f"site state: {folder / 'sites'}")

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from srfed.command import run_command
+from srfed.command import Parser, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m srfed.evaluate",
         description="Sample a simulated or centralised run's last checkpoint, and score the samples in every way "
         "there is. Each number is printed with what it depends on. A second call reads what the first has left.",
@@ -39,36 +39,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from srfed.config import load_config, parse_config
+    from srfed.errors import UserError
+    from srfed.reporting.run_directory import RunDirectory
+    from srfed.requested_config import requested_sampling, with_absolute_paths
+
+    if not 0 < options.quantile < 0.5:
+        raise UserError(f"--quantile {options.quantile} is impossible; allowed: above 0 and below 0.5")
+    resources = load_config(None, [f"resources.device={options.device}"]).resources
+    own = RunDirectory.open(options.run).config
+    given = {
+        "samples": options.samples,
+        "feature_network": options.network,
+        "inception_weights": options.inception_weights,
+        "ssim_images": options.ssim_images,
+    }
+    content = own.model_dump(mode="json")
+    content["evaluation"] |= {key: value for key, value in given.items() if value is not None}
+    content["sampling"] = requested_sampling(own, options.sampler, options.steps, options.eta).model_dump(mode="json")
+    config = with_absolute_paths(parse_config(content, "the command line"))
+    evaluation = config.evaluation
+    if options.inception_weights is not None and evaluation.feature_network != "inception":
+        raise UserError(
+            f"--inception-weights {options.inception_weights} would be ignored: the feature network is "
+            f"{evaluation.feature_network}; leave it out, or name --network inception"
+        )
+    # Importing torch takes seconds: what is wrong with the options is said before.
     from tqdm import tqdm
 
     from srfed.checkpoints.evaluate_run import Wanted, evaluate_run
     from srfed.checkpoints.trained_run import TrainedRun
-    from srfed.config import load_config, parse_config
-    from srfed.errors import UserError
     from srfed.evaluation.features import load_feature_network
-    from srfed.reporting.run_directory import RunDirectory
 
-    if not 0 < options.quantile < 0.5:
-        raise UserError(f"--quantile {options.quantile} is impossible; allowed: above 0 and below 0.5")
     if not RunDirectory.open(options.run).images.exists():
         _note("the run has no record of its images, so nobody can tell whether it was begun with those that are there")
-    trained = TrainedRun(options.run, load_config(None, [f"resources.device={options.device}"]).resources)
-    content = trained.config.model_dump(mode="json")
-    for section, given in (
-        ("sampling", {"sampler": options.sampler, "steps": options.steps, "eta": options.eta}),
-        (
-            "evaluation",
-            {
-                "samples": options.samples,
-                "feature_network": options.network,
-                "inception_weights": options.inception_weights,
-                "ssim_images": options.ssim_images,
-            },
-        ),
-    ):
-        content[section] |= {key: value for key, value in given.items() if value is not None}
-    config = parse_config(content, "the command line")
-    evaluation = config.evaluation
+    trained = TrainedRun(options.run, resources)
     network = load_feature_network(evaluation.feature_network, evaluation.inception_weights, trained.device)
     wanted = Wanted(
         samples=evaluation.samples,
@@ -114,12 +119,17 @@ def _words(record: dict[str, Any], headline: int) -> str:
 
 
 def _audit_words(memorisation: dict[str, Any]) -> list[str]:
+    # Evaluations of earlier versions have an audit of every task.
+    missing = [f"no memorisation audit of {name}: {why}" for name, why in memorisation.get("none", {}).items()]
+    if memorisation["all"] is None:
+        return missing
     merged = memorisation["all"]
     fired = [name for name, numbers in memorisation["by_task"].items() if numbers["fires"]]
     verdict = f"memorised: {', '.join(fired)}" if fired else "no task's model shows memorisation"
     return [
         f"memorisation: {merged['pixels_share']:.4f} (pixels) and {merged['features_share']:.4f} (features) of the "
-        f"samples are closer to a training image than a share {merged['quantile']:.4f} of held-out images; {verdict}"
+        f"samples are closer to a training image than a share {merged['quantile']:.4f} of held-out images; {verdict}",
+        *missing,
     ]
 
 

@@ -5,12 +5,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from srfed.command import run_command
+from srfed.command import Parser, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m srfed.partition",
         description="Print which of the UNet's modules are shared and which exclusive, with parameters and bytes.",
     )
@@ -28,20 +28,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from srfed.config import load_config
     from srfed.data import load_task
     from srfed.errors import UserError
-    from srfed.models.partition import describe_modules
     from srfed.reporting.words import bytes_in_words
-    from srfed.training.setup import build_model, build_partition
+    from srfed.requested_config import requested_config
 
-    overrides = list(options.overrides) + ([f"data.dir={json.dumps(options.data_dir)}"] if options.data_dir else [])
-    config = load_config(options.config, overrides)
     channels = options.image_channels
+    if channels is not None and channels < 1:
+        raise UserError(f"--image-channels {channels} is impossible; allowed: 1 or more")
+    if channels is not None and options.data_dir is not None:
+        raise UserError("--data-dir would be ignored, as --image-channels says all that it is looked up for")
+    data_dir = None if options.data_dir is None else json.dumps(options.data_dir)
+    config = requested_config(options.config, options.overrides, {"data.dir": data_dir})
     if channels is None:
         channels = load_task(config.data, 0).train.shape[-1]
-    elif channels < 1:
-        raise UserError(f"--image-channels {channels} is impossible; allowed: 1 or more")
+    # Importing torch takes seconds: what is wrong with settings and images is said before.
+    from srfed.models.partition import describe_modules
+    from srfed.training.setup import build_model, build_partition
+
     model = build_model(config, channels)
     partition = build_partition(config, model)
     tensors = model.state_dict()

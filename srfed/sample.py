@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from srfed.command import run_command
+from srfed.command import Parser, run_command
 
 if TYPE_CHECKING:
     from srfed.reporting.pictures import Images
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m srfed.sample",
         description="Generate images through the averaged weights of a run's last checkpoint.",
     )
@@ -41,28 +41,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sample(options: argparse.Namespace) -> None:
+    from srfed.config import load_config
+    from srfed.errors import UserError
+    from srfed.reporting.run_directory import RunDirectory
+    from srfed.requested_config import requested_sampling
+
+    if options.n < 1:
+        raise UserError(f"--n {options.n} is impossible; allowed: 1 or more")
+    resources = load_config(None, [f"resources.device={options.device}"]).resources
+    given = options.sampler, options.steps, options.eta
+    if options.run is not None:
+        requested_sampling(RunDirectory.open(options.run).config, *given)
+    # Importing torch takes seconds: what is wrong with the options is said before.
     import numpy as np
     import torch
     from tqdm import tqdm
 
     from srfed.checkpoints.trained_run import TrainedRun, TrainedSite
-    from srfed.config import load_config, parse_config
-    from srfed.errors import UserError
     from srfed.evaluation.generation import generate
     from srfed.files import try_output, write_bytes
     from srfed.reporting.pictures import draw_grid, write_png
 
-    if options.n < 1:
-        raise UserError(f"--n {options.n} is impossible; allowed: 1 or more")
     out = options.out or Path("samples.png")
     for output in (out, options.npz):
         try_output(output)
-    resources = load_config(None, [f"resources.device={options.device}"]).resources
     trained = TrainedRun(options.run, resources) if options.store is None else TrainedSite(options.store, resources)
-    given = {"sampler": options.sampler, "steps": options.steps, "eta": options.eta}
-    content = trained.config.model_dump(mode="json")
-    content["sampling"] |= {key: value for key, value in given.items() if value is not None}
-    sampling = parse_config(content, "--sampler, --steps, --eta").sampling
+    sampling = requested_sampling(trained.config, *given)
     torch.set_num_threads(trained.config.resources.client_cpus)
     tasks = trained.tasks if options.task is None else [trained.find_task(options.task)]
     images = {}

@@ -1,12 +1,9 @@
 """Simulate a federation on this machine: ``python -m srfed.simulate --clients 10``."""
 
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
-from srfed.command import run_command
+from srfed.command import run_command, stopping_gently
 from srfed.config import RunConfig
 from srfed.errors import UserError
 from srfed.reporting.run_directory import RunDirectory
@@ -32,32 +29,19 @@ def check(config: RunConfig, record: Path | None = None, *, allow_changed_images
 
 
 def _run(run: RunDirectory) -> None:
-    """Start the apps on the configured backend; Ctrl-C stops between two replies."""
+    """Start the apps on the configured backend; a signal stops between two replies."""
     from srfed.federation.client_app import app as client_app
     from srfed.federation.exchange import StoppedError, stop_requested
     from srfed.federation.inline_grid import run_inline
     from srfed.federation.server_app import app as server_app
 
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        if stop_requested.is_set():
-            raise KeyboardInterrupt
-        stop_requested.set()
-        print("\nstopping (again to stop at once)", file=sys.stderr, flush=True)
-
-    stop_requested.clear()
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with stopping_gently(stop_requested, StoppedError):
         if run.config.resources.backend == "ray":
             from srfed.federation.ray_grid import run_on_ray
 
             run_on_ray(run, server_app, client_app)
         else:
             run_inline(run, server_app, client_app)
-    except StoppedError:
-        raise KeyboardInterrupt from None
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

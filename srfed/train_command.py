@@ -2,31 +2,36 @@
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from srfed.command import INTERRUPTED
-from srfed.config import RunConfig, describe, load_config
+from srfed.command import Parser, status_of, tell
+from srfed.config import RunConfig, describe
+from srfed.cores import check_resources
 from srfed.errors import UserError
 from srfed.files import held, write_bytes
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import LOCK, RunDirectory
 from srfed.reporting.summary import summarise
+from srfed.requested_config import requested_config
 
 
 def training_parser(command: str, description: str) -> argparse.ArgumentParser:
     """Options of a command that trains; the settings are listed in its help."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m {command}",
         description=description,
         epilog="settings (name = default):\n" + describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file; default: the embedded digits")
-    parser.add_argument("--clients", metavar="N", help="the first N tasks (federation.clients)")
-    parser.add_argument("--data-dir", metavar="DIR", help="where the images are (data.dir)")
+    parser.add_argument(
+        "--clients", metavar="N", help="the first N tasks (federation.clients); default: all of own data, or 10"
+    )
+    parser.add_argument("--data-dir", metavar="DIR", help="where the images are (data.dir); what they are is looked up")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="the run's folder; default runs/<name>-<time>")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
     parser.add_argument(
@@ -54,43 +59,42 @@ def train_by_command(
         options: of :func:`training_parser`.
         further: settings that the command has options of its own for; None where not given.
         check: as :func:`check_training`; raises UserError for what cannot work, before anything is written.
-        train: does the work; may raise UserError or KeyboardInterrupt.
+        train: does the work; may raise UserError, KeyboardInterrupt or, where nobody reads the output, BrokenPipeError.
 
     Raises:
         UserError: the text says how to go on where there is something to go on with.
-        SystemExit: the user stopped the run.
+        SystemExit: a signal or a closed pipe stopped the run.
     """
     began = time.monotonic()
-    overrides = list(options.overrides)
     named = {
         "federation.clients": options.clients,
         "data.dir": None if options.data_dir is None else json.dumps(options.data_dir),
         **further,
     }
-    overrides += [f"{key}={value}" for key, value in named.items() if value is not None]
     if options.resume is None:
         if options.allow_changed_images:
             raise UserError("--allow-changed-images is for --resume: a new run takes the images that are there")
-        config = _with_absolute_data_dir(load_config(options.config, overrides))
+        config = requested_config(options.config, options.overrides, named)
         check(config)
         run = RunDirectory.create(options.run_dir, config)
     else:
         if options.run_dir is not None:
             raise UserError("--resume names the run's folder; leave --run-dir out")
         run = RunDirectory.open(options.resume)
-        config = _with_absolute_data_dir(load_config(options.config or run.config_file, overrides))
+        config = requested_config(options.config or run.config_file, options.overrides, named)
         run = run.reconfigure(config)
-        check(config, run.images, allow_changed_images=options.allow_changed_images)
+        record = run.images if run.started or run.images.exists() else None
+        check(config, record, allow_changed_images=options.allow_changed_images)
     if finished(run):
         print(f"{relative(run.path)} is finished already; a larger federation.rounds would go on with it")
     else:
         _announce(run)
-        go_on = f"{command} --resume {relative(run.path)}"
+        go_on = f"{command} --resume {shlex.quote(str(relative(run.path)))}"
         try:
             train(run)
-        except KeyboardInterrupt:
-            print(f"stopped; go on with: python -m {go_on}", file=sys.stderr)
-            raise SystemExit(INTERRUPTED) from None
+        except (KeyboardInterrupt, BrokenPipeError) as stop:
+            tell(f"stopped; go on with: python -m {go_on}")
+            raise SystemExit(status_of(stop)) from None
         except UserError as error:
             raise UserError(f"{error}; once it is mended, go on with: python -m {go_on}") from error
     summary = summarise(MetricsLog(run.metrics), time.monotonic() - began)
@@ -110,20 +114,15 @@ def check_training(config: RunConfig, record: Path | None = None, *, allow_chang
     Raises:
         UserError: data, batch size, device, partition, feature network or cores do not fit; images have changed.
     """
-    # Importing torch's half of the package takes seconds, and --help needs none of it.
-    from srfed.data import load_recorded_tasks, load_tasks, record_tasks
-    from srfed.evaluation.features import load_feature_network
-    from srfed.training.batches import MinibatchOrder
-    from srfed.training.central import central_orders
-    from srfed.training.setup import build_model, build_partition, check_resources, resolve_device
-
     if config.data.dataset == "sites":
         raise UserError(
             "data.dataset = sites is for deployed sites (docs/deployment.md); for a simulation name a data set, "
             "for example --set data.dataset=folder --data-dir DIR"
         )
+    # Importing torch takes seconds: what is wrong with settings and images is said before.
+    from srfed.data import load_recorded_tasks, load_tasks, record_tasks
+
     training = config.training
-    device = resolve_device(config.resources)
     check_resources(config.resources)
     if record is None:
         tasks = load_tasks(config.data, config.federation.clients)
@@ -131,13 +130,20 @@ def check_training(config: RunConfig, record: Path | None = None, *, allow_chang
         tasks = load_recorded_tasks(
             config.data, config.federation.clients, record, _say_on_stderr if allow_changed_images else None
         )
+    for task in tasks:
+        if len(task.test) < 2:
+            raise UserError(f"task {task.name!r} has {len(task.test)} test images; evaluation needs at least 2")
+    from srfed.evaluation.features import load_feature_network
+    from srfed.training.batches import MinibatchOrder
+    from srfed.training.central import central_orders
+    from srfed.training.setup import build_model, build_partition, resolve_device
+
+    device = resolve_device(config.resources)
     if training.method != "federated":
         central_orders(config, {task.name: len(task.train) for task in tasks})
     for task in tasks:
         if training.method == "federated":
             MinibatchOrder.of(training, len(task.train), training.batch_size, config.seed, task.name)
-        if len(task.test) < 2:
-            raise UserError(f"task {task.name!r} has {len(task.test)} test images; evaluation needs at least 2")
     build_partition(config, build_model(config, tasks[0].train.shape[-1]))
     load_feature_network(config.evaluation.feature_network, config.evaluation.inception_weights, device)
     if record is not None:
@@ -157,14 +163,6 @@ def relative(path: Path) -> Path:
         return path.relative_to(Path.cwd())
     except ValueError:
         return path
-
-
-def _with_absolute_data_dir(config: RunConfig) -> RunConfig:
-    """Other processes, and later resumptions, may stand in other folders."""
-    if not config.data.dir:
-        return config
-    data = config.data.model_copy(update={"dir": str(Path(config.data.dir).absolute())})
-    return config.model_copy(update={"data": data})
 
 
 def finished(run: RunDirectory) -> bool:

@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from test_faulty_clients import app_with, edit_tensors
 from tiny_run import begin, round_lines, run_in_process, tiny_config
 
 from srfed.config import load_config, parse_config_json
 from srfed.data import load_tasks
 from srfed.errors import UserError
 from srfed.federation.aggregation import client_weights
-from srfed.federation.bounds import TrainPlan, printable
+from srfed.federation.bounds import TrainPlan
+from srfed.federation.messages import SHARED_MOMENTS
 from srfed.federation.screening import RefusedError, _check_moments, moment_templates
+from srfed.reporting.words import printable
 from srfed.training.batches import MinibatchOrder
 from srfed.training.local import LocalTrainer, initial_state
 from srfed.training.optimizers import ADAM_REACH, BETA1, BETA2, PartOptimizer, reach_of_round
@@ -147,6 +150,18 @@ def test_averaged_moments_pass_the_bounds_round_after_round(tmp_path: Path) -> N
     run = run_in_process(begin(tmp_path / "run", {"training.shared_moments": "average", "evaluation.every": 0}))
     assert [len(line["accepted"]) for line in round_lines(run)] == [3, 3, 3]
     assert moment_templates({"w": torch.zeros(2)}).keys() == {"exp_avg.w", "exp_avg_sq.w", "step.w"}
+
+
+def test_a_client_whose_moments_are_of_no_gradient_is_refused(tmp_path: Path) -> None:
+    def inflate(moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: 1e6 * tensor if name.startswith("exp_avg.") else tensor for name, tensor in moments.items()}
+
+    settings = {"training.shared_moments": "average", "evaluation.every": 0, "federation.rounds": 1}
+    app = app_with(1, train=[edit_tensors(inflate, SHARED_MOMENTS)])
+    run = run_in_process(begin(tmp_path / "run", settings), app)
+    (line,) = round_lines(run)
+    assert "more than its second one allows" in line["refused"]["digit-1"]
+    assert line["accepted"] == ["digit-0", "digit-2"]
 
 
 # --- Weights -------------------------------------------------------------------------------------

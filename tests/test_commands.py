@@ -110,19 +110,8 @@ def draw(finished_run: RunDirectory, tmp_path: Path) -> Callable[..., Sampled]:
 
     def call(*arguments: object) -> Sampled:
         out, numbers = tmp_path / "new" / "grid.png", tmp_path / "new" / "images.npz"
-        given = [
-            "--run",
-            finished_run.path,
-            "--steps",
-            5,
-            "--device",
-            "cpu",
-            "--out",
-            out,
-            "--npz",
-            numbers,
-            *arguments,
-        ]
+        steps = [] if "ancestral" in arguments else ["--steps", 5]
+        given = ["--run", finished_run.path, *steps, "--device", "cpu", "--out", out, "--npz", numbers, *arguments]
         assert sample.main([str(argument) for argument in given]) == 0
         with np.load(numbers) as content:
             return out.read_bytes(), content["images"], content["tasks"].tolist()

@@ -67,14 +67,20 @@ def test_every_way_to_write_a_number_is_a_number(tmp_path: Path, text: str) -> N
     assert load_config(overrides=[f"training.learning_rate={text}"]).training.learning_rate == 5e-4
 
 
-@pytest.mark.parametrize("name", ["1e5", "12", "null", "true", "2025-01-31", "1.5", "0x10"])
+@pytest.mark.parametrize("name", ["1e5", "12", "null", "true", "2025-01-31", "1.5", "0x10", "0100", "no", "1.e5"])
 def test_a_text_that_looks_like_something_else_survives_the_round_trip(tmp_path: Path, name: str) -> None:
     config = parse_config({"name": name, "data": {"dir": name}})
     assert load_config(write(tmp_path, config.to_yaml())) == config
 
 
-def test_a_date_is_text() -> None:
-    assert load_config(overrides=["data.dir=2025-01-31"]).data.dir == "2025-01-31"
+@pytest.mark.parametrize("text", ["2025-01-31", "0100", "1:30", "1_000", "no", "off", "="])
+def test_what_is_no_number_at_first_sight_is_text(tmp_path: Path, text: str) -> None:
+    assert load_config(overrides=[f"data.dir={text}"]).data.dir == text
+    assert load_config(write(tmp_path, f"data:\n  dir: {text}\n")).data.dir == text
+
+
+def test_a_text_that_is_missing_is_the_empty_text(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "data: {dir: /data}"), ["data.dir="]).data.dir == ""
 
 
 def test_a_file_changes_what_it_names_and_overrides_win_in_order(tmp_path: Path) -> None:
@@ -122,7 +128,20 @@ def test_the_configuration_is_immutable() -> None:
         # types
         ("training.batch_size=1.0", ["training.batch_size = 1.0", "whole number"]),
         ("training.batch_size='32'", ['training.batch_size = "32"', "whole number"]),
-        ("training.batch_size=", ["training.batch_size = null", "whole number"]),
+        ("training.batch_size=", ['training.batch_size = ""', "whole number"]),
+        # nothing at all switches nothing off
+        ("training.gradient_clip=", ['training.gradient_clip = ""', "number | null"]),
+        ("training.gradient_clip= # none", ['training.gradient_clip = ""', "number | null"]),
+        ("federation.largest_update=", ['federation.largest_update = ""', "number | null"]),
+        # what YAML 1.1 takes for another number, or for a truth value
+        ("training.batch_size=0100", ['training.batch_size = "0100"', "in decimal digits alone"]),
+        ("training.batch_size=0x10", ['training.batch_size = "0x10"', "in decimal digits alone"]),
+        ("training.batch_size=0b11", ['training.batch_size = "0b11"', "in decimal digits alone"]),
+        ("federation.join_timeout=1:30", ['federation.join_timeout = "1:30"', "in decimal digits alone"]),
+        ("evaluation.samples=1_000", ['evaluation.samples = "1_000"', "in decimal digits alone"]),
+        ("model.exclusive_stages=01", ['model.exclusive_stages = "01"', "none | io | all"]),
+        ("training.drop_last=no", ['training.drop_last = "no"', "true | false"]),
+        ("sampling.clip=on", ['sampling.clip = "on"', "true | false"]),
         ("training.batch_size=[1]", ["training.batch_size = [1]", "whole number"]),
         ("training.learning_rate=fast", ['training.learning_rate = "fast"', "number"]),
         ("name=5", ["name = 5", "text"]),
@@ -225,7 +244,9 @@ def test_every_mistake_is_named_at_once() -> None:
         ("training:\n\tbatch_size: 8\n", "is not valid YAML"),
         ("seed: !!python/object/apply:os.getcwd []", "is not valid YAML"),
         ("seed: 1\n---\nseed: 2\n", "is not valid YAML"),
-        ("training:\n", "training = null is not allowed; it must be a section"),
+        ("training:\n", 'training = "" is not allowed; it must be a section'),
+        ("training:\n  gradient_clip:\n", 'training.gradient_clip = "" is not allowed; allowed: number | null'),
+        ("training:\n  batch_size: 0100\n", 'training.batch_size = "0100" is not allowed'),
         ("1: 2\n", "unknown key `1`"),
     ],
 )

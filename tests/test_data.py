@@ -633,7 +633,7 @@ def test_tasks_that_differ_in_shape_are_refused_together_not_alone(tmp_path: Pat
 def test_folders_with_nothing_in_them(tmp_path: Path) -> None:
     assert "has no task folders" in message_of(task_names, folder(tmp_path))
     (tmp_path / "lamp").mkdir()
-    assert "task lamp has no training images" in message_of(load_task, folder(tmp_path), 0)
+    assert f"{tmp_path / 'lamp'} holds no images" in message_of(load_task, folder(tmp_path), 0)
     save(tmp_path / "lamp" / "1.png", random_images(8, 8))
     assert "data.test_fraction" in message_of(load_task, folder(tmp_path), 0)
     file = tmp_path / "lamp" / "1.png"

@@ -24,7 +24,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.cli.supernode.register import try_load_public_key
-from flwr.common.config import parse_config_args
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from PIL import Image
 from tiny_run import CLIENTS, all_bits, begin, run_in_process, server_bits, tiny_config
@@ -32,9 +31,11 @@ from tiny_run import CLIENTS, all_bits, begin, run_in_process, server_bits, tiny
 from srfed import deploy
 from srfed.config import load_config
 from srfed.data import accept_images, load_own_task
+from srfed.deployment import certificates as certificates_module
 from srfed.deployment import processes
 from srfed.deployment.certificates import make_certificates
-from srfed.deployment.processes import FOLDER_VARIABLE, Deployment
+from srfed.deployment.flower import FOLDER_VARIABLE
+from srfed.deployment.processes import Deployment
 from srfed.errors import UserError
 from srfed.files import held
 from srfed.models.partition import divide
@@ -129,12 +130,15 @@ def test_openssl_accepts_the_certificates(certificates: Path) -> None:
     assert re.search(r"Key Usage: critical\s+Certificate Sign, CRL Sign\n", text)
 
 
-def test_the_certificates_are_valid_as_long_as_was_asked(certificates: Path) -> None:
-    for name in ("ca.crt", "superlink.crt"):
-        certificate = x509.load_pem_x509_certificate((certificates / name).read_bytes())
-        left = certificate.not_valid_after_utc - datetime.now(UTC)
-        assert timedelta(days=29, hours=23) < left <= timedelta(days=30)
-        assert certificate.not_valid_before_utc < datetime.now(UTC)
+def seconds_left(path: Path) -> timedelta:
+    certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    assert certificate.not_valid_before_utc < datetime.now(UTC)
+    return certificate.not_valid_after_utc - datetime.now(UTC)
+
+
+def test_the_certificate_is_valid_as_long_as_was_asked_and_the_authority_longer(certificates: Path) -> None:
+    assert timedelta(days=29, hours=23) < seconds_left(certificates / "superlink.crt") <= timedelta(days=30)
+    assert timedelta(days=3649, hours=23) < seconds_left(certificates / "ca.crt") <= timedelta(days=3650)
 
 
 def handshake(server: Path, authority: Path, host: str) -> None:
@@ -170,6 +174,51 @@ def test_a_tls_handshake_succeeds_with_the_authority_and_host_names_only(certifi
         handshake(certificates, tmp_path, HOSTS[0])
 
 
+def test_a_renewed_certificate_is_trusted_by_sites_that_have_the_old_authority(tmp_path: Path) -> None:
+    make_certificates(tmp_path, list(HOSTS), ["a"], days=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    done = command("certificates", "--renew", "--out", tmp_path, "--days", 90)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "superlink.crt is valid until" in done.stdout
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert [name for name in after if after[name] != before.get(name)] == ["superlink.crt"], "one file, and no other"
+    assert seconds_left(tmp_path / "superlink.crt") > timedelta(days=89)
+    for host in (*HOSTS, "localhost"):
+        handshake(tmp_path, tmp_path, host)
+
+    # Another name, and another key where the old one is lost.
+    (tmp_path / "superlink.key").unlink()
+    done = command("certificates", "--renew", "--out", tmp_path, "--host", "new.example.org", "--days", 3650)
+    assert done.returncode == 0, done.stderr
+    assert stat.S_IMODE((tmp_path / "superlink.key").stat().st_mode) == 0o600
+    handshake(tmp_path, tmp_path, "new.example.org")
+    with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
+        handshake(tmp_path, tmp_path, HOSTS[0])
+    beyond = seconds_left(tmp_path / "superlink.crt") - seconds_left(tmp_path / "ca.crt")
+    assert beyond < timedelta(seconds=1), "never beyond its authority"
+
+
+def test_what_cannot_be_renewed_takes_one_line_and_changes_nothing(tmp_path: Path) -> None:
+    make_certificates(tmp_path / "a", ["localhost"])
+    make_certificates(tmp_path / "b", ["localhost"])
+    certificate = (tmp_path / "a" / "superlink.crt").read_bytes()
+    shutil.copy(tmp_path / "b" / "ca.key", tmp_path / "a" / "ca.key")
+    assert_one_line(command("certificates", "--renew", "--out", tmp_path / "a"), "ca.key is not the key of")
+    (tmp_path / "a" / "ca.key").unlink()
+    assert_one_line(command("certificates", "--renew", "--out", tmp_path / "a"), "cannot read", "ca.key")
+    assert_one_line(command("certificates", "--renew", "--out", tmp_path / "b", "--site", "a"), "do not expire")
+    assert (tmp_path / "a" / "superlink.crt").read_bytes() == certificate
+
+
+def test_a_rehearsal_names_its_expired_certificate(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certificates_module, "_CLOCK_SKEW", timedelta(days=3))
+        patch.setattr(certificates_module, "timedelta", lambda days: timedelta(days=days - 2))
+        make_certificates(tmp_path / "d" / "certificates", ["localhost"], days=1)
+    with pytest.raises(UserError, match=r"superlink\.crt has expired on .* --renew"):
+        Deployment(tmp_path / "d")
+
+
 def test_site_keys_are_what_flower_reads(certificates: Path) -> None:
     private = load_ssh_private_key((certificates / "site-north.key").read_bytes(), None)
     assert isinstance(private, ec.EllipticCurvePrivateKey)
@@ -200,6 +249,7 @@ def test_nothing_is_overwritten_and_then_nothing_is_written(tmp_path: Path) -> N
         (["--host", "localhost", "--days", "0"], "allowed: 1 to"),
         (["--site", "../up"], "no name for a site"),
         (["--site", "a", "--site", "a"], "given twice"),
+        (["--renew"], "cannot read"),
     ],
 )
 def test_impossible_certificates_take_one_line(
@@ -215,11 +265,11 @@ def test_impossible_certificates_take_one_line(
 # --- A site's check ------------------------------------------------------------------------------
 
 
-def node_config_of(output: str) -> dict[str, Any]:
-    """What the printed command tells the SuperNode, read as a shell and Flower read it."""
-    words = shlex.split(output[output.index("flower-supernode") :])
-    assert words[0] == "flower-supernode"
-    return parse_config_args([words[words.index("--node-config") + 1]])
+def joining_options(output: str) -> dict[str, str]:
+    """The options of the printed command that joins, as a shell reads it."""
+    words = shlex.split(output[output.index("python -m srfed.deploy site") :].replace("\\\n", ""))
+    options = words[4:]
+    return dict(zip(options[::2], options[1::2], strict=True))
 
 
 @pytest.fixture
@@ -253,9 +303,9 @@ def test_check_of_a_folder_of_mixed_pictures(pictures: Path, tiny_yaml: Path, tm
     assert [path.name for path in state.iterdir()] == ["check.png"], "what it tried to write is gone again"
     assert [path.stat().st_mode & 0o777 for path in (state, state / "check.png")] == [0o700, 0o600]
     assert "can be read by others" not in done.stdout
-    values = {"client-id": "clinic-1", "data": str(pictures), "state-dir": str(state)}
-    assert node_config_of(done.stdout) == values
-    assert "--auth-supernode-private-key site-clinic-1.key" in done.stdout
+    options = joining_options(done.stdout)
+    assert (options["--client-id"], options["--key"]) == ("clinic-1", "site-clinic-1.key")
+    assert (options["--data"], options["--state-dir"]) == (str(pictures), str(state))
 
     config = tiny_config()
     model = build_model(config, 3)
@@ -288,8 +338,9 @@ def test_check_of_an_npz_file_in_moments_mode(tiny_yaml: Path, tmp_path: Path) -
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "20 for training, 10 for tests; 8 x 8 px, 1 channel\n" in done.stdout
-    values = {"client-id": "site-7", "data": str(tmp_path / "site-7.npz"), "state-dir": str(tmp_path / "state")}
-    assert node_config_of(done.stdout) == values, "absolute, as a SuperNode may stand elsewhere"
+    options = joining_options(done.stdout)
+    values = [options[name] for name in ("--client-id", "--data", "--state-dir")]
+    assert values == ["site-7", str(tmp_path / "site-7.npz"), str(tmp_path / "state")], "absolute, wherever it starts"
     assert not any((tmp_path / "state").iterdir())
     with Image.open(out) as picture:
         assert picture.size[0] > picture.size[1] > 0
@@ -460,7 +511,7 @@ def test_a_rehearsal_stopped_and_resumed_has_the_bits_of_a_simulation(tiny_yaml:
     assert len(processes_of(folder)) >= 1 + 1 + 3, "this command, a SuperLink, three SuperNodes"
     first.process.send_signal(signal.SIGTERM)
     code, errors = first.finish()
-    assert code == 130
+    assert code == 143
     assert f"go on with: python -m srfed.deploy rehearse --dir {folder}" in errors
     assert "Traceback" not in errors
     assert_none_left(folder)

@@ -31,10 +31,13 @@ from srfed.checkpoints.trained_run import TrainedSite
 from srfed.config import ResourcesConfig, load_config
 from srfed.data import Task, load_tasks, to_model_range
 from srfed.deployment.agree import agree_as_rehearsed
-from srfed.deployment.certificates import make_certificates, site_key
-from srfed.deployment.processes import CONNECTION, HOST, Deployment, FlowerRun
+from srfed.deployment.certificates import make_certificates, site_key, site_public_key
+from srfed.deployment.flower import HOST
+from srfed.deployment.processes import CONNECTION, Deployment, FlowerRun
+from srfed.deployment.sites import NOTES, sites_in_words
 from srfed.evaluation.generation import generate
 from srfed.federation.messages import DESCRIBE, EVALUATE, TRAIN
+from srfed.keys import read_key
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import RunDirectory
 from srfed.tensors import read_checkpoint, read_manifest
@@ -396,10 +399,12 @@ def size_of(message: Message) -> int:
 
 
 class Stranger:
-    """A SuperNode started by hand, not by the deployment."""
+    """A SuperNode started by hand, not by the deployment, that says it is digit-1."""
 
-    def __init__(self, folder: Path, deployment: Deployment, port: int, authority: Path, key: Path) -> None:
-        folder.mkdir()
+    def __init__(
+        self, folder: Path, deployment: Deployment, port: int, authority: Path, key: Path, data: Path | None = None
+    ) -> None:
+        folder.mkdir(exist_ok=True)
         self._log = folder / "log"
         options = {
             "--superlink": deployment.superlink_address,
@@ -407,7 +412,7 @@ class Stranger:
             "--port": str(port),
             "--root-certificates": str(authority / "ca.crt"),
             "--auth-supernode-private-key": str(key),
-            "--node-config": f'client-id="digit-1" data="{folder}" state-dir="{folder}"',
+            "--node-config": f'client-id="digit-1" data="{data or folder}" state-dir="{folder}"',
         }
         programs = Path(sys.executable).parent
         environment = {
@@ -499,6 +504,54 @@ def test_strangers_are_refused_and_the_run_goes_on_without_them(tmp_path: Path) 
     theirs, ours = accepted_bits(deployed, state), accepted_bits(simulated, simulated.clients)
     assert list(theirs) == SITES
     assert theirs == ours
+
+
+def test_a_stranger_with_a_registered_key_cannot_take_the_place_of_a_site_that_restarts(tmp_path: Path) -> None:
+    settings = {"federation.rounds": 3, "federation.on_missing": "wait", "evaluation.every": 0}
+    config = write_config(tmp_path / "tiny.yaml", settings)
+    tasks = load_tasks(tiny_config().data, len(SITES))
+    elsewhere = tmp_path / "elsewhere"
+    make_certificates(elsewhere, [], ["stranger"])
+    with ExitStack() as stack:
+        deployment = stack.enter_context(Deployment(tmp_path / "d"))
+        deployment.start_superlink()
+        command = [sys.executable, "-m", "srfed.deploy", "register", "--site", "stranger", "--connection", CONNECTION]
+        command += ["--key", str(elsewhere / site_public_key("stranger"))]
+        environment = {**os.environ, "FLWR_HOME": str(deployment.folder / "flower")}
+        registered = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert registered.returncode == 0, registered.stderr
+        for task in tasks:
+            data = site_data(tmp_path, task)
+            agree_as_rehearsed(load_config(config), data, tmp_path / "state", task.name)
+            deployment.add_site(task.name, data, tmp_path / "state", wait=False)
+        agree_as_rehearsed(load_config(config), data, tmp_path / "stranger", "digit-1")
+        for client in SITES:
+            deployment.wait_for_site(client)
+        run = deployment.run(tmp_path / "run", config)
+        refused = 0
+        for line in run.lines():
+            if "round 1/3" in line:
+                deployment.stop_site("digit-1")
+                key, data = elsewhere / site_key("stranger"), tmp_path / "digit-1.npz"
+                stack.enter_context(
+                    Stranger(tmp_path / "stranger", deployment, *free_ports(1), deployment.certificates, key, data)
+                )
+            if "client 'digit-1' belongs to another SuperNode key" in line:
+                refused += 1
+                deployment.start_site("digit-1")
+        assert_succeeded(run)
+    assert refused == 1
+    deployed = RunDirectory.open(tmp_path / "run")
+    assert [line["accepted"] for line in MetricsLog(deployed.metrics).rounds()] == [SITES] * 3
+    simulated = run_in_process(begin(tmp_path / "simulated", {**TWO, **settings}))
+    assert server_bits(deployed) == server_bits(simulated)
+    # Who is who: by what was noted at registration, and by what the run knows.
+    assert "stranger" in sites_in_words(None, elsewhere / NOTES)
+    rows = sites_in_words(deployed.path, deployment.certificates / NOTES).splitlines()
+    row = next(row for row in rows if row.startswith("digit-1")).split()
+    assert row[1] == "digit-1"
+    assert row[3] == read_key(deployment.certificates / site_public_key("digit-1"))
+    assert "evaluation 3" in " ".join(row)
 
 
 def accepted_bits(run: RunDirectory, state: Path) -> dict[str, Any]:

@@ -490,6 +490,12 @@ def test_clients_that_do_not_fit_together_stop_the_run_at_the_door(
     assert not run.started
 
 
+def test_a_client_that_claims_more_images_than_can_be_counted_off_is_refused(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", {"training.local_steps": None, "training.local_epochs": 1})
+    with pytest.raises(UserError, match="'digit-1': 1000000000 images make 62500000 steps a round; allowed: 1000000"):
+        run_in_process(run, describing(set_own("images", 10**9)))
+
+
 def test_a_client_that_cannot_describe_itself_is_named(tmp_path: Path) -> None:
     def raising(reply: Message, index: int) -> None:
         if index == MIDDLE:

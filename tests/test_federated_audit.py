@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.clientapp import ClientApp
 from tiny_run import CLIENTS, begin, run_in_process
 
+from srfed import evaluate
 from srfed.centralised.run import train_centrally
 from srfed.checkpoints.trained_run import TrainedRun
 from srfed.data import load_tasks
@@ -67,6 +68,11 @@ def test_an_audit_that_cannot_be_made_says_why_to_its_owner_and_that_there_is_no
     assert not (run.clients / "class-1" / "client.log").exists()
     assert "  no memorisation audit: class-0; a client's own log says why\n" in capsys.readouterr().out
 
+    assert evaluate.main(["--run", str(run.path), "--samples", "12"]) == 0
+    said = capsys.readouterr().out
+    assert "no memorisation audit of class-0: all 2 held-out images are training images too" in said
+    assert "memorisation: 0." in said, "the other task's"
+
     central = {**settings, "training.method": "pooled", "model.exclusive_stages": "none"}
     train_centrally(begin(tmp_path / "central", central))
     assert "class-0: no memorisation audit: all 2 held-out images are training" in capsys.readouterr().err
@@ -85,16 +91,19 @@ def test_quantile_zero_switches_it_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "expected"),
     [
-        {"memorisation_pixels_share": 2.0},
-        {"memorisation_features_tolerance": -1.0},
-        {"memorisation_pixels_median": 1.0},
-        {"memorisation_pixels_threshold": float("nan")},
-        {"memorisation_pixels_share": None},
+        ({"memorisation_pixels_share": 2.0}, "'memorisation_pixels_share' is 2.0, not from 0 to 1"),
+        ({"memorisation_features_tolerance": -1.0}, "'memorisation_features_tolerance' is -1.0"),
+        ({"memorisation_pixels_median": 1.0}, "nobody asked for: 'memorisation_pixels_median'"),
+        ({"memorisation_pixels_threshold": float("nan")}, "'memorisation_pixels_threshold' is nan"),
+        ({"memorisation_pixels_share": None}, "'memorisation_pixels_share' is None"),
+        ({"memorisation_pixels_generated": 1e300}, "'memorisation_pixels_generated' is 1e+300, not 10"),
+        ({"memorisation_features_training": 1.0}, "'memorisation_features_training' is 1.0, not 1"),
+        ({"memorisation_features_quantile": 0.4}, "'memorisation_features_quantile' is 0.4, not 0.05"),
     ],
 )
-def test_a_malformed_audit_is_refused(tmp_path: Path, changes: dict[str, float | None]) -> None:
+def test_a_malformed_audit_is_refused(tmp_path: Path, changes: dict[str, float | None], expected: str) -> None:
     app = ClientApp()
     app.query("describe")(client_app.describe)
     app.train()(client_app.train)
@@ -111,7 +120,7 @@ def test_a_malformed_audit_is_refused(tmp_path: Path, changes: dict[str, float |
     run = run_in_process(begin(tmp_path / "run", {"federation.rounds": 1}), app)
     (last,) = MetricsLog(run.metrics).evaluations()
     assert list(last["refused"]) == ["digit-1"]
-    assert "memorisation audit is malformed" in last["refused"]["digit-1"]
+    assert expected in last["refused"]["digit-1"]
 
 
 def test_only_numbers_of_the_audit_are_in_the_reply(tmp_path: Path) -> None:

@@ -310,6 +310,14 @@ def test_a_record_that_was_lost_is_said(run: RunDirectory, capsys: pytest.Captur
     assert run.images.read_bytes() == record
 
 
+def test_a_run_that_never_started_has_no_record_to_miss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = make_pictures(tmp_path / "pictures")
+    run = begin(tmp_path / "run", {**SETTINGS, "data.dir": str(pictures)})
+    assert simulate.main(["--resume", str(run.path)]) == 0
+    assert capsys.readouterr().err == ""
+    assert sorted(read_records(run.images)) == ["task-0", "task-1", "task-2"]
+
+
 def test_a_centralised_run_remembers_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pictures = make_pictures(tmp_path / "pictures")
     central = {"training.method": "balanced", "training.central_batch_size": 12}

@@ -27,13 +27,14 @@ from srfed.deployment.certificates import make_certificates
 from srfed.deployment.sites import rebind, sites_in_words
 from srfed.errors import UserError
 from srfed.federation.client_app import app as real_app
-from srfed.federation.identity import ROSTER_FILE, read_roster
+from srfed.federation.identity import ROSTER_FILE, kept_roster, read_roster
 from srfed.federation.inline_grid import InlineGrid
 from srfed.federation.messages import DESCRIBE, EVALUATE, FAILED, REPLY, SHARED, TRAIN, array_record, read_tensors
-from srfed.federation.server_app import RUN_DIR_VARIABLE, run_federation
+from srfed.federation.roster import Expected, Roster
+from srfed.federation.server_app import RUN_DIR_VARIABLE, begin_or_go_on, run_federation
 from srfed.federation.site import STATE_DIR_VARIABLE
 from srfed.files import write_json
-from srfed.keys import key_fingerprint
+from srfed.keys import key_fingerprint, read_key
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import RunDirectory
 from srfed.tensors import read_manifest
@@ -793,6 +794,25 @@ def test_a_roster_file_is_read_as_public_keys_or_refused_in_one_line(tmp_path: P
         file.write_text(text)
         assert expected in failure(lambda: read_roster(file))
     assert "cannot read" in failure(lambda: read_roster(tmp_path / "none.yaml"))
+
+
+def test_a_run_keeps_the_roster_that_it_is_given(tmp_path: Path) -> None:
+    make_certificates(tmp_path, [], ["a"])
+    file = tmp_path / "roster.yaml"
+    file.write_text(f"clinic-a: {(tmp_path / 'site-a.pub').read_text()}")
+    values = {"run-dir": str(tmp_path / "run"), "config": "", "set": ""}
+    for roster in (str(file), ""):  # named once
+        context = Context(0, 0, {}, RecordDict(), {**values, "roster": roster})
+        assert kept_roster(begin_or_go_on(context).path) == {"clinic-a": read_key(tmp_path / "site-a.pub")}
+
+
+def test_a_client_that_was_refused_meanwhile_can_be_doubted(tmp_path: Path) -> None:
+    """It was asked to train, asked who it is, refused, and only then answered as somebody else."""
+    run = begin(tmp_path / "run", SETTINGS)
+    expected = Expected((8, 8, 1), "", None)
+    roster = Roster(ChangingGrid(run), run.config, run.lineage, expected, lambda _member: None, lambda _text: None)
+    roster.doubt("digit-0")
+    assert roster.present == []
 
 
 def test_a_client_that_comes_back_with_other_images_is_refused_until_the_run_is_told(

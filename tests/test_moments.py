@@ -33,6 +33,7 @@ from srfed.errors import UserError
 from srfed.evaluation.features import FeatureNetwork, load_feature_network
 from srfed.evaluation.generation import generate
 from srfed.federation import client_app
+from srfed.federation.bounds import EvaluatePlan
 from srfed.federation.client_app import app as real_app
 from srfed.federation.inline_grid import InlineGrid
 from srfed.federation.messages import (
@@ -321,11 +322,12 @@ FAULTS: dict[str, tuple[Change, str]] = {
     "another network": (set_field("features", "0" * 64), "another network"),
     "no network": (set_field("features", ""), "another network"),
     "another client": (set_field("client", "digit-1"), "answers as 'digit-1'"),
-    "one image more": (set_number("generated_count", 11.0), "claims statistics of 11 generated"),
-    "one image less": (set_number("generated_count", 9.0), "claims statistics of 9 generated"),
-    "part of an image": (set_number("train_count", 16.5), "claims statistics of 16.5 train"),
-    "one test image": (set_number("test_count", 1.0), "claims statistics of 1 test"),
-    "less than none": (set_number("train_count", -16.0), "claims statistics of -16 train"),
+    "one image more": (set_number("generated_count", 11.0), "'generated_count' is 11.0, not 10"),
+    "one image less": (set_number("generated_count", 9.0), "'generated_count' is 9.0, not 10"),
+    "more images than it said at first": (set_number("train_count", 1e9), "'train_count' is 1000000000.0, not 16"),
+    "part of an image": (set_number("train_count", 16.5), "'train_count' is 16.5, not 16"),
+    "one test image": (set_number("test_count", 1.0), "'test_count' is 1.0, not"),
+    "less than none": (set_number("train_count", -16.0), "'train_count' is -16.0, not 16"),
     "no number of images": (set_number("test_count", float("nan")), "'test_count'"),
     "infinitely many": (set_number("train_count", float("inf")), "'train_count'"),
     "a list of numbers": (set_number("train_count", [16.0]), "'train_count'"),
@@ -340,19 +342,20 @@ FAULTS: dict[str, tuple[Change, str]] = {
     "other dimensions": (statistics(train_mean=filled(0.0, 63)), "'train.mean' is torch.float64 (63,)"),
     "single precision": (statistics(test_mean=filled(0.0, 64).astype(np.float32)), "torch.float32"),
     "no statistics": (without(STATISTICS), "no arrays 'statistics'"),
-    "no numbers": (without(METRICS), "'generated_count'"),
-    "images instead": (instead, "no arrays 'statistics'"),
-    "SSIM above 1": (set_number("ssim", [1.5, 0.5]), "impossible"),
+    "no numbers": (without(METRICS), "'seconds' is None"),
+    "images instead": (instead, "nobody asked for: 'generated'"),
+    "SSIM above 1": (set_number("ssim", [1.5, 0.5]), "'ssim' is 1.5, not from -1 to 1"),
 }
 
 
 @pytest.mark.parametrize("what", FAULTS)
 def test_faulty_statistics_are_refused_with_the_reason(
-    by_moments: Recorded, network: FeatureNetwork, what: str
+    by_moments: Recorded, network: FeatureNetwork, tasks: list[Task], what: str
 ) -> None:
     honest = by_moments.replies(3)["digit-0"]
     header = ReplyHeader.of(honest.content)
-    asked = (ReplyHeader(header.client, header.attempt, header.round), 10, 64, network.fingerprint, 5)
+    plan = EvaluatePlan.of(by_moments.run.config, (8, 8, 1), 16, len(tasks[0].test), 10, final=True)
+    asked = (ReplyHeader(header.client, header.attempt, header.round), plan, 64, network.fingerprint)
     accepted = screen_moments(honest, *asked).moments
     assert accepted is not None
     assert (accepted.generated.count, accepted.train.count) == (10, 16)

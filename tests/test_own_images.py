@@ -332,7 +332,7 @@ def own(tmp_path: Path) -> Path:
 
 
 def copies(cache: Path) -> list[Path]:
-    return [path for path in cache.iterdir() if path.name != RECORD_FILE]
+    return [path for path in cache.iterdir() if path.name not in (RECORD_FILE, "client.log")]
 
 
 def replace(file: Path, pixels: np.ndarray) -> None:

@@ -7,18 +7,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import begin, files_of_at_most, round_lines, tiny_config
 
 from srfed.errors import DamagedError, UserError
+from srfed.evaluation.task import evaluate_task
 from srfed.reporting.metrics_log import MetricsLog
+from srfed.reporting.pace import Pace, evaluation_passes
 from srfed.reporting.pictures import GAP, SMALLEST_CELL, draw_grid, write_png
 from srfed.reporting.records import EvaluationRecord, RoundRecord, TaskInfo
 from srfed.reporting.reporter import Reporter
 from srfed.reporting.run_directory import RunDirectory
 from srfed.reporting.summary import summarise, totals
 from srfed.reporting.words import bytes_in_words, seconds_in_words
+from srfed.training.setup import build_diffusion
 
 TASKS = [TaskInfo("client-b", "zebra", 1200, 40), TaskInfo("client-a", "ant", 30, 10)]
 
@@ -395,3 +399,56 @@ def test_curves_that_cannot_be_begun_are_the_users_to_mend(tmp_path: Path) -> No
     run.tensorboard.write_text("in the way")
     with pytest.raises(UserError, match=f"^cannot write {run.tensorboard}: "):
         Reporter(run).begin(0, TASKS)
+
+
+# --- The time left ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"sampling.sampler": "ancestral"}, {"evaluation.ssim_images": 0}])
+def test_the_passes_of_an_evaluation_are_those_that_the_network_is_asked_for(
+    changes: dict[str, Any], final: bool
+) -> None:
+    config = tiny_config({"diffusion.timesteps": 50, "federation.clients": 1, **changes})
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), dtype=np.uint8)
+    asked = 0
+
+    def predict_noise(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        nonlocal asked
+        asked += len(x)
+        return torch.zeros_like(x)
+
+    evaluate_task(
+        predict_noise, build_diffusion(config, torch.device("cpu")), config, task="t", train=images, test=images[:5],
+        samples=config.evaluation.samples if final else config.evaluation.samples_between, final=final,
+    )  # fmt: skip
+    assert asked == evaluation_passes(config, 1, final=final) > 0
+
+
+def test_the_time_left_counts_every_evaluation_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds of 2 s, evaluations of 10 s between and 40 s at the end, whose passes are in that proportion."""
+    evaluation = {"every": 2, "samples": 400, "samples_between": 100, "ssim_images": 0}
+    config = tiny_config({"federation.rounds": 6, **{f"evaluation.{key}": value for key, value in evaluation.items()}})
+    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 0.0)
+    pace = Pace(config)
+    pace.begin(0)
+    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 2.0)
+    # None measured yet: 100 images of 5 steps, at a third of the time of a trained image.
+    between = 500 * (2.0 / 96) / 3
+    assert pace.seconds_left(round_record(1), clients=3) == pytest.approx(5 * 2 + between * (2 + 4))
+    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 4.0)
+    assert pace.seconds_left(round_record(2), clients=3) == pytest.approx(4 * 2 + between * (2 + 4))
+    pace.count(evaluation_record(2, seconds=10.0), clients=3)
+    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 16.0)
+    assert pace.seconds_left(round_record(3), clients=3) == pytest.approx(3 * 2 + 10 + 40)
+    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 32.0)
+    pace.count(evaluation_record(4, seconds=10.0), clients=3)
+    assert pace.seconds_left(round_record(6), clients=3) == pytest.approx(40)
+
+
+def test_the_last_round_says_that_an_evaluation_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = Reporter(begin(tmp_path / "run", {"federation.rounds": 1}))
+    reporter.begin(0, TASKS)
+    reporter.on_round(round_record(1, seconds=600.0))
+    reporter.close()
+    assert not capsys.readouterr().out.strip().endswith("left 0s")

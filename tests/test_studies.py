@@ -1,6 +1,10 @@
 """Studies, for real on the smallest settings: every case once, resumed, and with everything in the table."""
 
 import csv
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +15,7 @@ from safetensors.numpy import load_file
 from simulations import study, table1
 from simulations.study import Case, change, mean_and_spread, run_cases
 from srfed.errors import UserError
+from srfed.files import held
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.pictures import draw_grid
 
@@ -82,6 +87,32 @@ def test_a_stopped_case_goes_on(tmp_path: Path) -> None:
     )
     run_cases([Case("long", longer, 20, 1)], tmp_path, 1)
     assert [line["round"] for line in MetricsLog(folder / "metrics.jsonl").rounds()] == [1, 2]
+
+
+def test_a_study_that_is_told_to_stop_stops_its_runs(tmp_path: Path) -> None:
+    program = f"""
+from pathlib import Path
+from simulations.study import Case, change, run_cases
+from simulations.table1 import configuration
+from srfed.command import run_command
+base = configuration("digits", "tiny", None, "auto")
+config = change(base, training__learning_rate_schedule="constant", federation__rounds=99999)
+print(Case("endless", config, 20).folder(Path({str(tmp_path)!r})), flush=True)
+raise SystemExit(run_command(lambda: print(run_cases([Case("endless", config, 20)], Path({str(tmp_path)!r}), 1))))
+"""
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as study_process:
+        assert study_process.stdout is not None
+        run = Path(study_process.stdout.readline().strip())
+        log = tmp_path / "logs" / f"{run.name}.log"
+        while study_process.poll() is None and not (log.exists() and "round" in log.read_text()):
+            time.sleep(0.2)
+        study_process.terminate()
+        study_process.communicate(timeout=100)
+    assert study_process.returncode == 128 + signal.SIGTERM
+    assert log.read_text().splitlines()[-1] == "interrupted"
+    with held(tmp_path / "locks" / run.name / "lock", wait=False):
+        pass
 
 
 def test_a_case_that_fails_says_why_and_leaves_the_others(tmp_path: Path) -> None:

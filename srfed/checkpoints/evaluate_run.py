@@ -146,8 +146,9 @@ def evaluate_run(
         "ssim_images": wanted.ssim_images,
         "ssim_window": ssim_window(*trained.shape[:2]),
         "memorisation": {
-            "all": merge_audits(list(scored.audits.values())),
+            "all": merge_audits(list(scored.audits.values())) if scored.audits else None,
             "by_task": audit_numbers(scored.audits),
+            "none": scored.no_audit,
         },
         "parameters": {
             part: sum(trained.sizes[name] for name in names)

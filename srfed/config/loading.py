@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from srfed.config.sections import REMOVED, RunConfig
 from srfed.config.words import explain
-from srfed.config.yaml_rules import Loader
+from srfed.config.yaml_rules import Loader, read_value
 from srfed.errors import UserError
 
 
@@ -25,7 +25,11 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunC
     Raises:
         UserError: the file cannot be read, a key is unknown, a value has the wrong type or is impossible.
     """
-    source = "configuration" if path is None else str(path)
+    return parse_config(read_settings(path, overrides), "configuration" if path is None else str(path))
+
+
+def read_settings(path: Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a file and overrides name, by section, not yet validated; raises UserError where it cannot be read."""
     content: dict[str, Any] = {}
     if path is not None:
         try:
@@ -39,7 +43,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunC
         content = loaded or {}
     for override in overrides:
         _apply_override(content, override)
-    return parse_config(content, source)
+    return content
 
 
 def parse_config(content: dict[str, Any], source: str = "configuration") -> RunConfig:
@@ -76,7 +80,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     if not separator or not all(keys) or len(keys) > 2:
         raise UserError(f"--set {override!r}: write section.key=value, for example training.batch_size=32")
     try:
-        value = yaml.load(text, Loader=Loader)
+        value = read_value(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override!r}: the value is not valid YAML: {_one_line(error)}") from error
     target = content

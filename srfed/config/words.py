@@ -1,6 +1,7 @@
 """The settings in words: what each is, and what is wrong with a value."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -8,6 +9,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from srfed.config.sections import REMOVED, RunConfig, Section
+
+OLD_NUMBER = re.compile(r"[-+]?[0-9][0-9a-fA-FoOxX_:]*")
+"""What YAML 1.1 or Python would take for a number: 0100, 0x10, 1_000, 1:30."""
 
 
 def describe() -> str:
@@ -98,7 +102,8 @@ def explain(content: dict[str, Any], error: ValidationError) -> list[str]:
             if "." in name and isinstance(value, dict):
                 value = value.get(path[1])
             shown = json.dumps(value, ensure_ascii=False)
-            lines[f"{name} = {shown} is not allowed; allowed: {_allowed(known[name])}"] = None
+            hint = ", in decimal digits alone" if isinstance(value, str) and OLD_NUMBER.fullmatch(value) else ""
+            lines[f"{name} = {shown} is not allowed; allowed: {_allowed(known[name])}{hint}"] = None
         else:
             lines[f"{name} = {json.dumps(problem['input'])} is not allowed; it must be a section of settings"] = None
     return list(lines)

@@ -7,7 +7,15 @@ import yaml
 
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader that reads 5e-4 as a number (YAML 1.1 would make it a string) and refuses double keys."""
+    """SafeLoader with YAML 1.2's plain numbers and truth values, which refuses double keys.
+
+    YAML 1.1 takes 0100 for 64, 1:30 for 90, `no` for false, 5e-4 for a text and 2025-01-31 for a date. Here whatever
+    is not a number, true, false or null at first sight is a text, and so is a value that is missing, so that it
+    switches nothing off.
+    """
+
+    # Of YAML 1.1's own only the merging of mappings.
+    yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # noqa: RUF012
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -21,11 +29,28 @@ class Dumper(yaml.SafeDumper):
     """SafeDumper that quotes a text such as 1e5, which Loader would read as a number."""
 
 
-for _side in (Loader, Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)$"),
-        list("-+0123456789."),
-    )
-# JSON has no dates, and no setting is one: a folder named 2025-01-31 is meant as text.
-Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: str(node.value))
+FLOAT = re.compile(
+    r"^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+for _tag, _pattern, _first in (
+    ("int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), "-+0123456789"),
+    ("float", FLOAT, "-+.0123456789"),
+    ("bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),
+    ("null", re.compile(r"^(?:~|null|Null|NULL)$"), "~nN"),
+):
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list(_first))
+Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
+
+
+def read_value(text: str) -> Any:
+    """One value in YAML; where there is none, the empty text, as in a file.
+
+    Raises:
+        yaml.YAMLError: it is no YAML.
+    """
+    loader = Loader(text)
+    try:
+        node = loader.get_single_node()
+        return "" if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()

@@ -160,11 +160,14 @@ def load_listing(
     Without a split of the owner's, every picture is opened, as its content decides whether it is held out.
 
     Raises:
-        UserError: there are too few pictures, one cannot be read, or they differ in size or channels after fitting.
+        UserError: there are no pictures, or too few; one cannot be read; they differ in size or channels after fitting.
     """
+    for folder, files in zip(listing.folders, (listing.train, listing.test), strict=False):
+        if not files:
+            passed_over = f"; skipped: {describe_skipped(listing.skipped)}" if listing.skipped else ""
+            raise UserError(f"data: {folder} holds no images{passed_over}")
     if listing.test is None:
-        images = read_files(listing.train, config) if listing.train else np.empty((0, 1, 1, 1), np.uint8)
-        return split_by_content(config, name, images, known)
+        return split_by_content(config, name, read_files(listing.train, config), known)
     train, test = split(config, name, listing.train, listing.test)
     images = read_files([*train, *test], config)
     return images[: len(train)], images[len(train) :]

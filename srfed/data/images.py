@@ -1,13 +1,16 @@
 """Images as arrays: the range that models see, and the one rule for modes, sizes and channels."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from srfed.errors import UserError
+
+if TYPE_CHECKING:
+    # What is wrong with a data set is found without torch, whose import takes seconds.
+    import torch
 
 Images = NDArray[np.uint8]
 SMALLEST = 5
@@ -20,7 +23,7 @@ Intensity = Literal["per_image"] | tuple[float, float]
 """How 16-bit, 32-bit and float grey becomes 0 to 255: by each picture's own range, or by one for all."""
 
 
-def to_model_range(images: Images) -> torch.Tensor:
+def to_model_range(images: Images) -> "torch.Tensor":
     """Scale uint8 images (N x H x W x C) to float32 in [-1, 1] (N x C x H x W): x / 127.5 - 1.
 
     Raises:
@@ -28,11 +31,13 @@ def to_model_range(images: Images) -> torch.Tensor:
     """
     if images.dtype != np.uint8 or images.ndim != 4:
         raise ValueError(f"expected uint8 images N x H x W x C, got {images.dtype} {images.shape}")
+    import torch
+
     # np.array copies: torch accepts neither the negative strides of a mirrored view nor read-only memory.
     return torch.from_numpy(np.array(images.transpose(0, 3, 1, 2), order="C")).float().div_(127.5).sub_(1)
 
 
-def to_uint8(images: torch.Tensor) -> Images:
+def to_uint8(images: "torch.Tensor") -> Images:
     """Quantise images in [-1, 1] (N x C x H x W, any float type) to uint8 (N x H x W x C).
 
     Values outside are clamped; each value takes the *nearest* of the 256 levels, so that
@@ -41,6 +46,8 @@ def to_uint8(images: torch.Tensor) -> Images:
     Raises:
         ValueError: the tensor is not floating point or not four-dimensional, or has a NaN.
     """
+    import torch
+
     if not images.is_floating_point() or images.ndim != 4:
         raise ValueError(f"expected float images N x C x H x W, got {images.dtype} {tuple(images.shape)}")
     if images.isnan().any():

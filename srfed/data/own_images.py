@@ -9,7 +9,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from srfed.config import DataConfig
-from srfed.data.folder import describe_intensity, describe_listings, describe_skipped, list_images, load_listing
+from srfed.data.folder import describe_intensity, describe_listings, list_images, load_listing
 from srfed.data.images import Images, fit_images
 from srfed.data.npz import read_arrays
 from srfed.data.record import RECORD_FILE, ImageRecord, read_records, write_records
@@ -140,12 +140,7 @@ def _decoded(
 def _read(config: DataConfig, path: Path, name: str, known: ImageRecord | None) -> tuple[Images, Images]:
     if not path.is_dir():
         return _read_npz(config, path, name, known)
-    listing = list_images(path)
-    for folder, files in zip(listing.folders, (listing.train, listing.test), strict=False):
-        if not files:
-            passed_over = f"; skipped: {describe_skipped(listing.skipped)}" if listing.skipped else ""
-            raise UserError(f"data: {folder} holds no images{passed_over}")
-    return load_listing(config, name, listing, known)
+    return load_listing(config, name, list_images(path), known)
 
 
 def _read_npz(config: DataConfig, path: Path, name: str, known: ImageRecord | None) -> tuple[Images, Images]:

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from srfed.data.images import Images
-from srfed.errors import UserError
-from srfed.files import read_json, write_json
+from srfed.errors import DamagedError
+from srfed.files import exists, read_json, write_json
 
 if TYPE_CHECKING:
     from srfed.data.tasks import Task
 
 RECORD_FILE = "images.json"
-FORMAT = 1
 DIGITS = 32
 """Hexadecimal digits of a fingerprint."""
 
@@ -87,24 +86,19 @@ def read_records(path: Path) -> dict[str, ImageRecord]:
     Raises:
         UserError: the file cannot be read, is damaged, or of another format.
     """
-    if not path.exists():
+    if not exists(path):
         return {}
     content = read_json(path, "records")
-    if content.get("format") != FORMAT:
-        raise UserError(
-            f"{path} has format {content.get('format')!r}, this version of srfed reads {FORMAT}; use the version that "
-            "wrote it"
-        )
     try:
         return {key: _record(entry) for key, entry in content["records"].items()}
     except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: it is no record of images") from error
+        raise DamagedError(f"{path} is damaged: it is no record of images") from error
 
 
 def write_records(path: Path, records: Mapping[str, ImageRecord]) -> None:
     """Write a file of records, atomically; raises UserError where that fails."""
     entries = {key: {"train": list(record.train), "test": list(record.test)} for key, record in records.items()}
-    write_json(path, {"format": FORMAT, "records": entries})
+    write_json(path, {"records": entries})
 
 
 def _record(entry: Mapping[str, Any]) -> ImageRecord:

@@ -16,6 +16,7 @@ from srfed.config import DataConfig
 from srfed.data.images import Images, fit_images
 from srfed.data.record import ImageRecord, fingerprints
 from srfed.errors import UserError
+from srfed.paths import user_path
 
 ImagesOrFiles = TypeVar("ImagesOrFiles", Images, list[Path])
 
@@ -116,8 +117,6 @@ def split_by_content(
     Raises:
         UserError: there are no two different images, or ``images_per_task`` is more than there is.
     """
-    if not len(images):
-        raise UserError(f"data.dir: task {name} has no training images")
     names = fingerprints(images)
     sides = {} if known is None else known.held_out
     counts = Counter(names)
@@ -192,7 +191,7 @@ def data_path(config: DataConfig, expected: str) -> Path:
     """
     if not config.dir:
         raise UserError(f"data.dir is not set; data.dataset = {config.dataset} needs {expected}")
-    path = Path(config.dir).expanduser()
+    path = user_path(config.dir)
     if not path.exists():
         raise UserError(f"data.dir = {config.dir} does not exist; data.dataset = {config.dataset} needs {expected}")
     return path

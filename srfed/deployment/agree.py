@@ -22,6 +22,7 @@ from srfed.federation.agreement import (
     samples_of,
     weak_numbers,
 )
+from srfed.files import exists
 from srfed.reporting.words import bytes_in_words
 from srfed.training.batches import MinibatchOrder
 from srfed.training.setup import build_model, build_partition, resolve_device
@@ -124,7 +125,7 @@ def standing(state_dir: Path, client: str) -> Agreement | None:
     """The agreement that a site has; None where it has none. Raises UserError where it is damaged."""
     check_name(client)
     folder = state_dir / client
-    return Agreement.load(folder) if (folder / AGREEMENT_FILE).exists() else None
+    return Agreement.load(folder) if exists(folder / AGREEMENT_FILE) else None
 
 
 def fits(agreement: Agreement, config: RunConfig) -> str:

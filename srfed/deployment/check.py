@@ -1,6 +1,5 @@
 """What a site's owner wants to know before joining: is the data right, is there room, what will leave."""
 
-import json
 import os
 import shlex
 import shutil
@@ -162,15 +161,10 @@ def _rows(label: str, images: Images, rows: int) -> dict[str, Images]:
 
 
 def _command(data: Path, state_dir: Path, client: str) -> str:
-    values = {"client-id": client, "data": str(data), "state-dir": str(state_dir)}
-    for value in values.values():
-        if not value.isprintable() or set('"\\') & set(value):
-            raise UserError(f"{value!r} has a character that Flower's --node-config cannot carry; rename it")
-    node_config = " ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items())
     return " \\\n    ".join(
         [
-            "flower-supernode --superlink SUPERLINK:PORT --root-certificates ca.crt",
-            f"--auth-supernode-private-key site-{client}.key",
-            f"--node-config {shlex.quote(node_config)}",
+            "python -m srfed.deploy site --superlink SUPERLINK:PORT --root-certificates ca.crt",
+            f"--key site-{client}.key --client-id {client}",
+            f"--data {shlex.quote(str(data))} --state-dir {shlex.quote(str(state_dir))}",
         ]
     )

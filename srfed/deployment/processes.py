@@ -5,31 +5,42 @@ imports Flower or PyTorch; only the processes do.
 """
 
 import json
-import os
 import random
 import re
 import shlex
 import signal
 import socket
 import subprocess
-import sys
-import sysconfig
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import srfed
 from srfed.deployment.certificates import (
     CA_CERTIFICATE,
     SERVER_CERTIFICATE,
     SERVER_KEY,
+    check_validity,
     make_certificates,
+    read_certificate,
     site_key,
+)
+from srfed.deployment.flower import (
+    CLIENT_APP,
+    HOST,
+    SUPERNODE,
+    Alive,
+    environment_for,
+    marked,
+    plain,
+    program,
+    send,
+    toml,
 )
 from srfed.deployment.sites import NOTES, REGISTERED, note_site
 from srfed.errors import UserError
@@ -37,13 +48,8 @@ from srfed.files import make_folder, private, write_bytes
 from srfed.keys import read_key
 
 Role = Literal["superlink", "supernode", "serverapp", "client"]
-HOST = "127.0.0.1"
 CONNECTION = "deployment"
 """Name of the connection to the SuperLink in Flower's configuration."""
-FOLDER_VARIABLE = "SRFED_DEPLOYMENT"
-"""Environment variable that marks every process of a deployment with its folder; descendants inherit it."""
-PART_VARIABLE = "SRFED_DEPLOYMENT_PART"
-"""Environment variable that says whose process it is: "superlink", "site <client>" or "flwr"."""
 PORTS = range(15_000, 32_000)
 """Below the ports that systems give to outgoing connections, so that a free one is still free when it is bound."""
 READY_SECONDS = 120.0
@@ -55,9 +61,9 @@ REJOIN_SECONDS = 180.0
 POLL_SECONDS = 0.05
 _PROGRAMS: Mapping[Role, str] = {
     "superlink": "flower-superlink",
-    "supernode": "flower-supernode",
+    "supernode": SUPERNODE,
     "serverapp": "flwr-serverapp",
-    "client": "flwr-clientapp",
+    "client": CLIENT_APP,
 }
 
 
@@ -171,7 +177,7 @@ class Deployment:
                 key = self.certificates / site_key(client)
                 if not key.exists():
                     make_certificates(self.certificates, [], [client])
-            self._register(client, key.with_suffix(".pub"))
+            self._register(key.with_suffix(".pub"))
         self._sites[client] = _Site(
             data.absolute(), state_dir.absolute(), key, superlink_address or self.superlink_address, next(self._ports)
         )
@@ -186,8 +192,8 @@ class Deployment:
         site = self._sites[client]
         home = self.folder / "sites" / client
         node_config = {"client-id": client, "data": str(site.data), "state-dir": str(site.state_dir)}
-        write_bytes(home / "node-config.toml", _toml(node_config))
-        command = ["flower-supernode", "--superlink", site.superlink_address, "--host", HOST]
+        write_bytes(home / "node-config.toml", toml(node_config))
+        command = [SUPERNODE, "--superlink", site.superlink_address, "--host", HOST]
         command += ["--port", str(site.port), "--node-config", str(home / "node-config.toml")]
         command += ["--root-certificates", str(self.certificates / CA_CERTIFICATE)] if self._tls else ["--insecure"]
         if site.key is not None:
@@ -244,7 +250,7 @@ class Deployment:
         }
         # A file, because the option's own syntax knows no way to write quotation marks.
         file = self.folder / "flower" / "run-config.toml"
-        write_bytes(file, _toml(values))
+        write_bytes(file, toml(values))
         arguments = [str(self.folder / "app"), CONNECTION, "--stream", "--run-config", str(file)]
         return FlowerRun(self, self._start(["flwr", "run", *arguments], "flwr", self.folder / "flower", "run.log"))
 
@@ -277,7 +283,7 @@ class Deployment:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         try:
             for number in (signal.SIGTERM, signal.SIGKILL):
-                _send(number, self.pids("serverapp"))
+                send(number, self.pids("serverapp"))
                 self._wait_while(lambda: self.pids("serverapp"))
             self._end(signal.SIGTERM, "flwr", *(f"site {client}" for client in self._sites))
             self._end(signal.SIGTERM, "superlink")
@@ -287,47 +293,25 @@ class Deployment:
     def _start(self, command: Sequence[str], part: str, home: Path, log: str) -> "_Process":
         make_folder(home)
         make_folder(self.logs)
-        # Without what a simulation in this process may have set for its own apps.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("SRFED_")}
-        # Flower's helpers are started by name; without an activated environment they are not on the path.
-        programs = Path(sys.executable).parent
-        environment |= {
-            "PATH": f"{programs}{os.pathsep}{environment.get('PATH', os.defpath)}",
-            "FLWR_HOME": str(home),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
-            "OMP_NUM_THREADS": str(self._threads),
-            "PYTHONUNBUFFERED": "1",
-            # Where there is a proxy, it cannot reach this machine's loopback.
-            **dict.fromkeys(("NO_PROXY", "no_proxy"), f"{environment.get('NO_PROXY', '')},{HOST},localhost".strip(",")),
-            FOLDER_VARIABLE: str(self.folder),
-            PART_VARIABLE: part,
-        }
-        package = Path(srfed.__file__).parent.parent
-        if package != Path(sysconfig.get_path("purelib")):
-            # Not installed, or not this copy: what the processes run is to be what runs here.
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package), environment.get("PYTHONPATH", "")]))
-        path = programs / command[0]
-        if not path.exists():
-            raise UserError(f"{path} is missing; install Flower with: pip install 'flwr[simulation]'")
-        process = _Process([str(path), *command[1:]], part, environment, self.logs / log)
+        environment = environment_for(home, self.folder, part) | {"OMP_NUM_THREADS": str(self._threads)}
+        process = _Process([str(program(command[0])), *command[1:]], part, environment, self.logs / log)
         self._started.append(process)
         return process
 
-    def _register(self, client: str, public_key: Path) -> None:
+    def _register(self, public_key: Path) -> None:
+        site = public_key.stem.removeprefix("site-")
         try:
-            said = self.flwr("supernode", "register", str(public_key), CONNECTION, "--name", client)
+            said = self.flwr("supernode", "register", str(public_key), CONNECTION, "--name", site)
             if node := REGISTERED.search(said):
-                note_site(self.certificates / NOTES, client, int(node[1]), read_key(public_key))
+                note_site(self.certificates / NOTES, site, int(node[1]), read_key(public_key))
         except UserError as error:
             # The database of an earlier deployment in this folder knows the key already.
             if "already in use" not in str(error):
                 raise
 
-    def _alive(self, *parts: str) -> list["_Alive"]:
+    def _alive(self, *parts: str) -> list[Alive]:
         """Living processes of some parts, or of all; children of children too, whoever their parent is by now."""
-        return [process for process in _marked(str(self.folder)) if not parts or process.part in parts]
+        return [process for process in marked(self.folder) if not parts or process.part in parts]
 
     def _end(self, number: signal.Signals, *parts: str) -> None:
         """End the processes of some parts: first those that were started here, then by force what is left."""
@@ -339,7 +323,7 @@ class Deployment:
             # would go on for a while asking the dead.
             self._wait_while(lambda: any(process.lives for process in ours))
         while alive := self._alive(*parts):
-            _send(signal.SIGKILL, [process.pid for process in alive])
+            send(signal.SIGKILL, [process.pid for process in alive])
             time.sleep(POLL_SECONDS)
         for process in ours:
             process.send(signal.SIGKILL)  # finds them all ended, except where there is no /proc to look into
@@ -367,14 +351,16 @@ class Deployment:
             },
             "tool.flwr.app.config": {"run-dir": "", "config": "", "set": "", "roster": ""},
         }
-        write_bytes(self.folder / "app" / "pyproject.toml", b"\n".join(_toml(t, name) for name, t in app.items()))
+        write_bytes(self.folder / "app" / "pyproject.toml", b"\n".join(toml(t, name) for name, t in app.items()))
 
     def _write_connection(self) -> None:
         if self._tls and not (self.certificates / CA_CERTIFICATE).exists():
             make_certificates(self.certificates, [HOST])
+        for name in (CA_CERTIFICATE, SERVER_CERTIFICATE) if self._tls else ():
+            check_validity(read_certificate(self.certificates / name), str(self.certificates / name))
         security = {"root-certificates": str(self.certificates / CA_CERTIFICATE)} if self._tls else {"insecure": True}
         connection = {"address": self.superlink_address, **security}
-        content = _toml({"default": CONNECTION}, "superlink") + _toml(connection, f"superlink.{CONNECTION}")
+        content = toml({"default": CONNECTION}, "superlink") + toml(connection, f"superlink.{CONNECTION}")
         write_bytes(self.folder / "flower" / "config.toml", content)
 
 
@@ -499,46 +485,11 @@ class _Process:
 
     def failure(self, what: str) -> UserError:
         """An error with what the process said last of an error, or at all."""
-        lines = [line for line in map(_plain, self.output().splitlines()) if line] or ["no output"]
+        lines = [line for line in map(plain, self.output().splitlines()) if line] or ["no output"]
         said = [number for number, line in enumerate(lines) if line.startswith("ERROR")]
         # Flower's own errors take three lines: the code, the matter, the reason.
         first, count = (said[-1], 3 if "Exit Code" in lines[said[-1]] else 1) if said else (len(lines) - 1, 1)
         return UserError(f"{self._name} {what}: {' '.join(lines[first : first + count])} (all of it: {self.log})")
-
-
-@dataclass(frozen=True)
-class _Alive:
-    """A living process of a deployment: its part, and the program it runs."""
-
-    pid: int
-    part: str
-    program: str
-
-
-def _marked(folder: str) -> list[_Alive]:
-    """Processes that carry a deployment's mark; without /proc none is found, and Flower's children end alone."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            # A process that has ended but is not yet collected by its parent has an empty environment.
-            environment = dict(pair.partition("=")[::2] for pair in _words(entry / "environ"))
-            if environment.get(FOLDER_VARIABLE) == folder:
-                # Scripts run as "python /where/flower-superlink ...".
-                program = next((Path(word).name for word in _words(entry / "cmdline")[1:2]), "")
-                found.append(_Alive(int(entry.name), environment.get(PART_VARIABLE, ""), program))
-        except (OSError, ValueError):
-            continue  # it ended meanwhile, or is another user's
-    return sorted(found, key=lambda process: process.pid)
-
-
-def _send(number: signal.Signals, pids: Iterable[int]) -> None:
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
-def _words(file: Path) -> list[str]:
-    return file.read_bytes().decode(errors="surrogateescape").split("\0")
 
 
 def _connected(supernode: _Process) -> bool:
@@ -561,15 +512,3 @@ def _free_ports() -> Iterator[int]:
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex((HOST, port)) == 0
-
-
-def _plain(line: str) -> str:
-    """A line without its colours and frames."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", line).strip(" │╭╮╰╯─\t\r")
-
-
-def _toml(values: Mapping[str, Any], table: str = "") -> bytes:
-    """A flat TOML table; JSON's texts and truth values are TOML's too."""
-    lines = [f"[{table}]"] if table else []
-    lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
-    return ("\n".join(lines) + "\n").encode()

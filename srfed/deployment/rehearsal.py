@@ -3,7 +3,6 @@
 import io
 import re
 import signal
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import FrameType
 
 import numpy as np
 
+from srfed.command import SIGNALS, Interrupted, signals_to, tell
 from srfed.config import RunConfig
 from srfed.data import RECORD_FILE, load_recorded_tasks
 from srfed.deployment.agree import agree_as_rehearsed
@@ -20,7 +20,6 @@ from srfed.errors import UserError
 from srfed.files import held, list_folder, write_bytes
 from srfed.reporting.run_directory import RunDirectory
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _FLOWERS = re.compile(
     r"(\x1b\[\d+m)?(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) *(\x1b\[0m)?:|Successfully installed "
 )
@@ -106,15 +105,11 @@ def _own_lines(lines: Iterable[str]) -> Iterator[str]:
 def _signals_as_interrupts() -> Iterator[None]:
     """The first signal raises KeyboardInterrupt; more of them change nothing, as all is being ended already."""
 
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        print("ending all processes", file=sys.stderr, flush=True)
-        raise KeyboardInterrupt
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_IGN)
+        tell("ending all processes")
+        raise Interrupted(number)
 
-    previous = {number: signal.signal(number, interrupt) for number in SIGNALS}
-    try:
+    with signals_to(interrupt):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -10,18 +10,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from srfed.deployment.flower import QUIET
 from srfed.errors import UserError
 from srfed.files import held, read_json, write_json
 from srfed.keys import read_key
 
 NOTES = "registered.json"
 """Where it is noted whose keys were registered, beside the keys unless another place is named."""
-FORMAT = 1
 REGISTERED = re.compile(r"SuperNode (\d+) registered")
 """How ``flwr supernode register`` names the node."""
 SECONDS = 120.0
 """How long the SuperLink may take to register a key."""
-QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 
 def register_site(site: str, key: Path, connection: str = "", notes: Path | None = None) -> str:
@@ -68,15 +67,12 @@ def note_site(notes: Path, site: str, node: int, fingerprint: str) -> None:
     with held(notes.with_name(f".{notes.name}.lock"), wait=True):
         sites = read_notes(notes) if notes.exists() else {}
         sites[site] = {"node": str(node), "key": fingerprint, "registered": at}
-        write_json(notes, {"format": FORMAT, "sites": sites})
+        write_json(notes, {"sites": sites})
 
 
 def read_notes(notes: Path) -> dict[str, dict[str, str]]:
     """The notes by site; raises UserError where the file is none of ours."""
-    content = read_json(notes, "sites")
-    if content.get("format") != FORMAT:
-        raise UserError(f"{notes} has format {content.get('format')!r}, this srfed reads {FORMAT}")
-    return dict(content["sites"])
+    return dict(read_json(notes, "sites")["sites"])
 
 
 def sites_in_words(run: Path | None, notes: Path | None) -> str:
@@ -142,7 +138,7 @@ def rebind(run: Path, client: str) -> str:
         if client not in known:
             raise UserError(f"{run} knows no client {client!r}; it has {', '.join(sorted(known)) or 'none'}")
         manifest = _manifest(run)
-        content = read_json(manifest, "known")
+        content = read_json(manifest, "sha256")
         content["known"] = {other: values for other, values in known.items() if other != client}
         write_json(manifest, content)
     return f"{client} was bound to {known[client]['key'] or 'no key'}; the next SuperNode to come with this id has it"
@@ -152,14 +148,15 @@ def _manifest(run: Path) -> Path:
     """The last checkpoint's manifest."""
     if not (run / "run.json").is_file():
         raise UserError(f"{run} is not the folder of a run: it has no run.json")
-    checkpoints = sorted(path for path in (run / "server").glob("round-*") if path.name[6:].isdecimal())
+    checkpoints = {int(path.name[6:]): path for path in (run / "server").glob("round-*") if path.name[6:].isdecimal()}
     if not checkpoints:
         raise UserError(f"{run} has no checkpoint yet")
-    return checkpoints[-1] / "manifest.json"
+    return checkpoints[max(checkpoints)] / "manifest.json"
 
 
 def _known(run: Path) -> dict[str, dict[str, Any]]:
-    return dict(read_json(_manifest(run.absolute()), "known")["known"])
+    """What the last checkpoint holds each client to; nothing in one of an earlier version."""
+    return dict(read_json(_manifest(run.absolute()), "sha256").get("known", {}))
 
 
 def _last_answer(run: Path, client: str) -> str:

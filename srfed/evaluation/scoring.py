@@ -14,6 +14,7 @@ import numpy as np
 
 from srfed.data import Task
 from srfed.data.images import Images
+from srfed.errors import UserError
 from srfed.evaluation.agreement import class_agreement
 from srfed.evaluation.frechet import FeatureStatistics, frechet_distance, merge_statistics
 from srfed.evaluation.kid import kernel_distance, kernel_score_name
@@ -62,13 +63,15 @@ class SampleScores:
         scores: distances over all tasks together.
         by_task: the Fréchet distance to the task's own test images.
         agreement: share of samples that a nearest-neighbour judge gives to their task, by task.
-        audits: the memorisation audit of each task.
+        audits: the memorisation audit of each task for which one can be made.
+        no_audit: of the others, why not.
     """
 
     scores: list[Score]
     by_task: dict[str, float]
     agreement: dict[str, float]
     audits: dict[str, Audit]
+    no_audit: dict[str, str]
 
 
 class ReferenceStatistics:
@@ -153,6 +156,12 @@ def score_samples(
             deviation=kernel.deviation, subsets=kernel.subsets, subset_size=kernel.subset_size,
         )
     )  # fmt: skip
+    audits, no_audit = {}, {}
+    for task in tasks:
+        try:
+            audits[task.name] = audit(samples[task.name], task.train, task.test, network, quantile=quantile)
+        except UserError as error:
+            no_audit[task.name] = str(error)
     return SampleScores(
         scores=scores,
         by_task={
@@ -160,9 +169,8 @@ def score_samples(
             for task in tasks
         },
         agreement=class_agreement(tasks, samples),
-        audits={
-            task.name: audit(samples[task.name], task.train, task.test, network, quantile=quantile) for task in tasks
-        },
+        audits=audits,
+        no_audit=no_audit,
     )
 
 

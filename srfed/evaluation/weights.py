@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from srfed.errors import UserError
 from srfed.files import write_bytes
+from srfed.paths import user_path
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -31,7 +32,7 @@ def read_inception_weights(named: str = "") -> tuple[bytes, str]:
         UserError: the file cannot be read or downloaded, or what should be the official file is not.
     """
     if named:
-        content = _read(Path(named).expanduser())
+        content = _read(user_path(named))
         return content, hashlib.sha256(content).hexdigest()
     path = cache_folder() / INCEPTION_URL.rpartition("/")[2]
     if not path.exists():
@@ -48,7 +49,7 @@ def read_inception_weights(named: str = "") -> tuple[bytes, str]:
 
 def cache_folder() -> Path:
     """Where downloads are kept: $SRFED_CACHE, or ~/.cache/srfed."""
-    return Path(os.environ.get("SRFED_CACHE") or "~/.cache/srfed").expanduser()
+    return user_path(os.environ.get("SRFED_CACHE") or "~/.cache/srfed")
 
 
 def _read(path: Path) -> bytes:

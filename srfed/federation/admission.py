@@ -14,6 +14,7 @@ from srfed.errors import UserError
 from srfed.federation.agreement import AGREEMENT_FILE, COMMAND, AgreedImages, Agreement, RequestRefusedError
 from srfed.federation.messages import DESCRIBE, EVALUATE, TRAIN, Request
 from srfed.federation.site import Site, deployed_site, is_simulated, own_task, site_of
+from srfed.files import exists
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def agreement_of(site: Site) -> Agreement:
         RequestRefusedError: there is none, or it is another site's.
         UserError: the file cannot be read, or is damaged.
     """
-    if not (site.folder / AGREEMENT_FILE).exists():
+    if not exists(site.folder / AGREEMENT_FILE):
         raise RequestRefusedError(f"no agreement: the site's owner makes one with {COMMAND}")
     agreement = Agreement.load(site.folder)
     if agreement.client != site.client:

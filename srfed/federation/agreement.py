@@ -18,12 +18,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from srfed.config import ResourcesConfig, RunConfig
-from srfed.errors import UserError
+from srfed.errors import DamagedError
 from srfed.evaluation.shares import share_of_samples
-from srfed.files import read_json, write_json
+from srfed.files import FORMAT, read_json, write_json
 
 AGREEMENT_FILE = "agreement.json"
-FORMAT = 1
+VERSION = 1
 COMMAND = "python -m srfed.deploy agree"
 
 AT_MOST = frozenset(
@@ -133,7 +133,6 @@ class Agreement(_Part):
     """What one site's owner has agreed to.
 
     Attributes:
-        format: version of the file.
         client: the site's id.
         agreed: when, ISO 8601, UTC.
         coordinator: SHA-256 of the certificate that the site trusts (DER, hexadecimal); None ties it to none. A
@@ -143,7 +142,6 @@ class Agreement(_Part):
         exactly, at_most, at_least, free: the rule of each setting, by its name.
     """
 
-    format: Literal[1] = 1
     client: str
     agreed: str
     coordinator: str | None
@@ -216,27 +214,24 @@ class Agreement(_Part):
 
     def save(self, folder: Path) -> None:
         """Write the file into the client's own folder; raises UserError where it cannot be written."""
-        write_json(folder / AGREEMENT_FILE, json.loads(self.model_dump_json()))
+        write_json(folder / AGREEMENT_FILE, json.loads(self.model_dump_json()), version=VERSION)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read the file of a client's own folder.
 
         Raises:
-            UserError: there is none, it cannot be read, or it is not what this version writes.
+            UserError: there is none, it cannot be read, is damaged, or of another version.
         """
         path = folder / AGREEMENT_FILE
-        content = read_json(path, "format")
-        if content["format"] != FORMAT:
-            raise UserError(
-                f"{path} has format {_shown(content['format'])}, this srfed reads {FORMAT}; agree again with: {COMMAND}"
-            )
+        content = read_json(path, version=VERSION)
+        content.pop(FORMAT, None)
         try:
             return cls.model_validate_json(json.dumps(content))
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             where = ".".join(map(str, problem["loc"]))
-            raise UserError(f"{path} is damaged: {where}: {problem['msg']}; agree again with: {COMMAND}") from error
+            raise DamagedError(f"{path} is damaged: {where}: {problem['msg']}; agree again with: {COMMAND}") from error
 
     def _broken(self, name: str, value: Any) -> str | None:
         """The rule that a value breaks, in words; None where it is as agreed."""
@@ -256,7 +251,7 @@ class Agreement(_Part):
         return None if kept else self.rules().get(name, "nothing: it is not mentioned")
 
     def _flat(self) -> dict[str, str]:
-        content = self.model_dump(mode="json", exclude={"format", "agreed", "exactly", "at_most", "at_least", "free"})
+        content = self.model_dump(mode="json", exclude={"agreed", "exactly", "at_most", "at_least", "free"})
         return {name: _shown(value) for name, value in _leaves(content)} | self.rules()
 
 

@@ -18,9 +18,9 @@ from srfed.training.local import LOSS_QUARTERS, phases
 
 LONGEST_TEXT = 100
 """Characters of a client's id, its task's name, and whatever else of it is shown."""
-LONGEST_REASON = 200
-"""Characters of a reason in the server's words, which may quote a client."""
 MOST_IMAGES = 10**9
+MOST_STEPS = 10**6
+"""Of a round: the server counts them off one by one, in the decay of its moving average."""
 LARGEST_LOSS = 1e6
 """The mean squared error of predicted noise is of the order of 1, of a network that diverges perhaps of thousands."""
 LARGEST_FEATURE = 1e9
@@ -220,12 +220,3 @@ class EvaluatePlan:
                 number = exactly(known[name]) if name in known else shares.get(name, Number(0, farthest))
                 numbers[f"{AUDIT}{space}_{name}"] = number
         return numbers
-
-
-def printable(text: str, longest: int = LONGEST_REASON) -> str:
-    """A text that anybody may have written, as it may reach a terminal, a log or a curve's name: one line, cut to
-    length, without what is not printed (escapes, control characters, marks that turn the direction of writing)."""
-    begin = text[: 4 * longest]
-    words = "".join(letter if letter.isprintable() else " " for letter in begin).split()
-    line = " ".join(words)
-    return line if len(line) <= longest and len(begin) == len(text) else f"{line[: longest - 1]}…"

@@ -25,12 +25,15 @@ from srfed.federation.messages import (
     Description,
     ReplyHeader,
     audit_metrics,
+    read_refusal,
     read_tensors,
     reply_content,
 )
 from srfed.federation.runtime import Runtime, runtime_for
+from srfed.federation.site_log import write_to_log
 from srfed.federation.wire_guard import wire_guard
 from srfed.reporting.pictures import draw_grid, write_png
+from srfed.reporting.words import printable
 from srfed.training.local import LocalResult, load_tensors
 from srfed.training.setup import noise_of_task
 
@@ -54,6 +57,8 @@ def describe(message: Message, context: Context) -> Message:
     admitted = admit(message, context)
     site, task = admitted.site, admitted.task
     site.note_open_folders()
+    if refusal := read_refusal(message.content):
+        write_to_log(site, "refused by the server", printable(refusal))
     _, height, width, channels = task.train.shape
     description = Description(
         client=site.client,

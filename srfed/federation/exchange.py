@@ -14,6 +14,8 @@ from flwr.serverapp import Grid
 POLL_SECONDS = 0.05
 LONGEST_POLL_SECONDS = 0.5
 """Looks for replies become rarer while none comes: each one costs a SuperLink some work."""
+TELL_SECONDS = 60.0
+"""Time until it is first said for whom the server waits; doubled every time."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before a client is asked again; doubled every time, up to the longest."""
 
@@ -62,6 +64,7 @@ def exchange(
     again: Callable[[str, Message | None], bool] = lambda client, reply: False,
     heard: Callable[[int, int], None] = lambda done, total: None,
     idle: Callable[[], None] = lambda: None,
+    waits: Callable[[list[str], float], None] = lambda clients, left: None,
 ) -> Exchange:
     """Ask clients and wait for their replies, at most ``timeout`` seconds.
 
@@ -75,6 +78,7 @@ def exchange(
             could not be delivered.
         heard: told (replies so far, clients) after each reply.
         idle: called between two looks for replies.
+        waits: told now and then (clients without a reply, seconds left) while there are any.
 
     Raises:
         StoppedError: the user asked to stop.
@@ -85,6 +89,7 @@ def exchange(
     total = len(turns)
     waiting: dict[str, str] = {}
     poll = POLL_SECONDS
+    tell, pause = start + TELL_SECONDS, TELL_SECONDS
     while turns or waiting:
         if stop_requested.is_set():
             raise StoppedError
@@ -117,6 +122,9 @@ def exchange(
             outcome.replies[client_of_reply] = reply
             heard(len(outcome.replies), total)
         poll = POLL_SECONDS if arrived else min(1.2 * poll, LONGEST_POLL_SECONDS)
+        if time.monotonic() > tell:
+            waits(list(turns), start + timeout - time.monotonic())
+            tell, pause = tell + 2 * pause, 2 * pause
         if not arrived:
             idle()
             time.sleep(poll)

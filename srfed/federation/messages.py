@@ -36,6 +36,8 @@ STATISTICS = "statistics"
 SETS = ("generated", "test", "train")
 REQUEST = "request"
 REPLY = "reply"
+REFUSAL = "refusal"
+"""Record of a request that asks a refused node once more: why it was refused, for its owner to read."""
 METRICS = "metrics"
 AUDIT = "memorisation_"
 """How the names of a memorisation audit's numbers begin."""
@@ -163,6 +165,18 @@ class ReplyHeader:
     def of(cls, content: RecordDict) -> Self:
         """Read a reply's header; raises ValueError where a field is missing or of the wrong type."""
         return cls(**_fields(cls, content, REPLY))
+
+
+def add_refusal(content: RecordDict, reason: str) -> None:
+    """Tell the node that a request goes to why it has been refused."""
+    content[REFUSAL] = ConfigRecord({"reason": reason})
+
+
+def read_refusal(content: RecordDict) -> str:
+    """Why the server refuses this node, in its words, which are not to be trusted; empty where it says nothing."""
+    record: Mapping[str, Any] = content.config_records.get(REFUSAL, {})
+    reason = record.get("reason")
+    return reason if isinstance(reason, str) else ""
 
 
 def reply_content(

@@ -6,7 +6,7 @@ SuperNode key that first came with it, or to the one that the run's roster file 
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from flwr.app import Message
@@ -17,12 +17,13 @@ from srfed import __version__
 from srfed.checkpoints.server_state import KnownClient
 from srfed.config import RunConfig
 from srfed.errors import UserError
-from srfed.federation.bounds import LONGEST_TEXT, printable
+from srfed.federation.bounds import LONGEST_TEXT, MOST_STEPS
 from srfed.federation.exchange import POLL_SECONDS, StoppedError, stop_requested
 from srfed.federation.identity import registered_by_hand
-from srfed.federation.messages import DESCRIBE, Description, Request
+from srfed.federation.messages import DESCRIBE, Description, Request, add_refusal
 from srfed.federation.screening import RefusedError, screen_description
 from srfed.keys import key_fingerprint
+from srfed.reporting.words import printable, seconds_in_words
 from srfed.training.batches import MinibatchOrder
 
 LOOK_SECONDS = 1.0
@@ -95,6 +96,7 @@ class Roster:
         self._members: dict[str, Member] = {}
         self._asked: dict[str, int] = {}
         self._refused: dict[int, tuple[float, str]] = {}
+        self._told: dict[int, str] = {}
         self._doubted: set[int] = set()
         self._connected: frozenset[int] = frozenset()
         self._looked = float("-inf")
@@ -124,7 +126,9 @@ class Roster:
 
     def doubt(self, client: str) -> None:
         """Ask a client's node once more who it is: what it has sent was not to be expected of this client."""
-        self._doubted.add(self._members[client].node)
+        # It may have been refused since it was asked for what it has sent.
+        if client in self._members:
+            self._doubted.add(self._members[client].node)
 
     def look(self) -> None:
         """See who is connected, ask the new ones, hear those that have answered; never waits for anybody."""
@@ -141,7 +145,12 @@ class Roster:
             for node in sorted(self._connected - (known - self._doubted)):
                 if node in self._refused and now - self._refused[node][0] < ASK_AGAIN_SECONDS:
                     continue
-                message = Message(self._request.to_content(), node, DESCRIBE, ttl=self._config.federation.round_timeout)
+                content = self._request.to_content()
+                reason = self._refused.get(node, (0.0, ""))[1]
+                if reason != self._told.get(node, ""):
+                    add_refusal(content, reason)
+                    self._told[node] = reason
+                message = Message(content, node, DESCRIBE, ttl=self._config.federation.round_timeout)
                 self._asked.update({i: node for i in self._grid.push_messages([message]) if i is not None})
             self._doubted -= self._connected
         if self._asked:
@@ -149,13 +158,16 @@ class Roster:
                 if reply.metadata.reply_to_message_id in self._asked:
                     self._hear(self._asked.pop(reply.metadata.reply_to_message_id), reply)
 
-    def gather(self, enough: Callable[[], bool], acceptable: Callable[[], bool], *, fixed: bool) -> None:
+    def gather(
+        self, enough: Callable[[], bool], acceptable: Callable[[], bool], *, fixed: bool, known: Collection[str] = ()
+    ) -> None:
         """Wait for clients, at most ``federation.join_timeout`` seconds.
 
         Args:
             enough: whether there is nothing more to wait for.
             acceptable: whether, the time being up, the run can go on all the same.
             fixed: the nodes are those of a simulation, and no other will ever come.
+            known: the clients of a run that goes on; none where it begins.
 
         Raises:
             UserError: the time is up, or all nodes are refused, and it cannot.
@@ -176,7 +188,8 @@ class Roster:
                 raise UserError(self._too_few(timeout))
             if time.monotonic() - told > TELL_SECONDS:
                 told = time.monotonic()
-                self._notice(f"waiting for clients; here are {', '.join(self.present) or 'none'}")
+                left = seconds_in_words(max(0.0, timeout - (told - start)))
+                self._notice(f"waiting for {self._awaited(known)}, for {left} more{self._silent()}")
             time.sleep(POLL_SECONDS)
 
     def _hear(self, node: int, reply: Message) -> None:
@@ -241,9 +254,12 @@ class Roster:
             )
         training = self._config.training
         try:
-            MinibatchOrder.of(training, description.images, training.batch_size, self._config.seed, client)
+            order = MinibatchOrder.of(training, description.images, training.batch_size, self._config.seed, client)
         except UserError as error:
             raise UserError(f"client {client!r}: {error}") from error
+        steps = (training.local_epochs or 0) * order.steps_per_pass
+        if steps > MOST_STEPS:
+            raise UserError(f"client {client!r}: {now[0]} images make {steps} steps a round; allowed: {MOST_STEPS}")
 
     def _admit(self, node: int, reply: Message) -> Description:
         """The description of a client that may take part; raises UserError with the reason where it may not."""
@@ -269,8 +285,27 @@ class Roster:
         self._check_images(description)
         return description
 
+    def _awaited(self, known: Collection[str]) -> str:
+        """Whom the server waits for, and who is here."""
+        here = self.present
+        missing = ", ".join(sorted(set(known) - set(here)))
+        count = self._config.federation.clients - len(here)
+        return f"{missing or f'{count} more'} (here: {', '.join(here) or 'none'})"
+
+    def _silent(self) -> str:
+        """What to do about nodes that are connected and say nothing; empty where there are none."""
+        nodes = sorted(self._connected & set(self._asked.values()))
+        if not nodes:
+            return ""
+        return (
+            f"; connected and silent: node {', '.join(map(str, nodes[:3]))}, still at work for a run that was stopped, "
+            "or stuck: wait, or restart that site (flwr supernode list)"
+        )
+
     def _too_few(self, timeout: float) -> str:
         reasons = [why for _, why in self._refused.values()]
         told = f" ({'; '.join(reasons[:3])})" if reasons else ""
         wanted = self._config.federation.clients
-        return f"{len(self.present)} of {wanted} clients can take part after at most {timeout:g} s{told}"
+        return (
+            f"{len(self.present)} of {wanted} clients can take part after at most {timeout:g} s{told}{self._silent()}"
+        )

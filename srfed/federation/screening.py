@@ -29,7 +29,6 @@ from srfed.federation.bounds import (
     EvaluatePlan,
     Number,
     TrainPlan,
-    printable,
 )
 from srfed.federation.messages import (
     AUDIT,
@@ -51,6 +50,7 @@ from srfed.federation.messages import (
     read_metrics,
     read_tensors,
 )
+from srfed.reporting.words import printable
 from srfed.training.optimizers import ADAM_REACH, MARGIN, MOMENTS, Reach
 
 LOST = frozenset(

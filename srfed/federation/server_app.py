@@ -206,7 +206,7 @@ class _Server:
         def acceptable() -> bool:
             return federation.on_missing == "skip" and len(roster.present) >= federation.min_clients
 
-        roster.gather(enough, acceptable, fixed=self._fixed)
+        roster.gather(enough, acceptable, fixed=self._fixed, known=known)
 
     def _shape(self) -> tuple[int, int, int]:
         """H, W, C of the run's images, which every client's must have."""

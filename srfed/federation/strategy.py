@@ -50,6 +50,7 @@ from srfed.federation.screening import (
 from srfed.models.partition import Partition
 from srfed.randomness import derive_generator
 from srfed.reporting.records import EvaluationRecord, RoundRecord
+from srfed.reporting.words import seconds_in_words
 from srfed.training.ema import round_decay, update_average
 from srfed.training.optimizers import learning_rate_factor, reach_of_round
 
@@ -430,6 +431,7 @@ class SharedRepresentationStrategy(Strategy):
             again=again,
             heard=partial(self._observer.on_reply, what),
             idle=self._roster.look,
+            waits=partial(self._say_waiting, what),
         )
         silent = [client for client in first if client not in self._exchange.replies]
         if self._waits and silent:
@@ -437,8 +439,23 @@ class SharedRepresentationStrategy(Strategy):
             raise UserError(f"{what} has waited {timeout:g} s for {'; '.join(reasons[:3])}")
         return list(self._exchange.replies.values())
 
+    def _say_waiting(self, what: str, clients: list[str], left: float) -> None:
+        """Name the deployed sites without an answer; a simulation's clients are at work, and nobody can start them."""
+        members = self._roster.members
+        deployed = [client for client in clients if client not in members or members[client].description.index < 0]
+        away = [client for client in deployed if not self._roster.is_present(client)]
+        silent = [client for client in deployed if client not in away]
+        parts = [
+            *([f"{', '.join(away)} (not connected: start that site)"] if away else []),
+            *([f"{', '.join(silent)} (connected, no answer yet)"] if silent else []),
+        ]
+        if parts:
+            self._observer.on_notice(f"{what}: waiting for {' and '.join(parts)}, for {seconds_in_words(left)} more")
+
     def _why_silent(self, client: str) -> str:
-        return "no reply in time" if client in self._exchange.requests else "not connected"
+        if client not in self._exchange.requests or not self._roster.is_present(client):
+            return "not connected"
+        return "connected, but no reply in time; restart that site if it is not at work"
 
     def _hear(
         self, replies: Iterable[Message], screen: Callable[[Message, ReplyHeader, Request], ReplyT]

@@ -8,6 +8,7 @@ exception turns the reply into a bare error. The reason goes to the client's own
 import math
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 
 import numpy as np
@@ -42,6 +43,7 @@ from srfed.federation.messages import (
 from srfed.federation.runtime import runtime_for
 from srfed.federation.screening import moment_templates
 from srfed.federation.site import Site, deployed_site, is_simulated, site_of
+from srfed.federation.site_log import write_to_log
 
 LONGEST_TEXT = 200
 NPY_HEADER = 256
@@ -145,11 +147,11 @@ def _allowed(kind: str, admitted: Admitted) -> tuple[dict[str, Layout], dict[str
 
 
 def _log(message: Message, context: Context, text: str) -> None:
-    """Append to the client's own log; where even its site is unknown there is nowhere to write."""
-    try:
-        _site(message, context).note(f"{message.metadata.message_type}\n{text}")
-    except Exception:
-        return
+    """Append to the client's own log, or to standard error where even its site is unknown."""
+    site = None
+    with suppress(Exception):
+        site = _site(message, context)
+    write_to_log(site, message.metadata.message_type, text)
 
 
 def _site(message: Message, context: Context) -> Site:

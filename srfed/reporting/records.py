@@ -1,11 +1,14 @@
 """What happened, as plain records: what the server tells and what is written, printed and drawn."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from srfed.evaluation.memorisation import Audit
+if TYPE_CHECKING:
+    # It imports torch, and a command says what is wrong with its options before that.
+    from srfed.evaluation.memorisation import Audit
 
 Images = NDArray[np.uint8]
 
@@ -93,7 +96,7 @@ class EvaluationRecord:
     ssim: dict[int, float]
     ssim_by_client: dict[str, float]
     ssim_window: int
-    audits: dict[str, Audit]
+    audits: "dict[str, Audit]"
     grids: dict[str, Images] = field(repr=False)
     strips: dict[str, Images] = field(repr=False)
     refused: dict[str, str]

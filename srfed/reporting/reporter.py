@@ -2,7 +2,6 @@
 
 import re
 import sys
-import time
 from contextlib import suppress
 from typing import Never
 
@@ -10,6 +9,7 @@ from tqdm import tqdm
 
 from srfed.files import list_folder
 from srfed.reporting.metrics_log import MetricsLog
+from srfed.reporting.pace import Pace
 from srfed.reporting.pictures import draw_grid, write_png
 from srfed.reporting.records import EvaluationRecord, RoundRecord, TaskInfo
 from srfed.reporting.run_directory import RunDirectory
@@ -30,8 +30,7 @@ class Reporter:
         self._tensorboard: TensorBoard | None = None
         self._bar: tqdm[Never] | None = None
         self._order: list[str] = []
-        self._first = 0
-        self._began = 0.0
+        self._pace = Pace(run.config)
 
     def begin(self, last_round: int, tasks: list[TaskInfo]) -> None:
         """Start, or go on after ``last_round``; ``tasks`` in the order of display, before those that are away."""
@@ -43,8 +42,7 @@ class Reporter:
         self._drop_pictures(last_round)
         self._tensorboard = TensorBoard(self._run.tensorboard, self._run.config, last_round, self.on_notice)
         self._order = [task.client for task in tasks]
-        self._first = last_round
-        self._began = time.monotonic()
+        self._pace.begin(last_round)
         if last_round:
             over = last_round >= self._run.config.federation.rounds
             print(f"going on after round {last_round}{', the last: nothing is trained' if over else ''}", flush=True)
@@ -73,12 +71,12 @@ class Reporter:
         if self._tensorboard is not None:
             self._tensorboard.add_round(record)
         last = self._run.config.federation.rounds
-        per_round = (time.monotonic() - self._began) / (record.round - self._first)
+        left = self._pace.seconds_left(record, clients=len(self._order))
         print(
             f"round {record.round:>{len(str(last))}}/{last}  loss {record.loss:.4f}  "
             f"{record.images_per_second:,.0f} images/s  "
             f"up {bytes_in_words(record.bytes_up)}  down {bytes_in_words(record.bytes_down)}  "
-            f"left {seconds_in_words(per_round * (last - record.round))}",
+            f"left {seconds_in_words(left)}",
             flush=True,
         )
         self._tell_absent(record.refused, record.missing)
@@ -93,6 +91,7 @@ class Reporter:
             write_png(self._run.samples / f"round-{record.round:05d}.png", pictures["samples"])
             write_png(self._run.samples / f"reverse-process-{record.round:05d}.png", pictures["reverse_process"])
         self._log.add_evaluation(record)
+        self._pace.count(record, clients=len(self._order))
         if self._tensorboard is not None:
             self._tensorboard.add_evaluation(record, pictures)
         words = [f"{record.score_name} {record.score:.3f} ({record.samples} samples"]

@@ -1,6 +1,5 @@
 """From a configuration to the objects that training and sampling work with."""
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -79,15 +78,6 @@ def resolve_device(resources: ResourcesConfig) -> torch.device:
             f"resources.precision = {resources.precision} needs CUDA, and there is none here; allowed: float32"
         )
     return device
-
-
-def check_resources(resources: ResourcesConfig) -> None:
-    """Raise UserError where the simulation's resources leave room for no client."""
-    cores = resources.cpus or os.cpu_count() or 1
-    if resources.client_cpus > cores:
-        raise UserError(f"resources.client_cpus = {resources.client_cpus} is above the {cores} cores there are")
-    if resources.backend == "ray" and resources.device == "cuda" and resources.client_gpus == 0:
-        raise UserError("resources.client_gpus = 0 gives clients under Ray no GPU; allowed: above 0, such as 0.25")
 
 
 def autocast(resources: ResourcesConfig, device: torch.device) -> AbstractContextManager[None]:

@@ -1,0 +1,28 @@
+"""Paths as their users write them."""
+
+import os
+from pathlib import Path
+
+from srfed.errors import UserError
+
+
+def user_path(text: str | Path) -> Path:
+    """A path whose first part may be ``~`` or ``~name``, a home folder.
+
+    Raises:
+        UserError: nobody has this name, no home folder is known, or it is not UTF-8, which neither a configuration nor
+            TensorBoard can name.
+    """
+    try:
+        str(text).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{os.fsencode(text)!r} is not UTF-8; rename it") from error
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{str(text).split('/')[0]} is nobody's home folder here; name the folder itself") from error
+
+
+def absolute_path(text: str | Path) -> Path:
+    """:func:`user_path`, as every process finds it, wherever it stands."""
+    return user_path(text).absolute()
