@@ -29,7 +29,7 @@ from tiny_run import (
 import srfed
 from srfed import adapt, evaluate, sample, simulate
 from srfed.checkpoints import client_store
-from srfed.checkpoints.client_store import NO_PARENT, ClientStore, StoreBounds
+from srfed.checkpoints.client_store import LONGEST_NAME, NO_PARENT, ClientStore, StoreBounds
 from srfed.checkpoints.server_state import ServerCheckpoints, ServerState
 from srfed.checkpoints.trained_run import TrainedRun
 from srfed.config.sections import fingerprint_of
@@ -551,11 +551,11 @@ def test_a_message_that_is_no_successor_is_refused_at_the_site_before_any_traini
     assert runtime.state(site, request, training=False).steps == 6
 
 
-@pytest.mark.parametrize("name", ["a" * 65, "a..b", "a/../../b"])
+@pytest.mark.parametrize("name", ["a" * (LONGEST_NAME + 1), "a..b", "a/../../b"])
 def test_names_are_bounded(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=r"is no name for a store; .* no '\.\.', at most 64 characters"):
+    with pytest.raises(UserError, match=rf"is no name for a store; .* no '\.\.', at most {LONGEST_NAME} characters"):
         ClientStore(tmp_path, "client", name, 2)
-    ClientStore(tmp_path, "client", "a" * 64, 2)
+    ClientStore(tmp_path, "client", "a" * LONGEST_NAME, 2)
 
 
 def test_a_lineage_may_be_called_as_it_likes_without_meeting_other_files_of_the_client(tmp_path: Path) -> None:
