@@ -59,7 +59,7 @@ mount -t overlay overlay -o lowerdir=/,upperdir="$1"/upper,workdir="$1"/work "$1
 mount -t proc proc "$1"/root/proc; mount --rbind /dev "$1"/root/dev
 mount -t tmpfs tmpfs "$1"/root/tmp; chmod 1777 "$1"/root/tmp
 ip link set lo up
-exec chroot "$1"/root sh -c 'echo up; exec sleep infinity'
+exec chroot "$1"/root bash -c 'echo up; while :; do sleep 1000 & wait; done'
 """
 SYSTEMCTL = '''#!{python}
 """As much of systemd as the units need: Environment, EnvironmentFile, User, Group, UMask, WorkingDirectory, ExecStart,
