@@ -37,6 +37,10 @@ _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTS
 # --- Writing -------------------------------------------------------------------------------------
 
 
+LONGEST_LOG = 10_000_000
+"""Bytes of a log after which a new one begins."""
+
+
 def write_bytes(path: Path, content: bytes, *, private: bool = True) -> None:
     """Write a file atomically: temporary neighbour, fsync, rename, fsync of the folder.
 
@@ -75,9 +79,18 @@ def json_bytes(content: Mapping[str, Any], *, version: int = 1) -> bytes:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append to a file, which is made where it is missing; raises UserError where it cannot be written."""
+    """Append to a log, which is made where it is missing.
+
+    One of more than :data:`LONGEST_LOG` bytes becomes ``<name>.1``, in place of the one before it: nobody who can make
+    a party complain may fill its disk.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     try:
         make_folder(path.parent)
+        if path.exists() and path.stat().st_size > LONGEST_LOG:
+            path.replace(path.with_name(f"{path.name}.1"))
         with open(path, "a", encoding="utf-8", opener=_owners) as file:
             file.write(text)
     except OSError as error:

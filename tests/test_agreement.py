@@ -232,6 +232,18 @@ def test_a_site_without_an_agreement_answers_nothing(tmp_path: Path) -> None:
     assert site.stored == []
 
 
+def test_a_server_that_is_refused_again_and_again_does_not_fill_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = AgreedSite(tmp_path)
+    monkeypatch.setattr("srfed.files.LONGEST_LOG", 2000)
+    for _ in range(60):
+        site.ask(TRAIN, round=4)
+    logs = sorted((site.state / CLIENT).glob("client.log*"))
+    assert [path.name for path in logs] == ["client.log", "client.log.1"]
+    assert all(path.stat().st_size < 2400 for path in logs)
+
+
 def test_another_sites_agreement_is_none(tmp_path: Path) -> None:
     site = AgreedSite(tmp_path)
     path = site.state / CLIENT / AGREEMENT_FILE
@@ -444,10 +456,8 @@ def test_an_owner_agrees_sees_what_changes_and_check_says_whether_it_fits(tmp_pa
 
     assert command("check", *options[:-4]).stdout.rstrip().endswith("agreement:  fits")
     wider = [*options, "--set", "training.local_steps=9"]
-    assert (
-        "agreement:  does NOT fit: not agreed: training.local_steps"
-        in command("check", *wider[:-6], *wider[-2:]).stdout
-    )
+    checked = command("check", *wider[:-6], *wider[-2:])
+    assert "agreement:  does NOT fit: not agreed: training.local_steps" in checked.stdout
 
     before = path.read_text()
     shown = command("agree", *wider)

@@ -22,7 +22,7 @@ from srfed.deployment.connection import check_superlink
 from srfed.deployment.flower import CLIENT_APP, HOST, SUPERNODE, environment_for, marked, plain, program, send, toml
 from srfed.errors import UserError
 from srfed.federation.agreement import AGREEMENT_FILE, COMMAND, Agreement
-from srfed.files import exists, held, write_bytes
+from srfed.files import append_text, exists, held, write_bytes
 from srfed.reporting.words import printable
 
 PORT = 9094
@@ -35,8 +35,6 @@ STOPPED_SECONDS = 5.0
 """The same once the ClientApp has said that it was stopped, in which case Flower waits for ever."""
 GRACE_SECONDS = 10.0
 """How long the SuperNode may take to end, with the message that its end is for."""
-LONGEST_LOG = 10_000_000
-"""Bytes of ``supernode.log`` after which a new one begins; the last one stays beside it."""
 LONGEST_LINE = 2000
 """Letters of a line that are kept."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -299,11 +297,8 @@ def _taken(port: int) -> bool:
 def _keep(log: Path, line: str) -> bool:
     """Append a line to the log; whether that worked."""
     try:
-        if log.exists() and log.stat().st_size > LONGEST_LOG:
-            log.replace(log.with_suffix(".log.1"))
-        with log.open("a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
-    except OSError:
+        append_text(log, f"{line}\n")
+    except UserError:
         return False
     return True
 

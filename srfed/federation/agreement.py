@@ -152,8 +152,8 @@ class Agreement(_Part):
     least_images: LeastImages
     resources: SiteResources
     exactly: dict[str, Any]
-    at_most: dict[str, float]
-    at_least: dict[str, float]
+    at_most: dict[str, int]
+    at_least: dict[str, int]
     free: tuple[str, ...]
 
     def admit(self, asked: RunConfig) -> RunConfig:
@@ -239,7 +239,7 @@ class Agreement(_Part):
             return None
         if name in self.exactly:
             kept = _plain(value) == _plain(self.exactly[name])
-        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        elif type(value) is not int:
             kept = False
         elif name in self.at_most:
             kept = value <= self.at_most[name]
