@@ -2,8 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -305,15 +304,4 @@ def _general_name(host: str) -> x509.GeneralName:
 
 def _write_private_key(path: Path, key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> None:
     content = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
-    with _for_the_owner_only():
-        write_bytes(path, content)
-
-
-@contextmanager
-def _for_the_owner_only() -> Iterator[None]:
-    """Files made within have mode 0600 from their first moment, folders 0700."""
-    previous = os.umask(0o077)
-    try:
-        yield
-    finally:
-        os.umask(previous)
+    write_bytes(path, content)
