@@ -197,12 +197,9 @@ def _check(options: argparse.Namespace) -> None:
     client = options.client_id or re.sub(r"[^A-Za-z0-9._-]+", "-", options.data.absolute().stem).strip("._-")
     config = load_config(options.config, options.overrides)
     # After the settings, as it imports torch.
-    from srfed.deployment.agree import fits, standing
     from srfed.deployment.check import check_site
 
     print(check_site(config, options.data, options.state_dir, client, options.out))
-    agreement = standing(options.state_dir, client)
-    print(f"\nagreement:  {'none yet; python -m srfed.deploy agree' if agreement is None else fits(agreement, config)}")
 
 
 def _agree(options: argparse.Namespace) -> None:

@@ -454,7 +454,7 @@ def test_an_owner_agrees_sees_what_changes_and_check_says_whether_it_fits(tmp_pa
     assert again.returncode == 0
     assert "says so already" in again.stdout
 
-    assert command("check", *options[:-4]).stdout.rstrip().endswith("agreement:  fits")
+    assert "\nagreement:  fits\n" in command("check", *options[:-4]).stdout
     wider = [*options, "--set", "training.local_steps=9"]
     checked = command("check", *wider[:-6], *wider[-2:])
     assert "agreement:  does NOT fit: not agreed: training.local_steps" in checked.stdout

@@ -132,7 +132,6 @@ def test_the_configuration_is_immutable() -> None:
         # nothing at all switches nothing off
         ("training.gradient_clip=", ['training.gradient_clip = ""', "number | null"]),
         ("training.gradient_clip= # none", ['training.gradient_clip = ""', "number | null"]),
-        ("federation.largest_update=", ['federation.largest_update = ""', "number | null"]),
         # what YAML 1.1 takes for another number, or for a truth value
         ("training.batch_size=0100", ['training.batch_size = "0100"', "in decimal digits alone"]),
         ("training.batch_size=0x10", ['training.batch_size = "0x10"', "in decimal digits alone"]),

@@ -12,8 +12,11 @@ from srfed.checkpoints.client_store import check_name
 from srfed.config import RunConfig
 from srfed.data import Task, describe_own_images, load_own_task, recorded_images
 from srfed.data.images import Images
+from srfed.deployment.agree import fits, standing
 from srfed.errors import UserError
 from srfed.evaluation.features import load_feature_network
+from srfed.evaluation.shares import share_of_samples
+from srfed.federation.agreement import COMMAND
 from srfed.files import make_folder, open_to_others
 from srfed.reporting.pictures import draw_grid, write_png
 from srfed.reporting.words import bytes_in_words
@@ -73,7 +76,7 @@ def check_site(config: RunConfig, data: Path, state_dir: Path, client: str, pict
         picture, draw_grid({**_rows("training", task.train, TRAINING_ROWS), **_rows("test", task.test, TEST_ROWS)})
     )
 
-    payload = shared * moments
+    payload, agreement = shared * moments, standing(state_dir, client)
     what = "φ" if moments == 1 else "φ and its two averaged moments"
     return "\n".join(
         [
@@ -101,6 +104,8 @@ def check_site(config: RunConfig, data: Path, state_dir: Path, client: str, pict
             *_of_evaluation(config, height * width * channels),
             "never go:   your images, θ_i, its moving average, its optimizer's moments, the texts of errors",
             "",
+            f"agreement:  {f'none yet; agree with: {COMMAND}' if agreement is None else fits(agreement, config)}",
+            "",
             "join with (SUPERLINK:PORT and ca.crt come from who runs the server; the key is your own):",
             "",
             _command(data, state_dir, client),
@@ -114,8 +119,7 @@ def _of_evaluation(config: RunConfig, pixels: int) -> list[str]:
     if evaluation.mode == "moments":
         first = "mean and scatter of the features of generated images and of your own; no image"
     else:
-        # Shared out among the clients, the first get one more.
-        last, between = (-(-count // clients) for count in (evaluation.samples, evaluation.samples_between))
+        last, between = (share_of_samples(count, clients) for count in (evaluation.samples, evaluation.samples_between))
         first = (
             f"generated images: {last} at the end, {between} at evaluations before, of {pixels} bytes each, and "
             f"{evaluation.strip_steps} of a reverse process"
