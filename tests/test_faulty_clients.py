@@ -244,7 +244,7 @@ TRAIN_FAULTS: dict[str, tuple[Callable[[Message], Message | None], str]] = {
     "a name that draws on the terminal": (set_field("attempt", "\x1b[2J\x1b]0;owned\x07"), "not printable"),
     "a reason that draws on the terminal": (
         as_error_of(101, "not agreed:\x1b[2J \x1b]0;owned\x07\u202etxt " + "x" * 5_000_000),
-        "Flower's error 101, not agreed: [2J ]0;owned txt xxx",
+        "it refuses: not agreed: [2J ]0;owned txt xxx",
     ),
     "steps without end": (set_number("shared_steps", 1e15), "steps"),
     "steps backwards": (set_number("shared_steps", -3.0), "steps"),

@@ -12,7 +12,7 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from srfed.checkpoints.server_state import ServerCheckpoints, ServerState
+from srfed.checkpoints.server_state import KnownClient, ServerCheckpoints, ServerState
 from srfed.config import load_config
 from srfed.data import load_recorded_tasks, record_tasks
 from srfed.data.tasks import ALLOW
@@ -155,7 +155,7 @@ class _Server:
                 shape=shape,
                 partition=self._partition.fingerprint(model.state_dict()),
                 clients=self._known_references(),
-                known=self._state.known,
+                known=self._known_clients(),
                 keys=kept_roster(run.path),
             ),
             joined=self._joined,
@@ -218,6 +218,15 @@ class _Server:
         assert size is not None, "the configuration was checked"
         assert channels is not None, "the configuration was checked"
         return size, size, channels
+
+    def _known_clients(self) -> dict[str, KnownClient]:
+        """What clients are held to; in a simulation their images are those on record, whatever they were before."""
+        known = dict(self._state.known)
+        for task in self._tasks if self._fixed else ():
+            if task.name in known:
+                counts = {"images": len(task.train), "test_images": len(task.test)}
+                known[task.name] = replace(known[task.name], **counts)
+        return known
 
     def _known_references(self) -> frozenset[str] | None:
         """The clients whose samples this server can judge; None where they judge them themselves."""
