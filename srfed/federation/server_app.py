@@ -224,8 +224,7 @@ class _Server:
         known = dict(self._state.known)
         for task in self._tasks if self._fixed else ():
             if task.name in known:
-                counts = {"images": len(task.train), "test_images": len(task.test)}
-                known[task.name] = replace(known[task.name], **counts)
+                known[task.name] = replace(known[task.name], images=len(task.train), test_images=len(task.test))
         return known
 
     def _known_references(self) -> frozenset[str] | None:
