@@ -202,8 +202,9 @@ def test_neither_a_hostile_server_nor_a_hostile_client_gets_further_than_its_own
     assert answered["the site's memory and processes"] == ["metrics", "reply", "shared"]
     # Of all these requests one was served: one attempt, where it belongs; nothing else was written or removed.
     assert before <= after | {tmp_path / "run"}
-    assert len({path.parent for path in after - before if path.suffix == ".safetensors"}) == 1
-    assert all(state / HONEST in path.parents for path in after - before - {answers})
+    (attempt,) = [path for path in after - before if path.name == "state.safetensors"]
+    assert attempt.parent.parent == state / HONEST / "lineages" / "lineage"
+    assert all(state in path.parents for path in after - before - {answers})
 
     rounds = MetricsLog(tmp_path / "run" / "metrics.jsonl").rounds()
     assert [line["accepted"] for line in rounds] == [[HONEST], [HONEST]]
