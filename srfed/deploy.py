@@ -218,7 +218,7 @@ def _agree(options: argparse.Namespace) -> None:
         raise UserError(f"{problem['loc'][0]} = {problem['input']} is impossible: {problem['msg']}") from error
     config = load_config(options.config, options.overrides)
     # After the settings, as it imports torch.
-    from srfed.data import current_images
+    from srfed.data import current_images, describe_own_images
     from srfed.deployment.agree import agree, in_words, propose, standing
 
     data, folder = options.data, state_dir / options.client_id
@@ -227,6 +227,7 @@ def _agree(options: argparse.Namespace) -> None:
         certificate=options.certificate, least=least, resources=resources,
     )  # fmt: skip
     print(in_words(proposed, config))
+    print("\n".join(["", f"images:     {data}", *describe_own_images(config.data, data)]))
     if changed := current_images(config.data, data, options.client_id, folder)[1]:
         print(f"\nyour images are others than those on record: {changed}")
     if (agreement := standing(state_dir, options.client_id)) is not None:

@@ -18,10 +18,8 @@ from srfed.config import DataConfig, RunConfig
 from srfed.data import (
     RECORD_FILE,
     Task,
-    describe_own_images,
     load_own_task,
     load_recorded_task,
-    recorded_images,
     task_names,
 )
 from srfed.errors import UserError
@@ -128,11 +126,7 @@ def own_task(config: DataConfig, site: Site) -> Task:
     if site.data is None:
         # A simulation's stores lie in its run's folder, beside the record that the server has made.
         return load_recorded_task(config, site.index, site.state_dir.parent / RECORD_FILE)
-    new = recorded_images(config, site.client, site.folder) is None
-    task = load_own_task(config, site.data, site.client, site.folder)
-    if new:
-        site.note("\n".join(["images put on record", *describe_own_images(config, site.data)]))
-    return task
+    return load_own_task(config, site.data, site.client, site.folder)
 
 
 def _simulated_state_dir(context: Context) -> Path:
