@@ -81,7 +81,8 @@ def test_a_round_that_waits_names_the_sites_that_have_not_answered(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = begin(tmp_path / "run", {**SETTINGS, **WAIT})
-    start(run, ChangingGrid(run, app_describing(as_deployed), connected=away_for(8, after=1)))
+    # Away for about a second, ten times as long as the server waits until it says so.
+    start(run, ChangingGrid(run, app_describing(as_deployed), connected=away_for(20, after=1)))
     said = capsys.readouterr().err
     assert re.search(r"round 2: waiting for (.* and )?digit-2 \(not connected: start that site\)", said)
     assert len(round_lines(run)) == 3
