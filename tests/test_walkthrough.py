@@ -52,12 +52,20 @@ def blocks() -> list[Block]:
 
 # --- Machines ------------------------------------------------------------------------------------
 
+NEEDED = (Path(sys.base_prefix), PROJECT, Path(sys.prefix))
 BOOT = """set -e
 mount --make-rprivate /
 mkdir -p "$1"; mount -t tmpfs tmpfs "$1"; mkdir "$1"/upper "$1"/work "$1"/root
 mount -t overlay overlay -o lowerdir=/,upperdir="$1"/upper,workdir="$1"/work "$1"/root
 mount -t proc proc "$1"/root/proc; mount --rbind /dev "$1"/root/dev
 mount -t tmpfs tmpfs "$1"/root/tmp; chmod 1777 "$1"/root/tmp
+number=0
+for needed in "${@:2}"; do
+    # What tests run with may lie where this machine has a folder of its own, or another file system.
+    [ -e "$1/root$needed" ] && continue
+    number=$((number + 1)); mkdir -p "$1"/upper$number "$1"/work$number "$1/root$needed"
+    mount -t overlay overlay -o "lowerdir=$needed,upperdir=$1/upper$number,workdir=$1/work$number" "$1/root$needed"
+done
 ip link set lo up
 exec chroot "$1"/root bash -c 'echo up; while :; do sleep 1000 & wait; done'
 """
@@ -162,7 +170,7 @@ class Machine:
         self._log = folder / f"{name}.log"
         unshare = ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child"]
         self._holder = subprocess.Popen(
-            [*unshare, "bash", "-c", BOOT, "boot", str(folder / name)],
+            [*unshare, "bash", "-c", BOOT, "boot", str(folder / name), *map(str, NEEDED)],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         assert self._holder.stdout is not None
@@ -270,7 +278,7 @@ def install(machine: Machine, address: str) -> None:
         hosts.write(f"{COORDINATOR} superlink.example.org\n")
     (machine.root / "etc" / "resolv.conf").unlink(missing_ok=True)
     (machine.root / "etc" / "resolv.conf").write_text(f"nameserver {OUTSIDE}\noptions timeout:1 attempts:1\n")
-    for folder in (Path(sys.base_prefix), PROJECT, Path(sys.prefix)):
+    for folder in NEEDED:
         for parent in (folder, *folder.parents):
             inside = machine.root / parent.relative_to("/")
             inside.chmod(inside.stat().st_mode | 0o111)  # the service user passes, on this machine alone
