@@ -452,3 +452,16 @@ def test_the_last_round_says_that_an_evaluation_is_left(tmp_path: Path, capsys: 
     reporter.on_round(round_record(1, seconds=600.0))
     reporter.close()
     assert not capsys.readouterr().out.strip().endswith("left 0s")
+
+
+def test_the_time_left_of_a_run_that_goes_on_is_that_of_its_own_rounds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reporter = Reporter(begin(tmp_path / "run", {"federation.rounds": 11}))
+    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 0.0)
+    reporter.begin(8, TASKS)
+    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 600.0)
+    # No time for a pass: what is left are two rounds, of ten minutes each.
+    reporter.on_round(round_record(9, seconds=0.0))
+    reporter.close()
+    assert capsys.readouterr().out.strip().endswith("left 20m00s")
