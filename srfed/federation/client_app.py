@@ -29,7 +29,7 @@ from srfed.federation.messages import (
     read_tensors,
     reply_content,
 )
-from srfed.federation.runtime import Runtime, runtime_for
+from srfed.federation.runtime import Runtime, features_for, runtime_for
 from srfed.federation.site_log import write_to_log
 from srfed.federation.wire_guard import wire_guard
 from srfed.reporting.pictures import draw_grid, write_png
@@ -115,6 +115,7 @@ def evaluate(message: Message, context: Context) -> Message:
     admitted = admit(message, context)
     request, site, task, runtime = admitted.request, admitted.site, admitted.task, runtime_for(admitted)
     config, client = admitted.config, site.client
+    network = features_for(admitted) if config.evaluation.mode == "moments" else None
     shared, state = _shared(message, runtime), runtime.state(site, request, training=False)
     if site.data is not None:
         save_site_model(
@@ -142,8 +143,7 @@ def evaluate(message: Message, context: Context) -> Message:
         site.note(f"round {request.round}: no memorisation audit: {evaluated.no_audit}")
     header = _header(admitted)
     arrays: dict[str, dict[str, torch.Tensor]] = {}
-    if config.evaluation.mode == "moments":
-        network = runtime.feature_network
+    if network is not None:
         header = replace(header, features=network.fingerprint)
         arrays[STATISTICS] = {}
         for name, images in zip(SETS, (generated.images, task.test, task.train), strict=True):

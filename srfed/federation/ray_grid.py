@@ -83,6 +83,7 @@ def _start_ray(config: RunConfig) -> None:
     except SystemExit:
         raise Interrupted(signal.SIGTERM) from None
     except Exception as error:
+        # Ray raises what its parts raise: OSError, ValueError, ConnectionError, RuntimeError and its own.
         reason = _first_reason(error)
         shorter = "; name a shorter folder in TMPDIR" if "AF_UNIX path length" in reason else ""
         raise UserError(f"Ray cannot start: {reason}{shorter}; {INSTEAD}") from error

@@ -11,7 +11,7 @@ from srfed.config import RunConfig
 from srfed.errors import UserError
 from srfed.evaluation.features import FeatureNetwork, load_feature_network
 from srfed.federation.admission import Admitted
-from srfed.federation.agreement import Agreement, not_agreed
+from srfed.federation.agreement import not_agreed
 from srfed.federation.messages import Request
 from srfed.federation.site import Site, own_task
 from srfed.tensors import check_tensors
@@ -53,13 +53,6 @@ class Runtime:
         evaluation = self.config.evaluation
         return load_feature_network(evaluation.feature_network, evaluation.inception_weights, self.device)
 
-    def check_agreed(self, agreement: Agreement) -> None:
-        """Raise RequestRefusedError where φ or the features are not those that the owner has agreed to send."""
-        if self.partition_fingerprint != agreement.shared.fingerprint:
-            raise not_agreed("the tensors of φ")
-        if agreement.features is not None and self.feature_network.fingerprint != agreement.features.fingerprint:
-            raise not_agreed("the feature network")
-
     def store(self, site: Site, request: Request) -> ClientStore:
         """The site's store for the request's lineage."""
         return ClientStore(site.state_dir, site.client, request.lineage, self.config.federation.keep_attempts)
@@ -92,13 +85,26 @@ def runtime_for(admitted: Admitted) -> Runtime:
     """The process's runtime for what was admitted; sets the threads that it runs with.
 
     Raises:
-        RequestRefusedError: this srfed makes another φ, or has other features, of the agreed settings.
+        RequestRefusedError: this srfed makes another φ of the agreed settings.
     """
     runtime = _runtime(admitted.config, admitted.task.train.shape[-1])
     torch.set_num_threads(admitted.config.resources.client_cpus)
-    if admitted.agreement is not None:
-        runtime.check_agreed(admitted.agreement)
+    agreement = admitted.agreement
+    if agreement is not None and runtime.partition_fingerprint != agreement.shared.fingerprint:
+        raise not_agreed("the tensors of φ")
     return runtime
+
+
+def features_for(admitted: Admitted) -> FeatureNetwork:
+    """The feature network of what was admitted: loaded for an evaluation in ``moments`` mode, and for nothing else.
+
+    Raises:
+        RequestRefusedError: it is not the one whose features the owner has agreed to send.
+    """
+    network, agreement = runtime_for(admitted).feature_network, admitted.agreement
+    if agreement is not None and (agreement.features is None or network.fingerprint != agreement.features.fingerprint):
+        raise not_agreed("the feature network")
+    return network
 
 
 @lru_cache(maxsize=1)

@@ -40,7 +40,7 @@ from srfed.federation.messages import (
     layout_of,
     read_layout,
 )
-from srfed.federation.runtime import runtime_for
+from srfed.federation.runtime import features_for, runtime_for
 from srfed.federation.screening import moment_templates
 from srfed.federation.site import Site, deployed_site, is_simulated, site_of
 from srfed.federation.site_log import write_to_log
@@ -131,7 +131,7 @@ def _allowed(kind: str, admitted: Admitted) -> tuple[dict[str, Layout], dict[str
         numbers = evaluated.numbers() | (evaluated.audit_numbers() if evaluated.audited else {})
         layout: Layout
         if evaluated.moments:
-            dimension = runtime.feature_network.dimension_of(channels)
+            dimension = features_for(admitted).dimension_of(channels)
             shapes = {"mean": (dimension,), "scatter": (dimension, dimension)}
             layout = [(f"{name}.{part}", "float64", size) for name in SETS for part, size in shapes.items()]
             return {STATISTICS: layout}, numbers, header
