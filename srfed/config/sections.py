@@ -296,7 +296,11 @@ class EvaluationConfig(Section):
         "mean and scatter of their features and of its own images' features, and no image leaves it",
     )
     every: int = Field(10, ge=0, description="rounds between evaluations; 0 evaluates at the end only")
-    samples: int = Field(1000, ge=2, description="generated images scored at the end, shared out among the tasks")
+    samples: int = Field(
+        1000,
+        ge=2,
+        description="generated images scored at the end, shared out among the tasks in equal shares, rounded up",
+    )
     samples_between: int = Field(200, ge=2, description="generated images scored at evaluations before the end")
     feature_network: Literal["embedded", "inception"] = Field(
         "embedded", description="network whose features are compared; `inception` gives the standard FID"
