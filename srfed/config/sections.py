@@ -299,7 +299,7 @@ class EvaluationConfig(Section):
     samples: int = Field(
         1000,
         ge=2,
-        description="generated images scored at the end, shared out among the tasks in equal shares, rounded up",
+        description="generated images scored at the end, in equal shares of all tasks, rounded up",
     )
     samples_between: int = Field(200, ge=2, description="generated images scored at evaluations before the end")
     feature_network: Literal["embedded", "inception"] = Field(
