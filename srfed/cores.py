@@ -15,14 +15,14 @@ def usable_cores() -> int:
     return affinity if quota is None else max(1, min(affinity, int(quota)))
 
 
-def check_resources(resources: ResourcesConfig) -> None:
-    """Raise UserError where the simulation's resources leave room for no client."""
+def check_resources(resources: ResourcesConfig, *, federated: bool = True) -> None:
+    """Raise UserError where the simulation's resources leave room for no client; centralised training has none."""
     cores = resources.cpus or usable_cores()
     if resources.client_cpus > cores:
         raise UserError(
             f"resources.client_cpus = {resources.client_cpus} is above the {cores} cores that this process may use"
         )
-    if resources.backend == "ray" and resources.device == "cuda" and resources.client_gpus == 0:
+    if federated and resources.backend == "ray" and resources.device == "cuda" and resources.client_gpus == 0:
         raise UserError("resources.client_gpus = 0 gives clients under Ray no GPU; allowed: above 0, such as 0.25")
 
 

@@ -26,6 +26,9 @@ def derive_seed(seed: int, purpose: str, *parts: str | int) -> int:
     return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") >> 1
 
 
-def derive_generator(seed: int, purpose: str, *parts: str | int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a fresh ``torch.Generator`` on ``device``, seeded by :func:`derive_seed`."""
-    return torch.Generator(device=device).manual_seed(derive_seed(seed, purpose, *parts))
+def derive_generator(seed: int, purpose: str, *parts: str | int) -> torch.Generator:
+    """Return a fresh ``torch.Generator``, seeded by :func:`derive_seed`.
+
+    It is the CPU's, whose draws are the same wherever they are then used; a GPU's own would give others.
+    """
+    return torch.Generator().manual_seed(derive_seed(seed, purpose, *parts))

@@ -65,7 +65,7 @@ def train_by_command(
         UserError: the text says how to go on where there is something to go on with.
         SystemExit: a signal or a closed pipe stopped the run.
     """
-    began = time.monotonic()
+    began, started_at = time.monotonic(), time.time()
     named = {
         "federation.clients": options.clients,
         "data.dir": None if options.data_dir is None else json.dumps(options.data_dir),
@@ -96,7 +96,8 @@ def train_by_command(
             tell(f"stopped; go on with: python -m {go_on}")
             raise SystemExit(status_of(stop)) from None
         except UserError as error:
-            raise UserError(f"{error}; once it is mended, go on with: python -m {go_on}") from error
+            text = f"{error}{_last_reason(run, since=started_at)}"
+            raise UserError(f"{text}; once it is mended, go on with: python -m {go_on}") from error
     summary = summarise(MetricsLog(run.metrics), time.monotonic() - began)
     write_bytes(run.summary, f"{summary}\n".encode())
     print(f"\n{summary}")
@@ -123,7 +124,7 @@ def check_training(config: RunConfig, record: Path | None = None, *, allow_chang
     from srfed.data import load_recorded_tasks, load_tasks, record_tasks
 
     training = config.training
-    check_resources(config.resources)
+    check_resources(config.resources, federated=training.method == "federated")
     if record is None:
         tasks = load_tasks(config.data, config.federation.clients)
     else:
@@ -133,10 +134,11 @@ def check_training(config: RunConfig, record: Path | None = None, *, allow_chang
     for task in tasks:
         if len(task.test) < 2:
             raise UserError(f"task {task.name!r} has {len(task.test)} test images; evaluation needs at least 2")
+    from srfed.device import resolve_device
     from srfed.evaluation.features import load_feature_network
     from srfed.training.batches import MinibatchOrder
     from srfed.training.central import central_orders
-    from srfed.training.setup import build_model, build_partition, resolve_device
+    from srfed.training.setup import build_model, build_partition
 
     device = resolve_device(config.resources)
     if training.method != "federated":
@@ -151,6 +153,15 @@ def check_training(config: RunConfig, record: Path | None = None, *, allow_chang
             _say_on_stderr(f"the run has no record of its images, so they cannot be compared; {record} is begun now")
         with held(record.parent / LOCK, wait=False):
             record_tasks(record, tasks)
+
+
+def _last_reason(run: RunDirectory, since: float) -> str:
+    """What a simulated client has last put in its own log, as here the same person owns run and clients."""
+    logs = [log for log in run.clients.glob("*/client.log") if log.stat().st_mtime >= since]
+    if not logs:
+        return ""
+    latest = max(logs, key=lambda log: log.stat().st_mtime)
+    return f"; {relative(latest)} ends with: {latest.read_text(errors='replace').rstrip().splitlines()[-1]}"
 
 
 def _say_on_stderr(text: str) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -437,6 +438,6 @@ def test_ancestral_refuses_what_does_not_fit() -> None:
 
 
 def test_a_generator_elsewhere_is_refused() -> None:
-    start = torch.zeros(SHAPE, device="meta")
-    with pytest.raises(ValueError, match="generator is on cpu, start on meta"):
-        ddim_sample(network, Diffusion(linear_schedule(T), "meta"), start, generator(), steps=5)
+    elsewhere = SimpleNamespace(device=torch.device("cuda", 0))
+    with pytest.raises(ValueError, match="generator is on cuda:0, start on cpu"):
+        ddim_sample(network, diffusion(), torch.zeros(SHAPE), elsewhere, steps=5)  # type: ignore[arg-type]

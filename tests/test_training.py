@@ -19,6 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from srfed.config import RunConfig, parse_config
+from srfed.device import resolve_device
 from srfed.diffusion.process import Diffusion
 from srfed.errors import UserError
 from srfed.federation.aggregation import aggregate, weighted_mean
@@ -26,7 +27,7 @@ from srfed.training.batches import MinibatchOrder
 from srfed.training.ema import round_decay, step_decay, update_average
 from srfed.training.local import LocalResult, LocalTrainer, initial_state, load_tensors
 from srfed.training.optimizers import MOMENTS, PartOptimizer, learning_rate_factor
-from srfed.training.setup import build_diffusion, build_model, build_partition, resolve_device
+from srfed.training.setup import build_diffusion, build_model, build_partition
 
 torch.set_num_threads(1)
 

@@ -9,6 +9,7 @@ import torch
 from srfed.checkpoints.client_store import NO_PARENT, ClientStore
 from srfed.checkpoints.server_state import ServerCheckpoints, ServerState
 from srfed.data import Task, load_recorded_tasks, record_tasks
+from srfed.device import captured_forward, memory_layout, resolve_device
 from srfed.evaluation.central import CentralEvaluation, RealFloor
 from srfed.evaluation.features import load_feature_network
 from srfed.evaluation.shares import share_of_samples
@@ -20,7 +21,7 @@ from srfed.tensors import check_tensors
 from srfed.training.central import CentralResult, CentralState, CentralTrainer
 from srfed.training.local import initial_state, load_tensors
 from srfed.training.optimizers import learning_rate_factor
-from srfed.training.setup import build_diffusion, build_model, build_partition, noise_of_task, resolve_device
+from srfed.training.setup import build_diffusion, build_model, build_partition, noise_of_task
 
 
 def train_centrally(run: RunDirectory) -> None:
@@ -51,12 +52,13 @@ class _CentralRun:
         self._tasks = load_recorded_tasks(config.data, config.federation.clients, run.images)
         record_tasks(run.images, self._tasks)
         device = resolve_device(config.resources)
-        layout = torch.channels_last if config.resources.channels_last else torch.contiguous_format
         model = build_model(config, self._tasks[0].train.shape[-1])
         self._partition = build_partition(config, model)
         self._initial = initial_state(model, self._partition)
         shared = {name: t.clone() for name, t in self._partition.take_shared(model.state_dict()).items()}
+        layout = memory_layout(config.resources)
         self._model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
+        self._forward = captured_forward(self._model, config.resources, device)
         self._diffusion = build_diffusion(config, device)
         self._trainer = CentralTrainer(config, self._model, self._partition, self._diffusion, self._tasks)
         self._checkpoints = ServerCheckpoints(run.server, config.federation.keep_attempts)
@@ -157,7 +159,7 @@ class _CentralRun:
             load_tensors(self._model, state.shared_average, state.tasks[task.name].exclusive_average)
             self._model.eval()
             evaluated = evaluate_task(
-                noise_of_task(self._model, place), self._diffusion, self._config,
+                noise_of_task(self._model, place, self._forward), self._diffusion, self._config,
                 task=task.name, train=task.train, test=task.test, samples=share, final=final,
             )  # fmt: skip
             if evaluated.audit is not None:

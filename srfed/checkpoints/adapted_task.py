@@ -22,6 +22,7 @@ from srfed.checkpoints.site_model import MODELS, save_site_model
 from srfed.config import RunConfig
 from srfed.data import Task
 from srfed.data.images import Images
+from srfed.device import resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.frechet import FeatureStatistics, frechet_distance
 from srfed.evaluation.generation import generate
@@ -29,7 +30,7 @@ from srfed.evaluation.network import FeatureNetwork
 from srfed.files import exists, held, list_folder, read_json, try_output, write_bytes, write_json
 from srfed.training.adaptation import Adapted, Mode, adapt
 from srfed.training.local import load_tensors
-from srfed.training.setup import build_diffusion, build_model, resolve_device
+from srfed.training.setup import build_diffusion, build_model
 
 IDENTITY, LOCK = "adaptation.json", "lock"
 DIGITS = 16

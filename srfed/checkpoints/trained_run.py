@@ -9,6 +9,7 @@ from srfed.checkpoints.client_store import ClientStore
 from srfed.checkpoints.server_state import ServerCheckpoints
 from srfed.checkpoints.site_model import SiteModel
 from srfed.config import ResourcesConfig
+from srfed.device import captured_forward, resolve_device
 from srfed.diffusion.process import PredictNoise
 from srfed.errors import UserError
 from srfed.files import exists
@@ -17,7 +18,7 @@ from srfed.reporting.records import TaskInfo
 from srfed.reporting.run_directory import RunDirectory
 from srfed.tensors import check_tensors
 from srfed.training.local import initial_state, load_tensors
-from srfed.training.setup import build_diffusion, build_model, build_partition, noise_of_task, resolve_device
+from srfed.training.setup import build_diffusion, build_model, build_partition, noise_of_task
 
 
 class TrainedSite:
@@ -42,7 +43,7 @@ class TrainedSite:
         self.shared, exclusive = stored.tensors
         check_tensors(str(stored.path), {**self.shared, **exclusive}, model.state_dict())
         load_tensors(model, self.shared, exclusive)
-        self._model = model.to(self.device).eval()
+        self._model = captured_forward(model.to(self.device).eval(), resources, self.device)
         self.diffusion = build_diffusion(self.config, self.device)
         self.tasks = [TaskInfo(stored.client, stored.client, 0, 0)]
 
@@ -81,6 +82,7 @@ class TrainedRun:
         self._initial = initial_state(self._model, self.partition)
         checkpoints.check(self._state, self.partition.take_shared(self._model.state_dict()))
         self._model.to(self.device)
+        self._forward = captured_forward(self._model, resources, self.device)
         self.diffusion = build_diffusion(self.config, self.device)
         self.tasks: list[TaskInfo] = MetricsLog(self._run.metrics).tasks()
         if not self.tasks:
@@ -101,7 +103,7 @@ class TrainedRun:
         """ε of a task's averaged (φ, θ_i), in evaluation mode; the next call reuses the same module."""
         load_tensors(self._model, self.shared, self.exclusive_of(task))
         self._model.eval()
-        return noise_of_task(self._model, self.tasks.index(task))
+        return noise_of_task(self._model, self.tasks.index(task), self._forward)
 
     @property
     def shared(self) -> dict[str, Tensor]:

@@ -330,13 +330,18 @@ class ResourcesConfig(Section):
         "ray", description="ray: clients in parallel processes; inline: one after the other in this process"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto takes CUDA where there is one (under Ray: where client_gpus is above 0)"
+        "auto", description="auto takes CUDA where there is one (under Ray: unless client_gpus is 0)"
     )
     cpus: int | None = Field(None, ge=1, description="cores for all clients together; null takes every core")
     client_cpus: int = Field(1, ge=1, description="cores, and so threads, of one client")
-    client_gpus: float = Field(0.0, ge=0, le=8, description="share of a GPU for one client, e.g. 0.25")
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="arithmetic of forward and backward passes; bfloat16 needs CUDA"
+    client_gpus: float | None = Field(
+        None, ge=0, le=8, description="share of a GPU for one client under Ray, e.g. 0.25; null: equal shares"
+    )
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        "float32", description="arithmetic of forward and backward passes; tf32 and bfloat16 need CUDA"
+    )
+    deterministic: bool = Field(
+        True, description="let a GPU use only algorithms that repeat themselves bit by bit; a CPU's always do"
     )
     channels_last: bool = Field(False, description="NHWC memory layout, faster on recent GPUs")
 
@@ -345,7 +350,7 @@ class ResourcesConfig(Section):
         if self.cpus is not None and self.client_cpus > self.cpus:
             raise ValueError(f"client_cpus {self.client_cpus} is above cpus {self.cpus}")
         if self.precision != "float32" and self.device == "cpu":
-            raise ValueError(f"precision {self.precision} needs device cuda; on the CPU it is many times slower")
+            raise ValueError(f"precision {self.precision} needs device cuda; a CPU has none, or a slow one")
         return self
 
 

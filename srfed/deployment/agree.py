@@ -7,6 +7,7 @@ from srfed.checkpoints.client_store import check_name
 from srfed.config import RunConfig
 from srfed.data import accept_images, current_images
 from srfed.deployment.certificates import certificate_fingerprint
+from srfed.device import resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.features import load_feature_network
 from srfed.federation.admission import images_of
@@ -25,7 +26,7 @@ from srfed.federation.agreement import (
 from srfed.files import exists
 from srfed.reporting.words import bytes_in_words
 from srfed.training.batches import MinibatchOrder
-from srfed.training.setup import build_model, build_partition, resolve_device
+from srfed.training.setup import build_model, build_partition
 
 
 def propose(

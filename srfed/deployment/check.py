@@ -13,6 +13,7 @@ from srfed.config import RunConfig
 from srfed.data import Task, describe_own_images, load_own_task, recorded_images
 from srfed.data.images import Images
 from srfed.deployment.agree import fits, standing
+from srfed.device import resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.features import load_feature_network
 from srfed.evaluation.shares import share_of_samples
@@ -21,7 +22,7 @@ from srfed.files import make_folder, open_to_others
 from srfed.reporting.pictures import draw_grid, write_png
 from srfed.reporting.words import bytes_in_words
 from srfed.training.batches import MinibatchOrder
-from srfed.training.setup import build_model, build_partition, resolve_device
+from srfed.training.setup import build_model, build_partition
 
 TRAINING_ROWS, TEST_ROWS, COLUMNS = 4, 2, 12
 """Of the picture: at most so many rows of either kind, and images in a row."""

@@ -49,7 +49,8 @@ def ancestral_sample(
         predict_noise: ε_ψ.
         diffusion: the schedule, on the device of ``start``.
         start: x_t at ``from_timestep``, (N, C, H, W); N(0, I) when that is T.
-        generator: source of z, on the device of ``start``; one draw a step, none in the last.
+        generator: source of z, on the device of ``start`` or on the CPU, where the draws are the same for every
+            device; one draw a step, none in the last.
         from_timestep: where the start stands, 1..T; None is T.
         variance: σ_t², β_t or the posterior β̃_t.
         clip: clamp each predicted x_0 to [-1, 1].
@@ -116,8 +117,8 @@ def ddim_sample(
         predict_noise: ε_ψ.
         diffusion: the schedule, on the device of ``start``.
         start: x_t at ``from_timestep``, (N, C, H, W); N(0, I) when that is T.
-        generator: source of z, on the device of ``start``; unused when eta is 0, else one draw a step
-            and none in the last.
+        generator: source of z, on the device of ``start`` or on the CPU; unused when eta is 0, else one draw a
+            step and none in the last.
         steps: 1..T; at most ``from_timestep`` are taken.
         eta: 0 (deterministic) to 1 (the noise of ancestral sampling).
         from_timestep: where the start stands, 1..T; None is T.
@@ -176,12 +177,16 @@ def _predict_image(x: Tensor, noise: Tensor, alpha_bar: float) -> Tensor:
 
 
 def _draw(x: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    drawn = torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype)
+    if drawn.device == x.device:
+        return drawn
+    # Pinned, so that the copy waits in the device's queue and not here.
+    return drawn.pin_memory().to(x.device, non_blocking=True)
 
 
 def _check_start(diffusion: Diffusion, start: Tensor, generator: torch.Generator, from_timestep: int | None) -> int:
     check_images("start", start, diffusion.device)
-    if generator.device.type != start.device.type:
+    if generator.device.type not in ("cpu", start.device.type):
         raise ValueError(f"generator is on {generator.device}, start on {start.device}")
     top = diffusion.timesteps if from_timestep is None else from_timestep
     if not 1 <= top <= diffusion.timesteps:

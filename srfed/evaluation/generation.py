@@ -58,10 +58,10 @@ def generate(
     images = [np.empty((0, height, width, channels), np.uint8)]
     strip = images[0]
     for batch, first in enumerate(range(0, count, sampling.batch_size)):
-        generator = derive_generator(seed, "samples", task, batch, device=diffusion.device)
+        generator = derive_generator(seed, "samples", task, batch)
         wanted = min(sampling.batch_size, count - first)
         size = (sampling.batch_size, channels, height, width)
-        start = torch.randn(size, generator=generator, device=diffusion.device)[:wanted]
+        start = torch.randn(size, generator=generator)[:wanted].to(diffusion.device)
         sampled = sample(predict_noise, diffusion, sampling, start, generator, record if first == 0 else [])
         images.append(to_uint8(sampled.images))
         if first == 0 and record:

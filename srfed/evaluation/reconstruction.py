@@ -35,8 +35,8 @@ def ssim_of_reconstructions(
     Returns:
         The mean SSIM over the images, at most 1.
     """
-    generator = derive_generator(seed, "reconstruction", task, timestep, device=diffusion.device)
-    noise = torch.randn(images.shape, generator=generator, device=images.device)
+    generator = derive_generator(seed, "reconstruction", task, timestep)
+    noise = torch.randn(images.shape, generator=generator).to(images.device)
     timesteps = torch.full((len(images),), timestep, dtype=torch.long, device=images.device)
     restored = ancestral_sample(
         predict_noise,

@@ -14,7 +14,8 @@ from srfed.evaluation.ssim import ssim_window
 from srfed.federation.messages import AUDIT, SETS
 from srfed.models.partition import Partition
 from srfed.training.batches import MinibatchOrder
-from srfed.training.local import LOSS_QUARTERS, phases
+from srfed.training.local import phases
+from srfed.training.step import LOSS_QUARTERS
 
 LONGEST_TEXT = 100
 """Characters of a client's id, its task's name, and whatever else of it is shown."""

@@ -35,7 +35,6 @@ from srfed.federation.wire_guard import wire_guard
 from srfed.reporting.pictures import draw_grid, write_png
 from srfed.reporting.words import printable
 from srfed.training.local import LocalResult, load_tensors
-from srfed.training.setup import noise_of_task
 
 app = ClientApp(mods=[wire_guard])
 
@@ -123,9 +122,8 @@ def evaluate(message: Message, context: Context) -> Message:
             state.exclusive_average, runtime.store(site, request).line(request.parent),
         )  # fmt: skip
     load_tensors(runtime.model, shared, state.exclusive_average)
-    runtime.model.eval()
     evaluated = evaluate_task(
-        noise_of_task(runtime.model, site.index),
+        runtime.noise_of(site),
         runtime.diffusion,
         config,
         task=client,

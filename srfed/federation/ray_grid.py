@@ -42,15 +42,13 @@ def run_on_ray(run: RunDirectory, server_app: ServerApp, client_app: ClientApp) 
     # Ray announces a change of what clients without a GPU see; here they are to see none.
     warnings.filterwarnings("ignore", message=".*accelerator visible devices", category=FutureWarning)
     with run.in_use():
-        _start_ray(run.config)
+        client_gpus = _start_ray(run.config)
         try:
             run_simulation(
                 server_app,
                 client_app,
                 num_supernodes=clients,
-                backend_config={
-                    "client_resources": {"num_cpus": resources.client_cpus, "num_gpus": resources.client_gpus}
-                },
+                backend_config={"client_resources": {"num_cpus": resources.client_cpus, "num_gpus": client_gpus}},
             )
         except RuntimeError as error:
             # Flower's engine has ended, and the server, in its own thread, would go on waiting for clients.
@@ -60,13 +58,17 @@ def run_on_ray(run: RunDirectory, server_app: ServerApp, client_app: ClientApp) 
             raise UserError(f"the simulation under Ray has ended: {_first_reason(error)}; {INSTEAD}") from error
 
 
-def _start_ray(config: RunConfig) -> None:
+def _start_ray(config: RunConfig) -> float:
     """Start a Ray of the simulation's own, here and now, whatever RAY_ADDRESS says; Flower then finds it.
+
+    Returns:
+        The share of a GPU of each client.
 
     Raises:
         UserError: it does not start, or there is no room for a client.
     """
     resources, clients = config.resources, config.federation.clients
+    cores = min(resources.cpus or usable_cores(), clients * resources.client_cpus)
     # Ray's processes do not inherit what Python has put on its path since it started.
     path = os.pathsep.join([*sys.path, *filter(None, [os.environ.get("PYTHONPATH")])])
     # Ray takes SIGTERM for itself, and aborts; a signal is to stop the run between two replies.
@@ -74,7 +76,7 @@ def _start_ray(config: RunConfig) -> None:
     try:
         ray.init(
             address="local",
-            num_cpus=min(resources.cpus or usable_cores(), clients * resources.client_cpus),
+            num_cpus=cores,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -90,9 +92,32 @@ def _start_ray(config: RunConfig) -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    gpus = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
-    if resources.client_gpus > gpus:
-        raise UserError(f"resources.client_gpus = {resources.client_gpus} is above the {gpus:g} GPUs that Ray finds")
+    return client_share(config, ray.cluster_resources().get("GPU", 0.0), cores)  # type: ignore[no-untyped-call]
+
+
+def client_share(config: RunConfig, gpus: float, cores: int) -> float:
+    """The share of a GPU of each client: what the run says, or equal ones for as many clients as the cores run at once.
+
+    Args:
+        config: the run's configuration.
+        gpus: GPUs that Ray finds.
+        cores: cores for all clients together.
+
+    Raises:
+        UserError: the run asks for more than there is.
+    """
+    resources, asked = config.resources, config.resources.client_gpus
+    if asked is not None and asked > gpus:
+        raise UserError(f"resources.client_gpus = {asked} is above the {gpus:g} GPUs that Ray finds")
+    if resources.device == "cpu":
+        return 0.0
+    if resources.device == "cuda" and not gpus:
+        raise UserError("resources.device = cuda, but Ray finds no GPU here; allowed: auto, cpu")
+    if asked is not None:
+        return asked
+    # Ray counts shares in ten-thousandths; rounded down, so that all fit.
+    at_once = max(1, min(config.federation.clients, cores // resources.client_cpus))
+    return min(1.0, int(10_000 * gpus / at_once) / 10_000)
 
 
 def _first_reason(error: BaseException) -> str:

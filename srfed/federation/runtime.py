@@ -8,6 +8,8 @@ from torch import Tensor
 
 from srfed.checkpoints.client_store import NO_PARENT, ClientStore
 from srfed.config import RunConfig
+from srfed.device import captured_forward, memory_layout, resolve_device
+from srfed.diffusion.process import PredictNoise
 from srfed.errors import UserError
 from srfed.evaluation.features import FeatureNetwork, load_feature_network
 from srfed.federation.admission import Admitted
@@ -16,7 +18,8 @@ from srfed.federation.messages import Request
 from srfed.federation.site import Site, own_task
 from srfed.tensors import check_tensors
 from srfed.training.local import ClientState, LocalTrainer, initial_state
-from srfed.training.setup import build_diffusion, build_model, build_partition, resolve_device
+from srfed.training.setup import build_diffusion, build_model, build_partition, noise_of_task
+from srfed.training.step import LocalStep
 
 
 class Runtime:
@@ -29,13 +32,15 @@ class Runtime:
     def __init__(self, config: RunConfig, image_channels: int) -> None:
         self.config = config
         self.device = resolve_device(config.resources)
-        layout = torch.channels_last if config.resources.channels_last else torch.contiguous_format
         model = build_model(config, image_channels)
         self.partition = build_partition(config, model)
         self._initial_state = initial_state(model, self.partition)
         self.partition_fingerprint = self.partition.fingerprint(model.state_dict())
+        layout = memory_layout(config.resources)
         self.model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
         self.diffusion = build_diffusion(config, self.device)
+        self._step = LocalStep(config, self.model, self.partition, self.diffusion)
+        self._forward = captured_forward(self.model, config.resources, self.device)
         self._trainers: dict[Site, LocalTrainer] = {}
 
     def trainer(self, site: Site) -> LocalTrainer:
@@ -43,9 +48,14 @@ class Runtime:
         if site not in self._trainers:
             task = own_task(self.config.data, site)
             self._trainers[site] = LocalTrainer(
-                self.config, self.model, self.partition, self.diffusion, site.client, task.train, site.index
+                self.config, self.model, self.partition, self.diffusion, site.client, task.train, site.index, self._step
             )
         return self._trainers[site]
+
+    def noise_of(self, site: Site) -> PredictNoise:
+        """ε of the weights that the model has, in evaluation mode, told the site's place where that is needed."""
+        self.model.eval()
+        return noise_of_task(self.model, site.index, self._forward)
 
     @cached_property
     def feature_network(self) -> FeatureNetwork:

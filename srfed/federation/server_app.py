@@ -16,6 +16,7 @@ from srfed.checkpoints.server_state import KnownClient, ServerCheckpoints, Serve
 from srfed.config import load_config
 from srfed.data import load_recorded_tasks, record_tasks
 from srfed.data.tasks import ALLOW
+from srfed.device import resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.central import CentralEvaluation, RealFloor
 from srfed.evaluation.features import load_feature_network
@@ -32,7 +33,7 @@ from srfed.reporting.records import TaskInfo
 from srfed.reporting.reporter import Reporter
 from srfed.reporting.run_directory import RunDirectory
 from srfed.reporting.summary import summarise
-from srfed.training.setup import build_model, build_partition, resolve_device
+from srfed.training.setup import build_model, build_partition
 
 RUN_DIR_VARIABLE = "SRFED_RUN_DIR"
 """Environment variable that tells a simulation's ServerApp which run directory is its own."""

@@ -85,6 +85,9 @@ class SelfAttention(nn.Module):
             self.query_key_value(self.norm(x))
             .reshape(count, 3, self.heads, channels // self.heads, height * width)
             .transpose(-1, -2)
+            # CUDA's fused kernels take no other layout. A copy even where it counts as contiguous: at a single pixel
+            # the strides left over make one of them fail.
+            .clone(memory_format=torch.contiguous_format)
             .unbind(dim=1)
         )
         attended = F.scaled_dot_product_attention(query, key, value)

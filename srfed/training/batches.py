@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from srfed.config import RunConfig, TrainingConfig
+from srfed.device import to_device
 from srfed.diffusion.process import Diffusion
 from srfed.errors import UserError
 from srfed.randomness import derive_generator, derive_seed
@@ -93,12 +94,14 @@ def draw_minibatch(
 ) -> Minibatch:
     """Timesteps and noise for images, which are mirrored where the run asks for it (lines 3 to 5 of Algorithm 1)."""
     device = images.device
-    generator = derive_generator(config.seed, "training", task, round_number, step, device=device)
+    # On the CPU, whose generator gives the same draws wherever the images are.
+    generator = derive_generator(config.seed, "training", task, round_number, step)
     if config.data.horizontal_flip:
-        mirrored = torch.rand(len(images), 1, 1, 1, generator=generator, device=device) < 0.5
-        images = torch.where(mirrored, images.flip(-1), images)
-    timesteps = torch.randint(1, diffusion.timesteps + 1, (len(images),), generator=generator, device=device)
-    return Minibatch(images, timesteps, torch.randn(images.shape, generator=generator, device=device))
+        mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+        images = torch.where(to_device(mirrored, device), images.flip(-1), images)
+    timesteps = torch.randint(1, diffusion.timesteps + 1, (len(images),), generator=generator)
+    noise = torch.randn(images.shape, generator=generator)
+    return Minibatch(images, to_device(timesteps, device), to_device(noise, device))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from srfed.config import RunConfig
 from srfed.data import Task, to_model_range
+from srfed.device import arithmetic, autocast, memory_layout, to_device
 from srfed.diffusion.process import Diffusion, PredictNoise
 from srfed.errors import UserError
 from srfed.models.partition import Partition
@@ -22,9 +23,9 @@ from srfed.models.unet import UNet
 from srfed.randomness import derive_generator
 from srfed.training.batches import MinibatchOrder, draw_minibatch, seeded_dropout
 from srfed.training.ema import step_decay, update_average
-from srfed.training.local import ClientState, LossMeter, copies
+from srfed.training.local import ClientState, copies
 from srfed.training.optimizers import PartOptimizer, learning_rate_factor
-from srfed.training.setup import autocast
+from srfed.training.step import LossMeter
 
 POOL = "all tasks"
 """Stands for a task's name in the seeds of pooled training."""
@@ -94,7 +95,7 @@ class CentralTrainer:
         self._config, self._model, self._partition, self._diffusion = config, model, partition, diffusion
         self._device = next(model.parameters()).device
         self._names = [task.name for task in tasks]
-        self._layout = torch.channels_last if config.resources.channels_last else torch.contiguous_format
+        self._layout = memory_layout(config.resources)
         images = [to_model_range(t.train).to(self._device).contiguous(memory_format=self._layout) for t in tasks]
         self._orders = central_orders(config, {task.name: len(task.train) for task in tasks})
         training = config.training
@@ -118,6 +119,10 @@ class CentralTrainer:
             round_number: part of the seeds; the place in the rates' schedule.
             state: after the last round.
         """
+        with arithmetic(self._config.resources, self._device):
+            return self._train(round_number, state)
+
+    def _train(self, round_number: int, state: CentralState) -> CentralResult:
         training, device = self._config.training, self._device
         self._model.train()
         factor = learning_rate_factor(self._config, round_number)
@@ -140,8 +145,8 @@ class CentralTrainer:
         }
         # Minibatches of each order so far; a pool's are the optimizer's steps.
         seen = {name: own.steps for name, own in state.tasks.items()} | {POOL: state.steps}
-        all_losses = LossMeter(self._diffusion.timesteps, device)
-        task_losses = {name: LossMeter(self._diffusion.timesteps, device) for name in self._images}
+        all_losses = LossMeter(self._diffusion.timesteps)
+        task_losses = {name: LossMeter(self._diffusion.timesteps) for name in self._images}
         start = time.perf_counter()
         for step in range(self._steps):
             shares = self._shares(round_number, step, seen)
@@ -202,7 +207,7 @@ class CentralTrainer:
             names = [names[int(torch.randint(len(names), (), generator=generator))]]
         shares = []
         for name in names:
-            indices = self._orders[name].indices(seen[name]).to(self._device, non_blocking=True)
+            indices = to_device(self._orders[name].indices(seen[name]), self._device)
             shares.append(_Share(name, self._images[name][indices], self._tasks[name][indices]))
         return shares
 

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from srfed.config import RunConfig, TrainingConfig
 from srfed.data import to_model_range
+from srfed.device import arithmetic, memory_layout, to_device
 from srfed.diffusion.process import Diffusion
 from srfed.models.partition import Partition
 from srfed.models.unet import UNet
-from srfed.training.batches import MinibatchOrder, draw_minibatch, seeded_dropout
+from srfed.training.batches import Minibatch, MinibatchOrder, draw_minibatch, seeded_dropout
 from srfed.training.ema import step_decay, update_average
-from srfed.training.optimizers import PartOptimizer, learning_rate_factor
-from srfed.training.setup import autocast, noise_of_task
-
-LOSS_QUARTERS = 4
+from srfed.training.optimizers import learning_rate_factor
+from srfed.training.setup import task_of_table
+from srfed.training.step import LocalStep, LossMeter
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ class LocalTrainer:
         task: the task's name, part of every seed.
         images: the task's training images, uint8 N x H x W x C.
         index: the task's position, which a model with a table of tasks is told.
+        step: of the same model; trainers that share the model may share what was captured of it.
 
     Raises:
         UserError: the batch size does not fit the images, or the model's table has no such task.
@@ -111,17 +112,16 @@ class LocalTrainer:
         task: str,
         images: np.ndarray,
         index: int = 0,
+        step: LocalStep | None = None,
     ) -> None:
         self._config = config
         self._model = model
-        self._predict_noise = noise_of_task(model, index)
+        self._index = task_of_table(model, index)
         self._diffusion = diffusion
         self._task = task
         self._device = next(model.parameters()).device
-        parameters = dict(model.named_parameters())
-        self._shared = {name: parameters[name] for name in partition.shared}
-        self._exclusive = {name: parameters[name] for name in partition.exclusive}
-        layout = torch.channels_last if config.resources.channels_last else torch.contiguous_format
+        self._step = step or LocalStep(config, model, partition, diffusion)
+        layout = memory_layout(config.resources)
         self._images = to_model_range(images).to(self._device).contiguous(memory_format=layout)
         training = config.training
         self._order = MinibatchOrder.of(training, len(images), training.batch_size, config.seed, task)
@@ -141,97 +141,80 @@ class LocalTrainer:
             state: the client's state after its last accepted round.
             shared_moments: φ's averaged moments, under ``training.shared_moments: average``.
         """
-        training = self._config.training
-        load_tensors(self._model, shared, state.exclusive)
-        self._model.train()
-        factor = learning_rate_factor(self._config, round_number)
-        shared_rate = factor * training.learning_rate
-        exclusive_rate = factor * (training.exclusive_learning_rate or training.learning_rate)
-        kept = state.shared_moments if training.shared_moments == "keep" else shared_moments
-        on_exclusive = PartOptimizer(training, self._exclusive, exclusive_rate, state.exclusive_moments)
-        on_shared = PartOptimizer(training, self._shared, shared_rate, kept)
+        with arithmetic(self._config.resources, self._device):
+            return self._train(round_number, shared, state, shared_moments)
 
-        first_shared = {name: shared[name].to(self._device) for name in self._shared}
+    def _train(
+        self,
+        round_number: int,
+        shared: Mapping[str, Tensor],
+        state: ClientState,
+        shared_moments: Mapping[str, Tensor] | None,
+    ) -> LocalResult:
+        training, trained = self._config.training, self._step
+        self._model.train()
+        steps = [
+            parts
+            for count, parts in phases(training, self._order.steps_per_pass, trained.exclusive, trained.shared)
+            for _ in range(count)
+        ]
+        orders = [self._order.indices(state.steps + step) for step in range(len(steps))]
+        if trained.captures:
+            for parts, indices in {
+                (parts, len(order)): (parts, order) for parts, order in zip(steps, orders, strict=True)
+            }.values():
+                trained.prepare(parts, self._draw(indices, round_number, 0), self._tasks(len(indices)))
+        load_tensors(self._model, shared, state.exclusive)
+        factor = learning_rate_factor(self._config, round_number)
+        trained.begin(
+            (factor * training.learning_rate, self._kept(state, shared_moments)),
+            (factor * (training.exclusive_learning_rate or training.learning_rate), state.exclusive_moments),
+        )
         average = {name: t.to(self._device, copy=True) for name, t in state.exclusive_average.items()}
         exclusive_step = state.exclusive_steps
-        meter = LossMeter(self._diffusion.timesteps, self._device)
-        planned = phases(training, self._order.steps_per_pass, self._exclusive, self._shared)
-        shared_steps = sum(count for count, parts in planned if "shared" in parts)
+        meter = LossMeter(self._diffusion.timesteps)
         start = time.perf_counter()
-        step = 0
-        for count, parts in planned:
-            active = [*(self._exclusive.values() if "exclusive" in parts else ()),
-                      *(self._shared.values() if "shared" in parts else ())]  # fmt: skip
-            for parameter in self._model.parameters():
-                parameter.requires_grad_(False)
-            for parameter in active:
-                parameter.requires_grad_(True)
-            for _ in range(count):
-                indices = self._order.indices(state.steps + step).to(self._device, non_blocking=True)
-                batch = draw_minibatch(
-                    self._config, self._diffusion, self._images[indices], self._task, round_number, step
-                )
-                dropout = seeded_dropout(self._config, self._device, self._task, round_number, step)
-                with autocast(self._config.resources, self._device), dropout:
-                    losses = self._diffusion.loss_per_image(self._predict_noise, *batch)
-                on_exclusive.clear_gradients()
-                on_shared.clear_gradients()
-                losses.mean().backward()
-                if training.proximal and "shared" in parts:
-                    _pull_towards(self._shared, first_shared, training.proximal)
-                if training.gradient_clip is not None:
-                    nn.utils.clip_grad_norm_(active, training.gradient_clip, foreach=True)
-                on_exclusive.step()
-                on_shared.step()
-                if "exclusive" in parts:
-                    decay = step_decay(training.ema_decay, training.ema_warmup, exclusive_step)
-                    update_average(average, self._exclusive, decay)
-                    exclusive_step += 1
-                meter.add(losses.detach(), batch.timesteps)
-                step += 1
+        for step, (parts, indices) in enumerate(zip(steps, orders, strict=True)):
+            batch = self._draw(indices, round_number, step)
+            with seeded_dropout(self._config, self._device, self._task, round_number, step):
+                losses = trained.run(parts, batch, self._tasks(len(indices)))
+            if "exclusive" in parts:
+                decay = step_decay(training.ema_decay, training.ema_warmup, exclusive_step)
+                update_average(average, trained.exclusive, decay)
+                exclusive_step += 1
+            meter.add(losses, batch.timesteps)
         loss, loss_by_quarter, images_by_quarter = meter.read()
         seconds = time.perf_counter() - start
 
-        moments = on_shared.export_moments()
+        moments = trained.export_moments("shared")
         return LocalResult(
-            shared=copies(self._shared),
+            shared=copies(trained.shared),
             shared_moments=moments if training.shared_moments != "reset" else {},
             state=ClientState(
-                exclusive=copies(self._exclusive),
+                exclusive=copies(trained.exclusive),
                 exclusive_average=copies(average),
-                exclusive_moments=on_exclusive.export_moments(),
+                exclusive_moments=trained.export_moments("exclusive"),
                 shared_moments=moments if training.shared_moments == "keep" else {},
-                steps=state.steps + step,
+                steps=state.steps + len(steps),
                 exclusive_steps=exclusive_step,
             ),
             loss=loss,
             loss_by_quarter=loss_by_quarter,
             images_by_quarter=images_by_quarter,
-            shared_steps=shared_steps,
+            shared_steps=sum("shared" in parts for parts in steps),
             images=meter.images,
             seconds=seconds,
         )
 
+    def _draw(self, indices: Tensor, round_number: int, step: int) -> Minibatch:
+        images = self._images[to_device(indices, self._device)]
+        return draw_minibatch(self._config, self._diffusion, images, self._task, round_number, step)
 
-class LossMeter:
-    """Sums losses on the device, in all and by quarter of the timestep range; read once, at the end."""
+    def _tasks(self, count: int) -> Tensor | None:
+        return None if self._index is None else torch.full((count,), self._index, device=self._device)
 
-    def __init__(self, timesteps: int, device: torch.device) -> None:
-        self._timesteps = timesteps
-        self._sums = torch.zeros(LOSS_QUARTERS, dtype=torch.float64, device=device)
-        self._counts = torch.zeros(LOSS_QUARTERS, dtype=torch.float64, device=device)
-        self.images = 0
-
-    def add(self, losses: Tensor, timesteps: Tensor) -> None:
-        quarters = (timesteps - 1) * LOSS_QUARTERS // self._timesteps
-        self._sums.index_add_(0, quarters, losses.double())
-        self._counts.index_add_(0, quarters, torch.ones_like(losses, dtype=torch.float64))
-        self.images += len(losses)
-
-    def read(self) -> tuple[float, tuple[float, ...], tuple[int, ...]]:
-        """Mean loss, mean loss of each quarter, images behind each of these."""
-        means = tuple((self._sums / self._counts).tolist())
-        return float(self._sums.sum() / self.images), means, tuple(int(count) for count in self._counts.tolist())
+    def _kept(self, state: ClientState, averaged: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+        return state.shared_moments if self._config.training.shared_moments == "keep" else averaged
 
 
 def phases(
@@ -253,14 +236,6 @@ def phases(
         "shared": 0 if training.update == "exclusive" else steps,
     }
     return [(counts[name], (name,)) for name in present]
-
-
-@torch.no_grad()
-def _pull_towards(parameters: Mapping[str, nn.Parameter], anchor: Mapping[str, Tensor], strength: float) -> None:
-    """Add the gradient of FedProx's term, strength / 2 · ‖φ - anchor‖² (Li et al. 2020, eq. 2)."""
-    for name, parameter in parameters.items():
-        assert parameter.grad is not None
-        parameter.grad.add_(parameter - anchor[name], alpha=strength)
 
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

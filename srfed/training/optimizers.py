@@ -1,7 +1,7 @@
 """Optimizers over one part of the partition, whose moments travel as named tensors."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -71,12 +71,13 @@ class PartOptimizer:
     Those are not used because the first of them in a process imports torch._dynamo, which takes over a
     second, and a deployed client is a fresh process for every message. Their functional forms import nothing.
 
+    Adam's moments stay where they are in memory, so that a captured step goes on working after :meth:`begin`.
+
     Args:
         config: says which of the two.
         parameters: the part by name; may be empty.
         learning_rate: the rate of every step.
-        moments: what :meth:`export_moments` gave, on any device; it is copied. Parameters that are not in it
-            start afresh.
+        moments: see :meth:`begin`.
 
     Raises:
         KeyError: ``moments`` has a parameter's "exp_avg" without the others.
@@ -91,13 +92,36 @@ class PartOptimizer:
     ) -> None:
         self._kind = config.optimizer
         self._parameters = dict(parameters)
+        self._buffers: dict[str, dict[str, Tensor]] = {}
+        self._started: set[str] = set()
+        device = next((parameter.device for parameter in self._parameters.values()), torch.device("cpu"))
+        # A tensor, because a captured step would keep the number that it was captured with.
+        self._captured_rate = torch.zeros((), device=device) if device.type == "cuda" else None
+        self.begin(learning_rate, moments)
+
+    def begin(self, learning_rate: float, moments: Mapping[str, Tensor] | None = None) -> None:
+        """Go on from other moments, at another rate.
+
+        Args:
+            learning_rate: the rate of every step.
+            moments: what :meth:`export_moments` gave, on any device; it is copied. Parameters that are not in it
+                start afresh.
+
+        Raises:
+            KeyError: ``moments`` has a parameter's "exp_avg" without the others.
+        """
         self._learning_rate = learning_rate
-        self._states: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in self._parameters.items():
-            if moments and f"exp_avg.{name}" in moments:
-                self._states[name] = _fresh_state(parameter)
-                for key, tensor in self._states[name].items():
-                    tensor.copy_(moments[f"{key}.{name}"])
+        if self._captured_rate is not None:
+            self._captured_rate.fill_(learning_rate)
+        self._started = {name for name in self._parameters if moments and f"exp_avg.{name}" in moments}
+        for name in self._parameters:
+            if name in self._started:
+                assert moments is not None
+                for key, buffer in self._buffer(name).items():
+                    buffer.copy_(moments[f"{key}.{name}"])
+            elif name in self._buffers:
+                for buffer in self._buffers[name].values():
+                    buffer.zero_()
 
     def clear_gradients(self) -> None:
         """Set every gradient of the part to None."""
@@ -107,28 +131,26 @@ class PartOptimizer:
     @torch.no_grad()
     def step(self) -> None:
         """One step on the parameters that have a gradient; others, and their moments, stay as they are."""
-        names: list[str] = []
-        parameters: list[Tensor] = []
-        gradients: list[Tensor] = []
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not None:
-                names.append(name)
-                parameters.append(parameter)
-                gradients.append(parameter.grad)
+        names = [name for name, parameter in self._parameters.items() if parameter.grad is not None]
+        parameters: list[Tensor] = [self._parameters[name] for name in names]
+        gradients = [gradient for name in names if (gradient := self._parameters[name].grad) is not None]
         if self._kind == "sgd":
             sgd(
                 parameters, gradients, [None] * len(parameters), lr=self._learning_rate,
                 weight_decay=0, momentum=0, dampening=0, nesterov=False, maximize=False,
             )  # fmt: skip
             return
-        for name in names:
-            if name not in self._states:
-                self._states[name] = _fresh_state(self._parameters[name])
-        averages, squares, steps = ([self._states[name][key] for name in names] for key in MOMENTS)
+        averages, squares, steps = ([self._buffer(name)[key] for name in names] for key in MOMENTS)
+        rate = self._learning_rate if self._captured_rate is None else self._captured_rate
         adam(
-            parameters, gradients, averages, squares, [], steps, fused=True, lr=self._learning_rate,
+            parameters, gradients, averages, squares, [], steps, fused=True, lr=rate,
             beta1=BETA1, beta2=BETA2, eps=1e-8, weight_decay=0, amsgrad=False, maximize=False,
         )  # fmt: skip
+        self.mark_started(names)
+
+    def mark_started(self, names: Iterable[str]) -> None:
+        """Say that these parameters have had a step, which a captured step cannot say for itself."""
+        self._started.update(names)
 
     def export_moments(self) -> dict[str, Tensor]:
         """Adam's moments as contiguous CPU tensors of their own; empty for SGD.
@@ -137,11 +159,16 @@ class PartOptimizer:
         none; all three are missing for a parameter that never had a gradient.
         """
         return {
-            f"{key}.{name}": self._states[name][key].cpu().clone(memory_format=torch.contiguous_format)
+            f"{key}.{name}": self._buffers[name][key].cpu().clone(memory_format=torch.contiguous_format)
             for key in MOMENTS
             for name in self._parameters
-            if name in self._states
+            if name in self._started
         }
+
+    def _buffer(self, name: str) -> dict[str, Tensor]:
+        if name not in self._buffers:
+            self._buffers[name] = _fresh_state(self._parameters[name])
+        return self._buffers[name]
 
 
 def learning_rate_factor(config: RunConfig, round_number: int) -> float:

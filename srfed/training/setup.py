@@ -1,10 +1,11 @@
 """From a configuration to the objects that training and sampling work with."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from srfed.config import ResourcesConfig, RunConfig
+from srfed.config import RunConfig
 from srfed.diffusion.process import Diffusion, PredictNoise
 from srfed.diffusion.schedule import build_schedule
 from srfed.errors import UserError
@@ -40,48 +41,40 @@ def build_partition(config: RunConfig, model: UNet) -> Partition:
         raise UserError(f"model.{error}") from error
 
 
-def noise_of_task(model: UNet, task: int) -> PredictNoise:
+def noise_of_task(model: UNet, task: int, forward: Callable[..., Tensor] | None = None) -> PredictNoise:
     """ε(x_t, t) of one task: the model, told the task's position in every call if it has a table of tasks.
+
+    Args:
+        model: the network.
+        task: the task's position.
+        forward: the network's forward pass, if not the model itself.
+
+    Raises:
+        UserError: the model has a table, and no such task in it.
+    """
+    called = forward or model
+    position = task_of_table(model, task)
+    if position is None:
+        return called
+    return lambda x, timesteps: called(x, timesteps, torch.full_like(timesteps, position, dtype=torch.long))
+
+
+def task_of_table(model: UNet, task: int) -> int | None:
+    """A task's row in the model's table of tasks; None where it has no table.
 
     Raises:
         UserError: the model has a table, and no such task in it.
     """
     if model.task_table is None:
-        return model
+        return None
     if not 0 <= task < model.task_table.num_embeddings:
         raise UserError(
             f"model.task_embedding = shared has tasks 0 to {model.task_table.num_embeddings - 1}, and no {task}; a "
             "deployed site has no number"
         )
-    return lambda x, timesteps: model(x, timesteps, torch.full_like(timesteps, task, dtype=torch.long))
+    return task
 
 
 def build_diffusion(config: RunConfig, device: torch.device) -> Diffusion:
     """The run's forward process, its tables on ``device``."""
     return Diffusion(build_schedule(**config.diffusion.model_dump()), device)
-
-
-def resolve_device(resources: ResourcesConfig) -> torch.device:
-    """The device of ``resources.device``.
-
-    Raises:
-        UserError: CUDA, or a precision that needs it, is asked for where there is none.
-    """
-    available = torch.cuda.is_available()
-    if resources.device == "cuda" and not available:
-        raise UserError("resources.device = cuda, but PyTorch finds no CUDA device here; allowed: auto, cpu")
-    # With its index, because tensors have one and devices are compared.
-    cuda = available and resources.device != "cpu"
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    if resources.precision != "float32" and device.type == "cpu":
-        raise UserError(
-            f"resources.precision = {resources.precision} needs CUDA, and there is none here; allowed: float32"
-        )
-    return device
-
-
-def autocast(resources: ResourcesConfig, device: torch.device) -> AbstractContextManager[None]:
-    """The context in which forward passes run: bfloat16 autocast where the run asks for it."""
-    if resources.precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)

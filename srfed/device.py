@@ -1,0 +1,140 @@
+"""Where and how a run computes: its device, its arithmetic, and work captured as CUDA graphs."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from srfed.config import ResourcesConfig
+from srfed.errors import UserError
+
+WARM_UP_CALLS = 3
+"""Before a capture, so that libraries have chosen their algorithms and made their workspaces (CUDA semantics)."""
+
+
+def resolve_device(resources: ResourcesConfig) -> torch.device:
+    """The device of ``resources.device``.
+
+    Raises:
+        UserError: CUDA, or a precision that needs it, is asked for where there is none.
+    """
+    available = torch.cuda.is_available()
+    if resources.device == "cuda" and not available:
+        raise UserError("resources.device = cuda, but PyTorch finds no CUDA device here; allowed: auto, cpu")
+    # With its index, because tensors have one and devices are compared.
+    cuda = available and resources.device != "cpu"
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    if resources.precision != "float32" and device.type == "cpu":
+        raise UserError(
+            f"resources.precision = {resources.precision} needs CUDA, and there is none here; allowed: float32"
+        )
+    return device
+
+
+def memory_layout(resources: ResourcesConfig) -> torch.memory_format:
+    """How images and weights lie in memory."""
+    return torch.channels_last if resources.channels_last else torch.contiguous_format
+
+
+def autocast(resources: ResourcesConfig, device: torch.device) -> AbstractContextManager[None]:
+    """The context in which forward passes run: bfloat16 autocast where the run asks for it."""
+    if resources.precision != "bfloat16":
+        return nullcontext()
+    # No cache of cast weights: each is used once a pass, and a captured pass must cast them anew.
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+
+
+@contextmanager
+def arithmetic(resources: ResourcesConfig, device: torch.device) -> Iterator[None]:
+    """Within it, a GPU multiplies and repeats itself as ``precision`` and ``deterministic`` say; a CPU always does.
+
+    PyTorch's own default takes TF32 (10 bits of mantissa) for convolutions and float32 for matrix products. What
+    was set before is set again afterwards, as these are switches of the whole process.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    switches: tuple[Any, ...] = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
+    before = [switch.fp32_precision for switch in switches]
+    repeatable = cudnn.deterministic
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee" if resources.precision == "float32" else "tf32"
+        cudnn.deterministic = resources.deterministic
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
+        cudnn.deterministic = repeatable
+
+
+class Captured:
+    """A function of tensors whose kernels are queued as one: a CUDA graph for each shape of its arguments.
+
+    Small networks wait for Python to queue their kernels far longer than the kernels take. On a CPU a call is a
+    call of the function.
+
+    Args:
+        function: (tensors) -> a tensor. What else it reads or writes must stay where it is in memory; it may not
+            wait for the device, and may draw from the default generator only.
+        device: where the arguments are.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
+        self._function = function
+        self._device = device
+        self._graphs: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
+
+    def prepare(self, *arguments: Tensor) -> None:
+        """Capture for arguments like these, if not done yet; the function is called, with all that it changes."""
+        if self._device.type == "cuda" and _shapes(arguments) not in self._graphs:
+            self._capture(arguments)
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        """The function's result; on CUDA it is overwritten by the next call of the same shapes."""
+        if self._device.type != "cuda":
+            return self._function(*arguments)
+        self.prepare(*arguments)
+        graph, inputs, output = self._graphs[_shapes(arguments)]
+        for there, given in zip(inputs, arguments, strict=True):
+            there.copy_(given, non_blocking=True)
+        graph.replay()
+        return output
+
+    def _capture(self, arguments: tuple[Tensor, ...]) -> None:
+        inputs = tuple(argument.detach().clone() for argument in arguments)
+        aside = torch.cuda.Stream(self._device)
+        aside.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UP_CALLS):
+                self._function(*inputs)
+        torch.cuda.current_stream(self._device).wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of the process, Flower's and Ray's, may go on using the device meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            output = self._function(*inputs)
+        self._graphs[_shapes(arguments)] = graph, inputs, output
+
+
+def captured_forward(model: nn.Module, resources: ResourcesConfig, device: torch.device) -> Captured:
+    """The model's forward pass, captured where there is CUDA, in the run's arithmetic; weights may change in place."""
+
+    def forward(*arguments: Tensor) -> Tensor:
+        with arithmetic(resources, device):
+            return cast(Tensor, model(*arguments))
+
+    return Captured(forward, device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; from the CPU to a GPU without waiting for what is queued there."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _shapes(arguments: tuple[Tensor, ...]) -> tuple[object, ...]:
+    return tuple((argument.shape, argument.stride(), argument.dtype) for argument in arguments)

@@ -1,0 +1,207 @@
+"""Device, arithmetic, captured work: what holds on every machine, and on one with CUDA what was captured."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_run import begin, run_in_process, store_of, tiny_config
+from torch import Tensor, nn
+
+from srfed import simulate
+from srfed.config import ResourcesConfig
+from srfed.device import Captured, arithmetic, resolve_device
+from srfed.errors import UserError
+from srfed.evaluation.generation import generate
+from srfed.federation.ray_grid import client_share
+from srfed.models.blocks import SelfAttention
+from srfed.training.local import LocalResult, LocalTrainer, initial_state
+from srfed.training.optimizers import PartOptimizer
+from srfed.training.setup import build_diffusion, build_model, build_partition
+from srfed.training.step import LocalStep
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("side", [1, 2, 7])
+def test_attention_gives_cudas_fused_kernels_the_strides_they_take(
+    side: int, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them fails at a single pixel where the stride of the one token is not a multiple of 16 bytes."""
+    seen: list[Tensor] = []
+
+    def recorded(*tensors: Tensor) -> Tensor:
+        seen.extend(tensors)
+        return F.softmax(tensors[0] @ tensors[1].mT / 4, dim=-1) @ tensors[2]
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    SelfAttention(32, 16, 8)(torch.randn(3, 32, side, side).contiguous(memory_format=layout))
+    assert len(seen) == 3
+    assert {tensor.stride()[1:] for tensor in seen} == {(16 * side * side, 16, 1)}
+
+
+def test_arithmetic_is_set_for_a_while_and_as_asked() -> None:
+    cudnn: Any = torch.backends.cudnn
+
+    def switches() -> tuple[str, str, bool]:
+        return cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision, cudnn.deterministic
+
+    before, seen = switches(), {}
+    for precision, deterministic in product(("float32", "tf32", "bfloat16"), (True, False)):
+        resources = ResourcesConfig(precision=precision, deterministic=deterministic)
+        with arithmetic(resources, torch.device("cuda")):
+            seen[precision, deterministic] = switches()
+        assert switches() == before
+    assert seen == {
+        (precision, deterministic): (*([multiplied] * 2), deterministic)
+        for precision, multiplied in (("float32", "ieee"), ("tf32", "tf32"), ("bfloat16", "tf32"))
+        for deterministic in (True, False)
+    }
+    with arithmetic(ResourcesConfig(precision="tf32"), torch.device("cpu")):
+        assert switches() == before, "a CPU's run leaves the GPU's switches alone"
+    with pytest.raises(ZeroDivisionError), arithmetic(ResourcesConfig(), torch.device("cuda")):
+        raise ZeroDivisionError
+    assert switches() == before
+
+
+def test_a_precision_that_a_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for precision in ("tf32", "bfloat16"):
+        with pytest.raises(UserError, match=f"precision = {precision} needs CUDA.*allowed: float32"):
+            resolve_device(ResourcesConfig(precision=precision))
+
+
+def test_an_optimizer_that_begins_again_is_as_a_new_one() -> None:
+    """Its buffers stay in place, and nothing of what they held before is left."""
+    config = tiny_config().training
+    torch.manual_seed(0)
+    gradients = [torch.randn(3, 4) for _ in range(3)]
+
+    def steps(optimizer: PartOptimizer, parameter: nn.Parameter) -> None:
+        for gradient in gradients:
+            parameter.grad = gradient.clone()
+            optimizer.step()
+
+    def zeros() -> nn.Parameter:
+        return nn.Parameter(torch.zeros(3, 4))
+
+    first = zeros()
+    optimizer = PartOptimizer(config, {"w": first}, 1e-2)
+    steps(optimizer, first)
+    moments = optimizer.export_moments()
+    for start in (None, moments):
+        with torch.no_grad():
+            first.zero_()
+        optimizer.begin(2e-2, start)
+        assert set(optimizer.export_moments()) == set(start or {})
+        steps(optimizer, first)
+        other = zeros()
+        fresh = PartOptimizer(config, {"w": other}, 2e-2, start)
+        steps(fresh, other)
+        assert torch.equal(first, other)
+        for name, tensor in fresh.export_moments().items():
+            assert torch.equal(optimizer.export_moments()[name], tensor)
+
+
+def test_each_client_gets_an_equal_share_of_the_gpus_that_ray_finds() -> None:
+    def share(gpus: float, cores: int, **resources: Any) -> float:
+        config = tiny_config({f"resources.{key}": value for key, value in resources.items()})
+        return client_share(config, gpus, cores)
+
+    assert share(0, 2, device="auto") == 0, "no GPU, no share"
+    assert share(1, 2, device="cpu") == 0, "nor where the run is the CPU's"
+    assert share(1, 2, device="auto") == 0.5
+    assert share(1, 16, device="auto") == 0.3333, "three clients at once, and all fit"
+    assert share(1, 16, device="auto", client_cpus=8) == 0.5
+    assert share(8, 16, device="cuda") == 1, "a client trains on one GPU"
+    assert share(1, 16, device="auto", client_gpus=0.25) == 0.25
+    with pytest.raises(UserError, match=r"client_gpus = 0\.25 is above the 0 GPUs that Ray finds"):
+        share(0, 2, device="auto", client_gpus=0.25)
+    with pytest.raises(UserError, match=r"device = cuda, but Ray finds no GPU here; allowed: auto, cpu"):
+        share(0, 2, device="cuda")
+
+
+def test_a_run_that_fails_at_its_clients_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_in_process(begin(tmp_path / "run", {"federation.rounds": 1}))
+    for client in ("digit-0", "digit-1", "digit-2"):
+        for state in store_of(run, client).glob("*/state.safetensors"):
+            state.write_bytes(state.read_bytes()[:100])
+    assert simulate.main(["--resume", str(run.path), "--set", "federation.rounds=2"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "client.log ends with: " in line
+    assert "is damaged" in line.split("client.log ends with: ")[1]
+
+
+def test_captured_work_on_a_cpu_is_the_function_itself() -> None:
+    calls: list[int] = []
+    work = Captured(lambda x: (calls.append(1), x * 2)[1], torch.device("cpu"))
+    work.prepare(torch.ones(2))
+    assert not calls
+    first, second = work(torch.ones(2)), work(torch.full((2,), 2.0))
+    assert torch.equal(first, torch.full((2,), 2.0))
+    assert torch.equal(second, torch.full((2,), 4.0))
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "dropout": {"model.dropout": 0.1},
+    "alternating": {"training.update": "alternating", "training.exclusive_steps": 3},
+    "a short last minibatch": {"training.drop_last": False, "training.across_passes": False},
+    "proximal": {"training.proximal": 0.1},
+    "plain SGD": {"training.optimizer": "sgd"},
+    "a table of tasks": {"model.task_embedding": "shared", "model.exclusive_stages": "none"},
+    "mirrored, falling rate": {"data.horizontal_flip": True, "training.learning_rate_schedule": "cosine"},
+    "bfloat16": {"resources.precision": "bfloat16"},
+    "channels last": {"resources.channels_last": True},
+}
+
+
+def two_rounds(device: str, changes: dict[str, Any], *, captures: bool) -> LocalResult:
+    config = tiny_config({**changes, "resources.device": device})
+    model = build_model(config, 1)
+    partition = build_partition(config, model)
+    state = initial_state(model, partition)
+    shared = {name: tensor.clone() for name, tensor in partition.take_shared(model.state_dict()).items()}
+    here = resolve_device(config.resources)
+    model, diffusion = model.to(here), build_diffusion(config, here)
+    step = LocalStep(config, model, partition, diffusion)
+    step.captures = step.captures and captures
+    images = np.random.default_rng(0).integers(0, 256, (21, 8, 8, 1), dtype=np.uint8)
+    trainer = LocalTrainer(config, model, partition, diffusion, "digit-0", images, 0, step)
+    first = trainer.train(1, shared, state)
+    return trainer.train(2, first.shared, first.state)
+
+
+def all_tensors(result: LocalResult) -> Tensor:
+    state = result.state
+    parts = (result.shared, state.exclusive, state.exclusive_average, state.exclusive_moments, state.shared_moments)
+    return torch.cat([tensor.flatten() for part in parts for tensor in part.values()])
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_captured_step_has_the_bits_of_the_step(name: str) -> None:
+    captured, plain = (two_rounds("cuda", SETTINGS[name], captures=captures) for captures in (True, False))
+    assert torch.equal(all_tensors(captured), all_tensors(plain))
+    assert captured.loss == plain.loss
+
+
+@needs_cuda
+def test_a_gpu_trains_and_draws_as_a_cpu_does() -> None:
+    """The same draws, so that only rounding is another."""
+    on_gpu, on_cpu = (two_rounds(device, {}, captures=True) for device in ("cuda", "cpu"))
+    assert on_gpu.loss == pytest.approx(on_cpu.loss, rel=1e-4)
+    config = tiny_config()
+    model = build_model(config, 1).eval()
+    images = [
+        generate(
+            model.to(device), build_diffusion(config, torch.device(device)), config.sampling,
+            count=4, shape=(8, 8, 1), seed=0, task="digit-0",
+        ).images
+        for device in ("cpu", "cuda")
+    ]  # fmt: skip
+    assert np.abs(images[0].astype(int) - images[1].astype(int)).max() <= 1
