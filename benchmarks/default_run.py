@@ -1,7 +1,8 @@
 """The default run as a user starts it: ``python -m benchmarks.default_run`` (Linux).
 
-Starts ``python -m srfed.simulate --clients 10`` as a process of its own and prints its wall time, split into
-start-up (and shutdown), training and evaluation, and the greatest memory of the whole process tree.
+Starts ``python -m srfed.simulate --clients 10`` as a process of its own and prints its wall time,
+split into start-up (and shutdown), training and evaluation, and the greatest memory of the whole
+process tree.
 """
 
 import argparse
@@ -21,11 +22,20 @@ POLL_SECONDS = 1.0
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arguments", nargs="*", default=["--clients", "10"], help="of srfed.simulate, after --")
+    parser.add_argument(
+        "arguments", nargs="*", default=["--clients", "10"], help="of srfed.simulate, after --"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        command = [sys.executable, "-m", "srfed.simulate", "--run-dir", str(run), *options.arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "srfed.simulate",
+            "--run-dir",
+            str(run),
+            *options.arguments,
+        ]
         start = time.monotonic()
         process = subprocess.Popen(command)
         memory = 0

@@ -1,11 +1,13 @@
 """Where the time of a deployed round goes: ``python -m benchmarks.deployed_round``.
 
-One SuperLink and three sites with TLS and keys on this machine. First apps of Flower alone, whose clients answer
-with as many values as φ has: at once; after importing torch; after importing torch, and with the values in 90
-arrays, as many as φ has tensors. Then srfed with one local step a round, on the default network. What it takes
-beyond the second is its own; the third shows what it would take if φ travelled tensor by tensor.
+One SuperLink and three sites with TLS and keys on this machine. First apps of Flower alone, whose
+clients answer with as many values as φ has: at once; after importing torch; after importing torch,
+and with the values in 90 arrays, as many as φ has tensors. Then srfed with one local step a round,
+on the default network. What it takes beyond the second is its own; the third shows what it would
+take if φ travelled tensor by tensor.
 
-With ``--parts`` what a ClientApp's process costs before it does anything, as each message starts one.
+With ``--parts`` what a ClientApp's process costs before it does anything, as each message starts
+one.
 """
 
 import os
@@ -36,7 +38,8 @@ PARTS = {
     "Python": "pass",
     "Flower's program": "import flwr.supernode.runtime.run_clientapp",
     "the same, torch": "import flwr.supernode.runtime.run_clientapp, torch",
-    "the same, torch, srfed": "import flwr.supernode.runtime.run_clientapp, srfed.federation.client_app",
+    "the same, torch, "
+    "srfed": "import flwr.supernode.runtime.run_clientapp, srfed.federation.client_app",
 }
 """What a ClientApp's process imports, each with what comes before it."""
 PART_REPEATS = 7
@@ -63,8 +66,10 @@ def main(grid, context):
     for number in range({rounds} + 1):
         start = time.perf_counter()
         parts = np.array_split(np.arange({values}, dtype=np.float32) + number, {arrays})
-        record = RecordDict({{"shared": ArrayRecord({{str(i): Array(part) for i, part in enumerate(parts)}})}})
-        waiting = set(grid.push_messages([Message(record, node, "train") for node in grid.get_node_ids()]))
+        arrays = ArrayRecord({{str(i): Array(part) for i, part in enumerate(parts)}})
+        record = RecordDict({{"shared": arrays}})
+        messages = [Message(record, node, "train") for node in grid.get_node_ids()]
+        waiting = set(grid.push_messages(messages))
         while waiting:
             for reply in grid.pull_messages(list(waiting)):
                 waiting.discard(reply.metadata.reply_to_message_id)
@@ -100,7 +105,9 @@ class Watch:
 
     def cpu(self, role: Role) -> float:
         """CPU seconds of all processes of a role since it began."""
-        return sum(cpu - self._begun[pid] for pid, (own, _, _, cpu) in self._seen.items() if own == role)
+        return sum(
+            cpu - self._begun[pid] for pid, (own, _, _, cpu) in self._seen.items() if own == role
+        )
 
     def lives(self, role: Role) -> list[float]:
         """Seconds for which each process of a role has been seen."""
@@ -116,7 +123,8 @@ class Watch:
                         continue
                     now, cpu = time.monotonic(), (int(fields[11]) + int(fields[12])) / TICKS
                     first = self._seen[pid][1] if pid in self._seen else now
-                    # What a process had used when it was first seen counts only if it had just been born.
+                    # What a process had used when it was first seen counts only if it had just been
+                    # born.
                     self._begun.setdefault(pid, 0.0 if role in ("serverapp", "client") else cpu)
                     self._seen[pid] = (role, first, now, cpu)
 
@@ -124,15 +132,23 @@ class Watch:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m benchmarks.deployed_round")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--parts", action="store_true", help="only what a ClientApp's process costs before it works")
-    parser.add_argument("--dir", type=Path, default=Path("runs/deployed-round"), help="emptied first")
+    parser.add_argument(
+        "--parts", action="store_true", help="only what a ClientApp's process costs before it works"
+    )
+    parser.add_argument(
+        "--dir", type=Path, default=Path("runs/deployed-round"), help="emptied first"
+    )
     options = parser.parse_args(arguments)
     if options.parts:
         _print_parts()
         return
     folder: Path = options.dir.absolute()
     shutil.rmtree(folder, ignore_errors=True)
-    overrides = [f"federation.clients={SITES}", f"federation.rounds={options.rounds}", "training.local_steps=1"]
+    overrides = [
+        f"federation.clients={SITES}",
+        f"federation.rounds={options.rounds}",
+        "training.local_steps=1",
+    ]
     overrides += ["evaluation.every=0", "evaluation.samples=12", "evaluation.ssim_images=0"]
     config = load_config(None, overrides)
     with Deployment(folder) as deployment:
@@ -159,7 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     peers["srfed, one local step"] = [line["seconds"] for line in lines], watch
     print(f"\n{'':<30}  seconds a round  CPU seconds a round: {', '.join(ROLES)}; a client's life")
     for name, (seconds, seen) in peers.items():
-        # One exchange more than rounds: a peer's first is warm-up; srfed asks for descriptions and evaluates.
+        # One exchange more than rounds: a peer's first is warm-up; srfed asks for descriptions and
+        # evaluates.
         exchanges = len(seconds) + (2 if name.startswith("srfed") else 1)
         cpu = "  ".join(f"{seen.cpu(role) / exchanges:5.1f}" for role in ROLES)
         life = statistics.median(seen.lives("client"))
@@ -176,20 +193,29 @@ def _print_parts() -> None:
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             spent[name].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     for name, seconds in spent.items():
-        print(f"{name:<24} {statistics.median(seconds):5.2f} CPU s ({min(seconds):.2f} to {max(seconds):.2f})")
+        print(
+            f"{name:<24} {statistics.median(seconds):5.2f} CPU s ({min(seconds):.2f} to "
+            f"{max(seconds):.2f})"
+        )
 
 
-def _peer(deployment: Deployment, folder: Path, imports: str, arrays: int, rounds: int) -> list[float]:
+def _peer(
+    deployment: Deployment, folder: Path, imports: str, arrays: int, rounds: int
+) -> list[float]:
     """Seconds of each round of an app that sends as many values as φ has, and gets them back."""
     name = f"peer{len(imports)}x{arrays}"
     app = folder / name
     (app / name).mkdir(parents=True)
     (app / "pyproject.toml").write_text(PROJECT.format(name=name))
     (app / name / "__init__.py").write_text("")
-    (app / name / "server.py").write_text(SERVER.format(rounds=rounds, values=VALUES, arrays=arrays))
+    (app / name / "server.py").write_text(
+        SERVER.format(rounds=rounds, values=VALUES, arrays=arrays)
+    )
     (app / name / "client.py").write_text(CLIENT.format(imports=imports))
     output = deployment.flwr("run", str(app), CONNECTION, "--stream", timeout=1200.0)
-    return [float(line.split()[1]) for line in output.splitlines() if line.startswith("SECONDS")][1:]
+    return [float(line.split()[1]) for line in output.splitlines() if line.startswith("SECONDS")][
+        1:
+    ]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Images a second of a client's local steps, captured and one by one, beside a plain loop over diffusers' UNet.
+"""Images a second of a client's local steps, captured and one by one, beside a plain loop over
+diffusers' UNet.
 
 ``python -m benchmarks.local_steps --device cuda``
 """
@@ -37,22 +38,32 @@ def main() -> None:
     for name in options.networks:
         for precision in ("float32", "tf32", "bfloat16") if cuda else ("float32",):
             for channels_last in (False, True):
-                settings = [f"resources.precision={precision}", f"resources.channels_last={channels_last}".lower()]
+                settings = [
+                    f"resources.precision={precision}",
+                    f"resources.channels_last={channels_last}".lower(),
+                ]
                 config = _config(name, options.device, options.steps, settings)
                 images = _images(*NETWORKS[name])
                 speeds = [("steps", _time(_trainer(config, images, captures=False), config))]
                 if cuda:
-                    speeds.append(("captured", _time(_trainer(config, images, captures=True), config)))
+                    speeds.append(
+                        ("captured", _time(_trainer(config, images, captures=True), config))
+                    )
                 speeds.append(("diffusers", _diffusers(config, images)))
                 shown = ", ".join(f"{label} {speed:,.0f}" for label, speed in speeds)
                 side, layout = NETWORKS[name][1], "NHWC" if channels_last else "NCHW"
                 print(
-                    f"{name} {side} px, batches of {config.training.batch_size}, {precision} {layout}: {shown} images/s"
+                    f"{name} {side} px, batches of {config.training.batch_size}, {precision} "
+                    f"{layout}: {shown} images/s"
                 )
 
 
 def _config(name: str, device: str, steps: int, settings: list[str]) -> RunConfig:
-    fixed = [f"resources.device={device}", f"training.local_steps={steps}", "training.local_epochs=null"]
+    fixed = [
+        f"resources.device={device}",
+        f"training.local_steps={steps}",
+        "training.local_epochs=null",
+    ]
     return load_config(Path("configs") / f"{name}.yaml", [*fixed, *settings])
 
 
@@ -65,7 +76,9 @@ def _trainer(config: RunConfig, images: np.ndarray, *, captures: bool) -> Callab
     model = build_model(config, images.shape[-1])
     partition = build_partition(config, model)
     state = initial_state(model, partition)
-    shared = {name: tensor.clone() for name, tensor in partition.take_shared(model.state_dict()).items()}
+    shared = {
+        name: tensor.clone() for name, tensor in partition.take_shared(model.state_dict()).items()
+    }
     model = model.to(device, memory_format=memory_layout(config.resources))  # type: ignore[call-overload]
     diffusion = build_diffusion(config, device)
     step = LocalStep(config, model, partition, diffusion)
@@ -89,22 +102,36 @@ def _diffusers(config: RunConfig, images: np.ndarray) -> float:
     stages = range(len(model.channels))
     torch.manual_seed(0)
     network: Any = UNet2DModel(  # type: ignore[no-untyped-call]
-        sample_size=images.shape[1], in_channels=images.shape[-1], out_channels=images.shape[-1],
-        layers_per_block=model.blocks_per_stage, block_out_channels=tuple(model.channels),
-        norm_num_groups=model.groups, attention_head_dim=model.attention_head_channels,
-        down_block_types=tuple("AttnDownBlock2D" if k in model.attention_stages else "DownBlock2D" for k in stages),
-        up_block_types=tuple("AttnUpBlock2D" if k in model.attention_stages else "UpBlock2D" for k in reversed(stages)),
-    )  # fmt: skip
+        sample_size=images.shape[1],
+        in_channels=images.shape[-1],
+        out_channels=images.shape[-1],
+        layers_per_block=model.blocks_per_stage,
+        block_out_channels=tuple(model.channels),
+        norm_num_groups=model.groups,
+        attention_head_dim=model.attention_head_channels,
+        down_block_types=tuple(
+            "AttnDownBlock2D" if k in model.attention_stages else "DownBlock2D" for k in stages
+        ),
+        up_block_types=tuple(
+            "AttnUpBlock2D" if k in model.attention_stages else "UpBlock2D"
+            for k in reversed(stages)
+        ),
+    )
     network = network.to(device, memory_format=memory_layout(resources))
     optimizer = torch.optim.Adam(network.parameters(), lr=config.training.learning_rate, fused=True)
     diffusion = build_diffusion(config, device)
     scaled = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1).to(device)
-    # diffusers halves 28 px to 14, 7 and 3, and cannot come back; it is given the next multiple of eight.
+    # diffusers halves 28 px to 14, 7 and 3, and cannot come back; it is given the next multiple of
+    # eight.
     padding = -scaled.shape[-1] % 2 ** (len(model.channels) - 1)
-    scaled = F.pad(scaled, (0, padding, 0, padding)).contiguous(memory_format=memory_layout(resources))
+    scaled = F.pad(scaled, (0, padding, 0, padding)).contiguous(
+        memory_format=memory_layout(resources)
+    )
 
     def step() -> None:
-        batch: Tensor = scaled[torch.randint(len(scaled), (config.training.batch_size,), device=device)]
+        batch: Tensor = scaled[
+            torch.randint(len(scaled), (config.training.batch_size,), device=device)
+        ]
         timesteps = torch.randint(1, diffusion.timesteps + 1, (len(batch),), device=device)
         noise = torch.randn_like(batch)
         optimizer.zero_grad(set_to_none=True)

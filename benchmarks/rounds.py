@@ -58,7 +58,9 @@ def main() -> None:
 
 
 def plain_loop(config: RunConfig, threads: int) -> float:
-    """Median images per second of a DDPM loop, over as many rounds' steps as the federated runs take."""
+    """Median images per second of a DDPM loop, over as many rounds' steps as the federated runs
+    take.
+    """
     torch.set_num_threads(threads)
     training, device = config.training, torch.device("cpu")
     tasks = load_tasks(config.data, config.federation.clients)
@@ -76,7 +78,9 @@ def plain_loop(config: RunConfig, threads: int) -> float:
             loss = diffusion.loss_per_image(model, batch, timesteps, torch.randn_like(batch)).mean()
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip or float("inf"))
+            torch.nn.utils.clip_grad_norm_(
+                model.parameters(), training.gradient_clip or float("inf")
+            )
             optimizer.step()
         speeds.append(steps * training.batch_size / (time.perf_counter() - start))
     return statistics.median(speeds[1:])

@@ -1,11 +1,13 @@
-"""Kill a federation's processes at random, compare its bits with an undisturbed run's: ``python -m benchmarks.soak``.
+"""Kill a federation's processes at random, compare its bits with an undisturbed run's: ``python -m
+benchmarks.soak``.
 
-Each episode is a small federation of real processes (SuperLink, SuperNodes, TLS, keys). While it runs, one
-process after another gets SIGKILL: a ClientApp in the middle of its work, a SuperNode with all below it, the
-ServerApp, the SuperLink with all below it. What a service manager would start again is started again, and a run
-that has lost its server goes on with the one command that began it. Under ``on_missing: wait`` the end must have
-the bits of an in-process run that nobody disturbed; under ``skip`` the run must reach its end and name who was
-missing. Episodes run side by side, as they mostly wait for Flower's heartbeats.
+Each episode is a small federation of real processes (SuperLink, SuperNodes, TLS, keys). While it
+runs, one process after another gets SIGKILL: a ClientApp in the middle of its work, a SuperNode
+with all below it, the ServerApp, the SuperLink with all below it. What a service manager would
+start again is started again, and a run that has lost its server goes on with the one command that
+began it. Under ``on_missing: wait`` the end must have the bits of an in-process run that nobody
+disturbed; under ``skip`` the run must reach its end and name who was missing. Episodes run side by
+side, as they mostly wait for Flower's heartbeats.
 """
 
 import os
@@ -46,14 +48,27 @@ START_SECONDS = 90.0
 
 
 def soak_config(clients: int, rounds: int, on_missing: str) -> RunConfig:
-    """A network of a few thousand weights on the embedded digits; a round is mostly Flower's own time."""
+    """A network of a few thousand weights on the embedded digits; a round is mostly Flower's own
+    time.
+    """
     content: dict[str, Any] = {
         "name": "soak",
         "model": {"channels": [8, 16, 16, 16], "groups": 4},
         "training": {"batch_size": 16, "local_steps": 4, "learning_rate_schedule": "constant"},
-        "federation": {"clients": clients, "rounds": rounds, "on_missing": on_missing, "keep_attempts": 2},
+        "federation": {
+            "clients": clients,
+            "rounds": rounds,
+            "on_missing": on_missing,
+            "keep_attempts": 2,
+        },
         "sampling": {"steps": 5},
-        "evaluation": {"every": 3, "samples": 12, "samples_between": 6, "ssim_images": 2, "ssim_timestep": 5},
+        "evaluation": {
+            "every": 3,
+            "samples": 12,
+            "samples_between": 6,
+            "ssim_images": 2,
+            "ssim_timestep": 5,
+        },
         "resources": {"backend": "inline", "device": "cpu"},
     }
     content["evaluation"] |= {"ssim_curve": [5], "grid_columns": 2, "strip_steps": 2}
@@ -64,7 +79,9 @@ def soak_config(clients: int, rounds: int, on_missing: str) -> RunConfig:
 
 
 def bits(run: RunDirectory, store_of: Callable[[str], Path]) -> dict[str, str]:
-    """The hash of the server's last checkpoint and of each client's accepted attempt; all are read and checked."""
+    """The hash of the server's last checkpoint and of each client's accepted attempt; all are read
+    and checked.
+    """
     state = ServerCheckpoints(run.server, 1).load_last()
     last = run.server / f"round-{state.round:05d}"
     found = {"server": f"{state.round} {read_manifest(last)['sha256']}"}
@@ -105,7 +122,12 @@ class Episode:
         say: Callable[[str], None],
         longest_pause: float = 15.0,
     ) -> None:
-        self._folder, self._config, self._say, self._longest_pause = folder, config, say, longest_pause
+        self._folder, self._config, self._say, self._longest_pause = (
+            folder,
+            config,
+            say,
+            longest_pause,
+        )
         self._waiting = list(kills)
         self._random = random.Random(seed)
         self.killed: Counter[str] = Counter()
@@ -133,9 +155,16 @@ class Episode:
                 time.sleep(0.2)
                 if time.monotonic() > deadline:
                     raise RuntimeError(f"{self._folder} has not ended after {LONGEST_EPISODE:g} s")
-                if not deployment.pids("serverapp") and time.monotonic() - self._submitted > START_SECONDS:
+                if (
+                    not deployment.pids("serverapp")
+                    and time.monotonic() - self._submitted > START_SECONDS
+                ):
                     self._submit(deployment)
-                if self._waiting and time.monotonic() > pause and self._kill(deployment, self._waiting[0]):
+                if (
+                    self._waiting
+                    and time.monotonic() > pause
+                    and self._kill(deployment, self._waiting[0])
+                ):
                     self._waiting.pop(0)
                     pause = time.monotonic() + self._random.uniform(1, self._longest_pause)
         return RunDirectory.open(self._folder / "run")
@@ -154,7 +183,9 @@ class Episode:
         return any(line["final"] for line in log.evaluations())
 
     def _kill(self, deployment: Deployment, kind: str) -> bool:
-        """Kill one process of a kind, if there is one, and start again what a service manager would."""
+        """Kill one process of a kind, if there is one, and start again what a service manager
+        would.
+        """
         sites = [client for client in self._state_owners() if deployment.pids("supernode", client)]
         if kind == "client":
             working = deployment.pids("client")
@@ -190,7 +221,9 @@ class Episode:
         return True
 
     def _state_owners(self) -> list[str]:
-        return [task.name for task in load_tasks(self._config.data, self._config.federation.clients)]
+        return [
+            task.name for task in load_tasks(self._config.data, self._config.federation.clients)
+        ]
 
     def _told(self, kind: str) -> None:
         self.killed[kind] += 1
@@ -206,15 +239,21 @@ def _kill_process(pid: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; exit code 1 where an episode ends in other bits, or not at all."""
     parser = Parser(prog="python -m benchmarks.soak", description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=50, help="processes to kill in all (default 50)")
+    parser.add_argument(
+        "--kills", type=int, default=50, help="processes to kill in all (default 50)"
+    )
     parser.add_argument("--each", type=int, default=5, help="of them in one episode (default 5)")
     parser.add_argument("--side-by-side", type=int, default=3, help="episodes at once (default 3)")
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--pause", type=float, default=15.0, help="longest pause between two kills, s (default 15)")
+    parser.add_argument(
+        "--pause", type=float, default=15.0, help="longest pause between two kills, s (default 15)"
+    )
     parser.add_argument("--on-missing", choices=["wait", "skip"], default="wait")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dir", type=Path, default=Path("runs/soak"), help="emptied first (default runs/soak)")
+    parser.add_argument(
+        "--dir", type=Path, default=Path("runs/soak"), help="emptied first (default runs/soak)"
+    )
     options = parser.parse_args(arguments)
     shutil.rmtree(options.dir, ignore_errors=True)
     config = soak_config(options.clients, options.rounds, options.on_missing)
@@ -232,7 +271,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def attempt(number: int) -> tuple[Counter[str], bool]:
         episode = Episode(
-            options.dir / f"episode-{number:02d}", config, plans[number], options.seed + number, say, options.pause
+            options.dir / f"episode-{number:02d}",
+            config,
+            plans[number],
+            options.seed + number,
+            say,
+            options.pause,
         )
         try:
             run = episode.run()
@@ -240,7 +284,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             say(f"episode {number} FAILED: {error}")
             return episode.killed, False
-        missing = Counter(client for line in MetricsLog(run.metrics).rounds() for client in line["missing"])
+        missing = Counter(
+            client for line in MetricsLog(run.metrics).rounds() for client in line["missing"]
+        )
         outcome = "the same bits" if same else "OTHER BITS"
         say(f"episode {number} ended in {outcome}; missing in rounds: {dict(missing) or 'nobody'}")
         return episode.killed, same or options.on_missing == "skip"
@@ -249,7 +295,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = list(pool.map(attempt, range(len(plans))))
     total = sum((killed for killed, _ in results), Counter())
     good = sum(fine for _, fine in results)
-    print(f"{total.total()} processes killed ({dict(total)}) in {len(plans)} episodes; {good} ended as they must")
+    print(
+        f"{total.total()} processes killed ({dict(total)}) in {len(plans)} episodes; {good} ended "
+        "as they must"
+    )
     return 0 if good == len(plans) else 1
 
 

@@ -29,7 +29,10 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="default: the embedded digits")
     parser.add_argument("--data-dir", help="where the images are")
     options = parser.parse_args()
-    print(f"{'exclusive':<10} {'φ, parameters':>14} {'down, bytes':>12} {'up, bytes':>12} {'up / (4 |φ|)':>13}")
+    print(
+        f"{'exclusive':<10} {'φ, parameters':>14} {'down, bytes':>12} {'up, bytes':>12} "
+        f"{'up / (4 |φ|)':>13}"
+    )
     for setting in SETTINGS:
         overrides = [
             f"model.exclusive_stages={setting}",
@@ -43,13 +46,18 @@ def main() -> None:
         data_dir = None if options.data_dir is None else json.dumps(options.data_dir)
         config = requested_config(options.config, overrides, {"data.dir": data_dir})
         model = build_model(config, load_task(config.data, 0).train.shape[-1])
-        shared = sum(model.state_dict()[name].numel() for name in build_partition(config, model).shared)
+        shared = sum(
+            model.state_dict()[name].numel() for name in build_partition(config, model).shared
+        )
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             run = RunDirectory.create(Path(folder) / "run", config)
             run_inline(run, server_app, client_app)
             (line,) = MetricsLog(run.metrics).rounds()
         ratio = f"{line['bytes_up'] / (4 * shared):.4f}" if shared else "-"
-        print(f"{setting:<10} {shared:>14,} {line['bytes_down']:>12,} {line['bytes_up']:>12,} {ratio:>13}")
+        print(
+            f"{setting:<10} {shared:>14,} {line['bytes_down']:>12,} {line['bytes_up']:>12,} "
+            f"{ratio:>13}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Do the samples belong to their tasks? ``python -m simulations.class_agreement --run RUN``.
 
-The judge is srfed.evaluation.agreement's. Its own accuracy on held-out real images is printed first.
+The judge is srfed.evaluation.agreement's. Its own accuracy on held-out real images is printed
+first.
 """
 
 import argparse
@@ -46,7 +47,10 @@ def _judge(options: argparse.Namespace) -> None:
     agreement = class_agreement(tasks, samples)
     for name, share in agreement.items():
         print(f"{name:<20} {share:.2f}")
-    print(f"{'all tasks':<20} {np.mean(list(agreement.values())):.3f}  ({options.n} samples each, seed {options.seed})")
+    print(
+        f"{'all tasks':<20} {np.mean(list(agreement.values())):.3f}  ({options.n} samples each, "
+        f"seed {options.seed})"
+    )
 
 
 if __name__ == "__main__":

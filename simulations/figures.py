@@ -1,8 +1,10 @@
-"""The pictures of the paper's Figures 2 to 6, of any run: ``python -m simulations.figures --run RUN --figure 2``.
+"""The pictures of the paper's Figures 2 to 6, of any run: ``python -m simulations.figures --run RUN
+--figure 2``.
 
-Figure 2 is the reverse process: each row one sample, by the ancestral sampler (Algorithm 2), at t = T, 9T/10, ..., 0.
-Figures 3 and 4 are samples of an unconditional DDPM, 5 and 6 of SR-DDPM, one task a row: what ``samples`` draws of
-the run that it is given, by the run's own sampler. Local, federated and centralised runs have the same folders.
+Figure 2 is the reverse process: each row one sample, by the ancestral sampler (Algorithm 2), at t =
+T, 9T/10, ..., 0. Figures 3 and 4 are samples of an unconditional DDPM, 5 and 6 of SR-DDPM, one task
+a row: what ``samples`` draws of the run that it is given, by the run's own sampler. Local,
+federated and centralised runs have the same folders.
 """
 
 import argparse
@@ -37,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="the run's folder")
     parser.add_argument("--figure", choices=("2", "samples"), required=True, help="which picture")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the same seed gives the same picture (default 0)"
+    )
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, metavar="PNG", help="default: figure-<figure>.png")
     options = parser.parse_args(arguments)
@@ -45,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def reverse_process(run: TrainedRun, seed: int) -> dict[str, Images]:
-    """Ten samples on their way from noise: one of each of the first ten tasks, or several where there are fewer.
+    """Ten samples on their way from noise: one of each of the first ten tasks, or several where
+    there are fewer.
 
     Args:
         run: the run.
@@ -60,9 +65,15 @@ def reverse_process(run: TrainedRun, seed: int) -> dict[str, Images]:
         again, place = divmod(number, len(run.tasks))
         task = run.tasks[place]
         rows[task.task if again == 0 else f"{task.task} ({again + 1})"] = generate(
-            run.model_of(task), run.diffusion, sampling,
-            count=1, shape=run.shape, seed=seed + again, task=task.client, strip_steps=STATES,
-        ).strip  # fmt: skip
+            run.model_of(task),
+            run.diffusion,
+            sampling,
+            count=1,
+            shape=run.shape,
+            seed=seed + again,
+            task=task.client,
+            strip_steps=STATES,
+        ).strip
     return rows
 
 
@@ -70,15 +81,22 @@ def samples(run: TrainedRun, seed: int) -> dict[str, Images]:
     """Twenty samples of each task, uint8 20 x H x W x C by name, by the run's own sampler."""
     return {
         task.task: generate(
-            run.model_of(task), run.diffusion, run.config.sampling,
-            count=SAMPLES, shape=run.shape, seed=seed, task=task.client,
+            run.model_of(task),
+            run.diffusion,
+            run.config.sampling,
+            count=SAMPLES,
+            shape=run.shape,
+            seed=seed,
+            task=task.client,
         ).images
         for task in tqdm(run.tasks, unit="task", disable=None, leave=False)
-    }  # fmt: skip
+    }
 
 
 def _draw(options: argparse.Namespace) -> None:
-    run = TrainedRun(options.run, load_config(None, [f"resources.device={options.device}"]).resources)
+    run = TrainedRun(
+        options.run, load_config(None, [f"resources.device={options.device}"]).resources
+    )
     if not run.tasks:
         raise UserError(f"{options.run} has no tasks yet")
     torch.set_num_threads(run.config.resources.client_cpus)
@@ -92,7 +110,9 @@ def _draw(options: argparse.Namespace) -> None:
         write_png(out, draw_grid(samples(run, options.seed)))
         words = f"{SAMPLES} samples of each of {len(run.tasks)} tasks"
     method = run.config.training.method
-    print(f"{words}; {run.config.name}, {method}, after round {run.round}, seed {options.seed}: {out}")
+    print(
+        f"{words}; {run.config.name}, {method}, after round {run.round}, seed {options.seed}: {out}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""What the studies have in common: many configurations trained and scored, some at a time, each once for all.
+"""What the studies have in common: many configurations trained and scored, some at a time, each
+once for all.
 
-Every configuration has a folder of its own, named after its fingerprint, so studies that need the same run share
-it, and a study that was stopped goes on where it was. Each run is one process with ``resources.client_cpus``
-threads: on a machine with few cores, several such processes do more than one with several threads.
+Every configuration has a folder of its own, named after its fingerprint, so studies that need the
+same run share it, and a study that was stopped goes on where it was. Each run is one process with
+``resources.client_cpus`` threads: on a machine with few cores, several such processes do more than
+one with several threads.
 """
 
 import argparse
@@ -57,7 +59,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A case with everything that was measured; see :func:`srfed.checkpoints.evaluate_run.evaluate_run`."""
+    """A case with everything that was measured; see
+    :func:`srfed.checkpoints.evaluate_run.evaluate_run`.
+    """
 
     case: Case
     record: dict[str, Any]
@@ -90,7 +94,9 @@ def wanted_of(config: RunConfig, samples: int, ssim_images: int) -> Wanted:
 
 
 def samples_of(case: Case, pool: Path) -> dict[str, Images]:
-    """The samples that a case was scored on, uint8 N x H x W x C by task; raises UserError where there are none."""
+    """The samples that a case was scored on, uint8 N x H x W x C by task; raises UserError where
+    there are none.
+    """
     folder, config = case.folder(pool), case.config
     trained = TrainedRun(folder, config.resources)
     network = load_feature_network(
@@ -115,9 +121,19 @@ def change(config: RunConfig, **changes: Any) -> RunConfig:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that every study has."""
     parser.add_argument("--data-dir", metavar="DIR", help="where the images are (data.dir)")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with seeds 0 to N-1 (default 1)")
-    parser.add_argument("--pool", type=Path, default=Path("runs/studies"), metavar="DIR", help="folder of the runs")
-    parser.add_argument("--jobs", type=int, default=usable_cores(), metavar="N", help="runs at a time; default: cores")
+    parser.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="repeat with seeds 0 to N-1 (default 1)"
+    )
+    parser.add_argument(
+        "--pool", type=Path, default=Path("runs/studies"), metavar="DIR", help="folder of the runs"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=usable_cores(),
+        metavar="N",
+        help="runs at a time; default: cores",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where tables and plots go")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
 
@@ -233,14 +249,19 @@ def _run(case: Case, pool: Path, running: "set[subprocess.Popen[bytes]]") -> dic
         threads = str(case.config.resources.client_cpus)
         with subprocess.Popen(
             [
-                sys.executable, "-m", "simulations.study_job", str(folder), str(case.samples), str(case.ssim_images),
+                sys.executable,
+                "-m",
+                "simulations.study_job",
+                str(folder),
+                str(case.samples),
+                str(case.ssim_images),
                 str(pool / "references"),
             ],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": threads},
-        ) as process:  # fmt: skip
+        ) as process:
             running.add(process)
             process.communicate(case.config.to_json().encode())
             running.discard(process)
@@ -259,5 +280,9 @@ def _outcome(case: Case, folder: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     outcome = read_json(file, "scores")
-    asked = {"samples": case.samples, "ssim_images": case.ssim_images, "round": case.config.federation.rounds}
+    asked = {
+        "samples": case.samples,
+        "ssim_images": case.ssim_images,
+        "round": case.config.federation.rounds,
+    }
     return outcome if all(outcome[key] == value for key, value in asked.items()) else None

@@ -1,7 +1,7 @@
 """One run of a study, in a process of its own; simulations/study.py starts it.
 
-``python -m simulations.study_job FOLDER SAMPLES SSIM_IMAGES REFERENCES < config.json`` trains, or goes on with, what
-is in the folder; scores it; leaves ``outcome.json`` there.
+``python -m simulations.study_job FOLDER SAMPLES SSIM_IMAGES REFERENCES < config.json`` trains, or
+goes on with, what is in the folder; scores it; leaves ``outcome.json`` there.
 """
 
 import sys
@@ -37,13 +37,19 @@ def _do(folder: Path, samples: int, ssim_images: int, references: Path) -> None:
     trained = TrainedRun(folder, config.resources)
     if trained.round > config.federation.rounds:
         raise UserError(
-            f"{folder} has round {trained.round} already, and {config.federation.rounds} are asked for; name another "
-            "folder with --pool"
+            f"{folder} has round {trained.round} already, and {config.federation.rounds} are asked "
+            "for; name another folder with --pool"
         )
     evaluation = config.evaluation
-    network = load_feature_network(evaluation.feature_network, evaluation.inception_weights, trained.device)
+    network = load_feature_network(
+        evaluation.feature_network, evaluation.inception_weights, trained.device
+    )
     record = evaluate_run(
-        folder, trained, wanted_of(config, samples, ssim_images), network, reference_folder=references
+        folder,
+        trained,
+        wanted_of(config, samples, ssim_images),
+        network,
+        reference_folder=references,
     )
     write_json(folder / "outcome.json", record)
 

@@ -1,11 +1,14 @@
-"""The paper's Table I, beside ours: ``python -m simulations.table1 --dataset mnist --preset small``.
+"""The paper's Table I, beside ours: ``python -m simulations.table1 --dataset mnist --preset
+small``.
 
-Trains whatever is missing of every method and seed, samples it, scores it, and prints the table; everything is in
-``scores.csv`` too. Pictures of seed 0: twenty samples a task of every method in ``samples-<method>.png``, the paper's
-Figures 3 to 6, and the first two of each task of all methods in ``methods.png``. Stopped, it goes on where it was.
+Trains whatever is missing of every method and seed, samples it, scores it, and prints the table;
+everything is in ``scores.csv`` too. Pictures of seed 0: twenty samples a task of every method in
+``samples-<method>.png``, the paper's Figures 3 to 6, and the first two of each task of all methods
+in ``methods.png``. Stopped, it goes on where it was.
 
-All methods see the same number of training images (with repetition), on the same UNet, schedule and data, and are
-judged on the same numbers of samples. What differs is stated with each: what is shared, and what travels.
+All methods see the same number of training images (with repetition), on the same UNet, schedule and
+data, and are judged on the same numbers of samples. What differs is stated with each: what is
+shared, and what travels.
 """
 
 import argparse
@@ -50,7 +53,9 @@ PAPER: Mapping[str, Mapping[str, tuple[float, float]]] = {
 
 
 class Preset(NamedTuple):
-    """How much of everything: settings over those of the data set's configuration, samples to score."""
+    """How much of everything: settings over those of the data set's configuration, samples to
+    score.
+    """
 
     settings: dict[str, Any]
     samples: int
@@ -67,7 +72,12 @@ PRESETS: Mapping[str, Mapping[str, Preset]] = {
         "digits": Preset({**_SMALL, "federation__rounds": 10}, 2_000, 8),
         **{
             dataset: Preset(
-                {**_SMALL, "federation__rounds": 40, "model__channels": (16, 32, 64, 64), "sampling__steps": 25},
+                {
+                    **_SMALL,
+                    "federation__rounds": 40,
+                    "model__channels": (16, 32, 64, 64),
+                    "sampling__steps": 25,
+                },
                 2_000,
                 8,
             )
@@ -126,7 +136,8 @@ class Method(NamedTuple):
 
 def methods(config: RunConfig) -> list[Method]:
     """The methods to compare, under a configuration that is the federated SR-DDPM's."""
-    # One network takes all of a pool's steps, and in batches as small as a client's it only gets noisier.
+    # One network takes all of a pool's steps, and in batches as small as a client's it only gets
+    # noisier.
     pooled = {
         "training__method": "pooled",
         "training__central_batch_size": max(POOLED_BATCH, config.training.batch_size),
@@ -147,17 +158,23 @@ def methods(config: RunConfig) -> list[Method]:
         Method(
             "SR-DDPM, centralised, task-balanced",
             "SR-DDPM",
-            {"training__method": "balanced", "training__central_batch_size": config.training.batch_size * clients},
+            {
+                "training__method": "balanced",
+                "training__central_batch_size": config.training.batch_size * clients,
+            },
         ),
         Method("SR-DDPM, centralised, Algorithm 1", "SR-DDPM", {"training__method": "one_task"}),
         Method("FedAvg, conditional", None, {**shared, **conditional}),
-        Method("SR-DDPM, federated, alternating", None, {"training__update": "alternating", **half}),
+        Method(
+            "SR-DDPM, federated, alternating", None, {"training__update": "alternating", **half}
+        ),
         Method("FedAvg, unconditional", None, shared),
     ]
 
 
 def choose(listed: Sequence[Method], only: Sequence[str] | None) -> list[Method]:
-    """The methods whose names hold any of the words; words that are a whole name mean that method alone.
+    """The methods whose names hold any of the words; words that are a whole name mean that method
+    alone.
 
     Raises:
         UserError: some words are in no name.
@@ -180,21 +197,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m simulations.table1", description=__doc__)
     parser.add_argument("--dataset", choices=DATASETS, default="digits")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
-    parser.add_argument("--only", nargs="+", metavar="WORDS", help="methods whose names hold any of these words")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORDS", help="methods whose names hold any of these words"
+    )
     add_options(parser)
     options = parser.parse_args(arguments)
     return run_command(lambda: _table(options))
 
 
 def configuration(dataset: str, preset: str, data_dir: str | None, device: str) -> RunConfig:
-    """The configuration of the federated SR-DDPM: the data set's own file, with the preset's settings.
+    """The configuration of the federated SR-DDPM: the data set's own file, with the preset's
+    settings.
 
-    Under ``paper`` the network, rates and sampler are those of configs/mnist_paper.yaml for every data set.
+    Under ``paper`` the network, rates and sampler are those of configs/mnist_paper.yaml for every
+    data set.
     """
     settings = dict(PRESETS[preset][dataset].settings)
     config = own = load_config(CONFIGS / f"{dataset}.yaml", [])
     if preset == "paper":
-        config = load_config(CONFIGS / "mnist_paper.yaml", []).model_copy(update={"name": own.name, "data": own.data})
+        config = load_config(CONFIGS / "mnist_paper.yaml", []).model_copy(
+            update={"name": own.name, "data": own.data}
+        )
         settings["federation__clients"] = own.federation.clients
     if data_dir is not None:
         settings["data__dir"] = str(absolute_path(data_dir))
@@ -206,7 +229,9 @@ def configuration(dataset: str, preset: str, data_dir: str | None, device: str) 
         "evaluation__ssim_images": 0,
         "evaluation__memorisation_quantile": 0.0,
     }
-    config = change(config, **settings, **scored_later, resources__backend="inline", resources__device=device)
+    config = change(
+        config, **settings, **scored_later, resources__backend="inline", resources__device=device
+    )
     refuse_ignored_dir(config)
     return config
 
@@ -216,7 +241,12 @@ def _table(options: argparse.Namespace) -> None:
     preset = PRESETS[options.preset][options.dataset]
     listed = choose(methods(config), options.only)
     cases = [
-        Case(method.name, change(config, seed=seed, **method.settings), preset.samples, preset.ssim_images)
+        Case(
+            method.name,
+            change(config, seed=seed, **method.settings),
+            preset.samples,
+            preset.ssim_images,
+        )
         for seed in range(options.seeds)
         for method in listed
     ]
@@ -235,12 +265,17 @@ def _draw(out: Path, cases: Sequence[Case], pool: Path) -> None:
     for case in cases:
         samples = samples_of(case, pool)
         name = re.sub("[^a-z0-9]+", "-", case.name.lower())
-        write_png(out / f"samples-{name}.png", draw_grid({task: few[:SAMPLES] for task, few in samples.items()}))
+        write_png(
+            out / f"samples-{name}.png",
+            draw_grid({task: few[:SAMPLES] for task, few in samples.items()}),
+        )
         rows[case.name] = np.concatenate([images[:2] for images in samples.values()])
     write_png(out / "methods.png", draw_grid(rows))
 
 
-def describe(dataset: str, preset: str, listed: Sequence[Method], groups: Mapping[str, Sequence[Outcome]]) -> str:
+def describe(
+    dataset: str, preset: str, listed: Sequence[Method], groups: Mapping[str, Sequence[Outcome]]
+) -> str:
     """The table in Markdown, with a line on what its numbers depend on."""
     some = next(iter(groups.values()))[0]
     record, config = some.record, some.case.config
@@ -248,9 +283,9 @@ def describe(dataset: str, preset: str, listed: Sequence[Method], groups: Mappin
     lines = [
         f"### {dataset}, preset `{preset}`, {len(next(iter(groups.values())))} seed(s)",
         "",
-        f"| method | paper: FID@10k, SSIM | {name}: test | train | subset | kernel × 1000 | agreement | "
-        f"SSIM-rec@{star} | nearer than held-out: pixels, features | parameters φ, θ_i | a client's bytes a round | "
-        "training |",
+        f"| method | paper: FID@10k, SSIM | {name}: test | train | subset | kernel × 1000 | "
+        f"agreement | SSIM-rec@{star} | nearer than held-out: pixels, features | parameters φ, θ_i "
+        "| a client's bytes a round | training |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method in listed:
@@ -261,7 +296,10 @@ def describe(dataset: str, preset: str, listed: Sequence[Method], groups: Mappin
             f"| {method.name} | {'' if paper is None else f'{paper[0]:.2f}, {paper[1]:.3f}'} | "
             + " | ".join(
                 [
-                    *(mean_and_spread([o.score(ref) for o in outcomes]) for ref in ("test", "train", "subset")),
+                    *(
+                        mean_and_spread([o.score(ref) for o in outcomes])
+                        for ref in ("test", "train", "subset")
+                    ),
                     mean_and_spread([1000 * o.kernel[0] for o in outcomes], 2),
                     mean_and_spread([row["agreement"] for row in rows]),
                     mean_and_spread([row[f"ssim_rec@{star}"] for row in rows]),
@@ -284,12 +322,13 @@ def describe(dataset: str, preset: str, listed: Sequence[Method], groups: Mappin
     network, sampling = record["network"], config.sampling
     lines += [
         "",
-        f"{name} on {network['network']} {network['sha256'][:8]}, {network['resize_rule']}; "
-        f"n = {record['samples']:,} samples, sampling seed {record['seed']}, {sampling.sampler} with "
-        f"{sampling.steps} steps and η = {sampling.eta:g}. Real images score: {floors}. Every method saw "
-        f"{record['training']['images']:,} training images of {config.federation.clients} tasks. A share of "
-        f"{memorised['quantile']:.3f} is what held-out real images have in the memorisation columns. The paper's "
-        "numbers are FIDs on another network and another model: read them for their order only.",
+        f"{name} on {network['network']} {network['sha256'][:8]}, {network['resize_rule']}; n = "
+        f"{record['samples']:,} samples, sampling seed {record['seed']}, {sampling.sampler} with "
+        f"{sampling.steps} steps and η = {sampling.eta:g}. Real images score: {floors}. Every "
+        f"method saw {record['training']['images']:,} training images of "
+        f"{config.federation.clients} tasks. A share of {memorised['quantile']:.3f} is what "
+        "held-out real images have in the memorisation columns. The paper's numbers are FIDs on "
+        "another network and another model: read them for their order only.",
     ]
     return "\n".join(lines) + "\n"
 

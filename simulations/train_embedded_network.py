@@ -1,7 +1,8 @@
 """Train the small feature network that ships with srfed, or check the shipped one.
 
-    python simulations/train_embedded_network.py --data-dir DIR --out srfed/evaluation/embedded.safetensors
-    python simulations/train_embedded_network.py --data-dir DIR --check
+    python simulations/train_embedded_network.py --data-dir DIR --out
+    srfed/evaluation/embedded.safetensors python simulations/train_embedded_network.py --data-dir
+    DIR --check
 
 DIR holds MNIST/raw/*.gz and FashionMNIST/raw/*.gz, as torchvision keeps them. Training takes ten
 to fifteen minutes on one core. Equal seed, machine type and thread count give an equal file.
@@ -41,19 +42,33 @@ GROUPS = 4
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder with MNIST/raw and FashionMNIST/raw")
-    parser.add_argument("--out", type=Path, default=EMBEDDED_FILE, help="weights file to write (or to check)")
+    parser.add_argument(
+        "--data-dir", type=Path, required=True, help="folder with MNIST/raw and FashionMNIST/raw"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=EMBEDDED_FILE, help="weights file to write (or to check)"
+    )
     parser.add_argument("--check", action="store_true", help="only measure the weights file")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=4e-3, help="the largest, a fifth into the training")
+    parser.add_argument(
+        "--learning-rate", type=float, default=4e-3, help="the largest, a fifth into the training"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="the thread count is part of the result's bits")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="the thread count is part of the result's bits"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True)
     try:
         if not arguments.check:
-            train(arguments.data_dir, arguments.out, arguments.epochs, arguments.learning_rate, arguments.seed)
+            train(
+                arguments.data_dir,
+                arguments.out,
+                arguments.epochs,
+                arguments.learning_rate,
+                arguments.seed,
+            )
         check(arguments.data_dir, arguments.out)
     except UserError as error:
         raise SystemExit(f"error: {error}") from error
@@ -66,7 +81,9 @@ def train(data_dir: Path, out: Path, epochs: int, learning_rate: float, seed: in
     network = EmbeddedNetwork().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.02)
     steps = len(images) // BATCH_SIZE
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * steps, pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=epochs * steps, pct_start=0.2
+    )
     start = time.perf_counter()
     for epoch in range(epochs):
         order = torch.randperm(len(images), generator=derive_generator(seed, "batch order", epoch))
@@ -84,11 +101,16 @@ def train(data_dir: Path, out: Path, epochs: int, learning_rate: float, seed: in
             total += loss.item()
         elapsed = time.perf_counter() - start
         print(f"epoch {epoch + 1}/{epochs}  loss {total / steps:.4f}  {elapsed:.0f} s", flush=True)
-    write_bytes(out, save({name: value.contiguous() for name, value in network.state_dict().items()}))
+    write_bytes(
+        out, save({name: value.contiguous() for name, value in network.state_dict().items()})
+    )
 
 
-def augment(images: torch.Tensor, is_digit: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Random scale, aspect, rotation, shift and resolution; float N x 1 x 28 x 28 in [-1, 1] to the same.
+def augment(
+    images: torch.Tensor, is_digit: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Random scale, aspect, rotation, shift and resolution; float N x 1 x 28 x 28 in [-1, 1] to the
+    same.
 
     MNIST's digits leave a margin of four pixels, other data's digits fill the frame: so digits are
     enlarged by up to 1.5, while garments, which fill it already, change by a tenth.
@@ -105,14 +127,19 @@ def augment(images: torch.Tensor, is_digit: torch.Tensor, generator: torch.Gener
     shift_x, shift_y = uniform(-0.12, 0.12), uniform(-0.12, 0.12)
     transform = torch.stack(
         [
-            torch.stack([angle.cos() / (zoom * aspect), shear - angle.sin() / zoom, shift_x], dim=1),
+            torch.stack(
+                [angle.cos() / (zoom * aspect), shear - angle.sin() / zoom, shift_x], dim=1
+            ),
             torch.stack([angle.sin() / zoom, angle.cos() * aspect / zoom, shift_y], dim=1),
         ],
         dim=1,
     )
     grid = F.affine_grid(transform, list(images.shape), align_corners=False)
     # Outside of the image is black, which is -1: shifted so that the padding's 0 means black.
-    moved = F.grid_sample(images + 1, grid, mode="bilinear", padding_mode="zeros", align_corners=False) - 1
+    moved = (
+        F.grid_sample(images + 1, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        - 1
+    )
     sizes = torch.randint(8, INPUT_SIZE + 1, (GROUPS - 1,), generator=generator).tolist()
     # The last part keeps its resolution.
     parts = zip(moved.chunk(GROUPS), [*sizes, INPUT_SIZE], strict=True)
@@ -120,7 +147,9 @@ def augment(images: torch.Tensor, is_digit: torch.Tensor, generator: torch.Gener
 
 
 def reduce(images: torch.Tensor, size: int, final_size: int = INPUT_SIZE) -> torch.Tensor:
-    """Images at a lower resolution, brought back to the final one as :func:`network_input` would."""
+    """Images at a lower resolution, brought back to the final one as :func:`network_input`
+    would.
+    """
     for target in (size, final_size):
         images = F.interpolate(images, size=(target, target), mode="bilinear", antialias=True)
     return images
@@ -135,9 +164,13 @@ def check(data_dir: Path, path: Path) -> None:
     for index, tasks in enumerate(load_sources(data_dir)):
         images, labels = as_tensors([task.test for task in tasks])
         for size in (28, 16, 8):
-            small = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
+            small = F.interpolate(
+                images.float(), size=(size, size), mode="bilinear", antialias=True
+            )
             accuracy = measure(network, small.round().byte(), labels + 10 * index)
-            print(f"accuracy of 20 classes, {SOURCES[index]} test split at {size} px: {accuracy:.4f}")
+            print(
+                f"accuracy of 20 classes, {SOURCES[index]} test split at {size} px: {accuracy:.4f}"
+            )
     tasks = load_tasks(DataConfig(dataset="digits"), 10)
     images, labels = as_tensors([np.concatenate([task.train, task.test]) for task in tasks])
     accuracy = measure(network, images, labels, classes=10)
@@ -146,7 +179,9 @@ def check(data_dir: Path, path: Path) -> None:
         print(f"fd_embedded, half of digits against {name}: {distance:.3f}")
 
 
-def sensitivity(network: EmbeddedNetwork, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+def sensitivity(
+    network: EmbeddedNetwork, images: torch.Tensor, labels: torch.Tensor
+) -> dict[str, float]:
     """Fréchet distances of one random half of the images to the other, as it is and spoiled."""
     generator = derive_generator(0, "sensitivity")
     first, second = torch.randperm(len(images), generator=generator).chunk(2)
@@ -157,7 +192,9 @@ def sensitivity(network: EmbeddedNetwork, images: torch.Tensor, labels: torch.Te
 
     sets = {
         "the other half": others,
-        **{f"it with noise of {levels} grey levels": noisy(levels) for levels in (25, 60, 100, 150)},
+        **{
+            f"it with noise of {levels} grey levels": noisy(levels) for levels in (25, 60, 100, 150)
+        },
         "it moved by one pixel": others.roll(1, dims=3),
         "it reduced to 4 px and back": reduce(others, 4, 8),
         "it without the digit 3": others[labels[second] != 3],
@@ -177,9 +214,15 @@ def statistics(network: EmbeddedNetwork, images: torch.Tensor) -> FeatureStatist
 
 
 @torch.inference_mode()
-def measure(network: EmbeddedNetwork, images: torch.Tensor, labels: torch.Tensor, classes: int = 20) -> float:
-    """Share of images (uint8 N x 1 x H x W) whose label has the largest of the first ``classes`` logits."""
-    guesses = [network(network_input(part))[:, :classes].argmax(dim=1) for part in torch.split(images, 500)]
+def measure(
+    network: EmbeddedNetwork, images: torch.Tensor, labels: torch.Tensor, classes: int = 20
+) -> float:
+    """Share of images (uint8 N x 1 x H x W) whose label has the largest of the first ``classes``
+    logits.
+    """
+    guesses = [
+        network(network_input(part))[:, :classes].argmax(dim=1) for part in torch.split(images, 500)
+    ]
     return (torch.cat(guesses) == labels).double().mean().item()
 
 
@@ -189,7 +232,9 @@ def load_sources(data_dir: Path) -> list[list[Task]]:
 
 
 def as_tensors(parts: Sequence[npt.NDArray[np.uint8]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images of each class, N x H x W x 1, as one tensor (uint8 N x 1 x H x W) and its labels (int64 N)."""
+    """Images of each class, N x H x W x 1, as one tensor (uint8 N x 1 x H x W) and its labels
+    (int64 N).
+    """
     images = torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2)
     labels = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
     return images, labels

@@ -1,8 +1,10 @@
-"""When does joining the federation pay, and how much should one share? ``python -m simulations.when_it_pays``.
+"""When does joining the federation pay, and how much should one share? ``python -m
+simulations.when_it_pays``.
 
-Curves over images per task, budget, depth k of the partition and learning rate of θ, against local training (nothing
-shared) and C-DDPM (everything pooled); then changes to the method, one at a time. Scores are against held-out
-images, and memorisation is counted. Every method sees the same number of training images, with repetition.
+Curves over images per task, budget, depth k of the partition and learning rate of θ, against local
+training (nothing shared) and C-DDPM (everything pooled); then changes to the method, one at a time.
+Scores are against held-out images, and memorisation is counted. Every method sees the same number
+of training images, with repetition.
 """
 
 import argparse
@@ -30,7 +32,11 @@ from srfed.files import write_bytes
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.plots import line_plot
 
-POOLED = {"training__method": "pooled", "model__exclusive_stages": "none", "model__task_embedding": "shared"}
+POOLED = {
+    "training__method": "pooled",
+    "model__exclusive_stages": "none",
+    "model__task_embedding": "shared",
+}
 METHODS: Mapping[str, dict[str, Any]] = {
     "local training": {"model__exclusive_stages": "all"},
     "C-DDPM, pooled": POOLED,
@@ -62,7 +68,10 @@ def ablations(config: RunConfig) -> dict[str, dict[str, Any]]:
         "proximal term, μ = 0.01": {"training__proximal": 0.01},
         "rates of φ and θ doubled": {"training__learning_rate": 2 * rate},
         "server: plain average": {"federation__server_optimizer": "average"},
-        "server: momentum, 0.5": {"federation__server_optimizer": "momentum", "federation__server_momentum": 0.5},
+        "server: momentum, 0.5": {
+            "federation__server_optimizer": "momentum",
+            "federation__server_momentum": 0.5,
+        },
         "server: average at rate 2": {
             "federation__server_optimizer": "average",
             "federation__server_learning_rate": 2.0,
@@ -85,21 +94,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dataset", choices=DATASETS, default="digits")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
     parser.add_argument(
-        "--images", nargs="+", default=["20", "50", "100", "all"], metavar="N", help="images a task (20 50 100 all)"
+        "--images",
+        nargs="+",
+        default=["20", "50", "100", "all"],
+        metavar="N",
+        help="images a task (20 50 100 all)",
     )
     parser.add_argument("--rounds", type=int, default=16, help="rounds of each run (16)")
     parser.add_argument("--samples", type=int, default=1_000, help="samples to score (1000)")
     parser.add_argument(
-        "--ablations-at", nargs="*", default=["50"], metavar="N", help="images a task for the ablations (50)"
+        "--ablations-at",
+        nargs="*",
+        default=["50"],
+        metavar="N",
+        help="images a task for the ablations (50)",
     )
-    parser.add_argument("--changes", nargs="+", metavar="WORDS", help="ablations whose names hold any of these words")
+    parser.add_argument(
+        "--changes",
+        nargs="+",
+        metavar="WORDS",
+        help="ablations whose names hold any of these words",
+    )
     add_options(parser)
     options = parser.parse_args(arguments)
     return run_command(lambda: _study(options))
 
 
 def study_configuration(options: argparse.Namespace) -> RunConfig:
-    """The configuration that the studies vary: scored four times on the way, for a curve over the budget."""
+    """The configuration that the studies vary: scored four times on the way, for a curve over the
+    budget.
+    """
     return change(
         configuration(options.dataset, options.preset, options.data_dir, options.device),
         federation__rounds=options.rounds,
@@ -117,18 +141,29 @@ def _study(options: argparse.Namespace) -> None:
         for images in options.images:
             with_images = change(base, seed=seed, data__images_per_task=_number(images))
             for name, settings in METHODS.items():
-                cases.append(Case(f"{images} images: {name}", change(with_images, **settings), options.samples))
+                cases.append(
+                    Case(
+                        f"{images} images: {name}", change(with_images, **settings), options.samples
+                    )
+                )
         for images in options.ablations_at:
             with_images = change(base, seed=seed, data__images_per_task=_number(images))
             for name, settings in ablations(with_images).items():
                 if options.changes and not any(words.lower() in name for words in options.changes):
                     continue
                 cases.append(
-                    Case(f"ablation, {images} images: {name}", change(with_images, **settings), options.samples)
+                    Case(
+                        f"ablation, {images} images: {name}",
+                        change(with_images, **settings),
+                        options.samples,
+                    )
                 )
     groups = by_name(run_cases(cases, options.pool, options.jobs))
     out = options.out or Path("runs") / f"when-it-pays-{options.dataset}-{options.preset}"
-    write_csv(out / "scores.csv", [row_of(outcome) for outcomes in groups.values() for outcome in outcomes])
+    write_csv(
+        out / "scores.csv",
+        [row_of(outcome) for outcomes in groups.values() for outcome in outcomes],
+    )
     _plot_images(out, options.images, groups)
     for images in options.images:
         _plot_budget(out, images, groups, options.pool)
@@ -138,15 +173,17 @@ def _study(options: argparse.Namespace) -> None:
     print(f"every number and the plots: {out}")
 
 
-def describe(images: Sequence[str], ablations_at: Sequence[str], groups: Mapping[str, Sequence[Outcome]]) -> str:
+def describe(
+    images: Sequence[str], ablations_at: Sequence[str], groups: Mapping[str, Sequence[Outcome]]
+) -> str:
     """The tables in Markdown."""
     some = next(iter(groups.values()))[0]
     name = some.record["scores"][0]["name"]
     floors = {count: groups[f"{count} images: local training"][0].floor() for count in images}
     lines = [
-        f"{name} against held-out images ({some.record['samples']:,} samples; all real training images score "
-        f"{max(floors.values()):.3f}), agreement, and the share of samples nearer to a training image than "
-        "held-out images allow (pixels):",
+        f"{name} against held-out images ({some.record['samples']:,} samples; all real training "
+        f"images score {max(floors.values()):.3f}), agreement, and the share of samples nearer to "
+        "a training image than held-out images allow (pixels):",
         "",
         "| images a task | " + " | ".join(METHODS) + " |",
         "|---|" + "---|" * len(METHODS),
@@ -168,7 +205,11 @@ def describe(images: Sequence[str], ablations_at: Sequence[str], groups: Mapping
                 [o.score() for o in outcomes],
                 *([row[key] for row in rows] for key in ("agreement", star, "memorised_pixels")),
             ]
-            lines.append(f"| {title.partition(': ')[2]} | " + " | ".join(mean_and_spread(v) for v in values) + " |")
+            lines.append(
+                f"| {title.partition(': ')[2]} | "
+                + " | ".join(mean_and_spread(v) for v in values)
+                + " |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -190,12 +231,20 @@ def _plot_images(out: Path, images: Sequence[str], groups: Mapping[str, Sequence
         spread[method] = [stdev(values) if len(values) > 1 else 0.0 for values in scores]
     name = next(iter(groups.values()))[0].record["scores"][0]["name"]
     line_plot(
-        out / "images.png", series, x_label="training images a task", y_label=f"{name} against held-out images",
-        title="Score against images a task, at one budget", log_x=True, log_y=True, spread=spread,
-    )  # fmt: skip
+        out / "images.png",
+        series,
+        x_label="training images a task",
+        y_label=f"{name} against held-out images",
+        title="Score against images a task, at one budget",
+        log_x=True,
+        log_y=True,
+        spread=spread,
+    )
 
 
-def _plot_budget(out: Path, images: str, groups: Mapping[str, Sequence[Outcome]], pool: Path) -> None:
+def _plot_budget(
+    out: Path, images: str, groups: Mapping[str, Sequence[Outcome]], pool: Path
+) -> None:
     series: dict[str, tuple[list[float], list[float]]] = {}
     name = ""
     for method in METHODS:
@@ -203,10 +252,13 @@ def _plot_budget(out: Path, images: str, groups: Mapping[str, Sequence[Outcome]]
         series[method] = (list(curves[0]), [mean(curve[x] for curve in curves) for x in curves[0]])
         name = groups[f"{images} images: {method}"][0].record["scores"][0]["name"]
     line_plot(
-        out / f"budget-{images}.png", series, x_label="training images seen, with repetition",
-        y_label=f"{name} against held-out images (500 samples)", title=f"Score against budget, {images} images a task",
+        out / f"budget-{images}.png",
+        series,
+        x_label="training images seen, with repetition",
+        y_label=f"{name} against held-out images (500 samples)",
+        title=f"Score against budget, {images} images a task",
         log_y=True,
-    )  # fmt: skip
+    )
 
 
 def _curve(outcome: Outcome, pool: Path) -> dict[float, float]:

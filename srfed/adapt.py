@@ -1,4 +1,6 @@
-"""Add an unseen task to a trained run: ``python -m srfed.adapt --run RUN --data FOLDER --images 500``."""
+"""Add an unseen task to a trained run: ``python -m srfed.adapt --run RUN --data FOLDER --images
+500``.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -21,27 +23,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = Parser(
         prog="python -m srfed.adapt",
-        description="Fit exclusive layers θ to a task that took no part in a run, on its owner's images alone. The "
+        description="Fit exclusive layers θ to a task that took no part in a run, on its owner's "
+        "images alone. The "
         "run stays as it is. A second call goes on with the modes that are missing.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", type=Path, metavar="RUN", help="the folder of a run, whose core φ is taken")
-    source.add_argument("--store", type=Path, metavar="DIR", help="or a site's own store, <state-dir>/<client-id>")
+    source.add_argument(
+        "--run", type=Path, metavar="RUN", help="the folder of a run, whose core φ is taken"
+    )
+    source.add_argument(
+        "--store", type=Path, metavar="DIR", help="or a site's own store, <state-dir>/<client-id>"
+    )
     data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--data", type=Path, metavar="PATH", help="the task's images: a folder or an .npz file")
+    data.add_argument(
+        "--data", type=Path, metavar="PATH", help="the task's images: a folder or an .npz file"
+    )
     data.add_argument("--task", metavar="NAME", help="or a task of the run's own data set")
-    parser.add_argument("--images", type=int, metavar="N", help="the first N training images; default: all")
     parser.add_argument(
-        "--mode", choices=("frozen", "thawed", "scratch", "all"), default="frozen",
-        help="frozen: θ alone (default); thawed: φ too, here only; scratch: everything, from the initialisation; "
+        "--images", type=int, metavar="N", help="the first N training images; default: all"
+    )
+    parser.add_argument(
+        "--mode",
+        choices=("frozen", "thawed", "scratch", "all"),
+        default="frozen",
+        help="frozen: θ alone (default); thawed: φ too, here only; scratch: everything, from the "
+        "initialisation; "
         "all: one after the other",
-    )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=600, metavar="N", help="local steps (default 600)")
-    parser.add_argument("--every", type=int, metavar="N", help="steps between two scores; default: a sixth of them")
-    parser.add_argument("--samples", type=int, default=200, metavar="N", help="samples for each score (default 200)")
+    )
+    parser.add_argument(
+        "--steps", type=int, default=600, metavar="N", help="local steps (default 600)"
+    )
+    parser.add_argument(
+        "--every", type=int, metavar="N", help="steps between two scores; default: a sixth of them"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=200, metavar="N", help="samples for each score (default 200)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of training and samples (default 0)")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/adapted-<name of the task>")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: runs/adapted-<name of the task>"
+    )
     options = parser.parse_args(arguments)
     return run_command(lambda: _adapt(options))
 
@@ -63,72 +85,112 @@ def _adapt(options: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from srfed.checkpoints.adapted_task import AdaptationFolder, images_hash, score_adaptation, tensors_hash
+    from srfed.checkpoints.adapted_task import (
+        AdaptationFolder,
+        images_hash,
+        score_adaptation,
+        tensors_hash,
+    )
     from srfed.checkpoints.trained_run import TrainedRun, TrainedSite
     from srfed.evaluation.features import load_feature_network
     from srfed.reporting.pictures import draw_grid, write_png
     from srfed.training.adaptation import MODES, adaptation_config
 
-    trained = TrainedRun(options.run, resources) if options.store is None else TrainedSite(options.store, resources)
+    trained = (
+        TrainedRun(options.run, resources)
+        if options.store is None
+        else TrainedSite(options.store, resources)
+    )
     config = _on_this_device(trained.config, options.device, cuda=trained.device.type == "cuda")
     task = _task(options, trained)
     evaluation = config.evaluation
-    network = load_feature_network(evaluation.feature_network, evaluation.inception_weights, trained.device)
+    network = load_feature_network(
+        evaluation.feature_network, evaluation.inception_weights, trained.device
+    )
     torch.set_num_threads(config.resources.client_cpus)
     core = tensors_hash(trained.shared)
     out: Path = options.out or Path("runs") / f"adapted-{task.name}"
     about = {
-        "task": task.name, "core_sha256": core, "images_sha256": images_hash(task), "images": len(task.train),
-        "steps": options.steps, "every": every, "samples": options.samples, "seed": options.seed,
+        "task": task.name,
+        "core_sha256": core,
+        "images_sha256": images_hash(task),
+        "images": len(task.train),
+        "steps": options.steps,
+        "every": every,
+        "samples": options.samples,
+        "seed": options.seed,
         "network": network.identity,
-    }  # fmt: skip
+    }
     modes = MODES if options.mode == "all" else (options.mode,)
     # What cannot work is found before the folder is made.
     own = {
         mode: adaptation_config(
-            config, mode, images=len(task.train), steps=options.steps, every=every, seed=options.seed
+            config,
+            mode,
+            images=len(task.train),
+            steps=options.steps,
+            every=every,
+            seed=options.seed,
         )
         for mode in modes
     }
     with AdaptationFolder.held(out, about) as folder:
         print(
-            f"{task.name}: {len(task.train)} training images and {len(task.test)} held out, "
-            f"of {_extents(trained.shape)}; core of round {trained.round}, sha256 {core}"
+            f"{task.name}: {len(task.train)} training images and {len(task.test)} held out, of "
+            f"{_extents(trained.shape)}; core of round {trained.round}, sha256 {core}"
         )
         for mode in modes:
             if folder.has(mode, task.name):
                 print(f"{mode}: finished already")
                 continue
             curve = []
-            with tqdm(total=options.steps, desc=mode, unit="step", disable=None, leave=False) as bar:
+            with tqdm(
+                total=options.steps, desc=mode, unit="step", disable=None, leave=False
+            ) as bar:
                 for scored in score_adaptation(
-                    config, trained.shared, task, network, mode=mode, steps=options.steps, every=every,
-                    samples=options.samples, seed=options.seed,
-                ):  # fmt: skip
+                    config,
+                    trained.shared,
+                    task,
+                    network,
+                    mode=mode,
+                    steps=options.steps,
+                    every=every,
+                    samples=options.samples,
+                    seed=options.seed,
+                ):
                     curve.append(scored)
                     bar.update(scored.point.steps - bar.n)
                     point = scored.point
                     tqdm.write(
-                        f"{mode:<8} step {point.steps:>5}  loss {point.loss:.4f}  {point.score_name} {point.score:.3f}"
+                        f"{mode:<8} step {point.steps:>5}  loss {point.loss:.4f}  "
+                        f"{point.score_name} {point.score:.3f}"
                     )
             last = curve[-1]
             folder.add(own[mode], mode, task.name, curve)
-            rows = {str(first): last.samples[first : first + ROW] for first in range(0, len(last.samples[:100]), ROW)}
+            rows = {
+                str(first): last.samples[first : first + ROW]
+                for first in range(0, len(last.samples[:100]), ROW)
+            }
             write_png(out / f"samples-{mode}.png", draw_grid(rows))
             print(f"{mode}: {_core_words(mode, core, tensors_hash(last.adapted.shared))}")
-            print(f"  sample it: python -m srfed.sample --store {folder.store(mode, task.name)} --n 64 --out grid.png")
+            print(
+                f"  sample it: python -m srfed.sample --store {folder.store(mode, task.name)} --n "
+                "64 --out grid.png"
+            )
         _plot(out / "scores.png", folder.points, task.name)
         some = folder.points[-1]
         print(
-            f"{some.score_name} of {some.samples} samples against {some.references} held-out images; the {some.images} "
-            f"training images score {some.floor:.3f} ({network.name} {network.sha256[:8]}, {network.resize_rule}; "
-            f"seed {options.seed})"
+            f"{some.score_name} of {some.samples} samples against {some.references} held-out "
+            f"images; the {some.images} training images score {some.floor:.3f} ({network.name} "
+            f"{network.sha256[:8]}, {network.resize_rule}; seed {options.seed})"
         )
         print(f"scores: {folder.scores}, {out / 'scores.png'}")
 
 
 def _on_this_device(config: "RunConfig", device: str, *, cuda: bool) -> "RunConfig":
-    """The run's configuration, to be computed here: in float32 on a CPU, whatever the run was trained in."""
+    """The run's configuration, to be computed here: in float32 on a CPU, whatever the run was
+    trained in.
+    """
     from srfed.config import parse_config
 
     content = config.model_dump(mode="json")
@@ -139,7 +201,9 @@ def _on_this_device(config: "RunConfig", device: str, *, cuda: bool) -> "RunConf
 
 
 def _task(options: argparse.Namespace, trained: "TrainedRun | TrainedSite") -> "Task":
-    """The new task, its images brought to the run's size and channels, and as many of them as were asked for."""
+    """The new task, its images brought to the run's size and channels, and as many of them as were
+    asked for.
+    """
     from dataclasses import replace
 
     from srfed.data import describe_own_images, load_own_task, load_task, task_names
@@ -152,7 +216,10 @@ def _task(options: argparse.Namespace, trained: "TrainedRun | TrainedSite") -> "
         names = task_names(config)
         new = [name for name in names if name not in {task.task for task in trained.tasks}]
         if options.task not in new:
-            raise UserError(f"--task {options.task} is no task that the run has not seen; allowed: {', '.join(new)}")
+            raise UserError(
+                f"--task {options.task} is no task that the run has not seen; allowed: "
+                f"{', '.join(new)}"
+            )
         task = load_task(config, names.index(options.task))
     else:
         fitting = {
@@ -167,18 +234,18 @@ def _task(options: argparse.Namespace, trained: "TrainedRun | TrainedSite") -> "
     shape, count = task.train.shape[1:], len(task.train)
     if shape != tuple(trained.shape):
         raise UserError(
-            f"the images of {task.name} are {_extents(shape)} (height x width x channels); the run has "
-            f"{_extents(trained.shape)}"
+            f"the images of {task.name} are {_extents(shape)} (height x width x channels); the run "
+            f"has {_extents(trained.shape)}"
         )
     if options.images is not None and not 1 <= options.images <= count:
         raise UserError(
-            f"--images {options.images} is impossible: {task.name} has {count} training images besides "
-            f"{len(task.test)} that are held out; allowed: 1 to {count}"
+            f"--images {options.images} is impossible: {task.name} has {count} training images "
+            f"besides {len(task.test)} that are held out; allowed: 1 to {count}"
         )
     if min(len(task.test), count if options.images is None else options.images) < 2:
         raise UserError(
-            f"{task.name} has {count} training and {len(task.test)} held-out images; a score needs 2 of each, so add "
-            "images, or a folder `test` beside `train`"
+            f"{task.name} has {count} training and {len(task.test)} held-out images; a score needs "
+            "2 of each, so add images, or a folder `test` beside `train`"
         )
     return replace(task, train=task.train[: options.images])
 
@@ -190,22 +257,33 @@ def _extents(shape: Sequence[int]) -> str:
 def _core_words(mode: str, before: str, after: str) -> str:
     if before == after:
         return f"the core is unchanged (sha256 {after})"
-    return "a core of its own" if mode == "scratch" else f"the core has moved, here only (sha256 {after})"
+    return (
+        "a core of its own"
+        if mode == "scratch"
+        else f"the core has moved, here only (sha256 {after})"
+    )
 
 
 def _plot(path: Path, points: "Sequence[Point]", task: str) -> None:
     from srfed.reporting.plots import line_plot
 
     series = {
-        mode: ([float(p.steps) for p in points if p.mode == mode], [p.score for p in points if p.mode == mode])
+        mode: (
+            [float(p.steps) for p in points if p.mode == mode],
+            [p.score for p in points if p.mode == mode],
+        )
         for mode in dict.fromkeys(point.mode for point in points)
     }
     some = points[0]
     line_plot(
-        path, series, x_label="local steps", log_y=True,
-        y_label=f"{some.score_name} against {some.references} held-out images ({some.samples} samples)",
+        path,
+        series,
+        x_label="local steps",
+        log_y=True,
+        y_label=f"{some.score_name} against {some.references} held-out images ({some.samples} "
+        "samples)",
         title=f"{task}, {some.images} training images",
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What every command has in common: its options, its output, the signals that end it, its exit status.
+"""What every command has in common: its options, its output, the signals that end it, its exit
+status.
 
-0 done; 2 after one line about what the user can mend; 129, 130 or 143 on SIGHUP, SIGINT or SIGTERM; 141 where nobody
-reads the output any more.
+0 done; 2 after one line about what the user can mend; 129, 130 or 143 on SIGHUP, SIGINT or SIGTERM;
+141 where nobody reads the output any more.
 """
 
 import argparse
@@ -37,7 +38,8 @@ class Interrupted(KeyboardInterrupt):
 class Parser(argparse.ArgumentParser):
     """The parser of every command and sub-command.
 
-    An option is known by its whole name only (``--data`` is no ``--data-dir``), and ``type=Path`` knows ``~``.
+    An option is known by its whole name only (``--data`` is no ``--data-dir``), and ``type=Path``
+    knows ``~``.
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
@@ -74,10 +76,15 @@ def run_command(command: Callable[[], None]) -> int:
         tell(f"error: {error}")
         return 2
     except (KeyboardInterrupt, BrokenPipeError) as stop:
-        tell("interrupted" if isinstance(stop, KeyboardInterrupt) else "interrupted: nobody reads the output")
+        tell(
+            "interrupted"
+            if isinstance(stop, KeyboardInterrupt)
+            else "interrupted: nobody reads the output"
+        )
         return status_of(stop)
     except OSError as error:
-        # A full disk under a redirected output has no file's name; all files of ours are written by name.
+        # A full disk under a redirected output has no file's name; all files of ours are written by
+        # name.
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
             raise
         tell(f"error: cannot write the output: {error.strerror}")
@@ -96,7 +103,9 @@ def status_of(stop: BaseException) -> int:
 
 @contextmanager
 def signals_to(handler: Handler) -> Iterator[None]:
-    """Let ``handler`` have SIGNALS; outside of the main thread, where Python hears none, nothing changes."""
+    """Let ``handler`` have SIGNALS; outside of the main thread, where Python hears none, nothing
+    changes.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -112,7 +121,8 @@ def signals_to(handler: Handler) -> Iterator[None]:
 
 @contextmanager
 def stopping_gently(stop: threading.Event, stopped: type[Exception]) -> Iterator[None]:
-    """The first of SIGNALS sets ``stop``, and the work ends where it can, with ``stopped``; the second ends it at once.
+    """The first of SIGNALS sets ``stop``, and the work ends where it can, with ``stopped``; the
+    second ends it at once.
 
     Raises:
         Interrupted: instead of ``stopped``.
@@ -144,8 +154,8 @@ def tell(text: str) -> None:
 def mend_streams() -> None:
     """Make the standard streams usable as they are found.
 
-    What is closed becomes the null device, before a file of ours gets its number; what a terminal cannot show (a φ in
-    ASCII, the bytes of a file's name) is written as an escape.
+    What is closed becomes the null device, before a file of ours gets its number; what a terminal
+    cannot show (a φ in ASCII, the bytes of a file's name) is written as an escape.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -162,7 +172,9 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 
 
 def _flushed() -> bool:
-    """Whether all output is out; what cannot be written goes to the null device, lest Python complains at its end."""
+    """Whether all output is out; what cannot be written goes to the null device, lest Python
+    complains at its end.
+    """
     sound = True
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -9,25 +9,41 @@ from srfed.errors import UserError
 
 
 def usable_cores() -> int:
-    """Cores that affinity (taskset, a scheduler) and the control group's quota (a container) leave; at least 1."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that affinity (taskset, a scheduler) and the control group's quota (a container) leave;
+    at least 1.
+    """
+    affinity = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     quota = quota_of_group()
     return affinity if quota is None else max(1, min(affinity, int(quota)))
 
 
 def check_resources(resources: ResourcesConfig, *, federated: bool = True) -> None:
-    """Raise UserError where the simulation's resources leave room for no client; centralised training has none."""
+    """Raise UserError where the simulation's resources leave room for no client; centralised
+    training has none.
+    """
     cores = resources.cpus or usable_cores()
     if resources.client_cpus > cores:
         raise UserError(
-            f"resources.client_cpus = {resources.client_cpus} is above the {cores} cores that this process may use"
+            f"resources.client_cpus = {resources.client_cpus} is above the {cores} cores that this "
+            "process may use"
         )
-    if federated and resources.backend == "ray" and resources.device == "cuda" and resources.client_gpus == 0:
-        raise UserError("resources.client_gpus = 0 gives clients under Ray no GPU; allowed: above 0, such as 0.25")
+    if (
+        federated
+        and resources.backend == "ray"
+        and resources.device == "cuda"
+        and resources.client_gpus == 0
+    ):
+        raise UserError(
+            "resources.client_gpus = 0 gives clients under Ray no GPU; allowed: above 0, such as "
+            "0.25"
+        )
 
 
 def quota_of_group(root: Path = Path("/")) -> float | None:
-    """The least CPU quota of the process's control group (v1 or v2) and those above it, in cores; None without one.
+    """The least CPU quota of the process's control group (v1 or v2) and those above it, in cores;
+    None without one.
 
     Args:
         root: where ``proc`` and ``sys`` are.
@@ -59,6 +75,10 @@ def _groups(root: Path) -> Iterator[Path]:
         if controllers and "cpu" not in controllers.split(","):
             continue
         # A container may see its own group as the root, under another path than the one it is told.
-        for mount in (hierarchies / controllers, hierarchies / "cpu") if controllers else (hierarchies,):
+        for mount in (
+            (hierarchies / controllers, hierarchies / "cpu") if controllers else (hierarchies,)
+        ):
             group = mount / path.lstrip("/")
-            yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(mount))
+            yield from (
+                folder for folder in (group, *group.parents) if folder.is_relative_to(mount)
+            )

@@ -11,7 +11,9 @@ from srfed.config import ResourcesConfig
 from srfed.errors import UserError
 
 WARM_UP_CALLS = 3
-"""Before a capture, so that libraries have chosen their algorithms and made their workspaces (CUDA semantics)."""
+"""Before a capture, so that libraries have chosen their algorithms and made their workspaces (CUDA
+semantics).
+"""
 
 
 def resolve_device(resources: ResourcesConfig) -> torch.device:
@@ -22,13 +24,16 @@ def resolve_device(resources: ResourcesConfig) -> torch.device:
     """
     available = torch.cuda.is_available()
     if resources.device == "cuda" and not available:
-        raise UserError("resources.device = cuda, but PyTorch finds no CUDA device here; allowed: auto, cpu")
+        raise UserError(
+            "resources.device = cuda, but PyTorch finds no CUDA device here; allowed: auto, cpu"
+        )
     # With its index, because tensors have one and devices are compared.
     cuda = available and resources.device != "cpu"
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     if resources.precision != "float32" and device.type == "cpu":
         raise UserError(
-            f"resources.precision = {resources.precision} needs CUDA, and there is none here; allowed: float32"
+            f"resources.precision = {resources.precision} needs CUDA, and there is none here; "
+            "allowed: float32"
         )
     return device
 
@@ -48,10 +53,12 @@ def autocast(resources: ResourcesConfig, device: torch.device) -> AbstractContex
 
 @contextmanager
 def arithmetic(resources: ResourcesConfig, device: torch.device) -> Iterator[None]:
-    """Within it, a GPU multiplies and repeats itself as ``precision`` and ``deterministic`` say; a CPU always does.
+    """Within it, a GPU multiplies and repeats itself as ``precision`` and ``deterministic`` say; a
+    CPU always does.
 
-    PyTorch's own default takes TF32 (10 bits of mantissa) for convolutions and float32 for matrix products. What
-    was set before is set again afterwards, as these are switches of the whole process.
+    PyTorch's own default takes TF32 (10 bits of mantissa) for convolutions and float32 for matrix
+    products. What was set before is set again afterwards, as these are switches of the whole
+    process.
     """
     if device.type != "cuda":
         yield
@@ -72,24 +79,29 @@ def arithmetic(resources: ResourcesConfig, device: torch.device) -> Iterator[Non
 
 
 class Captured:
-    """A function of tensors whose kernels are queued as one: a CUDA graph for each shape of its arguments.
+    """A function of tensors whose kernels are queued as one: a CUDA graph for each shape of its
+    arguments.
 
-    Small networks wait for Python to queue their kernels far longer than the kernels take. On a CPU a call is a
-    call of the function.
+    Small networks wait for Python to queue their kernels far longer than the kernels take. On a CPU
+    a call is a call of the function.
 
     Args:
-        function: (tensors) -> a tensor. What else it reads or writes must stay where it is in memory; it may not
-            wait for the device, and may draw from the default generator only.
+        function: (tensors) -> a tensor. What else it reads or writes must stay where it is in
+            memory; it may not wait for the device, and may draw from the default generator only.
         device: where the arguments are.
     """
 
     def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
         self._function = function
         self._device = device
-        self._graphs: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
+        self._graphs: dict[
+            tuple[object, ...], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]
+        ] = {}
 
     def prepare(self, *arguments: Tensor) -> None:
-        """Capture for arguments like these, if not done yet; the function is called, with all that it changes."""
+        """Capture for arguments like these, if not done yet; the function is called, with all that
+        it changes.
+        """
         if self._device.type == "cuda" and _shapes(arguments) not in self._graphs:
             self._capture(arguments)
 
@@ -119,8 +131,12 @@ class Captured:
         self._graphs[_shapes(arguments)] = graph, inputs, output
 
 
-def captured_forward(model: nn.Module, resources: ResourcesConfig, device: torch.device) -> Captured:
-    """The model's forward pass, captured where there is CUDA, in the run's arithmetic; weights may change in place."""
+def captured_forward(
+    model: nn.Module, resources: ResourcesConfig, device: torch.device
+) -> Captured:
+    """The model's forward pass, captured where there is CUDA, in the run's arithmetic; weights may
+    change in place.
+    """
 
     def forward(*arguments: Tensor) -> Tensor:
         with arithmetic(resources, device):

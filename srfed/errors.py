@@ -9,8 +9,10 @@ class UserError(Exception):
 
 
 class DamagedError(UserError):
-    """A file that is not what was written: it is missing, cut short or altered, and reading it again changes nothing.
+    """A file that is not what was written: it is missing, cut short or altered, and reading it
+    again changes nothing.
 
-    What cannot be read for another reason (no permission, too many open files, a network drive that is away) may be
-    sound: that is a plain UserError, and no advice to remove anything follows from it.
+    What cannot be read for another reason (no permission, too many open files, a network drive that
+    is away) may be sound: that is a plain UserError, and no advice to remove anything follows from
+    it.
     """

@@ -13,26 +13,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = Parser(
         prog="python -m srfed.evaluate",
-        description="Sample a simulated or centralised run's last checkpoint, and score the samples in every way "
-        "there is. Each number is printed with what it depends on. A second call reads what the first has left.",
+        description="Sample a simulated or centralised run's last checkpoint, and score the "
+        "samples in every way "
+        "there is. Each number is printed with what it depends on. A second call reads what the "
+        "first has left.",
     )
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="the run's folder")
-    parser.add_argument("--samples", type=int, default=10_000, metavar="N", help="of all tasks together (10000)")
+    parser.add_argument(
+        "--samples", type=int, default=10_000, metavar="N", help="of all tasks together (10000)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the samples (0)")
-    parser.add_argument("--network", metavar="NAME", help="embedded or inception; default: the run's")
-    parser.add_argument("--inception-weights", metavar="FILE", help="default: the run's, or the official ones")
+    parser.add_argument(
+        "--network", metavar="NAME", help="embedded or inception; default: the run's"
+    )
+    parser.add_argument(
+        "--inception-weights", metavar="FILE", help="default: the run's, or the official ones"
+    )
     parser.add_argument("--sampler", metavar="NAME", help="ddim or ancestral; default: the run's")
     parser.add_argument("--steps", type=int, metavar="N", help="DDIM steps; default: the run's")
-    parser.add_argument("--eta", type=float, metavar="X", help="DDIM's noise, 0 to 1; default: the run's")
-    parser.add_argument("--ssim-images", type=int, metavar="N", help="test images of each task; default: the run's")
     parser.add_argument(
-        "--quantile", type=float, default=0.05, metavar="Q", help="of the memorisation audit, 0 to 0.5 (0.05)"
+        "--eta", type=float, metavar="X", help="DDIM's noise, 0 to 1; default: the run's"
     )
-    parser.add_argument("--references", type=Path, metavar="DIR", help="keep statistics of real images here")
     parser.add_argument(
-        "--allow-changed-images", action="store_true",
-        help="score against the images that are there, although they are not those that the run was begun with",
-    )  # fmt: skip
+        "--ssim-images", type=int, metavar="N", help="test images of each task; default: the run's"
+    )
+    parser.add_argument(
+        "--quantile",
+        type=float,
+        default=0.05,
+        metavar="Q",
+        help="of the memorisation audit, 0 to 0.5 (0.05)",
+    )
+    parser.add_argument(
+        "--references", type=Path, metavar="DIR", help="keep statistics of real images here"
+    )
+    parser.add_argument(
+        "--allow-changed-images",
+        action="store_true",
+        help="score against the images that are there, although they are not those that the run "
+        "was begun with",
+    )
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
     options = parser.parse_args(arguments)
     return run_command(lambda: _evaluate(options))
@@ -45,7 +65,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     from srfed.requested_config import requested_sampling, with_absolute_paths
 
     if not 0 < options.quantile < 0.5:
-        raise UserError(f"--quantile {options.quantile} is impossible; allowed: above 0 and below 0.5")
+        raise UserError(
+            f"--quantile {options.quantile} is impossible; allowed: above 0 and below 0.5"
+        )
     resources = load_config(None, [f"resources.device={options.device}"]).resources
     own = RunDirectory.open(options.run).config
     given = {
@@ -56,13 +78,15 @@ def _evaluate(options: argparse.Namespace) -> None:
     }
     content = own.model_dump(mode="json")
     content["evaluation"] |= {key: value for key, value in given.items() if value is not None}
-    content["sampling"] = requested_sampling(own, options.sampler, options.steps, options.eta).model_dump(mode="json")
+    content["sampling"] = requested_sampling(
+        own, options.sampler, options.steps, options.eta
+    ).model_dump(mode="json")
     config = with_absolute_paths(parse_config(content, "the command line"))
     evaluation = config.evaluation
     if options.inception_weights is not None and evaluation.feature_network != "inception":
         raise UserError(
-            f"--inception-weights {options.inception_weights} would be ignored: the feature network is "
-            f"{evaluation.feature_network}; leave it out, or name --network inception"
+            f"--inception-weights {options.inception_weights} would be ignored: the feature "
+            f"network is {evaluation.feature_network}; leave it out, or name --network inception"
         )
     # Importing torch takes seconds: what is wrong with the options is said before.
     from tqdm import tqdm
@@ -72,9 +96,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     from srfed.evaluation.features import load_feature_network
 
     if not RunDirectory.open(options.run).images.exists():
-        _note("the run has no record of its images, so nobody can tell whether it was begun with those that are there")
+        _note(
+            "the run has no record of its images, so nobody can tell whether it was begun with "
+            "those that are there"
+        )
     trained = TrainedRun(options.run, resources)
-    network = load_feature_network(evaluation.feature_network, evaluation.inception_weights, trained.device)
+    network = load_feature_network(
+        evaluation.feature_network, evaluation.inception_weights, trained.device
+    )
     wanted = Wanted(
         samples=evaluation.samples,
         seed=options.seed,
@@ -83,12 +112,18 @@ def _evaluate(options: argparse.Namespace) -> None:
         ssim_timesteps=tuple(sorted({evaluation.ssim_timestep, *evaluation.ssim_curve})),
         quantile=options.quantile,
     )
-    with tqdm(total=len(trained.tasks), desc="sampling", unit="task", disable=None, leave=False) as bar:
+    with tqdm(
+        total=len(trained.tasks), desc="sampling", unit="task", disable=None, leave=False
+    ) as bar:
         record = evaluate_run(
-            options.run, trained, wanted, network,
-            reference_folder=options.references, progress=lambda _: bar.update(),
+            options.run,
+            trained,
+            wanted,
+            network,
+            reference_folder=options.references,
+            progress=lambda _: bar.update(),
             on_changed_images=_note if options.allow_changed_images else None,
-        )  # fmt: skip
+        )
     print(_words(record, evaluation.ssim_timestep))
 
 
@@ -100,35 +135,43 @@ def _words(record: dict[str, Any], headline: int) -> str:
     from srfed.evaluation.scoring import Score, describe_score
 
     lines = [
-        f"{record['run']} after round {record['round']}; configuration {record['fingerprint'][:12]}, "
-        f"training seed {record['training_seed']}",
+        f"{record['run']} after round {record['round']}; configuration "
+        f"{record['fingerprint'][:12]}, training seed {record['training_seed']}",
         "samples: " + ", ".join(f"{key} {value}" for key, value in record["sampling"].items()),
-        *(describe_score(Score(**score), record["network"], record["seed"]) for score in record["scores"]),
+        *(
+            describe_score(Score(**score), record["network"], record["seed"])
+            for score in record["scores"]
+        ),
     ]
     if record["ssim"]:
         curve = ", ".join(f"t = {t}: {value:.4f}" for t, value in record["ssim"].items())
         lines.append(
-            f"SSIM-rec@{headline}: {record['ssim'][str(headline)]:.4f} ({curve}; n = {record['ssim_images']} test "
-            f"images a task, window {record['ssim_window']} px, seed {record['training_seed']})"
+            f"SSIM-rec@{headline}: {record['ssim'][str(headline)]:.4f} ({curve}; n = "
+            f"{record['ssim_images']} test images a task, window {record['ssim_window']} px, seed "
+            f"{record['training_seed']})"
         )
     lines.append(
-        f"agreement: {record['agreement']['all']:.4f} of the samples are given to their task by 3 nearest neighbours "
-        "among all real images, in pixels"
+        f"agreement: {record['agreement']['all']:.4f} of the samples are given to their task by 3 "
+        "nearest neighbours among all real images, in pixels"
     )
     return "\n".join([*lines, *_audit_words(record["memorisation"])])
 
 
 def _audit_words(memorisation: dict[str, Any]) -> list[str]:
     # Evaluations of earlier versions have an audit of every task.
-    missing = [f"no memorisation audit of {name}: {why}" for name, why in memorisation.get("none", {}).items()]
+    missing = [
+        f"no memorisation audit of {name}: {why}"
+        for name, why in memorisation.get("none", {}).items()
+    ]
     if memorisation["all"] is None:
         return missing
     merged = memorisation["all"]
     fired = [name for name, numbers in memorisation["by_task"].items() if numbers["fires"]]
     verdict = f"memorised: {', '.join(fired)}" if fired else "no task's model shows memorisation"
     return [
-        f"memorisation: {merged['pixels_share']:.4f} (pixels) and {merged['features_share']:.4f} (features) of the "
-        f"samples are closer to a training image than a share {merged['quantile']:.4f} of held-out images; {verdict}",
+        f"memorisation: {merged['pixels_share']:.4f} (pixels) and {merged['features_share']:.4f} "
+        "(features) of the samples are closer to a training image than a share "
+        f"{merged['quantile']:.4f} of held-out images; {verdict}",
         *missing,
     ]
 

@@ -1,7 +1,9 @@
-"""Files of ours: written whole or not at all, for their owner's eyes, with the version of their format.
+"""Files of ours: written whole or not at all, for their owner's eyes, with the version of their
+format.
 
-Writing leaves the old content or the new, never a part of it. Reading tells what is damaged (DamagedError) from what
-cannot be read now (UserError). What is made has mode 0600, and 0700 where it is a folder, whatever the umask.
+Writing leaves the old content or the new, never a part of it. Reading tells what is damaged
+(DamagedError) from what cannot be read now (UserError). What is made has mode 0600, and 0700 where
+it is a folder, whatever the umask.
 """
 
 import errno
@@ -22,9 +24,11 @@ from srfed import __version__
 from srfed.errors import DamagedError, UserError
 
 FORMAT = "format"
-"""The key under which each of our files says the version of its format; files of before versions have none, and are
-of version 0."""
-STREWN = re.compile(r"\.DS_Store|\._.*|\.nfs.*|\.fuse_hidden.*|Thumbs\.db|desktop\.ini", re.IGNORECASE)
+"""The key under which each of our files says the version of its format; files of before versions
+have none, and are of version 0."""
+STREWN = re.compile(
+    r"\.DS_Store|\._.*|\.nfs.*|\.fuse_hidden.*|Thumbs\.db|desktop\.ini", re.IGNORECASE
+)
 """What operating systems leave in any folder."""
 
 _PRIVATE_FILE, _PRIVATE_FOLDER = 0o600, 0o700
@@ -50,7 +54,8 @@ def write_bytes(path: Path, content: bytes, *, private: bool = True) -> None:
         private: for the owner alone; otherwise the umask decides, as for what is to be handed out.
 
     Raises:
-        UserError: the file cannot be written (no permission, disk full, a folder of that name); what stood there stays.
+        UserError: the file cannot be written (no permission, disk full, a folder of that name);
+            what stood there stays.
     """
     temporary = _temporary(path)
     try:
@@ -69,7 +74,9 @@ def write_bytes(path: Path, content: bytes, *, private: bool = True) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any], *, version: int = 1) -> None:
-    """Write a mapping as indented JSON with its format's version, atomically; raises as :func:`write_bytes`."""
+    """Write a mapping as indented JSON with its format's version, atomically; raises as
+    :func:`write_bytes`.
+    """
     write_bytes(path, json_bytes(content, version=version))
 
 
@@ -81,8 +88,8 @@ def json_bytes(content: Mapping[str, Any], *, version: int = 1) -> bytes:
 def append_text(path: Path, text: str) -> None:
     """Append to a log, which is made where it is missing.
 
-    One of more than :data:`LONGEST_LOG` bytes becomes ``<name>.1``, in place of the one before it: nobody who can make
-    a party complain may fill its disk.
+    One of more than :data:`LONGEST_LOG` bytes becomes ``<name>.1``, in place of the one before it:
+    nobody who can make a party complain may fill its disk.
 
     Raises:
         UserError: it cannot be written.
@@ -168,7 +175,8 @@ def make_folder(path: Path, *, private: bool = True) -> None:
 
 
 def new_folder(path: Path) -> Path:
-    """Make a folder that nobody else has made: ``path``, or ``path-2`` and so on where that is taken.
+    """Make a folder that nobody else has made: ``path``, or ``path-2`` and so on where that is
+    taken.
 
     Raises:
         UserError: it cannot be made.
@@ -189,7 +197,8 @@ def new_folder(path: Path) -> Path:
 
 
 def list_folder(path: Path) -> list[str]:
-    """The names in a folder, in order, without what is temporary or strewn; none where there is no folder.
+    """The names in a folder, in order, without what is temporary or strewn; none where there is no
+    folder.
 
     Raises:
         UserError: it cannot be read, which is not the same as empty.
@@ -200,14 +209,17 @@ def list_folder(path: Path) -> list[str]:
         return []
     except OSError as error:
         raise UserError(f"cannot read {path}: {_why(error)}") from error
-    return sorted(name for name in names if not _TEMPORARY.fullmatch(name) and not STREWN.fullmatch(name))
+    return sorted(
+        name for name in names if not _TEMPORARY.fullmatch(name) and not STREWN.fullmatch(name)
+    )
 
 
 def remove_folder(path: Path, files: Iterable[str]) -> None:
     """Remove a folder of ours: under its name it is gone at once or not at all.
 
-    What others have put there is not ours to remove, but for what systems strew everywhere; then a hidden folder with
-    it is left. Nothing is an error: what cannot be removed now, :func:`remove_leftovers` finds later.
+    What others have put there is not ours to remove, but for what systems strew everywhere; then a
+    hidden folder with it is left. Nothing is an error: what cannot be removed now,
+    :func:`remove_leftovers` finds later.
 
     Args:
         path: the folder; it may be gone already.
@@ -226,7 +238,8 @@ def remove_folder(path: Path, files: Iterable[str]) -> None:
 
 
 def remove_leftovers(path: Path, files: Iterable[str]) -> None:
-    """Remove what killed processes have left of :func:`write_folder` and :func:`remove_folder` in a folder.
+    """Remove what killed processes have left of :func:`write_folder` and :func:`remove_folder` in a
+    folder.
 
     Args:
         path: the folder; only one process at a time may write into it.
@@ -242,7 +255,9 @@ def remove_leftovers(path: Path, files: Iterable[str]) -> None:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is something; raises UserError where that cannot be known, which is not the same as nothing."""
+    """Whether there is something; raises UserError where that cannot be known, which is not the
+    same as nothing.
+    """
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -262,11 +277,15 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        kind = DamagedError if isinstance(error, FileNotFoundError | NotADirectoryError) else UserError
+        kind = (
+            DamagedError if isinstance(error, FileNotFoundError | NotADirectoryError) else UserError
+        )
         raise kind(f"cannot read {path}: {_why(error)}") from error
 
 
-def read_json(path: Path, *keys: str, version: int = 1, kinds: Mapping[str, type] | None = None) -> dict[str, Any]:
+def read_json(
+    path: Path, *keys: str, version: int = 1, kinds: Mapping[str, type] | None = None
+) -> dict[str, Any]:
     """Read a mapping that :func:`write_json` wrote.
 
     Args:
@@ -290,23 +309,30 @@ def read_json(path: Path, *keys: str, version: int = 1, kinds: Mapping[str, type
 
 
 def check_format(
-    path: Path, content: Mapping[str, Any], *keys: str, version: int = 1, kinds: Mapping[str, type] | None = None
+    path: Path,
+    content: Mapping[str, Any],
+    *keys: str,
+    version: int = 1,
+    kinds: Mapping[str, type] | None = None,
 ) -> None:
-    """Raise as :func:`read_json` unless a file's content is of a format that is known, and complete."""
+    """Raise as :func:`read_json` unless a file's content is of a format that is known, and
+    complete.
+    """
     try:
         found = int(content.get(FORMAT, 0))
     except (TypeError, ValueError) as error:
         raise DamagedError(f"{path} is damaged: {FORMAT} is {content[FORMAT]!r}") from error
     if found > version:
         raise UserError(
-            f"{path} has format {found}, which a newer srfed wrote; srfed {__version__} reads up to {version}: "
-            "install the newer one"
+            f"{path} has format {found}, which a newer srfed wrote; srfed {__version__} reads up "
+            f"to {version}: install the newer one"
         )
     for key in (*keys, *(kinds or {})):
         if key not in content:
             if found < version:
                 raise UserError(
-                    f"{path} is of an older srfed (format {found}) and has no {key!r}: use the srfed that wrote it"
+                    f"{path} is of an older srfed (format {found}) and has no {key!r}: use the "
+                    "srfed that wrote it"
                 )
             raise DamagedError(f"{path} is damaged: it has no {key!r}")
     for key, kind in (kinds or {}).items():
@@ -335,14 +361,19 @@ def close_to_others(folder: Path) -> None:
 
 
 def open_to_others(folder: Path) -> str | None:
-    """A sentence where others than the owner can look into a folder, or None; no folder is open to nobody."""
+    """A sentence where others than the owner can look into a folder, or None; no folder is open to
+    nobody.
+    """
     try:
         mode = stat.S_IMODE(folder.stat().st_mode)
     except OSError:
         return None
     if not mode & 0o077:
         return None
-    return f"{folder} can be read by others on this machine (mode {mode:04o}); close it: chmod -R go= {folder}"
+    return (
+        f"{folder} can be read by others on this machine (mode {mode:04o}); close it: chmod -R "
+        f"go= {folder}"
+    )
 
 
 # --- Locks ---------------------------------------------------------------------------------------
@@ -350,7 +381,8 @@ def open_to_others(folder: Path) -> str | None:
 
 @contextmanager
 def held(path: Path, *, wait: bool) -> Iterator[None]:
-    """Hold a lock file for this process; the system lets go of it when the process ends, however it ends.
+    """Hold a lock file for this process; the system lets go of it when the process ends, however it
+    ends.
 
     On a file system that has no locks nothing is held, which is said once.
 
@@ -382,7 +414,8 @@ def held(path: Path, *, wait: bool) -> Iterator[None]:
 def _say_unlocked(folder: Path, why: str) -> None:
     with suppress(OSError, ValueError):
         print(
-            f"{folder} is on a file system without locks ({why}): see to it that no second process uses it",
+            f"{folder} is on a file system without locks ({why}): see to it that no second process "
+            "uses it",
             file=sys.stderr,
             flush=True,
         )
@@ -402,7 +435,9 @@ def _refuse_folder(path: Path) -> None:
 
 
 def _owners(path: str | Path, flags: int) -> int:
-    """As os.open, for a file that is made to be its owner's alone, whatever the umask; one that is there stays so."""
+    """As os.open, for a file that is made to be its owner's alone, whatever the umask; one that is
+    there stays so.
+    """
     try:
         descriptor = os.open(path, flags | os.O_EXCL, _PRIVATE_FILE)
     except FileExistsError:
@@ -440,7 +475,8 @@ def _sync_folder_of(path: Path) -> None:
         _sync_folder(path.absolute().parent)
     except OSError as error:
         raise UserError(
-            f"{path} is written, but whether it is on disk is not known: {_why(error)} for {path.absolute().parent}"
+            f"{path} is written, but whether it is on disk is not known: {_why(error)} for "
+            f"{path.absolute().parent}"
         ) from error
 
 

@@ -12,17 +12,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = Parser(
         prog="python -m srfed.partition",
-        description="Print which of the UNet's modules are shared and which exclusive, with parameters and bytes.",
+        description="Print which of the UNet's modules are shared and which exclusive, with "
+        "parameters and bytes.",
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file; default: the embedded digits")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="a YAML file; default: the embedded digits"
+    )
     parser.add_argument("--data-dir", metavar="DIR", help="where the images are (data.dir)")
     parser.add_argument(
-        "--image-channels", type=int, metavar="C", help="channels of the images; default: looked up in the data"
+        "--image-channels",
+        type=int,
+        metavar="C",
+        help="channels of the images; default: looked up in the data",
     )
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
         help="override a setting, e.g. model.exclusive_stages=io; repeatable",
-    )  # fmt: skip
+    )
     options = parser.parse_args(arguments)
     return run_command(lambda: _show(options))
 
@@ -37,7 +47,9 @@ def _show(options: argparse.Namespace) -> None:
     if channels is not None and channels < 1:
         raise UserError(f"--image-channels {channels} is impossible; allowed: 1 or more")
     if channels is not None and options.data_dir is not None:
-        raise UserError("--data-dir would be ignored, as --image-channels says all that it is looked up for")
+        raise UserError(
+            "--data-dir would be ignored, as --image-channels says all that it is looked up for"
+        )
     data_dir = None if options.data_dir is None else json.dumps(options.data_dir)
     config = requested_config(options.config, options.overrides, {"data.dir": data_dir})
     if channels is None:
@@ -57,7 +69,8 @@ def _show(options: argparse.Namespace) -> None:
     for name, part, count in rows:
         print(f"{name:<{width}}  {part:<9}  {count:>12,}")
     shared, exclusive = (
-        sum(tensors[name].numel() for name in names) for names in (partition.shared, partition.exclusive)
+        sum(tensors[name].numel() for name in names)
+        for names in (partition.shared, partition.exclusive)
     )
     both_ways = sum(tensors[name].nbytes for name in partition.shared)
     moments = 3 if config.training.shared_moments == "average" else 1

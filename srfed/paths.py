@@ -10,8 +10,8 @@ def user_path(text: str | Path) -> Path:
     """A path whose first part may be ``~`` or ``~name``, a home folder.
 
     Raises:
-        UserError: nobody has this name, no home folder is known, or it is not UTF-8, which neither a configuration nor
-            TensorBoard can name.
+        UserError: nobody has this name, no home folder is known, or it is not UTF-8, which neither
+            a configuration nor TensorBoard can name.
     """
     try:
         str(text).encode()
@@ -20,7 +20,9 @@ def user_path(text: str | Path) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{str(text).split('/')[0]} is nobody's home folder here; name the folder itself") from error
+        raise UserError(
+            f"{str(text).split('/')[0]} is nobody's home folder here; name the folder itself"
+        ) from error
 
 
 def absolute_path(text: str | Path) -> Path:

@@ -29,6 +29,7 @@ def derive_seed(seed: int, purpose: str, *parts: str | int) -> int:
 def derive_generator(seed: int, purpose: str, *parts: str | int) -> torch.Generator:
     """Return a fresh ``torch.Generator``, seeded by :func:`derive_seed`.
 
-    It is the CPU's, whose draws are the same wherever they are then used; a GPU's own would give others.
+    It is the CPU's, whose draws are the same wherever they are then used; a GPU's own would give
+    others.
     """
     return torch.Generator().manual_seed(derive_seed(seed, purpose, *parts))

@@ -1,4 +1,6 @@
-"""What a command was asked for: a file, overrides and options, and what follows from the data where nobody said it."""
+"""What a command was asked for: a file, overrides and options, and what follows from the data where
+nobody said it.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,26 +20,31 @@ SHOWN = 20
 """Most names of tasks in one line."""
 
 
-def requested_config(path: Path | None, overrides: Sequence[str], options: Mapping[str, str | None]) -> RunConfig:
+def requested_config(
+    path: Path | None, overrides: Sequence[str], options: Mapping[str, str | None]
+) -> RunConfig:
     """The configuration that a command's file, overrides and options name.
 
-    Where nobody says it, ``data.dataset`` is what lies in ``data.dir``, as is said on standard output;
-    ``federation.clients`` all tasks of an owner's own data; ``name`` that of the data. Paths are absolute, as other
-    processes, and later resumptions, may stand in other folders.
+    Where nobody says it, ``data.dataset`` is what lies in ``data.dir``, as is said on standard
+    output; ``federation.clients`` all tasks of an owner's own data; ``name`` that of the data.
+    Paths are absolute, as other processes, and later resumptions, may stand in other folders.
 
     Args:
         path: a YAML file; None starts from the defaults.
         overrides: each "section.key=value", the value in YAML.
-        options: by setting, what the command has an option of its own for, in YAML; None where it was not given.
+        options: by setting, what the command has an option of its own for, in YAML; None where it
+            was not given.
 
     Raises:
-        UserError: as :func:`~srfed.config.load_config`; a setting is said twice, or would be ignored; the data are
-            not what they should be.
+        UserError: as :func:`~srfed.config.load_config`; a setting is said twice, or would be
+            ignored; the data are not what they should be.
     """
     given = {key: value for key, value in options.items() if value is not None}
     for key in given:
         if any(override.partition("=")[0].strip() == key for override in overrides):
-            raise UserError(f"{key} is set twice, by an option of its own and by --set; leave one out")
+            raise UserError(
+                f"{key} is set twice, by an option of its own and by --set; leave one out"
+            )
     content = read_settings(path, [*overrides, *(f"{key}={value}" for key, value in given.items())])
     source = "configuration" if path is None else str(path)
     if isinstance(data := content.get("data", {}), dict):
@@ -47,7 +54,9 @@ def requested_config(path: Path | None, overrides: Sequence[str], options: Mappi
     return config
 
 
-def requested_sampling(config: RunConfig, sampler: str | None, steps: int | None, eta: float | None) -> SamplingConfig:
+def requested_sampling(
+    config: RunConfig, sampler: str | None, steps: int | None, eta: float | None
+) -> SamplingConfig:
     """A run's way of sampling with what --sampler, --steps and --eta change; None leaves the run's.
 
     Raises:
@@ -60,8 +69,9 @@ def requested_sampling(config: RunConfig, sampler: str | None, steps: int | None
     for option, value in (("--steps", steps), ("--eta", eta)):
         if value is not None and sampling.sampler != "ddim":
             raise UserError(
-                f"{option} {value} would be ignored: the {sampling.sampler} sampler always takes all "
-                f"{config.diffusion.timesteps} steps, with noise; leave it out, or name --sampler ddim"
+                f"{option} {value} would be ignored: the {sampling.sampler} sampler always takes "
+                f"all {config.diffusion.timesteps} steps, with noise; leave it out, or name "
+                "--sampler ddim"
             )
     return sampling
 
@@ -70,13 +80,16 @@ def refuse_ignored_dir(config: RunConfig) -> None:
     """Raise UserError where ``data.dir`` names images that the data set does not look at."""
     if config.data.dir and config.data.dataset in WITHOUT_DIR:
         raise UserError(
-            f"data.dir = {config.data.dir} would be ignored: data.dataset = {config.data.dataset} takes nothing from "
-            "there; leave --data-dir out, or name the data set, for example --set data.dataset=folder"
+            f"data.dir = {config.data.dir} would be ignored: data.dataset = {config.data.dataset} "
+            "takes nothing from there; leave --data-dir out, or name the data set, for example "
+            "--set data.dataset=folder"
         )
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The same configuration with its paths as every process finds them; raises UserError for an unknown ``~name``."""
+    """The same configuration with its paths as every process finds them; raises UserError for an
+    unknown ``~name``.
+    """
     for name in PATHS:
         section, key = name.split(".")
         settings = getattr(config, section)
@@ -104,7 +117,9 @@ def _complete(content: dict[str, Any], data: dict[str, Any], source: str) -> Non
         shown = [*names[:SHOWN], *(["…"] if len(names) > SHOWN else [])]
         print(f"tasks: all {len(names)} of {settings.dir}: {', '.join(shown)}")
     if "name" not in content and "dataset" in data:
-        content["name"] = data["dataset"] if settings is None else _name_of(settings.dir, str(data["dataset"]))
+        content["name"] = (
+            data["dataset"] if settings is None else _name_of(settings.dir, str(data["dataset"]))
+        )
 
 
 def _name_of(folder: str, otherwise: str) -> str:

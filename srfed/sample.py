@@ -1,4 +1,6 @@
-"""Sample from a trained run: ``python -m srfed.sample --run RUN --task 3 --n 64 --out grid.png``."""
+"""Sample from a trained run: ``python -m srfed.sample --run RUN --task 3 --n 64 --out
+grid.png``.
+"""
 
 import argparse
 import io
@@ -22,20 +24,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, metavar="RUN", help="the folder of a simulation's run")
     source.add_argument(
-        "--store", type=Path, metavar="DIR", help="a deployed site's own store, <state-dir>/<client-id>"
+        "--store",
+        type=Path,
+        metavar="DIR",
+        help="a deployed site's own store, <state-dir>/<client-id>",
     )
-    parser.add_argument("--task", metavar="TASK", help="a task's name or position; default: every task")
-    parser.add_argument("--n", type=int, default=64, metavar="N", help="images of each task (default 64)")
+    parser.add_argument(
+        "--task", metavar="TASK", help="a task's name or position; default: every task"
+    )
+    parser.add_argument(
+        "--n", type=int, default=64, metavar="N", help="images of each task (default 64)"
+    )
     parser.add_argument("--sampler", metavar="NAME", help="ddim or ancestral; default: the run's")
     parser.add_argument("--steps", type=int, metavar="N", help="DDIM steps; default: the run's")
-    parser.add_argument("--eta", type=float, metavar="X", help="DDIM's noise, 0 to 1; default: the run's")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images (default 0)")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
-    parser.add_argument("--out", type=Path, metavar="PNG", help="where the grid goes (default samples.png)")
     parser.add_argument(
-        "--npz", type=Path, metavar="FILE",
-        help="also write `images` (uint8 N x H x W x C) and `tasks` (the name of each image's task)",
-    )  # fmt: skip
+        "--eta", type=float, metavar="X", help="DDIM's noise, 0 to 1; default: the run's"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the same seed gives the same images (default 0)"
+    )
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--out", type=Path, metavar="PNG", help="where the grid goes (default samples.png)"
+    )
+    parser.add_argument(
+        "--npz",
+        type=Path,
+        metavar="FILE",
+        help="also write `images` (uint8 N x H x W x C) and `tasks` (the name of each image's "
+        "task)",
+    )
     options = parser.parse_args(arguments)
     return run_command(lambda: _sample(options))
 
@@ -65,7 +83,11 @@ def _sample(options: argparse.Namespace) -> None:
     out = options.out or Path("samples.png")
     for output in (out, options.npz):
         try_output(output)
-    trained = TrainedRun(options.run, resources) if options.store is None else TrainedSite(options.store, resources)
+    trained = (
+        TrainedRun(options.run, resources)
+        if options.store is None
+        else TrainedSite(options.store, resources)
+    )
     sampling = requested_sampling(trained.config, *given)
     torch.set_num_threads(trained.config.resources.client_cpus)
     tasks = trained.tasks if options.task is None else [trained.find_task(options.task)]
@@ -85,18 +107,25 @@ def _sample(options: argparse.Namespace) -> None:
     if options.npz is not None:
         buffer = io.BytesIO()
         names = [name for name, group in images.items() for _ in group]
-        np.savez_compressed(buffer, images=np.concatenate(list(images.values())), tasks=np.array(names))
+        np.savez_compressed(
+            buffer, images=np.concatenate(list(images.values())), tasks=np.array(names)
+        )
         write_bytes(options.npz, buffer.getvalue(), private=False)
         print(f"as numbers: {options.npz}")
 
 
 def _rows(images: "Mapping[str, Images]") -> "Mapping[str, Images]":
-    """One row a task; a single task's images in rows of about a square, labelled with their numbers."""
+    """One row a task; a single task's images in rows of about a square, labelled with their
+    numbers.
+    """
     if len(images) > 1:
         return images
     ((name, group),) = images.items()
     columns = math.isqrt(len(group) - 1) + 1
-    return {f"{name}  {first}": group[first : first + columns] for first in range(0, len(group), columns)}
+    return {
+        f"{name}  {first}": group[first : first + columns]
+        for first in range(0, len(group), columns)
+    }
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from srfed.train_command import check_training, train_by_command, training_parse
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = training_parser(
-        "srfed.simulate", "Train one diffusion model over n simulated clients that never share an image."
+        "srfed.simulate",
+        "Train one diffusion model over n simulated clients that never share an image.",
     )
     parser.add_argument("--backend", metavar="NAME", help="ray or inline (resources.backend)")
     options = parser.parse_args(arguments)
@@ -21,10 +22,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(lambda: train_by_command("srfed.simulate", options, further, check, _run))
 
 
-def check(config: RunConfig, record: Path | None = None, *, allow_changed_images: bool = False) -> None:
-    """Look for everything that would fail later; raises UserError as :func:`check_training` does."""
+def check(
+    config: RunConfig, record: Path | None = None, *, allow_changed_images: bool = False
+) -> None:
+    """Look for everything that would fail later; raises UserError as :func:`check_training`
+    does.
+    """
     if config.training.method != "federated":
-        raise UserError(f"training.method = {config.training.method} is for python -m srfed.centralise")
+        raise UserError(
+            f"training.method = {config.training.method} is for python -m srfed.centralise"
+        )
     check_training(config, record, allow_changed_images=allow_changed_images)
 
 

@@ -1,4 +1,6 @@
-"""Tensors on disk: safetensors bytes beside a manifest that says what they are and holds their hash."""
+"""Tensors on disk: safetensors bytes beside a manifest that says what they are and holds their
+hash.
+"""
 
 import hashlib
 import json
@@ -45,7 +47,9 @@ class Checkpoint:
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint as a new folder, complete or not at all; raises UserError where it cannot."""
+    """Write a checkpoint as a new folder, complete or not at all; raises UserError where it
+    cannot.
+    """
     tensors = {
         f"{group}:{name}": tensor.detach().cpu().contiguous()
         for group, members in checkpoint.groups.items()
@@ -76,7 +80,9 @@ def read_checkpoint(folder: Path, kinds: Mapping[str, type] | None = None) -> Ch
     path = folder / STATE_FILE
     state = read_bytes(path)
     if hashlib.sha256(state).hexdigest() != manifest["sha256"]:
-        raise DamagedError(f"{path} is damaged ({len(state)} bytes that do not match the hash in {MANIFEST_FILE})")
+        raise DamagedError(
+            f"{path} is damaged ({len(state)} bytes that do not match the hash in {MANIFEST_FILE})"
+        )
     groups: dict[str, dict[str, Tensor]] = {}
     try:
         tensors = safetensors.torch.load(state)
@@ -90,7 +96,8 @@ def read_checkpoint(folder: Path, kinds: Mapping[str, type] | None = None) -> Ch
 
 
 def find_checkpoints(folder: Path) -> list[str]:
-    """The names of the checkpoints in a folder, damaged ones too, in order; raises UserError where it cannot be read.
+    """The names of the checkpoints in a folder, damaged ones too, in order; raises UserError where
+    it cannot be read.
 
     A folder with neither state nor manifest is what an interrupted removal has left, and is none.
     """
@@ -103,7 +110,9 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def remove_remains(folder: Path) -> None:
-    """Remove what killed processes have left among the checkpoints of a folder; nobody else may be writing there."""
+    """Remove what killed processes have left among the checkpoints of a folder; nobody else may be
+    writing there.
+    """
     remove_leftovers(folder, _FILES)
     sound = find_checkpoints(folder)
     for name in list_folder(folder):
@@ -112,14 +121,20 @@ def remove_remains(folder: Path) -> None:
 
 
 def check_tensors(what: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise UserError unless tensors have the names and shapes of others; ``what`` says whose they are."""
+    """Raise UserError unless tensors have the names and shapes of others; ``what`` says whose they
+    are.
+    """
     for name in sorted(set(tensors) | set(expected)):
         if name not in tensors or name not in expected:
             where = "has no" if name not in tensors else "has a"
-            raise UserError(f"{what} {where} tensor {name}, which is not what the configuration says")
+            raise UserError(
+                f"{what} {where} tensor {name}, which is not what the configuration says"
+            )
         found, wanted = tuple(tensors[name].shape), tuple(expected[name].shape)
         if found != wanted:
-            raise UserError(f"{what} has {name} with shape {found}, and the configuration says {wanted}")
+            raise UserError(
+                f"{what} has {name} with shape {found}, and the configuration says {wanted}"
+            )
 
 
 def image_shape(path: Path, content: list[int]) -> tuple[int, int, int]:
@@ -130,8 +145,12 @@ def image_shape(path: Path, content: list[int]) -> tuple[int, int, int]:
     return height, width, channels
 
 
-def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], about: Mapping[str, str] | None = None) -> None:
-    """Write named arrays, and words about them, as one safetensors file, atomically; raises UserError."""
+def write_arrays(
+    path: Path, arrays: Mapping[str, NDArray[Any]], about: Mapping[str, str] | None = None
+) -> None:
+    """Write named arrays, and words about them, as one safetensors file, atomically; raises
+    UserError.
+    """
     write_bytes(path, safetensors.numpy.save(dict(arrays), metadata={FORMAT: "1", **(about or {})}))
 
 

@@ -1,4 +1,6 @@
-"""What the commands that train have in common: options, checks before any work, resuming, the closing words."""
+"""What the commands that train have in common: options, checks before any work, resuming, the
+closing words.
+"""
 
 import argparse
 import json
@@ -27,21 +29,38 @@ def training_parser(command: str, description: str) -> argparse.ArgumentParser:
         epilog="settings (name = default):\n" + describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file; default: the embedded digits")
     parser.add_argument(
-        "--clients", metavar="N", help="the first N tasks (federation.clients); default: all of own data, or 10"
+        "--config", type=Path, metavar="FILE", help="a YAML file; default: the embedded digits"
     )
-    parser.add_argument("--data-dir", metavar="DIR", help="where the images are (data.dir); what they are is looked up")
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="the run's folder; default runs/<name>-<time>")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
     parser.add_argument(
-        "--allow-changed-images", action="store_true",
+        "--clients",
+        metavar="N",
+        help="the first N tasks (federation.clients); default: all of own data, or 10",
+    )
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="where the images are (data.dir); what they are is looked up",
+    )
+    parser.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help="the run's folder; default runs/<name>-<time>"
+    )
+    parser.add_argument(
+        "--resume", type=Path, metavar="RUN", help="go on with the run in this folder"
+    )
+    parser.add_argument(
+        "--allow-changed-images",
+        action="store_true",
         help="with --resume: go on although the images are not those that the run was begun with",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
         help="override a setting, e.g. training.batch_size=32; repeatable",
-    )  # fmt: skip
+    )
     return parser
 
 
@@ -58,8 +77,10 @@ def train_by_command(
         command: the command's name, for the words that say how to go on.
         options: of :func:`training_parser`.
         further: settings that the command has options of its own for; None where not given.
-        check: as :func:`check_training`; raises UserError for what cannot work, before anything is written.
-        train: does the work; may raise UserError, KeyboardInterrupt or, where nobody reads the output, BrokenPipeError.
+        check: as :func:`check_training`; raises UserError for what cannot work, before anything is
+            written.
+        train: does the work; may raise UserError, KeyboardInterrupt or, where nobody reads the
+            output, BrokenPipeError.
 
     Raises:
         UserError: the text says how to go on where there is something to go on with.
@@ -73,7 +94,9 @@ def train_by_command(
     }
     if options.resume is None:
         if options.allow_changed_images:
-            raise UserError("--allow-changed-images is for --resume: a new run takes the images that are there")
+            raise UserError(
+                "--allow-changed-images is for --resume: a new run takes the images that are there"
+            )
         config = requested_config(options.config, options.overrides, named)
         check(config)
         run = RunDirectory.create(options.run_dir, config)
@@ -86,7 +109,10 @@ def train_by_command(
         record = run.images if run.started or run.images.exists() else None
         check(config, record, allow_changed_images=options.allow_changed_images)
     if finished(run):
-        print(f"{relative(run.path)} is finished already; a larger federation.rounds would go on with it")
+        print(
+            f"{relative(run.path)} is finished already; a larger federation.rounds would go on "
+            "with it"
+        )
     else:
         _announce(run)
         go_on = f"{command} --resume {shlex.quote(str(relative(run.path)))}"
@@ -104,7 +130,9 @@ def train_by_command(
     _show_where(run)
 
 
-def check_training(config: RunConfig, record: Path | None = None, *, allow_changed_images: bool = False) -> None:
+def check_training(
+    config: RunConfig, record: Path | None = None, *, allow_changed_images: bool = False
+) -> None:
     """Look for everything that would fail later, before anything is written or started.
 
     Args:
@@ -113,12 +141,13 @@ def check_training(config: RunConfig, record: Path | None = None, *, allow_chang
         allow_changed_images: put other images on record, and say so, instead of refusing them.
 
     Raises:
-        UserError: data, batch size, device, partition, feature network or cores do not fit; images have changed.
+        UserError: data, batch size, device, partition, feature network or cores do not fit; images
+            have changed.
     """
     if config.data.dataset == "sites":
         raise UserError(
-            "data.dataset = sites is for deployed sites (docs/deployment.md); for a simulation name a data set, "
-            "for example --set data.dataset=folder --data-dir DIR"
+            "data.dataset = sites is for deployed sites (docs/deployment.md); for a simulation "
+            "name a data set, for example --set data.dataset=folder --data-dir DIR"
         )
     # Importing torch takes seconds: what is wrong with settings and images is said before.
     from srfed.data import load_recorded_tasks, load_tasks, record_tasks
@@ -129,11 +158,16 @@ def check_training(config: RunConfig, record: Path | None = None, *, allow_chang
         tasks = load_tasks(config.data, config.federation.clients)
     else:
         tasks = load_recorded_tasks(
-            config.data, config.federation.clients, record, _say_on_stderr if allow_changed_images else None
+            config.data,
+            config.federation.clients,
+            record,
+            _say_on_stderr if allow_changed_images else None,
         )
     for task in tasks:
         if len(task.test) < 2:
-            raise UserError(f"task {task.name!r} has {len(task.test)} test images; evaluation needs at least 2")
+            raise UserError(
+                f"task {task.name!r} has {len(task.test)} test images; evaluation needs at least 2"
+            )
     from srfed.device import resolve_device
     from srfed.evaluation.features import load_feature_network
     from srfed.training.batches import MinibatchOrder
@@ -145,23 +179,35 @@ def check_training(config: RunConfig, record: Path | None = None, *, allow_chang
         central_orders(config, {task.name: len(task.train) for task in tasks})
     for task in tasks:
         if training.method == "federated":
-            MinibatchOrder.of(training, len(task.train), training.batch_size, config.seed, task.name)
+            MinibatchOrder.of(
+                training, len(task.train), training.batch_size, config.seed, task.name
+            )
     build_partition(config, build_model(config, tasks[0].train.shape[-1]))
-    load_feature_network(config.evaluation.feature_network, config.evaluation.inception_weights, device)
+    load_feature_network(
+        config.evaluation.feature_network, config.evaluation.inception_weights, device
+    )
     if record is not None:
         if not record.exists():
-            _say_on_stderr(f"the run has no record of its images, so they cannot be compared; {record} is begun now")
+            _say_on_stderr(
+                f"the run has no record of its images, so they cannot be compared; {record} is "
+                "begun now"
+            )
         with held(record.parent / LOCK, wait=False):
             record_tasks(record, tasks)
 
 
 def _last_reason(run: RunDirectory, since: float) -> str:
-    """What a simulated client has last put in its own log, as here the same person owns run and clients."""
+    """What a simulated client has last put in its own log, as here the same person owns run and
+    clients.
+    """
     logs = [log for log in run.clients.glob("*/client.log") if log.stat().st_mtime >= since]
     if not logs:
         return ""
     latest = max(logs, key=lambda log: log.stat().st_mtime)
-    return f"; {relative(latest)} ends with: {latest.read_text(errors='replace').rstrip().splitlines()[-1]}"
+    return (
+        f"; {relative(latest)} ends with: "
+        f"{latest.read_text(errors='replace').rstrip().splitlines()[-1]}"
+    )
 
 
 def _say_on_stderr(text: str) -> None:
@@ -192,7 +238,11 @@ def _announce(run: RunDirectory) -> None:
     print(
         f"{config.name}: {config.federation.clients} clients, {config.federation.rounds} rounds, "
         f"exclusive stages {config.model.exclusive_stages}, "
-        + (f"backend {config.resources.backend}" if config.training.method == "federated" else config.training.method)
+        + (
+            f"backend {config.resources.backend}"
+            if config.training.method == "federated"
+            else config.training.method
+        )
     )
     for line in describe_images(config.data, config.federation.clients):
         print(line)

@@ -25,7 +25,9 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 @pytest.fixture(scope="session", autouse=True)
 def _signals_as_at_a_terminal() -> Iterator[None]:
-    """A suite that was started with nohup, or in the background, would hand on to its processes what it ignores."""
+    """A suite that was started with nohup, or in the background, would hand on to its processes
+    what it ignores.
+    """
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
     previous = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield

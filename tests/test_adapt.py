@@ -1,4 +1,6 @@
-"""A task that took no part is added to a run: θ alone, or φ too, or from scratch; the run stays as it is."""
+"""A task that took no part is added to a run: θ alone, or φ too, or from scratch; the run stays as
+it is.
+"""
 
 import csv
 import json
@@ -50,14 +52,18 @@ def adapted(trained: TrainedRun, new_images: np.ndarray) -> dict[str, list[Adapt
     """Every mode's results after 20, 40 and 50 steps."""
     return {
         mode: list(
-            adapt(trained.config, trained.shared, new_images, task=NEW, mode=mode, steps=50, every=20)
+            adapt(
+                trained.config, trained.shared, new_images, task=NEW, mode=mode, steps=50, every=20
+            )
         )
         for mode in MODES
-    }  # fmt: skip
+    }
 
 
 def same_bits(first: Tensors, second: Tensors) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def files_in(folder: Path) -> dict[Path, bytes]:
@@ -79,7 +85,9 @@ def loss_on(run: TrainedRun, shared: Tensors, exclusive: Tensors, images: np.nda
 # --- The training --------------------------------------------------------------------------------
 
 
-def test_steps_are_the_same_in_every_mode_and_the_last_chunk_may_be_short(adapted: dict[str, list[Adapted]]) -> None:
+def test_steps_are_the_same_in_every_mode_and_the_last_chunk_may_be_short(
+    adapted: dict[str, list[Adapted]],
+) -> None:
     for curve in adapted.values():
         assert [(one.chunk, one.steps) for one in curve] == [(1, 20), (2, 40), (3, 50)]
 
@@ -97,11 +105,15 @@ def test_frozen_leaves_every_bit_of_the_core_and_learns(
     assert adapted["frozen"][-1].loss < adapted["frozen"][0].loss
 
 
-def test_thawed_and_scratch_move_the_core_from_different_places(trained: TrainedRun, new_images: np.ndarray) -> None:
+def test_thawed_and_scratch_move_the_core_from_different_places(
+    trained: TrainedRun, new_images: np.ndarray
+) -> None:
     first = trained.partition.take_shared(build_model(trained.config, 1).state_dict())
     modes: tuple[Mode, ...] = ("thawed", "scratch")
     for mode, origin in zip(modes, (trained.shared, first), strict=True):
-        (one,) = adapt(trained.config, trained.shared, new_images, task=NEW, mode=mode, steps=1, every=1)
+        (one,) = adapt(
+            trained.config, trained.shared, new_images, task=NEW, mode=mode, steps=1, every=1
+        )
         assert set(one.shared) == set(origin)
         # Adam's first step moves no weight by more than the rate.
         moves = [float((tensor - origin[name]).abs().max()) for name, tensor in one.shared.items()]
@@ -122,15 +134,21 @@ def test_frozen_is_a_clients_training_from_the_common_initialisation(
     assert same_bits(state.exclusive_average, adapted["frozen"][1].exclusive)
 
 
-def test_where_the_core_moves_it_is_averaged_step_by_step_too(trained: TrainedRun, new_images: np.ndarray) -> None:
+def test_where_the_core_moves_it_is_averaged_step_by_step_too(
+    trained: TrainedRun, new_images: np.ndarray
+) -> None:
     own = adaptation_config(trained.config, "thawed", images=len(new_images), steps=5, every=1)
     model = build_model(own, 1)
     load_tensors(model, trained.shared)
     partition = divide(model, "all")
     average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = initial_state(model, partition)
-    trainer = LocalTrainer(own, model, partition, build_diffusion(own, torch.device("cpu")), NEW, new_images)
-    results = list(adapt(trained.config, trained.shared, new_images, task=NEW, mode="thawed", steps=5, every=1))
+    trainer = LocalTrainer(
+        own, model, partition, build_diffusion(own, torch.device("cpu")), NEW, new_images
+    )
+    results = list(
+        adapt(trained.config, trained.shared, new_images, task=NEW, mode="thawed", steps=5, every=1)
+    )
     for step, result in enumerate(results):
         state = trainer.train(step + 1, {}, state).state
         decay = min(own.training.ema_decay, (1 + step) / (10 + step))
@@ -139,10 +157,19 @@ def test_where_the_core_moves_it_is_averaged_step_by_step_too(trained: TrainedRu
             torch.testing.assert_close({**result.shared, **result.exclusive}[name], average[name])
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_does_not(trained: TrainedRun, new_images: np.ndarray) -> None:
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(
+    trained: TrainedRun, new_images: np.ndarray
+) -> None:
     def once(seed: int | None) -> Tensors:
         *_, last = adapt(
-            trained.config, trained.shared, new_images, task=NEW, mode="frozen", steps=4, every=2, seed=seed
+            trained.config,
+            trained.shared,
+            new_images,
+            task=NEW,
+            mode="frozen",
+            steps=4,
+            every=2,
+            seed=seed,
         )
         return last.exclusive
 
@@ -150,10 +177,14 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(trained: Trained
     assert not same_bits(once(0), once(1))
 
 
-def test_fewer_images_than_a_minibatch_are_repeated(trained: TrainedRun, new_images: np.ndarray) -> None:
+def test_fewer_images_than_a_minibatch_are_repeated(
+    trained: TrainedRun, new_images: np.ndarray
+) -> None:
     config = adaptation_config(trained.config, "frozen", images=5, steps=2, every=1)
     assert config.training.across_passes
-    *_, last = adapt(trained.config, trained.shared, new_images[:5], task=NEW, mode="frozen", steps=2, every=1)
+    *_, last = adapt(
+        trained.config, trained.shared, new_images[:5], task=NEW, mode="frozen", steps=2, every=1
+    )
     assert np.isfinite(last.loss)
 
 
@@ -182,7 +213,9 @@ def test_a_runs_unusual_settings_still_make_an_adaptation(trained: TrainedRun) -
         ({"model.task_embedding": "shared"}, "table of its tasks"),
     ],
 )
-def test_runs_that_no_task_can_be_added_to(changes: dict[str, str], said: str, new_images: np.ndarray) -> None:
+def test_runs_that_no_task_can_be_added_to(
+    changes: dict[str, str], said: str, new_images: np.ndarray
+) -> None:
     with pytest.raises(UserError, match=said):
         adapt(tiny_config(changes), {}, new_images, task=NEW, mode="scratch", steps=2, every=1)
 
@@ -200,9 +233,12 @@ def run_command(finished_run: RunDirectory, tmp_path: Path) -> Callable[..., tup
 
 
 def test_the_command_keeps_scores_pictures_and_models(
-    finished_run: RunDirectory, trained: TrainedRun, run_command: Callable[..., tuple[int, Path]],
-    capsys: pytest.CaptureFixture[str], tmp_path: Path,
-) -> None:  # fmt: skip
+    finished_run: RunDirectory,
+    trained: TrainedRun,
+    run_command: Callable[..., tuple[int, Path]],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
     before = files_in(finished_run.path)
     code, out = run_command("--task", NEW, "--images", 20, "--mode", "all")
     assert code == 0
@@ -215,10 +251,21 @@ def test_the_command_keeps_scores_pictures_and_models(
     with (out / "scores.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == [
-        "mode", "images", "steps", "loss", "score_name", "score", "samples", "references", "floor",
-        "network_sha256", "seed",
-    ]  # fmt: skip
-    assert [(row["mode"], row["steps"]) for row in rows] == [(mode, steps) for mode in MODES for steps in ("4", "6")]
+        "mode",
+        "images",
+        "steps",
+        "loss",
+        "score_name",
+        "score",
+        "samples",
+        "references",
+        "floor",
+        "network_sha256",
+        "seed",
+    ]
+    assert [(row["mode"], row["steps"]) for row in rows] == [
+        (mode, steps) for mode in MODES for steps in ("4", "6")
+    ]
     network = EmbeddedFeatures()
     assert {row["network_sha256"] for row in rows} == {network.sha256}
     assert {row["score_name"] for row in rows} == {"fd_embedded"}
@@ -233,7 +280,18 @@ def test_the_command_keeps_scores_pictures_and_models(
         assert same_bits(shared, trained.shared) == (mode == "frozen")
         # The store samples again: the very images that were scored.
         numbers = tmp_path / f"{mode}.npz"
-        arguments = ["--store", store, "--n", 8, "--device", "cpu", "--out", tmp_path / "grid.png", "--npz", numbers]
+        arguments = [
+            "--store",
+            store,
+            "--n",
+            8,
+            "--device",
+            "cpu",
+            "--out",
+            tmp_path / "grid.png",
+            "--npz",
+            numbers,
+        ]
         assert sample.main([str(argument) for argument in arguments]) == 0
         with np.load(numbers) as content:
             assert content["tasks"].tolist() == [NEW] * 8
@@ -276,22 +334,40 @@ def test_an_owners_own_pictures_are_brought_to_the_runs_form(
 ) -> None:
     random = np.random.default_rng(0)
     for number in range(12):
-        save(tmp_path / "Clinic 9" / f"{number}.png", random.integers(0, 256, (20, 14, 3), np.uint8))
+        save(
+            tmp_path / "Clinic 9" / f"{number}.png", random.integers(0, 256, (20, 14, 3), np.uint8)
+        )
     code, out = run_command("--data", tmp_path / "Clinic 9")
     assert code == 0
     site = TrainedSite(out / "frozen" / "clinic-9", CPU)
     assert site.shape == trained.shape
     images = generate(
-        site.model_of(site.tasks[0]), site.diffusion, site.config.sampling, count=2, shape=site.shape, seed=0, task="x"
+        site.model_of(site.tasks[0]),
+        site.diffusion,
+        site.config.sampling,
+        count=2,
+        shape=site.shape,
+        seed=0,
+        task="x",
     ).images
     assert images.shape == (2, 8, 8, 1)
     # A site's store has a core too, and another task can build on that.
-    arguments = ["--store", out / "frozen" / "clinic-9", "--task", NEW, *FEW, "--out", tmp_path / "further"]
+    arguments = [
+        "--store",
+        out / "frozen" / "clinic-9",
+        "--task",
+        NEW,
+        *FEW,
+        "--out",
+        tmp_path / "further",
+    ]
     assert command.main([str(argument) for argument in arguments]) == 0
     assert same_bits(SiteModel(tmp_path / "further" / "frozen" / NEW).tensors[0], trained.shared)
 
 
-def test_an_npz_without_labels_is_a_task(run_command: Callable[..., tuple[int, Path]], tmp_path: Path) -> None:
+def test_an_npz_without_labels_is_a_task(
+    run_command: Callable[..., tuple[int, Path]], tmp_path: Path
+) -> None:
     images = np.random.default_rng(0).integers(0, 256, (30, 8, 8), np.uint8)
     np.savez(tmp_path / "site.npz", train_images=images[:20], test_images=images[20:])
     code, out = run_command("--data", tmp_path / "site.npz", "--images", 12)
@@ -302,19 +378,30 @@ def test_an_npz_without_labels_is_a_task(run_command: Callable[..., tuple[int, P
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--task", "digit-1"), "digit-1 is no task that the run has not seen; allowed: digit-3, digit-4"),
-        (("--task", NEW, "--images", 10_000), "--images 10000 is impossible: digit-7 has 143 training images"),
+        (
+            ("--task", "digit-1"),
+            "digit-1 is no task that the run has not seen; allowed: digit-3, digit-4",
+        ),
+        (
+            ("--task", NEW, "--images", 10_000),
+            "--images 10000 is impossible: digit-7 has 143 training images",
+        ),
         (("--task", NEW, "--images", 0), "--images 0 is impossible"),
         (("--task", NEW, "--steps", 0), "--steps 0 is impossible"),
-        (("--task", NEW, "--every", 7), "7 steps between two scores are impossible; allowed: 1 to 6"),
+        (
+            ("--task", NEW, "--every", 7),
+            "7 steps between two scores are impossible; allowed: 1 to 6",
+        ),
         (("--task", NEW, "--samples", 1), "--samples 1 is impossible; allowed: 2 or more"),
         (("--data", "/nowhere/at/all"), "/nowhere/at/all does not exist"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(
-    arguments: tuple[object, ...], said: str, run_command: Callable[..., tuple[int, Path]],
+    arguments: tuple[object, ...],
+    said: str,
+    run_command: Callable[..., tuple[int, Path]],
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     code, out = run_command(*arguments)
     message = capsys.readouterr().err
     assert code == 2
@@ -329,7 +416,10 @@ def test_too_few_images_to_hold_any_out(
     for number in range(3):
         save(tmp_path / "few" / f"{number}.png", np.full((8, 8), 80 * number, np.uint8))
     assert run_command("--data", tmp_path / "few")[0] == 2
-    assert "few has 2 training and 1 held-out images; a score needs 2 of each" in capsys.readouterr().err
+    assert (
+        "few has 2 training and 1 held-out images; a score needs 2 of each"
+        in capsys.readouterr().err
+    )
 
 
 def test_channels_that_cannot_be_converted_are_an_error(

@@ -1,4 +1,6 @@
-"""The owner decides: a site serves what its agreement allows, and nothing that a server merely asks for."""
+"""The owner decides: a site serves what its agreement allows, and nothing that a server merely asks
+for.
+"""
 
 import json
 import math
@@ -32,7 +34,15 @@ from srfed.federation.agreement import (
 )
 from srfed.federation.client_app import app
 from srfed.federation.inline_grid import InlineGrid
-from srfed.federation.messages import DESCRIBE, EVALUATE, REFUSED, SHARED, TRAIN, Request, read_metrics
+from srfed.federation.messages import (
+    DESCRIBE,
+    EVALUATE,
+    REFUSED,
+    SHARED,
+    TRAIN,
+    Request,
+    read_metrics,
+)
 from srfed.federation.site import own_task
 from srfed.training.setup import build_model, build_partition
 
@@ -46,7 +56,9 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 class AgreedSite:
     """A deployed site with the images of digit-0, and the messages that a server sends it."""
 
-    def __init__(self, folder: Path, overrides: Mapping[str, Any] = MOMENTS, agreed: bool = True) -> None:
+    def __init__(
+        self, folder: Path, overrides: Mapping[str, Any] = MOMENTS, agreed: bool = True
+    ) -> None:
         self.config = tiny_config(overrides)
         self.state = folder / "state"
         self.data = folder / "images.npz"
@@ -64,10 +76,18 @@ class AgreedSite:
         asked = self.config if config is None else config
         text = asked if isinstance(asked, str) else asked.to_json()
         number = {TRAIN: 1, EVALUATE: 2, DESCRIBE: 0}[kind]
-        values = {"lineage": "lineage", "client": CLIENT, "round": number, "attempt": f"attempt-{number}", **fields}
+        values = {
+            "lineage": "lineage",
+            "client": CLIENT,
+            "round": number,
+            "attempt": f"attempt-{number}",
+            **fields,
+        }
         if kind == EVALUATE:
             values = {"samples": 20, **values}
-        content = Request(text, **values).to_content({SHARED: self.shared} if kind != DESCRIBE else None)
+        content = Request(text, **values).to_content(
+            {SHARED: self.shared} if kind != DESCRIBE else None
+        )
         return self.grid.send_and_receive([Message(content, 1, kind)])[0]
 
     @property
@@ -103,15 +123,28 @@ def test_a_site_serves_what_its_owner_has_agreed_to(tmp_path: Path) -> None:
     assert len(site.stored) == 2, "an attempt and a model"
 
 
-# What was seen to work against a site whose owner had agreed to statistics of twenty images a round: whole
-# networks, single images, the site's memory and processes. Written out, so that a rule that is lost is missed.
+# What was seen to work against a site whose owner had agreed to statistics of twenty images a
+# round: whole networks, single images, the site's memory and processes. Written out, so that a rule
+# that is lost is missed.
 HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "all tensors of the network": ({"model.exclusive_stages": "none"}, "model.exclusive_stages"),
-    "the tensors of θ but for the head": ({"model.exclusive_stages": "io"}, "model.exclusive_stages"),
-    "the tensors that do not match a pattern": ({"model.exclusive_stages": ["head.*"]}, "model.exclusive_stages"),
+    "the tensors of θ but for the head": (
+        {"model.exclusive_stages": "io"},
+        "model.exclusive_stages",
+    ),
+    "the tensors that do not match a pattern": (
+        {"model.exclusive_stages": ["head.*"]},
+        "model.exclusive_stages",
+    ),
     "another network": ({"model.channels": [8, 16, 16, 32]}, "model.channels"),
-    "a network that knows its task": ({"model.task_embedding": "exclusive"}, "model.task_embedding"),
-    "one training image alone": ({"data.images_per_task": 1, "training.drop_last": False}, "data.images_per_task"),
+    "a network that knows its task": (
+        {"model.task_embedding": "exclusive"},
+        "model.task_embedding",
+    ),
+    "one training image alone": (
+        {"data.images_per_task": 1, "training.drop_last": False},
+        "data.images_per_task",
+    ),
     "one image less": ({"data.images_per_task": 141}, "data.images_per_task"),
     "another split": ({"data.test_fraction": 0.21}, "data.test_fraction"),
     "images of another size": ({"data.image_size": 9}, "data.image_size"),
@@ -121,7 +154,10 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "a last minibatch of a few images": ({"training.drop_last": False}, "training.drop_last"),
     "minibatches in another order": ({"seed": 1}, "seed"),
     "more steps": ({"training.local_steps": 2000}, "training.local_steps"),
-    "passes in place of steps": ({"training.local_steps": None, "training.local_epochs": 1}, "training.local_steps"),
+    "passes in place of steps": (
+        {"training.local_steps": None, "training.local_epochs": 1},
+        "training.local_steps",
+    ),
     "gradients as they are": ({"training.optimizer": "sgd"}, "training.optimizer"),
     "gradients without a bound": ({"training.gradient_clip": None}, "training.gradient_clip"),
     "another rate": ({"training.learning_rate": 1.0}, "training.learning_rate"),
@@ -129,13 +165,22 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "more rounds": ({"federation.rounds": 4}, "federation.rounds"),
     "images in place of statistics": ({"evaluation.mode": "samples"}, "evaluation.mode"),
     "statistics in every round": ({"evaluation.every": 1}, "evaluation.every"),
-    "features of another network": ({"evaluation.feature_network": "inception"}, "evaluation.feature_network"),
+    "features of another network": (
+        {"evaluation.feature_network": "inception"},
+        "evaluation.feature_network",
+    ),
     "SSIM of one test image": ({"evaluation.ssim_images": 1}, "evaluation.ssim_images"),
     "SSIM at another timestep": ({"evaluation.ssim_timestep": 6}, "evaluation.ssim_timestep"),
-    "a picture of the reverse process in many steps": ({"evaluation.strip_steps": 101}, "evaluation.strip_steps"),
+    "a picture of the reverse process in many steps": (
+        {"evaluation.strip_steps": 101},
+        "evaluation.strip_steps",
+    ),
     "samples without noise": ({"sampling.eta": 0.0}, "sampling.eta"),
     "samples in giant batches": ({"sampling.batch_size": 10**6}, "sampling.batch_size"),
-    "another precision": ({"resources.precision": "bfloat16", "resources.device": "auto"}, "resources.precision"),
+    "another precision": (
+        {"resources.precision": "bfloat16", "resources.device": "auto"},
+        "resources.precision",
+    ),
     "a store without end": ({"federation.keep_attempts": 10**6}, "federation.keep_attempts"),
 }
 
@@ -176,9 +221,23 @@ def test_a_request_that_was_not_agreed_is_refused_by_name_before_any_work(
         *[
             (TRAIN, {field: name}, f"the request's {field} is impossible")
             for field in ("lineage", "attempt", "parent", "client")
-            for name in ("../../x", "/etc", "a/b", "..", ".hidden", "a\0b", "a\nb", "\x1b[31m", "x" * 300, "é")
+            for name in (
+                "../../x",
+                "/etc",
+                "a/b",
+                "..",
+                ".hidden",
+                "a\0b",
+                "a\nb",
+                "\x1b[31m",
+                "x" * 300,
+                "é",
+            )
         ],
-        *[(TRAIN, {field: ""}, f"the request's {field} is impossible") for field in ("lineage", "attempt", "parent")],
+        *[
+            (TRAIN, {field: ""}, f"the request's {field} is impossible")
+            for field in ("lineage", "attempt", "parent")
+        ],
     ],
 )
 def test_an_impossible_request_is_refused_at_the_door(
@@ -187,14 +246,20 @@ def test_an_impossible_request_is_refused_at_the_door(
     before = set(site.state.parent.parent.rglob("*"))
     assert refusal(site.ask(kind, **fields)) == words
     assert f"refused: {words}" in site.log
-    assert all(text.isprintable() for text in site.log.splitlines()), "what it said cannot disturb a terminal"
+    assert all(text.isprintable() for text in site.log.splitlines()), (
+        "what it said cannot disturb a terminal"
+    )
     assert site.stored == []
     assert [
-        path for path in sorted(site.state.parent.parent.rglob("*")) if path not in before and path.name != "client.log"
+        path
+        for path in sorted(site.state.parent.parent.rglob("*"))
+        if path not in before and path.name != "client.log"
     ] == []
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"seed": -1}', '{"unknown": {}}', "x" * 10**6], ids=range(6))
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"seed": -1}', '{"unknown": {}}', "x" * 10**6], ids=range(6)
+)
 def test_an_impossible_configuration_is_refused_at_the_door(site: AgreedSite, text: str) -> None:
     assert refusal(site.ask(TRAIN, text)) == "the request's config is impossible"
 
@@ -217,8 +282,12 @@ def test_what_is_this_machines_affair_is_not_the_servers(tmp_path: Path) -> None
 
 
 def test_the_sites_own_weights_are_read_not_the_servers(tmp_path: Path) -> None:
-    agreement = _proposed(tmp_path, resources=SiteResources(inception_weights="/srv/own.pth", threads=3))
-    asked = tiny_config({**MOMENTS, "evaluation.inception_weights": "/dev/zero", "resources.client_cpus": 100_000})
+    agreement = _proposed(
+        tmp_path, resources=SiteResources(inception_weights="/srv/own.pth", threads=3)
+    )
+    asked = tiny_config(
+        {**MOMENTS, "evaluation.inception_weights": "/dev/zero", "resources.client_cpus": 100_000}
+    )
     admitted = agreement.admit(asked)
     assert admitted.evaluation.inception_weights == "/srv/own.pth"
     assert admitted.resources.client_cpus == 3
@@ -256,9 +325,18 @@ def test_another_sites_agreement_is_none(tmp_path: Path) -> None:
     ("change", "words"),
     [
         (lambda text: text[:-20], "is damaged"),
-        (lambda text: text.replace('"format": 1', '"format": 2'), "has format 2, which a newer srfed wrote"),
-        (lambda text: text.replace('"tensors"', '"tensor"'), "is damaged: shared.tensors: Field required"),
-        (lambda text: text.replace('"statistics": 2', '"statistics": "2"'), "least_images.statistics"),
+        (
+            lambda text: text.replace('"format": 1', '"format": 2'),
+            "has format 2, which a newer srfed wrote",
+        ),
+        (
+            lambda text: text.replace('"tensors"', '"tensor"'),
+            "is damaged: shared.tensors: Field required",
+        ),
+        (
+            lambda text: text.replace('"statistics": 2', '"statistics": "2"'),
+            "least_images.statistics",
+        ),
     ],
 )
 def test_a_damaged_agreement_is_a_sentence_and_nothing_is_served(
@@ -282,20 +360,33 @@ def test_a_forgotten_setting_is_not_agreed(tmp_path: Path) -> None:
 
 
 def test_less_than_agreed_may_be_asked(site: AgreedSite) -> None:
-    fewer = {"training.local_steps": 1, "federation.rounds": 2, "federation.keep_attempts": 2, "evaluation.every": 0}
+    fewer = {
+        "training.local_steps": 1,
+        "federation.rounds": 2,
+        "federation.keep_attempts": 2,
+        "evaluation.every": 0,
+    }
     agreement = Agreement.load(site.state / CLIENT)
     assert agreement.admit(tiny_config({**MOMENTS, **fewer})).training.local_steps == 1
 
 
 @pytest.mark.parametrize("forgotten", [False, True], ids=["", "with the record of images removed"])
-def test_changed_images_are_not_the_agreed_ones_until_the_owner_agrees_again(tmp_path: Path, forgotten: bool) -> None:
+def test_changed_images_are_not_the_agreed_ones_until_the_owner_agrees_again(
+    tmp_path: Path, forgotten: bool
+) -> None:
     site = AgreedSite(tmp_path)
     (task,) = load_tasks(site.config.data, 1)
-    np.savez(site.data, train_images=np.concatenate([task.train[1:], task.test[:1]]), test_images=task.test[1:])
+    np.savez(
+        site.data,
+        train_images=np.concatenate([task.train[1:], task.test[:1]]),
+        test_images=task.test[1:],
+    )
     if forgotten:
         (site.state / CLIENT / RECORD_FILE).unlink()
     assert site.ask(TRAIN).has_error()
-    words = "refused: not agreed: the site's images" if forgotten else "moved from tests to training"
+    words = (
+        "refused: not agreed: the site's images" if forgotten else "moved from tests to training"
+    )
     assert words in site.log
     assert "agree" in site.log
     assert site.stored == []
@@ -333,7 +424,9 @@ def test_a_mean_loss_of_too_few_images_is_withheld(tmp_path: Path) -> None:
     withheld = read_metrics(site.ask(TRAIN, attempt="attempt-2").content)["loss_by_quarter"]
     assert isinstance(withheld, list)
     assert any(math.isnan(loss) for loss in withheld)
-    assert all(math.isnan(loss) or loss == before for loss, before in zip(withheld, told, strict=True))
+    assert all(
+        math.isnan(loss) or loss == before for loss, before in zip(withheld, told, strict=True)
+    )
 
 
 # --- What an owner can agree to ------------------------------------------------------------------
@@ -349,31 +442,69 @@ def _proposed(folder: Path, overrides: Mapping[str, Any] = MOMENTS, **options: A
 
 def test_every_setting_has_a_rule_and_what_nobody_thought_of_is_exact() -> None:
     rules = rules_of(RunConfig())
-    assert sorted(name for names in rules.values() for name in names) == sorted(RunConfig().settings())
-    assert set(rules["at_most"]) == {"training.local_steps", "federation.rounds", "federation.keep_attempts"}
+    assert sorted(name for names in rules.values() for name in names) == sorted(
+        RunConfig().settings()
+    )
+    assert set(rules["at_most"]) == {
+        "training.local_steps",
+        "federation.rounds",
+        "federation.keep_attempts",
+    }
     assert set(rules["at_least"]) == {"evaluation.every"}
     loose = {name for name in rules["free"] if not name.startswith("federation.")}
     assert loose == {
-        "name", "data.dataset", "data.dir", "evaluation.samples", "evaluation.samples_between",
-        "evaluation.inception_weights", "evaluation.grid_columns", "resources.backend", "resources.device",
-        "resources.cpus", "resources.client_cpus", "resources.client_gpus",
-    }  # fmt: skip
+        "name",
+        "data.dataset",
+        "data.dir",
+        "evaluation.samples",
+        "evaluation.samples_between",
+        "evaluation.inception_weights",
+        "evaluation.grid_columns",
+        "resources.backend",
+        "resources.device",
+        "resources.cpus",
+        "resources.client_cpus",
+        "resources.client_gpus",
+    }
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"evaluation.samples": 57}, "evaluation.samples: feature statistics of 19 generated images, 20 is the least"),
-        ({"evaluation.samples_between": 57}, "evaluation.samples_between: feature statistics of 19 generated images"),
-        ({"evaluation.samples_between": 63}, "evaluation.samples_between: two answers would differ by 1 images"),
-        ({"data.images_per_task": 19}, "data.images_per_task: feature statistics of 19 training images"),
-        ({"evaluation.ssim_images": 2}, "evaluation.ssim_images: SSIM over 2 test images, 3 is the least"),
-        ({"training.batch_size": 2}, "training.batch_size: a minibatch of 2 images, 3 is the least"),
-        ({"training.batch_size": 20, "training.drop_last": False}, "training.batch_size: a minibatch of 2 images"),
-        ({"evaluation.samples": 6, "evaluation.samples_between": 6, "evaluation.every": 0},
-         "evaluation.memorisation_quantile: an audit of 2 images, 3 is the least"),
+        (
+            {"evaluation.samples": 57},
+            "evaluation.samples: feature statistics of 19 generated images, 20 is the least",
+        ),
+        (
+            {"evaluation.samples_between": 57},
+            "evaluation.samples_between: feature statistics of 19 generated images",
+        ),
+        (
+            {"evaluation.samples_between": 63},
+            "evaluation.samples_between: two answers would differ by 1 images",
+        ),
+        (
+            {"data.images_per_task": 19},
+            "data.images_per_task: feature statistics of 19 training images",
+        ),
+        (
+            {"evaluation.ssim_images": 2},
+            "evaluation.ssim_images: SSIM over 2 test images, 3 is the least",
+        ),
+        (
+            {"training.batch_size": 2},
+            "training.batch_size: a minibatch of 2 images, 3 is the least",
+        ),
+        (
+            {"training.batch_size": 20, "training.drop_last": False},
+            "training.batch_size: a minibatch of 2 images",
+        ),
+        (
+            {"evaluation.samples": 6, "evaluation.samples_between": 6, "evaluation.every": 0},
+            "evaluation.memorisation_quantile: an audit of 2 images, 3 is the least",
+        ),
     ],
-)  # fmt: skip
+)
 def test_numbers_with_too_few_images_behind_them_cannot_be_agreed_to(
     tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
@@ -393,8 +524,19 @@ def test_the_number_of_samples_depends_on_nobodys_presence(tmp_path: Path) -> No
     agreement = _proposed(tmp_path)
     more = tiny_config({**MOMENTS, "federation.clients": 4})
     assert fits(agreement, more).startswith("does NOT fit: not agreed: evaluation.samples ")
-    assert fits(agreement, more.model_copy(update={"evaluation": more.evaluation.model_copy(
-        update={"samples": 80, "samples_between": 80})})) == "fits"  # fmt: skip
+    assert (
+        fits(
+            agreement,
+            more.model_copy(
+                update={
+                    "evaluation": more.evaluation.model_copy(
+                        update={"samples": 80, "samples_between": 80}
+                    )
+                }
+            ),
+        )
+        == "fits"
+    )
 
 
 # --- The command ---------------------------------------------------------------------------------
@@ -404,8 +546,12 @@ def command(*arguments: object) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     return subprocess.run(
         [sys.executable, "-m", "srfed.deploy", *map(str, arguments)],
-        capture_output=True, text=True, timeout=300, env=environment, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def test_an_owner_agrees_sees_what_changes_and_check_says_whether_it_fits(tmp_path: Path) -> None:
@@ -425,7 +571,10 @@ def test_an_owner_agrees_sees_what_changes_and_check_says_whether_it_fits(tmp_pa
 
     options += ["--least-mean", 3, "--root-certificates", tmp_path / "certificates" / "ca.crt"]
     unasked = command("agree", *options)
-    assert (unasked.returncode, unasked.stderr) == (2, "error: nobody is there to be asked; agree with --yes\n")
+    assert (unasked.returncode, unasked.stderr) == (
+        2,
+        "error: nobody is there to be asked; agree with --yes\n",
+    )
     assert standing(state, CLIENT) is None
 
     agreed = command("agree", *options, "--yes")
@@ -436,19 +585,35 @@ def test_an_owner_agrees_sees_what_changes_and_check_says_whether_it_fits(tmp_pa
     shared = build_partition(tiny_config(), model).take_shared(model.state_dict())
     size = sum(tensor.nbytes for tensor in shared.values())
     for words in (
-        f"φ, {len(shared)} tensors, {size:,} bytes", "exclusive stages 2", "(20 at the end, 20 before)",
-        f"of your {len(task.train)} training and {len(task.test)} test images; no image", "SSIM of 3",
-        "up to 3 rounds, each of up to 2 steps in minibatches of 16", f"SHA-256 {agreement.coordinator}",
-    ):  # fmt: skip
+        f"φ, {len(shared)} tensors, {size:,} bytes",
+        "exclusive stages 2",
+        "(20 at the end, 20 before)",
+        f"of your {len(task.train)} training and {len(task.test)} test images; no image",
+        "SSIM of 3",
+        "up to 3 rounds, each of up to 2 steps in minibatches of 16",
+        f"SHA-256 {agreement.coordinator}",
+    ):
         assert words in agreed.stdout, words
     fingerprint = subprocess.run(
-        ["openssl", "x509", "-in", tmp_path / "certificates" / "ca.crt", "-noout", "-fingerprint", "-sha256"],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+        [
+            "openssl",
+            "x509",
+            "-in",
+            tmp_path / "certificates" / "ca.crt",
+            "-noout",
+            "-fingerprint",
+            "-sha256",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert agreement.coordinator == fingerprint.partition("=")[2].strip().replace(":", "").lower()
     path = state / CLIENT / AGREEMENT_FILE
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert json.loads(path.read_text())["exactly"]["model.exclusive_stages"] == 2, "to be read by people"
+    assert json.loads(path.read_text())["exactly"]["model.exclusive_stages"] == 2, (
+        "to be read by people"
+    )
 
     again = command("agree", *options, "--yes")
     assert again.returncode == 0
@@ -481,11 +646,23 @@ def test_an_owner_agrees_sees_what_changes_and_check_says_whether_it_fits(tmp_pa
         (["--client-id", "../x"], "is no name for a store"),
     ],
 )
-def test_what_cannot_be_agreed_to_takes_one_line(tmp_path: Path, options: list[Any], words: str) -> None:
+def test_what_cannot_be_agreed_to_takes_one_line(
+    tmp_path: Path, options: list[Any], words: str
+) -> None:
     (task,) = load_tasks(tiny_config().data, 1)
     data = tmp_path / "images.npz"
     np.savez(data, train_images=task.train, test_images=task.test)
-    done = command("agree", "--data", data, "--state-dir", tmp_path / "state", "--client-id", CLIENT, "--yes", *options)
+    done = command(
+        "agree",
+        "--data",
+        data,
+        "--state-dir",
+        tmp_path / "state",
+        "--client-id",
+        CLIENT,
+        "--yes",
+        *options,
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1

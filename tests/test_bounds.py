@@ -1,4 +1,6 @@
-"""What a client may say, and what an optimizer can do: against the trainer itself, and against the worst gradients."""
+"""What a client may say, and what an optimizer can do: against the trainer itself, and against the
+worst gradients.
+"""
 
 import json
 import math
@@ -33,7 +35,11 @@ from srfed.training.setup import build_diffusion, build_model, build_partition
         {"training.local_steps": 3, "training.drop_last": False},
         {"training.local_steps": None, "training.local_epochs": 2, "training.drop_last": False},
         {"training.local_steps": 3, "training.across_passes": True},
-        {"training.update": "alternating", "training.exclusive_steps": 2, "training.drop_last": False},
+        {
+            "training.update": "alternating",
+            "training.exclusive_steps": 2,
+            "training.drop_last": False,
+        },
         {"training.update": "exclusive"},
         {"model.exclusive_stages": "all", "training.local_steps": 2},
         {"model.exclusive_stages": "none", "training.local_steps": 2},
@@ -46,14 +52,20 @@ def test_a_round_is_computed_as_the_trainer_takes_it(changes: dict[str, Any]) ->
     model = build_model(config, 1)
     partition = build_partition(config, model)
     state = initial_state(model, partition)
-    shared = {name: tensor.clone() for name, tensor in partition.take_shared(model.state_dict()).items()}
-    trainer = LocalTrainer(config, model, partition, build_diffusion(config, torch.device("cpu")), "digit-0", images)
+    shared = {
+        name: tensor.clone() for name, tensor in partition.take_shared(model.state_dict()).items()
+    }
+    trainer = LocalTrainer(
+        config, model, partition, build_diffusion(config, torch.device("cpu")), "digit-0", images
+    )
     for number in (1, 2, 3):
         plan = TrainPlan.of(config, partition, "digit-0", len(images), state.steps)
         result = trainer.train(number, shared, state)
         assert (plan.images, plan.shared_steps) == (result.images, result.shared_steps)
         assert plan.minibatches == result.state.steps - state.steps
-        moved = math.sqrt(sum(float((result.shared[n] - shared[n]).double().square().sum()) for n in shared))
+        moved = math.sqrt(
+            sum(float((result.shared[n] - shared[n]).double().square().sum()) for n in shared)
+        )
         reach = reach_of_round(config, number, plan.shared_steps, shared)
         assert reach is not None
         assert moved <= reach.usual
@@ -70,12 +82,16 @@ def test_images_are_counted_as_they_are_drawn(across: bool) -> None:
 
 
 def test_a_client_with_twelve_times_the_images_may_move_twelve_times_as_far_under_epochs() -> None:
-    config = tiny_config({"training.local_steps": None, "training.local_epochs": 1, "training.batch_size": 8})
+    config = tiny_config(
+        {"training.local_steps": None, "training.local_epochs": 1, "training.batch_size": 8}
+    )
     model = build_model(config, 1)
     partition = build_partition(config, model)
     shared = partition.take_shared(model.state_dict())
     few, many = (
-        reach_of_round(config, 1, TrainPlan.of(config, partition, "a", images, 0).shared_steps, shared)
+        reach_of_round(
+            config, 1, TrainPlan.of(config, partition, "a", images, 0).shared_steps, shared
+        )
         for images in (16, 192)
     )
     assert few is not None
@@ -87,7 +103,9 @@ def test_a_client_with_twelve_times_the_images_may_move_twelve_times_as_far_unde
 
 
 def longest_step(gradients: list[float]) -> float:
-    """The longest step that the clients' own optimizer makes after these gradients, in learning rates."""
+    """The longest step that the clients' own optimizer makes after these gradients, in learning
+    rates.
+    """
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = PartOptimizer(tiny_config().training, {"w": parameter}, 1e-3)
     longest = 0.0
@@ -106,7 +124,9 @@ def test_no_gradients_move_adam_further_than_its_reach_and_some_come_near() -> N
     wild = [torch.randn(400, generator=generator).exp().pow(power).tolist() for power in (1, 4, 8)]
     assert all(longest_step(gradients) <= ADAM_REACH for gradients in wild)
     # A single gradient after none for long: the bound that is usually named.
-    assert longest_step([1e-6] * 6000 + [1.0]) == pytest.approx((1 - BETA1) / math.sqrt(1 - BETA2), rel=0.01)
+    assert longest_step([1e-6] * 6000 + [1.0]) == pytest.approx(
+        (1 - BETA1) / math.sqrt(1 - BETA2), rel=0.01
+    )
     # Gradients that grow by β2 / β1 after a long silence reach further than that.
     growing = [1e-6] * 6000 + [(BETA2 / BETA1) ** (k - 60) for k in range(61)]
     assert 7.1 < longest_step(growing) <= ADAM_REACH
@@ -147,14 +167,19 @@ def test_moments_of_no_gradient_are_refused(name: str, value: float, expected: s
 
 
 def test_averaged_moments_pass_the_bounds_round_after_round(tmp_path: Path) -> None:
-    run = run_in_process(begin(tmp_path / "run", {"training.shared_moments": "average", "evaluation.every": 0}))
+    run = run_in_process(
+        begin(tmp_path / "run", {"training.shared_moments": "average", "evaluation.every": 0})
+    )
     assert [len(line["accepted"]) for line in round_lines(run)] == [3, 3, 3]
     assert moment_templates({"w": torch.zeros(2)}).keys() == {"exp_avg.w", "exp_avg_sq.w", "step.w"}
 
 
 def test_a_client_whose_moments_are_of_no_gradient_is_refused(tmp_path: Path) -> None:
     def inflate(moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: 1e6 * tensor if name.startswith("exp_avg.") else tensor for name, tensor in moments.items()}
+        return {
+            name: 1e6 * tensor if name.startswith("exp_avg.") else tensor
+            for name, tensor in moments.items()
+        }
 
     settings = {"training.shared_moments": "average", "evaluation.every": 0, "federation.rounds": 1}
     app = app_with(1, train=[edit_tensors(inflate, SHARED_MOMENTS)])
@@ -171,12 +196,18 @@ def test_no_client_weighs_more_than_its_cap_and_the_rest_goes_to_the_others() ->
     claims = {"a": 100, "b": 300, "liar": 10**9}
     weights = client_weights("examples", claims, 0.8)
     assert weights == pytest.approx({"a": 0.05, "b": 0.15, "liar": 0.8})
-    assert sum(client_weights("examples", {**claims, "other": 10**9}, 0.4).values()) == pytest.approx(1)
+    assert sum(
+        client_weights("examples", {**claims, "other": 10**9}, 0.4).values()
+    ) == pytest.approx(1)
     assert client_weights("examples", {**claims, "other": 10**9}, 0.4)["b"] == pytest.approx(0.15)
     # Ordinary numbers are left as they are, to the bit, and a client alone has everything.
-    assert client_weights("examples", {"a": 100, "b": 300}, 0.8) == client_weights("examples", {"a": 100, "b": 300})
+    assert client_weights("examples", {"a": 100, "b": 300}, 0.8) == client_weights(
+        "examples", {"a": 100, "b": 300}
+    )
     assert client_weights("examples", {"liar": 7}, 0.1) == {"liar": 1.0}
-    assert client_weights("examples", {"a": 1, "b": 10**9}, 0.1) == pytest.approx({"a": 0.5, "b": 0.5})
+    assert client_weights("examples", {"a": 1, "b": 10**9}, 0.1) == pytest.approx(
+        {"a": 0.5, "b": 0.5}
+    )
 
 
 # --- Texts and settings --------------------------------------------------------------------------
@@ -184,12 +215,17 @@ def test_no_client_weighs_more_than_its_cap_and_the_rest_goes_to_the_others() ->
 
 def test_a_text_of_anybody_is_one_printable_line_of_bounded_length() -> None:
     assert printable("digit-0: 9x8x1 at 10 °C") == "digit-0: 9x8x1 at 10 °C"
-    assert printable("\x1b[31mred\x1b[0m\r\n\tline\x00two\u202eback\x9b2J") == "[31mred [0m line two back 2J"
+    assert (
+        printable("\x1b[31mred\x1b[0m\r\n\tline\x00two\u202eback\x9b2J")
+        == "[31mred [0m line two back 2J"
+    )
     assert printable("x" * 5_000_000) == "x" * 199 + "…"
     assert printable("", 10) == ""
 
 
-def test_the_setting_that_has_gone_is_refused_in_words_and_read_in_what_was_stored(tmp_path: Path) -> None:
+def test_the_setting_that_has_gone_is_refused_in_words_and_read_in_what_was_stored(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(UserError) as caught:
         load_config(None, ["federation.largest_update=100.0"])
     assert "federation.largest_update is no setting any more" in str(caught.value)

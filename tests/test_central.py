@@ -1,7 +1,8 @@
-"""Centralised training against loops written here, against the clients' own training, and against itself resumed.
+"""Centralised training against loops written here, against the clients' own training, and against
+itself resumed.
 
-No test depends on how draws are seeded, but those that say so: a recording forward process notes the minibatches
-that were used, and whose images they are is read from the pixels.
+No test depends on how draws are seeded, but those that say so: a recording forward process notes
+the minibatches that were used, and whose images they are is read from the pixels.
 """
 
 import signal
@@ -52,19 +53,38 @@ METHODS = ["pooled", "one_task", "balanced"]
 
 
 def run_config(
-    method: str, stages: Any = 2, *, clients: int = 3, embedding: str = "none", dropout: float = 0.0, seed: int = 0,
+    method: str,
+    stages: Any = 2,
+    *,
+    clients: int = 3,
+    embedding: str = "none",
+    dropout: float = 0.0,
+    seed: int = 0,
     **training: Any,
-) -> RunConfig:  # fmt: skip
-    """A tiny run; constant rates, no clipping, no warm-up, so that each test adds only what it is about."""
+) -> RunConfig:
+    """A tiny run; constant rates, no clipping, no warm-up, so that each test adds only what it is
+    about.
+    """
     defaults: dict[str, Any] = {
-        "method": method, "batch_size": 4, "local_steps": 1, "optimizer": "sgd", "learning_rate": RATE,
-        "learning_rate_schedule": "constant", "gradient_clip": None, "ema_decay": 0.8, "ema_warmup": False,
-    }  # fmt: skip
+        "method": method,
+        "batch_size": 4,
+        "local_steps": 1,
+        "optimizer": "sgd",
+        "learning_rate": RATE,
+        "learning_rate_schedule": "constant",
+        "gradient_clip": None,
+        "ema_decay": 0.8,
+        "ema_warmup": False,
+    }
     model = {
-        "channels": [8, 8, 8, 8], "groups": 4, "attention_head_channels": 8, "attention_stages": [],
-        "exclusive_stages": "none" if method == "pooled" else stages, "task_embedding": embedding,
+        "channels": [8, 8, 8, 8],
+        "groups": 4,
+        "attention_head_channels": 8,
+        "attention_stages": [],
+        "exclusive_stages": "none" if method == "pooled" else stages,
+        "task_embedding": embedding,
         "dropout": dropout,
-    }  # fmt: skip
+    }
     return parse_config(
         {
             "seed": seed,
@@ -78,7 +98,8 @@ def run_config(
 
 def some_tasks(*sizes: int) -> list[Task]:
     images = [
-        np.random.default_rng(i).integers(0, 256, (size, 8, 8, 1), dtype=np.uint8) for i, size in enumerate(sizes)
+        np.random.default_rng(i).integers(0, 256, (size, 8, 8, 1), dtype=np.uint8)
+        for i, size in enumerate(sizes)
     ]
     return [Task(i, f"task{i}", group, group[:2]) for i, group in enumerate(images)]
 
@@ -86,7 +107,9 @@ def some_tasks(*sizes: int) -> list[Task]:
 def perturbed(model: UNet, seed: int, names: Sequence[str]) -> Tensors:
     """Initial weights plus noise: zero-initialised layers would leave most gradients at zero."""
     tensors, generator = model.state_dict(), torch.Generator().manual_seed(seed)
-    return {n: tensors[n] + 0.05 * torch.randn(tensors[n].shape, generator=generator) for n in names}
+    return {
+        n: tensors[n] + 0.05 * torch.randn(tensors[n].shape, generator=generator) for n in names
+    }
 
 
 @dataclass(frozen=True)
@@ -103,15 +126,21 @@ class RecordingDiffusion(Diffusion):
 
     draws: list[Draw]
 
-    def loss_per_image(self, predict_noise: Any, images: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+    def loss_per_image(
+        self, predict_noise: Any, images: Tensor, timesteps: Tensor, noise: Tensor
+    ) -> Tensor:
         self.draws.append(Draw(images, timesteps, noise))
         return super().loss_per_image(predict_noise, images, timesteps, noise)
 
 
 class Central:
-    """A trainer with its place in the run, and a record of its draws; every θ_i starts somewhere else."""
+    """A trainer with its place in the run, and a record of its draws; every θ_i starts somewhere
+    else.
+    """
 
-    def __init__(self, config: RunConfig, tasks: Sequence[Task], diffusion: type[RecordingDiffusion]) -> None:
+    def __init__(
+        self, config: RunConfig, tasks: Sequence[Task], diffusion: type[RecordingDiffusion]
+    ) -> None:
         self.config, self.tasks = config, tasks
         self.model = build_model(config, 1)
         self.partition = build_partition(config, self.model)
@@ -122,8 +151,12 @@ class Central:
         states = {}
         for i, task in enumerate(tasks):
             exclusive = perturbed(self.model, i + 1, self.partition.exclusive)
-            states[task.name] = ClientState(exclusive, {name: t.clone() for name, t in exclusive.items()})
-        self.start = self.state = CentralState(shared, {name: t.clone() for name, t in shared.items()}, states)
+            states[task.name] = ClientState(
+                exclusive, {name: t.clone() for name, t in exclusive.items()}
+            )
+        self.start = self.state = CentralState(
+            shared, {name: t.clone() for name, t in shared.items()}, states
+        )
         self.results: list[CentralResult] = []
 
     def train(self, *rounds: int) -> CentralState:
@@ -147,7 +180,9 @@ def owners(tasks: Sequence[Task], draw: Draw) -> list[int]:
     return [known[np.ascontiguousarray(image).tobytes()] for image in pixels]
 
 
-def ddpm_losses(model: UNet, weights: Mapping[str, Tensor], draw: Draw, tasks: Sequence[int] | None = None) -> Tensor:
+def ddpm_losses(
+    model: UNet, weights: Mapping[str, Tensor], draw: Draw, tasks: Sequence[int] | None = None
+) -> Tensor:
     """‖ε - ε_ψ(sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε, t)‖² / d for each image, from the textbook."""
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T
     alpha_bar = torch.from_numpy(np.cumprod(1 - betas))[draw.timesteps - 1][:, None, None, None]
@@ -158,14 +193,19 @@ def ddpm_losses(model: UNet, weights: Mapping[str, Tensor], draw: Draw, tasks: S
 
 
 class ByHand:
-    """The same training in one plain loop over torch.optim's own classes, step by step on recorded draws."""
+    """The same training in one plain loop over torch.optim's own classes, step by step on recorded
+    draws.
+    """
 
     def __init__(self, of: Central) -> None:
         self.of, config = of, of.config
         self.shared = leaves(of.start.shared)
         self.exclusive = {name: leaves(state.exclusive) for name, state in of.start.tasks.items()}
         parts = {"shared": self.shared, **self.exclusive}
-        self.averages = {part: {n: t.detach().clone() for n, t in tensors.items()} for part, tensors in parts.items()}
+        self.averages = {
+            part: {n: t.detach().clone() for n, t in tensors.items()}
+            for part, tensors in parts.items()
+        }
         self.optimizers: dict[str, torch.optim.Optimizer] = {
             part: torch.optim.SGD(tensors.values(), lr=config.training.learning_rate)
             if config.training.optimizer == "sgd"
@@ -176,7 +216,9 @@ class ByHand:
         self.steps: Counter[str] = Counter()
 
     def step(self, draws: Sequence[Draw]) -> None:
-        """φ takes the step of the mean over the tasks' losses, eq. (8); each θ_i that of its own task's."""
+        """φ takes the step of the mean over the tasks' losses, eq. (8); each θ_i that of its own
+        task's.
+        """
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
         losses, present = [], ["shared"]
@@ -200,7 +242,11 @@ class ByHand:
                         tensor.grad *= len(draws)
             self.optimizers[part].step()
             decay, step = self.of.config.training.ema_decay, self.steps[part]
-            decay = min(decay, (1 + step) / (10 + step)) if self.of.config.training.ema_warmup else decay
+            decay = (
+                min(decay, (1 + step) / (10 + step))
+                if self.of.config.training.ema_warmup
+                else decay
+            )
             for name, average in self.averages[part].items():
                 average.copy_(decay * average + (1 - decay) * tensors[name].detach())
             self.steps[part] += 1
@@ -221,7 +267,10 @@ class ByHand:
         ]
         for name, own in state.tasks.items():
             first = start.tasks[name].exclusive
-            pairs += [(first, own.exclusive, self.exclusive[name]), (first, own.exclusive_average, self.averages[name])]
+            pairs += [
+                (first, own.exclusive, self.exclusive[name]),
+                (first, own.exclusive_average, self.averages[name]),
+            ]
         for before, actual, expected in pairs:
             assert list(before) == list(actual) == list(expected)
             assert length(actual, expected) <= tolerance * length(before, expected)
@@ -229,7 +278,9 @@ class ByHand:
 
 def length(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
     """‖after - before‖."""
-    squares = [(after[n].detach().double() - before[n].detach().double()).square().sum() for n in before]
+    squares = [
+        (after[n].detach().double() - before[n].detach().double()).square().sum() for n in before
+    ]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
 
@@ -237,11 +288,17 @@ def leaves(tensors: Mapping[str, Tensor]) -> Tensors:
     return {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
 
 
-def assert_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], atol: float = 2e-7) -> None:
+def assert_close(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], atol: float = 2e-7
+) -> None:
     assert list(actual) == list(expected)
     for name in expected:
         torch.testing.assert_close(
-            actual[name], expected[name].detach(), rtol=1e-5, atol=atol, msg=lambda t, name=name: f"{name}: {t}"
+            actual[name],
+            expected[name].detach(),
+            rtol=1e-5,
+            atol=atol,
+            msg=lambda t, name=name: f"{name}: {t}",
         )
 
 
@@ -263,22 +320,36 @@ def assert_moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> N
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize(
     ("method", "embedding"),
-    [("pooled", "none"), ("pooled", "shared"), ("one_task", "none"), ("one_task", "shared"),
-     ("balanced", "none"), ("balanced", "shared"), ("balanced", "exclusive")],
-)  # fmt: skip
+    [
+        ("pooled", "none"),
+        ("pooled", "shared"),
+        ("one_task", "none"),
+        ("one_task", "shared"),
+        ("balanced", "none"),
+        ("balanced", "shared"),
+        ("balanced", "exclusive"),
+    ],
+)
 def test_training_is_a_plain_loop_over_the_same_draws(
     method: str, embedding: str, optimizer: str, warmup: bool
 ) -> None:
     """Weights, averages and, because later steps depend on them, moments."""
     config = run_config(
-        method, embedding=embedding, optimizer=optimizer, ema_warmup=warmup, local_steps=1, batch_size=6,
-        across_passes=True, learning_rate=RATE if optimizer == "sgd" else 1e-3,
-    )  # fmt: skip
+        method,
+        embedding=embedding,
+        optimizer=optimizer,
+        ema_warmup=warmup,
+        local_steps=1,
+        batch_size=6,
+        across_passes=True,
+        learning_rate=RATE if optimizer == "sgd" else 1e-3,
+    )
     trained = central(config, 7, 9, 8)
     trained.train(1, 2)
     by_hand = ByHand(trained)
     by_hand.follow(3 if method == "balanced" else 1)
-    # Adam divides by the gradient's size: where that is rounding noise, a step of either sign is right.
+    # Adam divides by the gradient's size: where that is rounding noise, a step of either sign is
+    # right.
     by_hand.check(1e-2)
     assert by_hand.steps["shared"] == trained.state.steps == 6
     assert_moved(trained.start.shared, trained.state.shared)
@@ -292,7 +363,10 @@ def test_one_balanced_step_of_gradient_descent_is_eq_8_on_the_union_batch() -> N
     assert [set(owners(trained.tasks, draw)) for draw in draws] == [{0}, {1}, {2}]
     shared = leaves(trained.start.shared)
     exclusive = [leaves(trained.start.tasks[task.name].exclusive) for task in trained.tasks]
-    losses = [ddpm_losses(trained.model, {**shared, **own}, draw) for own, draw in zip(exclusive, draws, strict=True)]
+    losses = [
+        ddpm_losses(trained.model, {**shared, **own}, draw)
+        for own, draw in zip(exclusive, draws, strict=True)
+    ]
     union = torch.cat(losses).mean()
     union.backward()
     assert_close(trained.state.shared, {n: t - RATE * t.grad for n, t in shared.items()})
@@ -305,7 +379,9 @@ def test_one_balanced_step_of_gradient_descent_is_eq_8_on_the_union_batch() -> N
 
 
 @pytest.mark.parametrize("norm", [1e-3, 1e3])
-def test_the_norms_of_the_gradients_of_the_core_and_of_each_task_are_clipped_apart(norm: float) -> None:
+def test_the_norms_of_the_gradients_of_the_core_and_of_each_task_are_clipped_apart(
+    norm: float,
+) -> None:
     clipped = central(run_config("balanced", central_batch_size=12, gradient_clip=norm), 5, 7, 9)
     free = central(run_config("balanced", central_batch_size=12), 5, 7, 9)
     clipped.train(1)
@@ -315,7 +391,9 @@ def test_the_norms_of_the_gradients_of_the_core_and_of_each_task_are_clipped_apa
         parts += [(t.start.tasks[f"task{i}"].exclusive, t.exclusive(i)) for t in (clipped, free)]
     lengths = [length(before, after) / RATE for before, after in parts]
     for ours, whole in zip(lengths[::2], lengths[1::2], strict=True):
-        assert ours == pytest.approx(min(norm, whole), rel=2e-2)  # a step of 2e-5 over weights of 0.1, in float32
+        assert ours == pytest.approx(
+            min(norm, whole), rel=2e-2
+        )  # a step of 2e-5 over weights of 0.1, in float32
 
 
 # --- Against the clients' training ---------------------------------------------------------------
@@ -325,7 +403,9 @@ def locally(config: RunConfig, of: Central, *rounds: int) -> list[LocalResult]:
     """Each task's last round by a client of its own, which starts where the centralised run did."""
     results = []
     for i, task in enumerate(of.tasks):
-        trainer = LocalTrainer(config, build_model(config, 1), of.partition, of.diffusion, task.name, task.train, i)
+        trainer = LocalTrainer(
+            config, build_model(config, 1), of.partition, of.diffusion, task.name, task.train, i
+        )
         shared, state = of.start.shared, of.start.tasks[task.name]
         for number in rounds:
             result = trainer.train(number, shared, state)
@@ -337,12 +417,18 @@ def locally(config: RunConfig, of: Central, *rounds: int) -> list[LocalResult]:
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_one_balanced_task_is_one_client_alone(optimizer: str) -> None:
     settings: dict[str, Any] = {
-        "clients": 1, "optimizer": optimizer, "local_steps": 3, "exclusive_learning_rate": RATE / 4, "dropout": 0.2,
+        "clients": 1,
+        "optimizer": optimizer,
+        "local_steps": 3,
+        "exclusive_learning_rate": RATE / 4,
+        "dropout": 0.2,
         "learning_rate_schedule": "cosine",
-    }  # fmt: skip
+    }
     trained = central(run_config("balanced", **settings), 10)
     trained.train(1, 2)
-    federated = run_config("federated", **settings, shared_moments="keep" if optimizer == "adam" else "reset")
+    federated = run_config(
+        "federated", **settings, shared_moments="keep" if optimizer == "adam" else "reset"
+    )
     (client,) = locally(federated, trained, 1, 2)
     assert_close(trained.state.shared, client.shared)
     assert_close(trained.exclusive(0), client.state.exclusive)
@@ -357,7 +443,10 @@ def test_one_balanced_step_a_round_is_the_federated_average_of_the_clients_steps
     trained = central(run_config("balanced", central_batch_size=12), 5, 7, 9)
     trained.train(1)
     clients = locally(run_config("federated"), trained, 1)
-    mean = {n: sum(client.shared[n].double() for client in clients).float() / 3 for n in trained.partition.shared}
+    mean = {
+        n: sum(client.shared[n].double() for client in clients).float() / 3
+        for n in trained.partition.shared
+    }
     assert_close(trained.state.shared, mean)
     for i, client in enumerate(clients):
         assert_close(trained.exclusive(i), client.state.exclusive)
@@ -406,7 +495,9 @@ def test_a_task_that_is_not_drawn_stays_as_it_is_and_the_core_moves_in_each_step
 class NoNetwork(RecordingDiffusion):
     """Costs nothing, for tests of what is drawn."""
 
-    def loss_per_image(self, predict_noise: Any, images: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+    def loss_per_image(
+        self, predict_noise: Any, images: Tensor, timesteps: Tensor, noise: Tensor
+    ) -> Tensor:
         self.draws.append(Draw(images, timesteps, noise))
         return noise.flatten(1).mean(dim=1).requires_grad_()
 
@@ -415,7 +506,9 @@ def test_tasks_are_drawn_uniformly_and_anew_in_each_round() -> None:
     counts, successions, sequences = Counter[int](), Counter[tuple[int, int]](), set()
     for seed in range(5):
         trained = Central(
-            run_config("one_task", seed=seed, local_steps=40, batch_size=1), some_tasks(2, 5, 4), NoNetwork
+            run_config("one_task", seed=seed, local_steps=40, batch_size=1),
+            some_tasks(2, 5, 4),
+            NoNetwork,
         )
         for number in (1, 2):
             trained.diffusion.draws = []
@@ -438,16 +531,28 @@ def test_a_task_learns_from_nobody_elses_images() -> None:
     clean, other = (Central(config, each, RecordingDiffusion) for each in (tasks, poisoned))
     clean.train(1)
     other.train(1)
-    assert [same_bits(clean.exclusive(i), other.exclusive(i)) for i in range(3)] == [True, False, True]
+    assert [same_bits(clean.exclusive(i), other.exclusive(i)) for i in range(3)] == [
+        True,
+        False,
+        True,
+    ]
 
 
 def test_pooled_images_come_alike_and_balanced_tasks() -> None:
-    """A pass of pooled training has each image once, whatever the tasks' sizes; balanced has each task as often."""
-    pooled = Central(run_config("pooled", local_steps=8, batch_size=1), some_tasks(3, 12, 9), RecordingDiffusion)
+    """A pass of pooled training has each image once, whatever the tasks' sizes; balanced has each
+    task as often.
+    """
+    pooled = Central(
+        run_config("pooled", local_steps=8, batch_size=1), some_tasks(3, 12, 9), RecordingDiffusion
+    )
     pooled.train(1)
     drawn = [i for draw in pooled.diffusion.draws for i in owners(pooled.tasks, draw)]
     assert Counter(drawn) == {0: 3, 1: 12, 2: 9}
-    balanced = Central(run_config("balanced", local_steps=8, batch_size=3), some_tasks(3, 12, 9), RecordingDiffusion)
+    balanced = Central(
+        run_config("balanced", local_steps=8, batch_size=3),
+        some_tasks(3, 12, 9),
+        RecordingDiffusion,
+    )
     balanced.train(1)
     drawn = [i for draw in balanced.diffusion.draws for i in owners(balanced.tasks, draw)]
     assert Counter(drawn) == {0: 24, 1: 24, 2: 24}
@@ -459,10 +564,16 @@ def test_pooled_images_come_alike_and_balanced_tasks() -> None:
 @pytest.mark.parametrize("size", [None, 3, 6, 12, 24])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_round_has_as_many_images_as_a_federated_one(method: str, size: int | None) -> None:
-    config = run_config(method, local_steps=2, batch_size=12, central_batch_size=size, across_passes=True)
+    config = run_config(
+        method, local_steps=2, batch_size=12, central_batch_size=size, across_passes=True
+    )
     trained = Central(config, some_tasks(5, 7, 30), RecordingDiffusion)
     trained.train(1)
-    assert trained.results[0].images == 3 * 2 * 12 == sum(len(draw.images) for draw in trained.diffusion.draws)
+    assert (
+        trained.results[0].images
+        == 3 * 2 * 12
+        == sum(len(draw.images) for draw in trained.diffusion.draws)
+    )
     assert trained.state.steps == 3 * 2 * 12 // (size or 12)
 
 
@@ -470,14 +581,28 @@ def test_a_round_has_as_many_images_as_a_federated_one(method: str, size: int | 
     ("training", "words"),
     [
         ({"method": "balanced"}, ["central_batch_size 4", "3 tasks", "multiples of 3"]),
-        ({"method": "balanced", "central_batch_size": 7}, ["central_batch_size 7", "3 tasks", "multiples of 3"]),
-        ({"method": "one_task", "central_batch_size": 5}, ["central_batch_size 5", "does not divide", "12 images"]),
-        ({"method": "federated", "central_batch_size": 4}, ["central_batch_size 4", "centralised method"]),
-        ({"method": "pooled", "local_steps": None, "local_epochs": 1}, ["local_epochs 1", "local_steps"]),
+        (
+            {"method": "balanced", "central_batch_size": 7},
+            ["central_batch_size 7", "3 tasks", "multiples of 3"],
+        ),
+        (
+            {"method": "one_task", "central_batch_size": 5},
+            ["central_batch_size 5", "does not divide", "12 images"],
+        ),
+        (
+            {"method": "federated", "central_batch_size": 4},
+            ["central_batch_size 4", "centralised method"],
+        ),
+        (
+            {"method": "pooled", "local_steps": None, "local_epochs": 1},
+            ["local_epochs 1", "local_steps"],
+        ),
         ({"method": "balanced", "central_batch_size": 0}, ["central_batch_size", "0"]),
     ],
 )
-def test_impossible_sizes_are_refused_by_name_and_value(training: dict[str, Any], words: list[str]) -> None:
+def test_impossible_sizes_are_refused_by_name_and_value(
+    training: dict[str, Any], words: list[str]
+) -> None:
     with pytest.raises(UserError) as error:
         run_config(**training)
     for word in words:
@@ -487,16 +612,32 @@ def test_impossible_sizes_are_refused_by_name_and_value(training: dict[str, Any]
 @pytest.mark.parametrize(
     ("method", "size", "message"),
     [
-        ("one_task", 12, r"central_batch_size = 12 asks for 12 images of 'task0' .* 5 .* up to 5\b"),
-        ("balanced", 24, r"central_batch_size = 24 asks for 8 images of 'task0' .* 5 .* up to 15\b"),
-        ("pooled", 24, r"central_batch_size = 24 asks for 24 images of 'all tasks' .* 21 .* up to 21\b"),
+        (
+            "one_task",
+            12,
+            r"central_batch_size = 12 asks for 12 images of 'task0' .* 5 .* up to 5\b",
+        ),
+        (
+            "balanced",
+            24,
+            r"central_batch_size = 24 asks for 8 images of 'task0' .* 5 .* up to 15\b",
+        ),
+        (
+            "pooled",
+            24,
+            r"central_batch_size = 24 asks for 24 images of 'all tasks' .* 21 .* up to 21\b",
+        ),
     ],
 )
-def test_a_batch_above_the_images_is_refused_unless_batches_may_run_on(method: str, size: int, message: str) -> None:
+def test_a_batch_above_the_images_is_refused_unless_batches_may_run_on(
+    method: str, size: int, message: str
+) -> None:
     settings: dict[str, Any] = {"central_batch_size": size, "local_steps": 2}
     with pytest.raises(UserError, match=f"{message}.*drop_last = false.*across_passes = true"):
         central(run_config(method, **settings), 5, 7, 9)
-    trained = Central(run_config(method, **settings, across_passes=True), some_tasks(5, 7, 9), RecordingDiffusion)
+    trained = Central(
+        run_config(method, **settings, across_passes=True), some_tasks(5, 7, 9), RecordingDiffusion
+    )
     trained.train(1)
     assert trained.results[0].images == 24
 
@@ -527,7 +668,9 @@ def test_batches_across_passes_are_full_and_together_one_pass_after_another(
 
 
 def test_passes_differ_and_those_that_fit_are_those_without_running_on() -> None:
-    across, within = (MinibatchOrder(12, 4, True, 0, "a", across_passes=flag) for flag in (True, False))
+    across, within = (
+        MinibatchOrder(12, 4, True, 0, "a", across_passes=flag) for flag in (True, False)
+    )
     batches = [across.indices(step).tolist() for step in range(9)]
     assert batches == [within.indices(step).tolist() for step in range(9)]
     passes = [tuple(map(tuple, batches[i : i + 3])) for i in (0, 3, 6)]
@@ -551,7 +694,9 @@ def test_the_proximal_term_pulls_with_mu_times_the_distance() -> None:
     place, second = client_steps(2, proximal=strength)
     shared, exclusive = leaves(first.shared), leaves(first.state.exclusive)
     ddpm_losses(place.model, {**shared, **exclusive}, place.diffusion.draws[1]).mean().backward()
-    expected = {n: t - RATE * (t.grad + strength * (t - place.start.shared[n])) for n, t in shared.items()}
+    expected = {
+        n: t - RATE * (t.grad + strength * (t - place.start.shared[n])) for n, t in shared.items()
+    }
     assert_close(second.shared, expected)
     assert_close(second.state.exclusive, {n: t - RATE * t.grad for n, t in exclusive.items()})
     unpulled = client_steps(2)[1].shared
@@ -566,7 +711,9 @@ def test_the_proximal_term_is_the_gradient_of_fedprox() -> None:
     for draw in place.diffusion.draws:
         optimizer.zero_grad()
         distance = sum((t - place.start.shared[n]).square().sum() for n, t in shared.items())
-        (ddpm_losses(place.model, {**shared, **exclusive}, draw).mean() + 0.7 / 2 * distance).backward()
+        (
+            ddpm_losses(place.model, {**shared, **exclusive}, draw).mean() + 0.7 / 2 * distance
+        ).backward()
         optimizer.step()
     assert_close(result.shared, shared, atol=2e-5)
     assert_close(result.state.exclusive, exclusive, atol=2e-5)
@@ -597,7 +744,10 @@ def test_exclusive_updates_with_nothing_exclusive_are_refused() -> None:
 
 
 def test_only_the_rows_of_tasks_in_the_minibatch_have_a_gradient() -> None:
-    trained = central(run_config("pooled", clients=6, embedding="shared", batch_size=1, central_batch_size=6), *[5] * 6)
+    trained = central(
+        run_config("pooled", clients=6, embedding="shared", batch_size=1, central_batch_size=6),
+        *[5] * 6,
+    )
     trained.train(1)
     present = set(owners(trained.tasks, trained.diffusion.draws[0]))
     assert 1 < len(present) < 6, "this seed tells nothing"
@@ -616,7 +766,9 @@ def test_a_client_of_a_federation_moves_its_own_row() -> None:
 
 
 def test_a_task_samples_with_its_own_row() -> None:
-    """That is: as a network without a table, whose timesteps' embedding has the row added from outside."""
+    """That is: as a network without a table, whose timesteps' embedding has the row added from
+    outside.
+    """
     config = run_config("pooled", embedding="shared")
     model, plain = build_model(config, 1), build_model(run_config("pooled"), 1)
     weights = perturbed(model, 0, list(model.state_dict()))
@@ -626,7 +778,9 @@ def test_a_task_samples_with_its_own_row() -> None:
     outputs = []
     for task in range(3):
         row = weights["task_table.weight"][task]
-        hook = plain.timestep.register_forward_hook(lambda _module, _inputs, output, row=row: output + row)
+        hook = plain.timestep.register_forward_hook(
+            lambda _module, _inputs, output, row=row: output + row
+        )
         with torch.no_grad():
             outputs.append(noise_of_task(model, task)(x, timesteps))
             torch.testing.assert_close(outputs[-1], plain(x, timesteps))
@@ -645,7 +799,9 @@ RULES: list[Any] = ["none", "io", 1, 2, 3, 4, "all", ["up.0.*"], ["stem", "head"
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_a_tasks_vector_is_exclusive_under_every_rule_and_a_table_shared_unless_all_is_exclusive(rule: Any) -> None:
+def test_a_tasks_vector_is_exclusive_under_every_rule_and_a_table_shared_unless_all_is_exclusive(
+    rule: Any,
+) -> None:
     vector = build_model(run_config("balanced", embedding="exclusive", batch_size=3), 1)
     partition = divide(vector, rule)
     assert "task_vector.value" in partition.exclusive
@@ -654,7 +810,9 @@ def test_a_tasks_vector_is_exclusive_under_every_rule_and_a_table_shared_unless_
     # What is in a message: the core's tensors, those of a network without a vector.
     plain = build_model(run_config("balanced", batch_size=3), 1)
     assert partition.shared == divide(plain, rule).shared
-    assert partition.fingerprint(vector.state_dict()) == divide(plain, rule).fingerprint(plain.state_dict())
+    assert partition.fingerprint(vector.state_dict()) == divide(plain, rule).fingerprint(
+        plain.state_dict()
+    )
     table = build_model(run_config("balanced", embedding="shared", batch_size=3), 1)
     assert ("task_table.weight" in divide(table, rule).shared) == (rule != "all")
 
@@ -692,7 +850,10 @@ def tiny(tmp_path: Path) -> Path:
         "ssim_timestep": 5,
         "ssim_curve": [5],
     }
-    content = {**TINY, "evaluation": {**TINY["evaluation"], **evaluation, "memorisation_quantile": 0.0}}
+    content = {
+        **TINY,
+        "evaluation": {**TINY["evaluation"], **evaluation, "memorisation_quantile": 0.0},
+    }
     content["training"] = {**TINY["training"], "batch_size": 12}
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump({"name": "tiny", **content}))
@@ -700,7 +861,11 @@ def tiny(tmp_path: Path) -> Path:
 
 
 METHOD_OPTIONS = {
-    "pooled": ["training.method=pooled", "model.exclusive_stages=none", "model.task_embedding=shared"],
+    "pooled": [
+        "training.method=pooled",
+        "model.exclusive_stages=none",
+        "model.task_embedding=shared",
+    ],
     "one_task": ["training.method=one_task"],
     "balanced": ["training.method=balanced", "training.central_batch_size=36"],
 }
@@ -756,7 +921,9 @@ def test_a_run_that_was_killed_goes_on_with_the_same_bits(tiny: Path, tmp_path: 
     path = tmp_path / "run"
     options = setting(*METHOD_OPTIONS["one_task"], "federation.rounds=9999")
     arguments = ["--config", str(tiny), "--run-dir", str(path), *options]
-    code, _ = stop_after_a_round([sys.executable, "-m", "srfed.centralise", *arguments], signal.SIGKILL)
+    code, _ = stop_after_a_round(
+        [sys.executable, "-m", "srfed.centralise", *arguments], signal.SIGKILL
+    )
     assert code == -signal.SIGKILL
     run = RunDirectory.open(path)
     rounds = ServerCheckpoints(run.server, 3).rounds()[-1] + 2
@@ -768,7 +935,9 @@ def test_a_run_that_was_killed_goes_on_with_the_same_bits(tiny: Path, tmp_path: 
 
 
 def test_a_conditional_run_draws_each_task_with_its_own_row(tiny: Path, tmp_path: Path) -> None:
-    """The samples that it scored, and those of the run opened later, are those of the row put in by hand."""
+    """The samples that it scored, and those of the run opened later, are those of the row put in by
+    hand.
+    """
     run = whole_run(tiny, tmp_path / "run", "pooled", 1)
     trained = TrainedRun(run.path, run.config.resources)
     assert [task.task for task in trained.tasks] == ["digit-0", "digit-1", "digit-2"]
@@ -778,7 +947,12 @@ def test_a_conditional_run_draws_each_task_with_its_own_row(tiny: Path, tmp_path
     samples = {}
     for row, task in enumerate(trained.tasks):
         # Two images each: the run's six.
-        arguments: dict[str, Any] = {"count": 2, "shape": trained.shape, "seed": 0, "task": task.task}
+        arguments: dict[str, Any] = {
+            "count": 2,
+            "shape": trained.shape,
+            "seed": 0,
+            "task": task.task,
+        }
 
         def by_hand(x: Tensor, timesteps: Tensor, row: int = row) -> Tensor:
             return model(x, timesteps, torch.full((len(x),), row))
@@ -788,7 +962,9 @@ def test_a_conditional_run_draws_each_task_with_its_own_row(tiny: Path, tmp_path
         np.testing.assert_array_equal(ours.images, expected.images)
         samples[task.task] = expected.images
     tests = {task.name: task.test for task in load_tasks(run.config.data, 3)}
-    scores = CentralEvaluation(load_feature_network("embedded", "", torch.device("cpu")), tests).score(samples)
+    scores = CentralEvaluation(
+        load_feature_network("embedded", "", torch.device("cpu")), tests
+    ).score(samples)
     (evaluation,) = [line for line in records(run) if line["kind"] == "evaluation"]
     assert evaluation["score"] == pytest.approx(scores.overall, rel=1e-6)
 
@@ -797,8 +973,16 @@ def test_a_conditional_run_draws_each_task_with_its_own_row(tiny: Path, tmp_path
     ("main", "options", "words"),
     [
         (simulate.main, METHOD_OPTIONS["pooled"], ["training.method = pooled", "srfed.centralise"]),
-        (simulate.main, METHOD_OPTIONS["balanced"], ["training.method = balanced", "srfed.centralise"]),
-        (centralise.main, [], ["training.method = federated", "srfed.simulate", "pooled, one_task, balanced"]),
+        (
+            simulate.main,
+            METHOD_OPTIONS["balanced"],
+            ["training.method = balanced", "srfed.centralise"],
+        ),
+        (
+            centralise.main,
+            [],
+            ["training.method = federated", "srfed.simulate", "pooled, one_task, balanced"],
+        ),
         (centralise.main, ["training.method=pooled"], ["exclusive_stages", "2", "none"]),
         (
             centralise.main,
@@ -808,7 +992,12 @@ def test_a_conditional_run_draws_each_task_with_its_own_row(tiny: Path, tmp_path
     ],
 )
 def test_what_a_command_does_not_do_it_refuses_in_one_line(
-    main: Any, options: list[str], words: list[str], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    main: Any,
+    options: list[str],
+    words: list[str],
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "run"
     assert main(["--config", str(tiny), "--run-dir", str(path), *setting(*options)]) == 2
@@ -822,11 +1011,24 @@ def test_what_a_command_does_not_do_it_refuses_in_one_line(
 
 def test_pooled_batches_may_be_larger_than_a_task(tiny: Path, tmp_path: Path) -> None:
     options = [*METHOD_OPTIONS["pooled"], "data.images_per_task=10", "federation.rounds=1"]
-    assert centralise.main(["--config", str(tiny), "--run-dir", str(tmp_path / "run"), *setting(*options)]) == 0
+    assert (
+        centralise.main(
+            ["--config", str(tiny), "--run-dir", str(tmp_path / "run"), *setting(*options)]
+        )
+        == 0
+    )
 
 
 def test_a_refusal_in_a_process_of_its_own_has_no_traceback(tiny: Path, tmp_path: Path) -> None:
-    arguments = [sys.executable, "-m", "srfed.centralise", "--config", str(tiny), "--run-dir", str(tmp_path / "run")]
+    arguments = [
+        sys.executable,
+        "-m",
+        "srfed.centralise",
+        "--config",
+        str(tiny),
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("error: training.method = federated")

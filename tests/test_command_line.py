@@ -1,4 +1,6 @@
-"""What all commands share: options, signals, closed pipes and streams, and no torch before the options are sound."""
+"""What all commands share: options, signals, closed pipes and streams, and no torch before the
+options are sound.
+"""
 
 import json
 import os
@@ -30,7 +32,12 @@ def shell(line: str, **variables: str) -> Completed:
     """A line of bash in which $PYTHON is this interpreter."""
     environment = {**os.environ, "PYTHON": sys.executable, **variables}
     return subprocess.run(
-        ["bash", "-c", line], capture_output=True, text=True, timeout=200, env=environment, errors="surrogateescape"
+        ["bash", "-c", line],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment,
+        errors="surrogateescape",
     )
 
 
@@ -39,11 +46,15 @@ def pictures(folder: Path, *tasks: str, count: int = 20) -> Path:
     for task in tasks:
         (folder / task).mkdir(parents=True)
         for number in range(count):
-            Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / task / f"{number}.png")
+            Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(
+                folder / task / f"{number}.png"
+            )
     return folder
 
 
-def refusal(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int], *arguments: object) -> str:
+def refusal(
+    capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int], *arguments: object
+) -> str:
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -55,11 +66,23 @@ def refusal(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int]
 
 WRONG_SETTING = ["--set", "training.batch_size=0100"]
 EARLY: dict[str, list[list[str]]] = {
-    "simulate": [WRONG_SETTING, ["--data-dir", "/nowhere"], ["--resume", "/nowhere"], ["--clients", "11"]],
+    "simulate": [
+        WRONG_SETTING,
+        ["--data-dir", "/nowhere"],
+        ["--resume", "/nowhere"],
+        ["--clients", "11"],
+    ],
     "centralise": [WRONG_SETTING, ["--set", "training.method=federated"], ["--resume", "/nowhere"]],
-    "sample": [["--run", "/nowhere"], ["--run", "x", "--n", "0"], ["--run", "x", "--device", "abacus"]],
+    "sample": [
+        ["--run", "/nowhere"],
+        ["--run", "x", "--n", "0"],
+        ["--run", "x", "--device", "abacus"],
+    ],
     "evaluate": [["--run", "/nowhere"], ["--run", "x", "--quantile", "1"]],
-    "adapt": [["--run", "/nowhere", "--task", "digit-0"], ["--run", "x", "--task", "y", "--steps", "0"]],
+    "adapt": [
+        ["--run", "/nowhere", "--task", "digit-0"],
+        ["--run", "x", "--task", "y", "--steps", "0"],
+    ],
     "partition": [WRONG_SETTING, ["--image-channels", "0"], ["--data-dir", "/nowhere"]],
     "deploy": [
         ["check", "--data", "x", "--state-dir", "y", *WRONG_SETTING],
@@ -77,11 +100,15 @@ EARLY: dict[str, list[list[str]]] = {
 
 
 def test_every_command_is_in_the_table() -> None:
-    assert {path.stem for path in (ROOT / "srfed").glob("*.py") if "\ndef main(" in path.read_text()} == set(EARLY)
+    assert {
+        path.stem for path in (ROOT / "srfed").glob("*.py") if "\ndef main(" in path.read_text()
+    } == set(EARLY)
 
 
 @pytest.mark.parametrize("module", EARLY)
-def test_help_and_what_is_wrong_with_options_and_settings_load_no_torch(module: str, tmp_path: Path) -> None:
+def test_help_and_what_is_wrong_with_options_and_settings_load_no_torch(
+    module: str, tmp_path: Path
+) -> None:
     program = f"""
 import json, sys
 from srfed.{module} import main
@@ -94,9 +121,13 @@ for arguments in json.loads(sys.argv[1]):
 """
     calls = [["--help"], ["--no-such-option"], *EARLY[module]]
     done = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(calls)], capture_output=True, text=True, timeout=100, cwd=tmp_path,
+        [sys.executable, "-c", program, json.dumps(calls)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     said = [line for line in done.stdout.splitlines() if line.startswith("status")]
     expected = [f"status {0 if '--help' in call else 2} False" for call in calls]
     assert said == expected, done.stderr
@@ -109,8 +140,16 @@ for arguments in json.loads(sys.argv[1]):
 
 def test_there_is_one_parser() -> None:
     """So whatever the parser decides holds for every command, sub-command, study and benchmark."""
-    files = [path for folder in ("srfed", "simulations", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
-    others = [path for path in files if "ArgumentParser(" in path.read_text() and path.name != "command.py"]
+    files = [
+        path
+        for folder in ("srfed", "simulations", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
+    others = [
+        path
+        for path in files
+        if "ArgumentParser(" in path.read_text() and path.name != "command.py"
+    ]
     assert len(files) > 100
     assert others == []
 
@@ -125,7 +164,9 @@ def test_there_is_one_parser() -> None:
     ],
 )
 def test_an_abbreviated_option_is_none(module: str, arguments: list[str], unknown: str) -> None:
-    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 2
     assert f"unrecognized arguments: {unknown}" in done.stderr
 
@@ -138,17 +179,24 @@ def test_a_path_knows_home_folders_and_says_what_is_none(
     parser = Parser(prog="x")
     parser.add_argument("--out", type=Path)
     assert parser.parse_args(["--out", "~/grid.png"]).out == tmp_path / "grid.png"
-    for wrong, said in (("~nobody-here/x", "~nobody-here is nobody's home folder"), ("/x\udcff", "is not UTF-8")):
+    for wrong, said in (
+        ("~nobody-here/x", "~nobody-here is nobody's home folder"),
+        ("/x\udcff", "is not UTF-8"),
+    ):
         with pytest.raises(SystemExit) as end:
             parser.parse_args(["--out", wrong])
         assert end.value.code == 2
         assert said in capsys.readouterr().err
 
 
-def test_data_dir_in_the_home_folder_is_found_from_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_data_dir_in_the_home_folder_is_found_from_everywhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     pictures(tmp_path / "photos", "east", "west")
-    config = requested_config(None, ["evaluation.inception_weights=~/weights.pth"], {"data.dir": '"~/photos"'})
+    config = requested_config(
+        None, ["evaluation.inception_weights=~/weights.pth"], {"data.dir": '"~/photos"'}
+    )
     assert config.data.dir == str(tmp_path / "photos")
     assert config.evaluation.inception_weights == str(tmp_path / "weights.pth")
     with pytest.raises(UserError, match="~nobody-here is nobody's home folder"):
@@ -161,7 +209,9 @@ def test_data_dir_in_the_home_folder_is_found_from_everywhere(monkeypatch: pytes
 def npz(path: Path) -> Path:
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (60, 8, 8), dtype=np.uint8), np.arange(60) % 4
-    np.savez(path, train_images=images, train_labels=labels, label_names=np.array(["n", "e", "s", "w"]))
+    np.savez(
+        path, train_images=images, train_labels=labels, label_names=np.array(["n", "e", "s", "w"])
+    )
     return path
 
 
@@ -169,9 +219,16 @@ def test_own_data_are_recognised_and_give_the_run_its_tasks_and_its_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, file = pictures(tmp_path / "My photos", *"abcdefghijklm"), npz(tmp_path / "winds.npz")
-    for where, dataset, clients, name in ((folder, "folder", 13, "my-photos"), (file, "npz", 4, "winds")):
+    for where, dataset, clients, name in (
+        (folder, "folder", 13, "my-photos"),
+        (file, "npz", 4, "winds"),
+    ):
         config = requested_config(None, [], {"data.dir": json.dumps(str(where))})
-        assert (config.data.dataset, config.federation.clients, config.name) == (dataset, clients, name)
+        assert (config.data.dataset, config.federation.clients, config.name) == (
+            dataset,
+            clients,
+            name,
+        )
         said = capsys.readouterr().out
         assert f"{where} is taken as data.dataset = {dataset}" in said
         assert f"all {clients} of {where}" in said
@@ -201,7 +258,9 @@ def test_a_run_of_own_data_has_all_tasks_and_their_name(
     (folder,) = (tmp_path / "runs").glob("photos-*")
     run = RunDirectory.open(folder)
     assert run.config.data.dir == str(tmp_path / "photos")
-    assert [line["accepted"] for line in records(run) if line["kind"] == "round"] == [["east", "west"]]
+    assert [line["accepted"] for line in records(run) if line["kind"] == "round"] == [
+        ["east", "west"]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +274,9 @@ def test_a_run_of_own_data_has_all_tasks_and_their_name(
         (None, "does not exist"),
     ],
 )
-def test_what_is_not_clear_is_asked_for(tmp_path: Path, inside: list[str] | None, said: str) -> None:
+def test_what_is_not_clear_is_asked_for(
+    tmp_path: Path, inside: list[str] | None, said: str
+) -> None:
     root = tmp_path / "root"
     for name in [] if inside is None else [".", *inside]:
         (root / name).mkdir(parents=True, exist_ok=True)
@@ -230,8 +291,12 @@ def test_files_in_the_wrong_place_are_told_apart(tmp_path: Path) -> None:
         return str(caught.value)
 
     (tmp_path / "npz").mkdir()
-    assert f"name the file in it, such as {npz(tmp_path / 'npz' / 'x.npz')}" in said(tmp_path / "npz")
-    assert "put each task's pictures into a folder of its own" in said(pictures(tmp_path / "flat", "one") / "one")
+    assert f"name the file in it, such as {npz(tmp_path / 'npz' / 'x.npz')}" in said(
+        tmp_path / "npz"
+    )
+    assert "put each task's pictures into a folder of its own" in said(
+        pictures(tmp_path / "flat", "one") / "one"
+    )
     (tmp_path / "notes.txt").write_text("")
     assert "is no data set" in said(tmp_path / "notes.txt")
 
@@ -241,8 +306,12 @@ def test_what_would_be_ignored_is_refused(
 ) -> None:
     folder = pictures(tmp_path / "photos", "a", "b")
     digits = [ROOT / "configs" / "digits.yaml", "--data-dir", folder]
-    assert "data.dataset = digits takes nothing from there" in refusal(capsys, simulate.main, "--config", *digits)
-    said = refusal(capsys, simulate.main, "--set", "data.dataset=digits", "--set", f"data.dir={folder}")
+    assert "data.dataset = digits takes nothing from there" in refusal(
+        capsys, simulate.main, "--config", *digits
+    )
+    said = refusal(
+        capsys, simulate.main, "--set", "data.dataset=digits", "--set", f"data.dir={folder}"
+    )
     assert "would be ignored" in said
     said = refusal(capsys, simulate.main, "--clients", 3, "--set", "federation.clients=4")
     assert "federation.clients is set twice" in said
@@ -252,7 +321,9 @@ def test_what_would_be_ignored_is_refused(
     for main in (sample.main, evaluate.main):
         assert "--steps 5 would be ignored" in refusal(capsys, main, *run, "--steps", 5)
         assert "--eta 0.5 would be ignored" in refusal(capsys, main, *run, "--eta", 0.5)
-    said = refusal(capsys, evaluate.main, "--run", finished_run.path, "--inception-weights", tmp_path / "x")
+    said = refusal(
+        capsys, evaluate.main, "--run", finished_run.path, "--inception-weights", tmp_path / "x"
+    )
     assert "the feature network is embedded" in said
 
 
@@ -261,7 +332,11 @@ def test_what_would_be_ignored_is_refused(
 
 def started(*command: object, **settings: object) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **settings,
     )  # type: ignore[call-overload]
 
 
@@ -282,16 +357,23 @@ def test_a_signal_stops_a_run_with_its_status_and_the_way_to_go_on(
     tiny_yaml: Path, tmp_path: Path, module: str, more: list[str], number: signal.Signals
 ) -> None:
     path = tmp_path / "a run"
-    with started("-m", f"srfed.{module}", "--config", tiny_yaml, "--run-dir", path, *ENDLESS, *more) as process:
+    with started(
+        "-m", f"srfed.{module}", "--config", tiny_yaml, "--run-dir", path, *ENDLESS, *more
+    ) as process:
         wait_for_line(process, "round")
         process.send_signal(number)
         _, said = process.communicate(timeout=100)
     assert process.returncode == 128 + number
-    assert said.splitlines()[-1] == f"stopped; go on with: python -m srfed.{module} --resume '{path}'"
+    assert (
+        said.splitlines()[-1] == f"stopped; go on with: python -m srfed.{module} --resume '{path}'"
+    )
     assert "Traceback" not in said
 
 
-WAITING = "import time; from srfed.command import run_command; raise SystemExit(run_command(lambda: ({})))"
+WAITING = (
+    "import time; from srfed.command import run_command; raise SystemExit(run_command(lambda: "
+    "({})))"
+)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -318,12 +400,16 @@ def test_nohup_holds() -> None:
 # --- Pipes and streams ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("module", "method"), [("simulate", "federated"), ("centralise", "one_task")])
+@pytest.mark.parametrize(
+    ("module", "method"), [("simulate", "federated"), ("centralise", "one_task")]
+)
 def test_a_run_whose_output_nobody_reads_ends_and_says_so(
     tiny_yaml: Path, tmp_path: Path, module: str, method: str
 ) -> None:
     more = [*ENDLESS, "--set", f"training.method={method}"]
-    with started("-m", f"srfed.{module}", "--config", tiny_yaml, "--run-dir", tmp_path / "run", *more) as process:
+    with started(
+        "-m", f"srfed.{module}", "--config", tiny_yaml, "--run-dir", tmp_path / "run", *more
+    ) as process:
         wait_for_line(process, "round")
         assert process.stdout is not None
         process.stdout.close()
@@ -333,18 +419,25 @@ def test_a_run_whose_output_nobody_reads_ends_and_says_so(
     assert said == f"stopped; go on with: python -m srfed.{module} --resume {tmp_path / 'run'}\n"
 
 
-PRINTS = """'from srfed.command import run_command; raise SystemExit(run_command(lambda: print("φ " * 9999)))'"""
+PRINTS = """'from srfed.command import run_command
+raise SystemExit(run_command(lambda: print("φ " * 9999)))'"""
 FAILS = """'from srfed.command import run_command; from srfed.config import load_config
 raise SystemExit(run_command(lambda: load_config(None, ["a=1"])))'"""
 
 
-@pytest.mark.parametrize("arguments", [["-c", PRINTS.strip("'")], ["-m", "srfed.simulate", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["-c", PRINTS.strip("'")], ["-m", "srfed.simulate", "--help"]]
+)
 @pytest.mark.parametrize("both", [False, True])
-def test_a_command_whose_output_nobody_reads_ends_as_others_do(arguments: list[str], both: bool) -> None:
+def test_a_command_whose_output_nobody_reads_ends_as_others_do(
+    arguments: list[str], both: bool
+) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     stderr = writer if both else subprocess.PIPE
-    done = subprocess.run([sys.executable, *arguments], stdout=writer, stderr=stderr, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, *arguments], stdout=writer, stderr=stderr, text=True, timeout=60
+    )
     os.close(writer)
     assert done.returncode == 128 + signal.SIGPIPE
     assert (done.stderr or "").strip() in ("", "interrupted: nobody reads the output")
@@ -366,16 +459,25 @@ def test_a_command_whose_output_nobody_reads_ends_as_others_do(arguments: list[s
         ("$PYTHON -m srfed.simulate --help >&-", 0),
     ],
 )
-def test_closed_and_full_streams_end_in_the_right_status_without_a_traceback(line: str, status: int) -> None:
+def test_closed_and_full_streams_end_in_the_right_status_without_a_traceback(
+    line: str, status: int
+) -> None:
     done = shell(line)
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
 
 
-def test_a_run_without_any_stream_is_whole(tiny_yaml: Path, tmp_path: Path, finished_run: RunDirectory) -> None:
+def test_a_run_without_any_stream_is_whole(
+    tiny_yaml: Path, tmp_path: Path, finished_run: RunDirectory
+) -> None:
     run = tmp_path / "run"
-    assert shell(f"$PYTHON -m srfed.simulate --config {tiny_yaml} --run-dir {run} <&- >&- 2>&-").returncode == 0
+    assert (
+        shell(
+            f"$PYTHON -m srfed.simulate --config {tiny_yaml} --run-dir {run} <&- >&- 2>&-"
+        ).returncode
+        == 0
+    )
     assert records(RunDirectory.open(run)) == records(finished_run)
 
 
@@ -396,7 +498,8 @@ def test_a_ray_that_cannot_start_is_one_sentence_at_once(tiny_yaml: Path, tmp_pa
     temporary = tmp_path / ("long" * 25)
     temporary.mkdir()
     done = shell(
-        f"$PYTHON -m srfed.simulate --config {tiny_yaml} --backend ray --run-dir {tmp_path / 'run'}",
+        f"$PYTHON -m srfed.simulate --config {tiny_yaml} --backend ray --run-dir "
+        f"{tmp_path / 'run'}",
         TMPDIR=str(temporary),
     )
     assert done.returncode == 2
@@ -421,18 +524,26 @@ def files(root: Path, **contents: str) -> Path:
 def test_cores_follow_the_quota_of_the_control_group_and_of_those_above(tmp_path: Path) -> None:
     assert quota_of_group(tmp_path) is None
     two = files(
-        tmp_path / "v2", proc__self__cgroup="0::/jobs/mine\n", sys__fs__cgroup__jobs__cpu_DOT_max="150000 100000\n",
+        tmp_path / "v2",
+        proc__self__cgroup="0::/jobs/mine\n",
+        sys__fs__cgroup__jobs__cpu_DOT_max="150000 100000\n",
         sys__fs__cgroup__jobs__mine__cpu_DOT_max="max 100000\n",
-    )  # fmt: skip
+    )
     assert quota_of_group(two) == 1.5
-    inside = files(tmp_path / "own", proc__self__cgroup="0::/\n", sys__fs__cgroup__cpu_DOT_max="400000 100000\n")
+    inside = files(
+        tmp_path / "own",
+        proc__self__cgroup="0::/\n",
+        sys__fs__cgroup__cpu_DOT_max="400000 100000\n",
+    )
     assert quota_of_group(inside) == 4
     folder = tmp_path / "v1" / "sys/fs/cgroup/cpu,cpuacct"
     for group, quota in (("", -1), ("docker/1", 250_000)):
         (folder / group).mkdir(parents=True, exist_ok=True)
         (folder / group / "cpu.cfs_quota_us").write_text(f"{quota}\n")
         (folder / group / "cpu.cfs_period_us").write_text("100000\n")
-    one = files(tmp_path / "v1", proc__self__cgroup="4:memory:/docker/1\n3:cpu,cpuacct:/docker/1\n0::/\n")
+    one = files(
+        tmp_path / "v1", proc__self__cgroup="4:memory:/docker/1\n3:cpu,cpuacct:/docker/1\n0::/\n"
+    )
     assert quota_of_group(one) == 2.5
 
 
@@ -443,7 +554,9 @@ os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 from srfed.cores import usable_cores
 print(usable_cores())
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
     assert done.stdout == "1\n", done.stderr
     more = usable_cores() + 1
     with pytest.raises(UserError, match=f"client_cpus = {more} is above the {more - 1} cores"):
@@ -451,5 +564,9 @@ print(usable_cores())
 
 
 def test_nobody_else_counts_cores() -> None:
-    files = [path for folder in ("srfed", "simulations", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    files = [
+        path
+        for folder in ("srfed", "simulations", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
     assert [path.name for path in files if "cpu_count" in path.read_text()] == ["cores.py"]

@@ -1,4 +1,6 @@
-"""The commands as a user meets them: the main job, sampling, Ctrl-C, and one line for what is wrong."""
+"""The commands as a user meets them: the main job, sampling, Ctrl-C, and one line for what is
+wrong.
+"""
 
 import os
 import shutil
@@ -29,7 +31,9 @@ def command(module: str, *arguments: object) -> "subprocess.CompletedProcess[str
 # --- The main job --------------------------------------------------------------------------------
 
 
-def test_the_main_job_from_the_command_line(tiny_yaml: Path, tmp_path: Path, finished_run: RunDirectory) -> None:
+def test_the_main_job_from_the_command_line(
+    tiny_yaml: Path, tmp_path: Path, finished_run: RunDirectory
+) -> None:
     done = command("simulate", "--config", tiny_yaml, "--clients", 3, "--run-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "no warnings, no progress bar where there is no terminal"
@@ -40,7 +44,11 @@ def test_the_main_job_from_the_command_line(tiny_yaml: Path, tmp_path: Path, fin
     assert run.summary.read_text().strip() in done.stdout
     lines = done.stdout.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("round")] == ["1/3", "2/3", "3/3"]
-    assert [line.split()[0] for line in lines if line.startswith("digit-")] == ["digit-0", "digit-1", "digit-2"]
+    assert [line.split()[0] for line in lines if line.startswith("digit-")] == [
+        "digit-0",
+        "digit-1",
+        "digit-2",
+    ]
     for name in ("round-00002", "round-00003", "reverse-process-00002", "reverse-process-00003"):
         with Image.open(run.samples / f"{name}.png") as picture:
             assert picture.size[1] == 3 * (SMALLEST_CELL + GAP), "one row a task"
@@ -65,8 +73,18 @@ def test_the_main_job_from_the_command_line(tiny_yaml: Path, tmp_path: Path, fin
     assert "config/text_summary" in events.Tags()["tensors"]
 
 
-def test_ctrl_c_stops_with_code_130_says_how_to_go_on_and_that_works(tiny_yaml: Path, tmp_path: Path) -> None:
-    arguments = [sys.executable, "-m", "srfed.simulate", "--config", str(tiny_yaml), "--run-dir", str(tmp_path / "run")]
+def test_ctrl_c_stops_with_code_130_says_how_to_go_on_and_that_works(
+    tiny_yaml: Path, tmp_path: Path
+) -> None:
+    arguments = [
+        sys.executable,
+        "-m",
+        "srfed.simulate",
+        "--config",
+        str(tiny_yaml),
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     arguments += ["--set", "federation.rounds=9999", "--set", "evaluation.every=0"]
     code, message = stop_after_a_round(arguments, signal.SIGINT)
     assert code == 130
@@ -75,9 +93,13 @@ def test_ctrl_c_stops_with_code_130_says_how_to_go_on_and_that_works(tiny_yaml: 
     run = RunDirectory.open(tmp_path / "run")
     rounds = len([line for line in records(run) if line["kind"] == "round"]) + 1
     assert simulate.main(["--resume", str(run.path), "--set", f"federation.rounds={rounds}"]) == 0
-    whole = run_in_process(begin(tmp_path / "whole", {"federation.rounds": rounds, "evaluation.every": 0}))
+    whole = run_in_process(
+        begin(tmp_path / "whole", {"federation.rounds": rounds, "evaluation.every": 0})
+    )
     assert all_bits(run) == all_bits(whole)
-    assert [line.get("loss") for line in records(run)] == [line.get("loss") for line in records(whole)]
+    assert [line.get("loss") for line in records(run)] == [
+        line.get("loss") for line in records(whole)
+    ]
 
 
 def test_resuming_a_finished_run_changes_nothing(
@@ -111,7 +133,18 @@ def draw(finished_run: RunDirectory, tmp_path: Path) -> Callable[..., Sampled]:
     def call(*arguments: object) -> Sampled:
         out, numbers = tmp_path / "new" / "grid.png", tmp_path / "new" / "images.npz"
         steps = [] if "ancestral" in arguments else ["--steps", 5]
-        given = ["--run", finished_run.path, *steps, "--device", "cpu", "--out", out, "--npz", numbers, *arguments]
+        given = [
+            "--run",
+            finished_run.path,
+            *steps,
+            "--device",
+            "cpu",
+            "--out",
+            out,
+            "--npz",
+            numbers,
+            *arguments,
+        ]
         assert sample.main([str(argument) for argument in given]) == 0
         with np.load(numbers) as content:
             return out.read_bytes(), content["images"], content["tasks"].tolist()
@@ -124,9 +157,22 @@ def test_sampling_from_the_command_line(
 ) -> None:
     out, numbers = tmp_path / "grid.png", tmp_path / "images.npz"
     done = command(
-        "sample", "--run", finished_run.path, "--task", 1, "--n", 9, "--steps", 5, "--seed", 0,
-        "--out", out, "--npz", numbers,
-    )  # fmt: skip
+        "sample",
+        "--run",
+        finished_run.path,
+        "--task",
+        1,
+        "--n",
+        9,
+        "--steps",
+        5,
+        "--seed",
+        0,
+        "--out",
+        out,
+        "--npz",
+        numbers,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert str(out) in done.stdout
@@ -140,8 +186,12 @@ def test_sampling_from_the_command_line(
         assert (here[1] == content["images"]).all()
 
 
-def test_the_same_seed_gives_the_same_images_and_another_others(draw: Callable[..., Sampled]) -> None:
-    first, again, other = (draw("--task", "digit-1", "--n", 4, "--seed", seed) for seed in (0, 0, 1))
+def test_the_same_seed_gives_the_same_images_and_another_others(
+    draw: Callable[..., Sampled],
+) -> None:
+    first, again, other = (
+        draw("--task", "digit-1", "--n", 4, "--seed", seed) for seed in (0, 0, 1)
+    )
     assert first[0] == again[0]
     assert (first[1] == again[1]).all()
     assert first[0] != other[0]
@@ -158,14 +208,20 @@ def test_every_task_is_sampled_through_its_own_layers(draw: Callable[..., Sample
 
 
 def test_the_ancestral_sampler_can_be_asked_for(draw: Callable[..., Sampled]) -> None:
-    ddim, ancestral = draw("--task", 0, "--n", 2), draw("--task", 0, "--n", 2, "--sampler", "ancestral")
+    ddim, ancestral = (
+        draw("--task", 0, "--n", 2),
+        draw("--task", 0, "--n", 2, "--sampler", "ancestral"),
+    )
     assert (ddim[1] != ancestral[1]).any()
 
 
-# --- What is wrong, in one line --------------------------------------------------------------------
+# --- What is wrong, in one line
+# --------------------------------------------------------------------
 
 
-def refusal(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int], *arguments: object) -> str:
+def refusal(
+    capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int], *arguments: object
+) -> str:
     """The one line on stderr of a command that exits with code 2."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 2
@@ -195,14 +251,22 @@ def refusal(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int]
         ("--set data.dataset=mnist --data-dir /nowhere", "/nowhere does not exist"),
         ("--set data.dataset=imagenet", "imagenet"),
         ("--backend ray --set resources.cpus=1 --set resources.client_cpus=2", "client_cpus 2"),
-        ("--set evaluation.feature_network=inception --set evaluation.inception_weights=/nowhere", "/nowhere"),
+        (
+            "--set evaluation.feature_network=inception --set "
+            "evaluation.inception_weights=/nowhere",
+            "/nowhere",
+        ),
         ("--config /nowhere.yaml", "cannot read /nowhere.yaml"),
         ("--resume /nowhere", "/nowhere is not the folder of a run"),
         ("--resume /nowhere --run-dir /elsewhere", "leave --run-dir out"),
     ],
 )
 def test_what_the_user_got_wrong_is_one_line_before_anything_is_written(
-    tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: str, expected: str
+    tiny_yaml: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: str,
+    expected: str,
 ) -> None:
     given = arguments.split()
     if "--config" not in given and "--resume" not in given:
@@ -238,14 +302,26 @@ def test_images_that_do_not_do_are_named(
         for path in (pictures / "two").iterdir() if spoil.startswith("one") else [spoilt]:
             Image.new("L", (9, 8)).save(path)
     text = refusal(
-        capsys, simulate.main, "--config", tiny_yaml, "--set", "data.dataset=folder", "--data-dir", pictures,
-        "--set", "training.batch_size=4", "--run-dir", tmp_path / "run",
-    )  # fmt: skip
+        capsys,
+        simulate.main,
+        "--config",
+        tiny_yaml,
+        "--set",
+        "data.dataset=folder",
+        "--data-dir",
+        pictures,
+        "--set",
+        "training.batch_size=4",
+        "--run-dir",
+        tmp_path / "run",
+    )
     assert ("task two" in text) if spoil.startswith("one") else (str(spoilt) in text)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_broken_configuration_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_configuration_file_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     broken = tmp_path / "broken.yaml"
     broken.write_text("training: [1,")
     assert f"{broken} is not valid YAML" in refusal(capsys, simulate.main, "--config", broken)
@@ -277,7 +353,10 @@ def test_a_folder_that_cannot_hold_a_new_run_is_refused_and_left_alone(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("--task digit-7", "--task 'digit-7' is not in this run; it has 0 (digit-0), 1 (digit-1), 2 (digit-2)"),
+        (
+            "--task digit-7",
+            "--task 'digit-7' is not in this run; it has 0 (digit-0), 1 (digit-1), 2 (digit-2)",
+        ),
         ("--task 3", "--task '3'"),
         ("--n 0", "--n 0 is impossible"),
         ("--n -1", "--n -1 is impossible"),
@@ -289,9 +368,23 @@ def test_a_folder_that_cannot_hold_a_new_run_is_refused_and_left_alone(
     ],
 )
 def test_what_cannot_be_sampled_is_one_line(
-    finished_run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: str, expected: str
+    finished_run: RunDirectory,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: str,
+    expected: str,
 ) -> None:
-    given = ["--run", finished_run.path, "--device", "cpu", "--n", 2, "--out", tmp_path / "x.png", *arguments.split()]
+    given = [
+        "--run",
+        finished_run.path,
+        "--device",
+        "cpu",
+        "--n",
+        2,
+        "--out",
+        tmp_path / "x.png",
+        *arguments.split(),
+    ]
     assert expected in refusal(capsys, sample.main, *given)
     assert not (tmp_path / "x.png").exists()
 
@@ -301,7 +394,9 @@ def test_sampling_where_nothing_can_be_written_or_nothing_was_trained_is_one_lin
 ) -> None:
     (tmp_path / "file").write_text("")
     common = ["--run", finished_run.path, "--n", 1, "--steps", 1, "--device", "cpu"]
-    assert "cannot write" in refusal(capsys, sample.main, *common, "--out", tmp_path / "file" / "x.png")
+    assert "cannot write" in refusal(
+        capsys, sample.main, *common, "--out", tmp_path / "file" / "x.png"
+    )
     fresh = begin(tmp_path / "fresh")
     assert "no checkpoint" in refusal(capsys, sample.main, "--run", fresh.path)
     copy = Path(shutil.copytree(finished_run.path, tmp_path / "copy"))
@@ -321,14 +416,20 @@ def test_a_refusal_of_the_real_command_is_one_line_without_traceback(tmp_path: P
 def test_a_full_disk_ends_the_run_in_one_line_and_more_room_lets_it_go_on(
     tiny_yaml: Path, tmp_path: Path, finished_run: RunDirectory
 ) -> None:
-    """The limit on a file's size stands for the disk: φ's checkpoint fits, the one with its moments does not."""
+    """The limit on a file's size stands for the disk: φ's checkpoint fits, the one with its moments
+    does not.
+    """
     arguments = ["--config", str(tiny_yaml), "--run-dir", str(tmp_path / "run")]
     limit = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
     limit += "from srfed.simulate import main; sys.exit(main(sys.argv[1:]))"
-    done = subprocess.run([sys.executable, "-c", limit, *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", limit, *arguments], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"error: cannot write {tmp_path / 'run' / 'server'}")
+    assert done.stderr.splitlines()[-1].startswith(
+        f"error: cannot write {tmp_path / 'run' / 'server'}"
+    )
     assert simulate.main(["--resume", str(tmp_path / "run")]) == 0
     assert all_bits(RunDirectory.open(tmp_path / "run")) == all_bits(finished_run)

@@ -1,4 +1,6 @@
-"""The configuration: every error names the key, every setting is read, described and travels unharmed."""
+"""The configuration: every error names the key, every setting is read, described and travels
+unharmed.
+"""
 
 import json
 import re
@@ -12,7 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from srfed.config import NOT_DECISIVE, RunConfig, describe, load_config, parse_config, parse_config_json
+from srfed.config import (
+    NOT_DECISIVE,
+    RunConfig,
+    describe,
+    load_config,
+    parse_config,
+    parse_config_json,
+)
 from srfed.diffusion.schedule import build_schedule
 from srfed.errors import UserError
 
@@ -55,7 +64,9 @@ def test_nothing_given_is_the_defaults(tmp_path: Path) -> None:
 
 
 def test_yaml_and_json_round_trip(tmp_path: Path) -> None:
-    config = load_config(overrides=["seed=3", "training.learning_rate=1e-5", "model.exclusive_stages=['up.0.*']"])
+    config = load_config(
+        overrides=["seed=3", "training.learning_rate=1e-5", "model.exclusive_stages=['up.0.*']"]
+    )
     assert config.model.exclusive_stages == ("up.0.*",)
     assert load_config(write(tmp_path, config.to_yaml())) == config
     assert parse_config_json(config.to_json()) == config
@@ -63,12 +74,19 @@ def test_yaml_and_json_round_trip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["5e-4", "5E-4", "+5e-4", "0.0005", "5.e-4", ".0005", ".5e-3"])
 def test_every_way_to_write_a_number_is_a_number(tmp_path: Path, text: str) -> None:
-    assert load_config(write(tmp_path, f"training:\n  learning_rate: {text}\n")).training.learning_rate == 5e-4
+    assert (
+        load_config(write(tmp_path, f"training:\n  learning_rate: {text}\n")).training.learning_rate
+        == 5e-4
+    )
     assert load_config(overrides=[f"training.learning_rate={text}"]).training.learning_rate == 5e-4
 
 
-@pytest.mark.parametrize("name", ["1e5", "12", "null", "true", "2025-01-31", "1.5", "0x10", "0100", "no", "1.e5"])
-def test_a_text_that_looks_like_something_else_survives_the_round_trip(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["1e5", "12", "null", "true", "2025-01-31", "1.5", "0x10", "0100", "no", "1.e5"]
+)
+def test_a_text_that_looks_like_something_else_survives_the_round_trip(
+    tmp_path: Path, name: str
+) -> None:
     config = parse_config({"name": name, "data": {"dir": name}})
     assert load_config(write(tmp_path, config.to_yaml())) == config
 
@@ -85,7 +103,9 @@ def test_a_text_that_is_missing_is_the_empty_text(tmp_path: Path) -> None:
 
 def test_a_file_changes_what_it_names_and_overrides_win_in_order(tmp_path: Path) -> None:
     path = write(tmp_path, "seed: 1\ntraining:\n  batch_size: 16\n  drop_last: false\n")
-    config = load_config(path, ["training.batch_size=8", "seed=2", "training.batch_size=4", "name=other"])
+    config = load_config(
+        path, ["training.batch_size=8", "seed=2", "training.batch_size=4", "name=other"]
+    )
     assert (config.seed, config.name) == (2, "other")
     assert (config.training.batch_size, config.training.drop_last) == (4, False)
     assert config.training.learning_rate == RunConfig().training.learning_rate
@@ -136,7 +156,10 @@ def test_the_configuration_is_immutable() -> None:
         ("training.batch_size=0100", ['training.batch_size = "0100"', "in decimal digits alone"]),
         ("training.batch_size=0x10", ['training.batch_size = "0x10"', "in decimal digits alone"]),
         ("training.batch_size=0b11", ['training.batch_size = "0b11"', "in decimal digits alone"]),
-        ("federation.join_timeout=1:30", ['federation.join_timeout = "1:30"', "in decimal digits alone"]),
+        (
+            "federation.join_timeout=1:30",
+            ['federation.join_timeout = "1:30"', "in decimal digits alone"],
+        ),
         ("evaluation.samples=1_000", ['evaluation.samples = "1_000"', "in decimal digits alone"]),
         ("model.exclusive_stages=01", ['model.exclusive_stages = "01"', "none | io | all"]),
         ("training.drop_last=no", ['training.drop_last = "no"', "true | false"]),
@@ -160,7 +183,10 @@ def test_the_configuration_is_immutable() -> None:
         ("federation.round_timeout=.inf", ["federation.round_timeout = Infinity", "number"]),
         ("federation.round_timeout=1e999", ["federation.round_timeout = Infinity", "number"]),
         # lists
-        ("model.channels=[32,64]", ["model.channels = [32, 64]", "≥ 4, ≤ 4096", "length ≥ 4, length ≤ 4"]),
+        (
+            "model.channels=[32,64]",
+            ["model.channels = [32, 64]", "≥ 4, ≤ 4096", "length ≥ 4, length ≤ 4"],
+        ),
         ("model.channels=[32,64,64,2]", ["model.channels = [32, 64, 64, 2]", "≥ 4, ≤ 4096"]),
         ("model.channels=32", ["model.channels = 32", "list of"]),
         ("model.attention_stages=[4]", ["model.attention_stages = [4]", "≥ 0, < 4"]),
@@ -178,15 +204,30 @@ def test_the_configuration_is_immutable() -> None:
         ("diffusion.beta_end=1e-5", ["beta_start 0.0001 is above beta_end 1e-05"]),
         ("diffusion.timesteps=20", ["beta_end 0.02 times 1000/T = 1 reaches 1", "beta_scale none"]),
         ("model.groups=7", ["groups 7 does not divide channels entry 32"]),
-        ("model.attention_head_channels=48", ["attention_head_channels 48", "64 channels", "stage 3"]),
-        ("training.local_epochs=1", ["exactly one of local_steps (now 12)", "local_epochs (now 1)"]),
-        ("training.local_steps=null", ["exactly one of local_steps (now None)", "local_epochs (now None)"]),
+        (
+            "model.attention_head_channels=48",
+            ["attention_head_channels 48", "64 channels", "stage 3"],
+        ),
+        (
+            "training.local_epochs=1",
+            ["exactly one of local_steps (now 12)", "local_epochs (now 1)"],
+        ),
+        (
+            "training.local_steps=null",
+            ["exactly one of local_steps (now None)", "local_epochs (now None)"],
+        ),
         ("training.exclusive_steps=2", ["exclusive_steps 2", "update: alternating"]),
         ("federation.clients_per_round=11", ["clients_per_round 11 is above clients 10"]),
         ("federation.min_clients=11", ["min_clients 11 is above the 10 clients"]),
         ("sampling.steps=501", ["sampling.steps 501 is above diffusion.timesteps 500"]),
-        ("evaluation.ssim_timestep=501", ["evaluation.ssim_timestep 501 is above diffusion.timesteps 500"]),
-        ("evaluation.ssim_curve=[10, 501]", ["evaluation.ssim_curve 501 is above diffusion.timesteps 500"]),
+        (
+            "evaluation.ssim_timestep=501",
+            ["evaluation.ssim_timestep 501 is above diffusion.timesteps 500"],
+        ),
+        (
+            "evaluation.ssim_curve=[10, 501]",
+            ["evaluation.ssim_curve 501 is above diffusion.timesteps 500"],
+        ),
         # keys
         ("training.batchsize=3", ["unknown key `training.batchsize`", "batch_size, drop_last"]),
         ("trainings.batch_size=3", ["unknown key `trainings`", "data, diffusion, model, training"]),
@@ -199,7 +240,9 @@ def test_the_configuration_is_immutable() -> None:
         ("seed={", ["--set 'seed={'", "not valid YAML"]),
     ],
 )
-def test_a_refusal_is_one_line_with_key_value_and_what_is_allowed(override: str, words: list[str]) -> None:
+def test_a_refusal_is_one_line_with_key_value_and_what_is_allowed(
+    override: str, words: list[str]
+) -> None:
     message = refusal(overrides=[override])
     for word in words:
         assert word in message
@@ -209,7 +252,10 @@ def test_a_refusal_is_one_line_with_key_value_and_what_is_allowed(override: str,
     ("overrides", "words"),
     [
         (["resources.cpus=2", "resources.client_cpus=3"], "client_cpus 3 is above cpus 2"),
-        (["resources.precision=bfloat16", "resources.device=cpu"], "precision bfloat16 needs device cuda"),
+        (
+            ["resources.precision=bfloat16", "resources.device=cpu"],
+            "precision bfloat16 needs device cuda",
+        ),
         (
             ["federation.clients_per_round=3", "federation.min_clients=4"],
             "min_clients 4 is above the 3 clients",
@@ -244,7 +290,10 @@ def test_every_mistake_is_named_at_once() -> None:
         ("seed: !!python/object/apply:os.getcwd []", "is not valid YAML"),
         ("seed: 1\n---\nseed: 2\n", "is not valid YAML"),
         ("training:\n", 'training = "" is not allowed; it must be a section'),
-        ("training:\n  gradient_clip:\n", 'training.gradient_clip = "" is not allowed; allowed: number | null'),
+        (
+            "training:\n  gradient_clip:\n",
+            'training.gradient_clip = "" is not allowed; allowed: number | null',
+        ),
         ("training:\n  batch_size: 0100\n", 'training.batch_size = "0100" is not allowed'),
         ("1: 2\n", "unknown key `1`"),
     ],
@@ -257,7 +306,10 @@ def test_a_bad_file_is_refused_by_name(tmp_path: Path, text: str, words: str) ->
 
 
 def test_an_unreadable_file_is_refused_by_name(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "absent.yaml") == f"cannot read {tmp_path / 'absent.yaml'}: No such file or directory"
+    assert (
+        refusal(tmp_path / "absent.yaml")
+        == f"cannot read {tmp_path / 'absent.yaml'}: No such file or directory"
+    )
     assert f"cannot read {tmp_path}: " in refusal(tmp_path)
     (tmp_path / "latin.yaml").write_bytes("name: größe".encode("latin-1"))
     assert "latin.yaml is not valid YAML" in refusal(tmp_path / "latin.yaml")
@@ -326,7 +378,9 @@ def test_every_setting_that_is_not_decisive_exists() -> None:
 
 
 def test_decisive_differences_are_named_with_both_values() -> None:
-    changed = load_config(overrides=["seed=1", "training.batch_size=8", "resources.backend=inline", "name=other"])
+    changed = load_config(
+        overrides=["seed=1", "training.batch_size=8", "resources.backend=inline", "name=other"]
+    )
     default = RunConfig().training.batch_size
     assert RunConfig().decisive_differences(changed) == [
         "seed: 0 -> 1",
@@ -364,7 +418,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "data.dir": st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
     "data.images_per_task": st.none() | st.integers(1, 10**6),
     "data.channels": st.sampled_from([1, 3, None]),
-    "data.intensity": st.just("per_image") | st.tuples(st.floats(-9e9, -1), st.floats(0, 9e9)).map(list),
+    "data.intensity": st.just("per_image")
+    | st.tuples(st.floats(-9e9, -1), st.floats(0, 9e9)).map(list),
     "data.test_fraction": st.floats(0, 1, exclude_min=True, exclude_max=True),
     "model.exclusive_stages": st.sampled_from(["none", "io", "all", 1, 2, 3, 4])
     | st.lists(st.text("abcdown.0123*", min_size=1), min_size=1, max_size=3),
@@ -380,8 +435,12 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 
 @settings(max_examples=60, deadline=None)
 @given(st.fixed_dictionaries({}, optional=VALUES))
-def test_any_valid_overrides_survive_yaml(tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]) -> None:
-    config = load_config(overrides=[f"{name}={yaml_text(value)}" for name, value in changes.items()])
+def test_any_valid_overrides_survive_yaml(
+    tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]
+) -> None:
+    config = load_config(
+        overrides=[f"{name}={yaml_text(value)}" for name, value in changes.items()]
+    )
     flat = settings_of(dump(config))
     assert {name: flat[name] for name in changes} == changes
     path = write(tmp_path_factory.mktemp("round-trip"), config.to_yaml())
@@ -391,7 +450,9 @@ def test_any_valid_overrides_survive_yaml(tmp_path_factory: pytest.TempPathFacto
 
 def yaml_text(value: Any) -> str:
     """YAML as a careful user writes it: every text in quotes."""
-    return yaml.safe_dump(value, default_flow_style=True, default_style='"' if isinstance(value, str) else None)
+    return yaml.safe_dump(
+        value, default_flow_style=True, default_style='"' if isinstance(value, str) else None
+    )
 
 
 @settings(max_examples=60, deadline=None)

@@ -52,8 +52,12 @@ def save(path: Path, pixels: np.ndarray, **options: Any) -> Path:
 
 
 def held_out(images: np.ndarray, fraction: float) -> np.ndarray:
-    """Which images (uint8 N x H x W x C) their content holds out, as docs/data.md words the rule."""
-    names = [hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest() for image in images]
+    """Which images (uint8 N x H x W x C) their content holds out, as docs/data.md words the
+    rule.
+    """
+    names = [
+        hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest() for image in images
+    ]
     return np.array([int(name[:13], 16) < fraction * 16**13 for name in names])
 
 
@@ -66,7 +70,9 @@ def test_all_256_levels_survive_the_round_trip_and_fill_the_range() -> None:
     assert scaled.dtype == torch.float32
     assert scaled.shape == (2, 4, 8, 4)
     assert scaled.is_contiguous()
-    torch.testing.assert_close(scaled, torch.from_numpy(levels).permute(0, 3, 1, 2) / 127.5 - 1, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        scaled, torch.from_numpy(levels).permute(0, 3, 1, 2) / 127.5 - 1, rtol=0, atol=1e-6
+    )
     assert (scaled.min(), scaled.max()) == (-1, 1)
     np.testing.assert_array_equal(to_uint8(scaled), levels)
 
@@ -91,7 +97,9 @@ def test_images_at_the_door_are_checked() -> None:
 # --- the rule for modes, sizes and channels ---
 
 
-@pytest.mark.parametrize(("height", "width"), [(40, 61), (61, 40), (17, 90), (40, 40), (12, 21), (32, 35), (35, 32)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(40, 61), (61, 40), (17, 90), (40, 40), (12, 21), (32, 35), (35, 32)]
+)
 @pytest.mark.parametrize("depth", [1, 3])
 def test_resize_and_crop_are_torchvisions(height: int, width: int, depth: int) -> None:
     pixels = random_images(height, width, depth)
@@ -168,25 +176,36 @@ def test_a_fixed_range_makes_equal_values_equally_grey_in_all_pictures(
 def test_pictures_of_8_bits_have_no_intensity_to_set() -> None:
     for pixels in (random_images(9, 7), random_images(9, 7, 3), random_images(9, 7, 4)):
         image = Image.fromarray(pixels)
-        np.testing.assert_array_equal(fit_image(image, 6, None, (0.0, 10.0)), fit_image(image, 6, None))
+        np.testing.assert_array_equal(
+            fit_image(image, 6, None, (0.0, 10.0)), fit_image(image, 6, None)
+        )
 
 
 @pytest.mark.parametrize(
-    ("values", "nodata"), [(range(64), -9999), (range(64), 65535), (range(100, 164), -3.4e38), (range(3), 40)]
+    ("values", "nodata"),
+    [(range(64), -9999), (range(64), 65535), (range(100, 164), -3.4e38), (range(3), 40)],
 )
-def test_one_value_far_from_all_others_is_named_instead_of_whitening_the_picture(values: range, nodata: float) -> None:
+def test_one_value_far_from_all_others_is_named_instead_of_whitening_the_picture(
+    values: range, nodata: float
+) -> None:
     pixels = np.resize(np.array(values, np.float32), (8, 8))
     fit_image(Image.fromarray(pixels), None, None)
     pixels[0] = nodata
     text = message_of(fit_image, Image.fromarray(pixels), None, None)
     assert f"the value {np.float32(nodata):g} far from all others" in text
     assert "set data.intensity" in text
-    fitted = fit_image(Image.fromarray(pixels), None, None, (float(min(values)), float(max(values))))
+    fitted = fit_image(
+        Image.fromarray(pixels), None, None, (float(min(values)), float(max(values)))
+    )
     assert len(np.unique(fitted)) > 2, "the others keep their contrast"
 
 
 def test_two_levels_and_a_wide_range_are_no_missing_values() -> None:
-    for pixels in (np.array([0, 4000]), np.array([0, 1000, 1100, 1200, 1300]), np.geomspace(1, 60000, 64)):
+    for pixels in (
+        np.array([0, 4000]),
+        np.array([0, 1000, 1100, 1200, 1300]),
+        np.geomspace(1, 60000, 64),
+    ):
         fit_image(Image.fromarray(np.resize(pixels, (8, 8)).astype(np.uint16)), None, None)
 
 
@@ -200,9 +219,14 @@ def test_intensity_reaches_the_files_of_a_task_and_is_said(tmp_path: Path) -> No
     levels = {round((100 + number) / 1000 * 255) for number in range(6)}
     assert levels <= {int(image[0, 0, 0]) for image in (*task.train, *task.test)}
     said = " ".join(" ".join(describe_images(config, 1)).split())
-    assert "6 of 7 pictures have more than 8 bits, values 100 to 905; 0 becomes black, 1000 white" in said
+    assert (
+        "6 of 7 pictures have more than 8 bits, values 100 to 905; 0 becomes black, 1000 white"
+        in said
+    )
     assert "0.00% of the values are outside" in said
-    assert "100.00% of the values" in " ".join(describe_images(folder(tmp_path, intensity=(2000.0, 3000.0)), 1))
+    assert "100.00% of the values" in " ".join(
+        describe_images(folder(tmp_path, intensity=(2000.0, 3000.0)), 1)
+    )
     said = " ".join(" ".join(describe_images(folder(tmp_path), 1)).split())
     assert "each is stretched by its own least and greatest value" in said
 
@@ -235,7 +259,11 @@ def test_tiny_images_are_refused() -> None:
 def test_digits_are_scikit_learns_with_the_end_of_each_class_held_out() -> None:
     digits = load_digits()
     tasks = load_tasks(DataConfig(), 10)
-    assert [task.name for task in tasks] == task_names(DataConfig()) == [f"digit-{k}" for k in range(10)]
+    assert (
+        [task.name for task in tasks]
+        == task_names(DataConfig())
+        == [f"digit-{k}" for k in range(10)]
+    )
     for label, task in enumerate(tasks):
         own = digits.images[digits.target == label]
         assert task.index == label
@@ -259,7 +287,9 @@ def test_size_channels_and_fraction_apply() -> None:
     assert task.train.shape == (89, 16, 16, 3)
     assert task.test.shape == (89, 16, 16, 3)
     original = load_digits().images[0] * 255 / 16
-    expected = Image.fromarray(np.rint(original).astype(np.uint8)).resize((16, 16), Image.Resampling.BICUBIC)
+    expected = Image.fromarray(np.rint(original).astype(np.uint8)).resize(
+        (16, 16), Image.Resampling.BICUBIC
+    )
     np.testing.assert_array_equal(task.train[0, ..., 1], expected)
 
 
@@ -270,15 +300,22 @@ def test_a_task_that_does_not_exist_is_refused() -> None:
 
 
 def test_importing_the_room_leaves_slow_libraries_alone() -> None:
-    program = "import sys, srfed.data; sys.exit(any(m in sys.modules for m in ('sklearn', 'torchvision')))"
+    program = (
+        "import sys, srfed.data; sys.exit(any(m in sys.modules for m in ('sklearn', "
+        "'torchvision')))"
+    )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 # --- MNIST and Fashion-MNIST ---
 
 
-@pytest.fixture(scope="module", params=[("mnist", datasets.MNIST), ("fashion_mnist", datasets.FashionMNIST)])
-def idx_copy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Path]:
+@pytest.fixture(
+    scope="module", params=[("mnist", datasets.MNIST), ("fashion_mnist", datasets.FashionMNIST)]
+)
+def idx_copy(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Any, Path]:
     """(our name, torchvision's class, a root where torchvision can read: unpacked files only)."""
     name, published = request.param
     root = tmp_path_factory.mktemp(name)
@@ -295,7 +332,9 @@ def test_idx_files_are_read_as_torchvision_reads_them(idx_copy: tuple[str, Any, 
     packed = DataConfig(dataset=name, dir=str(SHARED), images_per_task=500)  # type: ignore[arg-type]
     train, test = published(root, train=True), published(root, train=False)
     for task in load_tasks(packed, 10):
-        np.testing.assert_array_equal(task.train[..., 0], train.data[train.targets == task.index][:500])
+        np.testing.assert_array_equal(
+            task.train[..., 0], train.data[train.targets == task.index][:500]
+        )
         np.testing.assert_array_equal(task.test[..., 0], test.data[test.targets == task.index])
     unpacked = load_task(packed.model_copy(update={"dir": str(root), "images_per_task": None}), 7)
     np.testing.assert_array_equal(unpacked.train[..., 0], train.data[train.targets == 7])
@@ -319,12 +358,15 @@ def small_mnist(tmp_path: Path) -> Path:
     raw.mkdir(parents=True)
     for split in ("train", "t10k"):
         (raw / f"{split}-images-idx3-ubyte").write_bytes(idx_bytes(random_images(20, 28, 28)))
-        (raw / f"{split}-labels-idx1-ubyte").write_bytes(idx_bytes(np.arange(20, dtype=np.uint8) % 10))
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(
+            idx_bytes(np.arange(20, dtype=np.uint8) % 10)
+        )
     return tmp_path
 
 
 @pytest.mark.parametrize(
-    "damage", [b"", b"\0\0\x08", b"\0\0\x0d\x01\0\0\0\x01....", idx_bytes(np.arange(9, dtype=np.uint8))[:-1]]
+    "damage",
+    [b"", b"\0\0\x08", b"\0\0\x0d\x01\0\0\0\x01....", idx_bytes(np.arange(9, dtype=np.uint8))[:-1]],
 )
 def test_damaged_idx_files_are_refused(small_mnist: Path, damage: bytes) -> None:
     config = DataConfig(dataset="mnist", dir=str(small_mnist))
@@ -347,7 +389,9 @@ def test_missing_files_are_named_with_the_way_to_get_them(small_mnist: Path) -> 
     assert f"MNIST('{small_mnist}', download=True)" in text
 
 
-@pytest.mark.parametrize("dataset", ["mnist", "fashion_mnist", "cifar10", "cifar100", "npz", "folder"])
+@pytest.mark.parametrize(
+    "dataset", ["mnist", "fashion_mnist", "cifar10", "cifar100", "npz", "folder"]
+)
 def test_an_absent_folder_is_refused(dataset: Any, tmp_path: Path) -> None:
     assert "data.dir is not set" in message_of(task_names, DataConfig(dataset=dataset))
     text = message_of(task_names, DataConfig(dataset=dataset, dir=str(tmp_path / "nowhere")))
@@ -370,16 +414,21 @@ def test_compact_cifar(dataset: Any, tasks: int, labels: str, name: str) -> None
     assert {task.train.shape for task in loaded} == {(100, 32, 32, 3)}
     assert {task.test.shape for task in loaded} == {(10_000 // tasks, 32, 32, 3)}
     with np.load(path) as arrays:
-        np.testing.assert_array_equal(loaded[5].test, arrays["test_images"][arrays[f"test_{labels}"] == 5])
         np.testing.assert_array_equal(
-            loaded[5].train, arrays["train_images"][np.flatnonzero(arrays[f"train_{labels}"] == 5)[:100]]
+            loaded[5].test, arrays["test_images"][arrays[f"test_{labels}"] == 5]
+        )
+        np.testing.assert_array_equal(
+            loaded[5].train,
+            arrays["train_images"][np.flatnonzero(arrays[f"train_{labels}"] == 5)[:100]],
         )
     text = message_of(load_task, config.model_copy(update={"images_per_task": 501}), 0)
     assert f"the 500 training images of task {name}" in text
 
 
 @pytest.fixture(params=["cifar10", "cifar100"])
-def cifar_archive(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Path]:
+def cifar_archive(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, Path]:
     """A small archive in the original layout whose checksums stand in torchvision's tables."""
     published: Any = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[request.param]
     folder = tmp_path / published.base_folder
@@ -409,7 +458,9 @@ def cifar_archive(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: p
     }
     if request.param == "cifar10":
         names = {"label_names": [f"class_{k}" for k in range(10)]}
-    monkeypatch.setattr(published, "meta", {**published.meta, "md5": write(published.meta["filename"], names)})
+    monkeypatch.setattr(
+        published, "meta", {**published.meta, "md5": write(published.meta["filename"], names)}
+    )
     return published, tmp_path
 
 
@@ -425,8 +476,12 @@ def test_cifar_archives_are_read_as_torchvision_reads_them(cifar_archive: tuple[
     assert len(tasks) == {"cifar10": 10, "cifar100": 20}[dataset]
     assert tasks[4].name == {"cifar10": "class-4", "cifar100": "coarse-4"}[dataset]
     for task in tasks:
-        np.testing.assert_array_equal(task.train, train.data[np.array(train.targets) // per_task == task.index])
-        np.testing.assert_array_equal(task.test, test.data[np.array(test.targets) // per_task == task.index])
+        np.testing.assert_array_equal(
+            task.train, train.data[np.array(train.targets) // per_task == task.index]
+        )
+        np.testing.assert_array_equal(
+            task.test, test.data[np.array(test.targets) // per_task == task.index]
+        )
 
 
 class Bomb:
@@ -440,9 +495,15 @@ class Bomb:
 
 
 @pytest.mark.parametrize("which", ["train", "test", "meta"])
-def test_a_strange_pickle_is_refused_before_it_is_opened(cifar_archive: tuple[Any, Path], which: str) -> None:
+def test_a_strange_pickle_is_refused_before_it_is_opened(
+    cifar_archive: tuple[Any, Path], which: str
+) -> None:
     published, root = cifar_archive
-    name = published.meta["filename"] if which == "meta" else getattr(published, f"{which}_list")[-1][0]
+    name = (
+        published.meta["filename"]
+        if which == "meta"
+        else getattr(published, f"{which}_list")[-1][0]
+    )
     file, trace = root / published.base_folder / name, root / "trace"
     file.write_bytes(pickle.dumps(Bomb(trace)))
     pickle.loads(file.read_bytes())
@@ -482,9 +543,13 @@ def test_npz_with_names_and_test_part(tmp_path: Path) -> None:
     train, test = random_images(30, 9, 6, 2), random_images(12, 9, 6, 2, seed=1)
     train_labels, test_labels = np.arange(30) % 3 + 1, np.arange(12) % 3 + 1
     config = npz(
-        tmp_path, train_images=train, train_labels=train_labels, test_images=test, test_labels=test_labels,
+        tmp_path,
+        train_images=train,
+        train_labels=train_labels,
+        test_images=test,
+        test_labels=test_labels,
         label_names=np.array(["unused", "Screw, M4", "Äpfel", "x_y"]),
-    )  # fmt: skip
+    )
     tasks = load_tasks(config, 3)
     assert [task.name for task in tasks] == task_names(config) == ["screw-m4", "apfel", "x-y"]
     for label, task in enumerate(tasks, start=1):
@@ -514,17 +579,25 @@ GOOD = {"train_images": random_images(6, 8, 8, 1), "train_labels": np.arange(6) 
         ({"train_images": random_images(5, 8, 8, 1)}, "5 train_images but 6 train_labels"),
         ({"train_images": random_images(6, 8, 4, 1)}, "4 x 8 px"),
         ({"train_labels": np.arange(6) / 2}, "train_labels is float64"),
-        ({"train_labels": np.array(["a", None] * 3, object)}, "not a sound .npz file of plain arrays"),
+        (
+            {"train_labels": np.array(["a", None] * 3, object)},
+            "not a sound .npz file of plain arrays",
+        ),
         ({"label_names": np.array(["one"])}, "none for label 1"),
         ({"label_names": np.array(["a b", "A/B"])}, "'a b' and 'A/B' would both be task a-b"),
         ({"label_names": np.array(["a", "!?"])}, "named after '!?'"),
         ({"test_images": random_images(6, 8, 8, 1)}, "one of test_images and test_labels"),
         ({"test_images": random_images(2, 8, 9, 1), "test_labels": np.arange(2)}, "different size"),
-        ({"test_images": random_images(2, 8, 8, 1), "test_labels": np.ones(2, int)}, "class-0 has no test"),
+        (
+            {"test_images": random_images(2, 8, 8, 1), "test_labels": np.ones(2, int)},
+            "class-0 has no test",
+        ),
         ({"train_labels": np.array([0] + [1] * 5)}, "data.test_fraction = 0.2"),
     ],
 )
-def test_npz_of_the_wrong_kind_is_refused(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
+def test_npz_of_the_wrong_kind_is_refused(
+    tmp_path: Path, change: dict[str, Any], expected: str
+) -> None:
     load_task(npz(tmp_path, **GOOD), 0)
     assert expected in message_of(load_task, npz(tmp_path, **{**GOOD, **change}), 0)
 
@@ -538,8 +611,12 @@ def test_npz_that_is_none_is_refused(tmp_path: Path) -> None:
     with open(config.dir, "wb") as file:
         np.save(file, np.zeros(3))
     assert "not a sound .npz file" in message_of(load_task, config, 0)
-    assert "no array train_labels" in message_of(load_task, npz(tmp_path, train_images=GOOD["train_images"]), 0)
-    assert "not a sound .npz file" in message_of(load_task, config.model_copy(update={"dir": str(tmp_path)}), 0)
+    assert "no array train_labels" in message_of(
+        load_task, npz(tmp_path, train_images=GOOD["train_images"]), 0
+    )
+    assert "not a sound .npz file" in message_of(
+        load_task, config.model_copy(update={"dir": str(tmp_path)}), 0
+    )
 
 
 # --- folders ---
@@ -569,7 +646,8 @@ def test_folder_tasks_in_order_and_split_by_content(tmp_path: Path) -> None:
     np.testing.assert_array_equal(task.train, images[~out])
     np.testing.assert_array_equal(task.test, images[out])
     assert [
-        path.relative_to(tmp_path / "Site B").as_posix() for path in list_images(tmp_path / "Site B").files
+        path.relative_to(tmp_path / "Site B").as_posix()
+        for path in list_images(tmp_path / "Site B").files
     ] == names
     assert [len(part) for part in (load_task(config, 0).train, load_task(config, 0).test)] == [1, 1]
 
@@ -577,16 +655,23 @@ def test_folder_tasks_in_order_and_split_by_content(tmp_path: Path) -> None:
 def test_folder_with_a_split_of_its_own(tmp_path: Path) -> None:
     for part, count in (("train", 5), ("test", 2)):
         for k in range(count):
-            save(tmp_path / part / "lamp" / f"{k}.png", np.full((8, 8), 10 * k + (part == "test"), np.uint8))
+            save(
+                tmp_path / part / "lamp" / f"{k}.png",
+                np.full((8, 8), 10 * k + (part == "test"), np.uint8),
+            )
     task = load_task(folder(tmp_path, images_per_task=4), 0)
     assert task.train[:, 0, 0, 0].tolist() == [0, 10, 20, 30]
     assert task.test[:, 0, 0, 0].tolist() == [1, 11]
-    assert "5 training images of task lamp" in message_of(load_task, folder(tmp_path, images_per_task=6), 0)
+    assert "5 training images of task lamp" in message_of(
+        load_task, folder(tmp_path, images_per_task=6), 0
+    )
     (tmp_path / "train" / "chair").mkdir()
     assert "task chair is not in both" in message_of(task_names, folder(tmp_path))
 
 
-def test_folder_images_beyond_images_per_task_are_opened_only_where_their_content_decides(tmp_path: Path) -> None:
+def test_folder_images_beyond_images_per_task_are_opened_only_where_their_content_decides(
+    tmp_path: Path,
+) -> None:
     for k in range(5):
         save(tmp_path / "a" / "lamp" / f"{k}.png", random_images(8, 8, seed=k))
     shutil.copytree(tmp_path / "a" / "lamp", tmp_path / "b" / "train" / "lamp")
@@ -618,7 +703,9 @@ def test_sizes_and_channels_that_differ(tmp_path: Path) -> None:
     task = load_task(folder(tmp_path, image_size=8, channels=3), 0)
     assert task.train.shape == task.test.shape == (1, 8, 8, 3)
     with Image.open(second) as image:
-        expected = image.convert("RGB").resize((8, 16), Image.Resampling.BICUBIC).crop((0, 4, 8, 12))
+        expected = (
+            image.convert("RGB").resize((8, 16), Image.Resampling.BICUBIC).crop((0, 4, 8, 12))
+        )
     np.testing.assert_array_equal(task.test[0], expected)
 
 

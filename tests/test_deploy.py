@@ -1,4 +1,6 @@
-"""Deployment: certificates as others verify them, a site's check, and a whole federation of real processes."""
+"""Deployment: certificates as others verify them, a site's check, and a whole federation of real
+processes.
+"""
 
 import os
 import re
@@ -53,7 +55,9 @@ def command(*arguments: object, folder: Path | None = None) -> "subprocess.Compl
     whole = [sys.executable, "-m", "srfed.deploy", *map(str, arguments)]
     # The package that is tested here, wherever the process stands.
     environment = {**os.environ, "PYTHONPATH": str(Path(deploy.__file__).parent.parent)}
-    return subprocess.run(whole, capture_output=True, text=True, timeout=300, cwd=folder, env=environment)
+    return subprocess.run(
+        whole, capture_output=True, text=True, timeout=300, cwd=folder, env=environment
+    )
 
 
 def assert_one_line(done: "subprocess.CompletedProcess[str]", *words: str) -> None:
@@ -74,11 +78,24 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the command makes for two hosts and two sites, with Flower's files beside another's."""
     folder = tmp_path_factory.mktemp("certificates") / "new"
     options = [option for host in HOSTS for option in ("--host", host)]
-    done = command("certificates", "--out", folder, *options, "--site", "north", "--site", "south", "--days", 30)
+    done = command(
+        "certificates",
+        "--out",
+        folder,
+        *options,
+        "--site",
+        "north",
+        "--site",
+        "south",
+        "--days",
+        30,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     names = {line.split()[0] for line in done.stdout.splitlines()} - {"in"}
-    assert names == {path.name for path in folder.iterdir()}, "each file is explained, and there are no others"
+    assert names == {path.name for path in folder.iterdir()}, (
+        "each file is explained, and there are no others"
+    )
     return folder
 
 
@@ -87,8 +104,11 @@ def test_private_keys_are_for_their_owner_only(certificates: Path) -> None:
         if path.suffix == ".key":
             assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
     assert {path.name for path in certificates.glob("*.key")} == {
-        "ca.key", "superlink.key", "site-north.key", "site-south.key",
-    }  # fmt: skip
+        "ca.key",
+        "superlink.key",
+        "site-north.key",
+        "site-south.key",
+    }
 
 
 def test_a_private_key_is_never_readable_by_others_not_even_for_a_moment(
@@ -114,7 +134,8 @@ def test_openssl_accepts_the_certificates(certificates: Path) -> None:
     def verify(*options: str) -> int:
         files = ["-CAfile", str(certificates / "ca.crt"), str(certificates / "superlink.crt")]
         return subprocess.run(
-            [openssl, "verify", "-x509_strict", "-purpose", "sslserver", *options, *files], capture_output=True
+            [openssl, "verify", "-x509_strict", "-purpose", "sslserver", *options, *files],
+            capture_output=True,
         ).returncode
 
     assert verify() == 0
@@ -124,7 +145,9 @@ def test_openssl_accepts_the_certificates(certificates: Path) -> None:
         assert verify("-verify_ip", address) == 0
     assert verify("-verify_hostname", "other.example.org") != 0
     text = subprocess.run(
-        [openssl, "x509", "-in", str(certificates / "ca.crt"), "-noout", "-text"], capture_output=True, text=True
+        [openssl, "x509", "-in", str(certificates / "ca.crt"), "-noout", "-text"],
+        capture_output=True,
+        text=True,
     ).stdout
     assert re.search(r"Basic Constraints: critical\s+CA:TRUE, pathlen:0", text)
     assert re.search(r"Key Usage: critical\s+Certificate Sign, CRL Sign\n", text)
@@ -136,9 +159,19 @@ def seconds_left(path: Path) -> timedelta:
     return certificate.not_valid_after_utc - datetime.now(UTC)
 
 
-def test_the_certificate_is_valid_as_long_as_was_asked_and_the_authority_longer(certificates: Path) -> None:
-    assert timedelta(days=29, hours=23) < seconds_left(certificates / "superlink.crt") <= timedelta(days=30)
-    assert timedelta(days=3649, hours=23) < seconds_left(certificates / "ca.crt") <= timedelta(days=3650)
+def test_the_certificate_is_valid_as_long_as_was_asked_and_the_authority_longer(
+    certificates: Path,
+) -> None:
+    assert (
+        timedelta(days=29, hours=23)
+        < seconds_left(certificates / "superlink.crt")
+        <= timedelta(days=30)
+    )
+    assert (
+        timedelta(days=3649, hours=23)
+        < seconds_left(certificates / "ca.crt")
+        <= timedelta(days=3650)
+    )
 
 
 def handshake(server: Path, authority: Path, host: str) -> None:
@@ -164,7 +197,9 @@ def handshake(server: Path, authority: Path, host: str) -> None:
             thread.join()
 
 
-def test_a_tls_handshake_succeeds_with_the_authority_and_host_names_only(certificates: Path, tmp_path: Path) -> None:
+def test_a_tls_handshake_succeeds_with_the_authority_and_host_names_only(
+    certificates: Path, tmp_path: Path
+) -> None:
     for host in (*HOSTS, "localhost", "127.0.0.1"):
         handshake(certificates, certificates, host)
     with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
@@ -174,21 +209,27 @@ def test_a_tls_handshake_succeeds_with_the_authority_and_host_names_only(certifi
         handshake(certificates, tmp_path, HOSTS[0])
 
 
-def test_a_renewed_certificate_is_trusted_by_sites_that_have_the_old_authority(tmp_path: Path) -> None:
+def test_a_renewed_certificate_is_trusted_by_sites_that_have_the_old_authority(
+    tmp_path: Path,
+) -> None:
     make_certificates(tmp_path, list(HOSTS), ["a"], days=1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     done = command("certificates", "--renew", "--out", tmp_path, "--days", 90)
     assert (done.returncode, done.stderr) == (0, "")
     assert "superlink.crt is valid until" in done.stdout
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert [name for name in after if after[name] != before.get(name)] == ["superlink.crt"], "one file, and no other"
+    assert [name for name in after if after[name] != before.get(name)] == ["superlink.crt"], (
+        "one file, and no other"
+    )
     assert seconds_left(tmp_path / "superlink.crt") > timedelta(days=89)
     for host in (*HOSTS, "localhost"):
         handshake(tmp_path, tmp_path, host)
 
     # Another name, and another key where the old one is lost.
     (tmp_path / "superlink.key").unlink()
-    done = command("certificates", "--renew", "--out", tmp_path, "--host", "new.example.org", "--days", 3650)
+    done = command(
+        "certificates", "--renew", "--out", tmp_path, "--host", "new.example.org", "--days", 3650
+    )
     assert done.returncode == 0, done.stderr
     assert stat.S_IMODE((tmp_path / "superlink.key").stat().st_mode) == 0o600
     handshake(tmp_path, tmp_path, "new.example.org")
@@ -203,10 +244,16 @@ def test_what_cannot_be_renewed_takes_one_line_and_changes_nothing(tmp_path: Pat
     make_certificates(tmp_path / "b", ["localhost"])
     certificate = (tmp_path / "a" / "superlink.crt").read_bytes()
     shutil.copy(tmp_path / "b" / "ca.key", tmp_path / "a" / "ca.key")
-    assert_one_line(command("certificates", "--renew", "--out", tmp_path / "a"), "ca.key is not the key of")
+    assert_one_line(
+        command("certificates", "--renew", "--out", tmp_path / "a"), "ca.key is not the key of"
+    )
     (tmp_path / "a" / "ca.key").unlink()
-    assert_one_line(command("certificates", "--renew", "--out", tmp_path / "a"), "cannot read", "ca.key")
-    assert_one_line(command("certificates", "--renew", "--out", tmp_path / "b", "--site", "a"), "do not expire")
+    assert_one_line(
+        command("certificates", "--renew", "--out", tmp_path / "a"), "cannot read", "ca.key"
+    )
+    assert_one_line(
+        command("certificates", "--renew", "--out", tmp_path / "b", "--site", "a"), "do not expire"
+    )
     assert (tmp_path / "a" / "superlink.crt").read_bytes() == certificate
 
 
@@ -227,7 +274,9 @@ def test_site_keys_are_what_flower_reads(certificates: Path) -> None:
     assert registered != try_load_public_key(certificates / "site-south.pub")
 
 
-def test_a_site_makes_its_own_keys_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_site_makes_its_own_keys_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert deploy.main(["certificates", "--out", str(tmp_path), "--site", "east"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"site-east.key", "site-east.pub"}
     assert "valid" not in capsys.readouterr().out
@@ -235,7 +284,9 @@ def test_a_site_makes_its_own_keys_and_nothing_else(tmp_path: Path, capsys: pyte
 
 def test_nothing_is_overwritten_and_then_nothing_is_written(tmp_path: Path) -> None:
     (tmp_path / "site-b.pub").write_text("mine")
-    done = command("certificates", "--out", tmp_path, "--host", "localhost", "--site", "a", "--site", "b")
+    done = command(
+        "certificates", "--out", tmp_path, "--host", "localhost", "--site", "a", "--site", "b"
+    )
     assert_one_line(done, "site-b.pub exists already")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"site-b.pub": "mine"}
 
@@ -287,21 +338,41 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def test_check_of_a_folder_of_mixed_pictures(pictures: Path, tiny_yaml: Path, tmp_path: Path) -> None:
+def test_check_of_a_folder_of_mixed_pictures(
+    pictures: Path, tiny_yaml: Path, tmp_path: Path
+) -> None:
     state = tmp_path / "new" / "state"
-    settings = ["data.image_size=8", "data.channels=3", "training.batch_size=4", "training.shared_moments=average"]
+    settings = [
+        "data.image_size=8",
+        "data.channels=3",
+        "training.batch_size=4",
+        "training.shared_moments=average",
+    ]
     done = command(
-        "check", "--data", pictures, "--state-dir", state, "--client-id", "clinic-1", "--config", tiny_yaml,
+        "check",
+        "--data",
+        pictures,
+        "--state-dir",
+        state,
+        "--client-id",
+        "clinic-1",
+        "--config",
+        tiny_yaml,
         *(word for setting in settings for word in ("--set", setting)),
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    train, test = map(int, re.search(r"(\d) for training, (\d) for tests; 8 x 8 px, 3 channels", done.stdout).groups())
+    train, test = map(
+        int,
+        re.search(r"(\d) for training, (\d) for tests; 8 x 8 px, 3 channels", done.stdout).groups(),
+    )
     assert (train + test, min(train, test) >= 2) == (10, True)
     assert f"minibatch:  4 of {train} images" in done.stdout
     with Image.open(state / "check.png") as picture:
         assert picture.format == "PNG"
-    assert [path.name for path in state.iterdir()] == ["check.png"], "what it tried to write is gone again"
+    assert [path.name for path in state.iterdir()] == ["check.png"], (
+        "what it tried to write is gone again"
+    )
     assert [path.stat().st_mode & 0o777 for path in (state, state / "check.png")] == [0o700, 0o600]
     assert "can be read by others" not in done.stdout
     options = joining_options(done.stdout)
@@ -313,7 +384,11 @@ def test_check_of_a_folder_of_mixed_pictures(pictures: Path, tiny_yaml: Path, tm
     shared = divide(model, config.model.exclusive_stages).shared
     payload = 3 * 4 * sum(model.state_dict()[name].numel() for name in shared)
     assert f"each round: {payload:,} bytes" in done.stdout
-    for word in ("never go:   your images, θ_i", "generated images: 10 at the end, 4 at", "of 192 bytes"):
+    for word in (
+        "never go:   your images, θ_i",
+        "generated images: 10 at the end, 4 at",
+        "of 192 bytes",
+    ):
         assert word in done.stdout
 
 
@@ -323,10 +398,16 @@ def test_check_says_where_others_can_look_into_the_state(tiny_yaml: Path, tmp_pa
     state = tmp_path / "state"
     (state / "clinic").mkdir(parents=True, mode=0o700)
     state.chmod(0o750)
-    done = command("check", "--data", tmp_path / "clinic.npz", "--state-dir", state, "--config", tiny_yaml)
+    done = command(
+        "check", "--data", tmp_path / "clinic.npz", "--state-dir", state, "--config", tiny_yaml
+    )
     assert done.returncode == 0, done.stderr
     (line,) = [line.strip() for line in done.stdout.splitlines() if "read by others" in line]
-    assert line == f"{state} can be read by others on this machine (mode 0750); close it: chmod -R go= {state}"
+    assert (
+        line
+        == f"{state} can be read by others on this machine (mode 0750); close it: chmod -R go= "
+        f"{state}"
+    )
 
 
 def test_check_of_an_npz_file_in_moments_mode(tiny_yaml: Path, tmp_path: Path) -> None:
@@ -334,18 +415,34 @@ def test_check_of_an_npz_file_in_moments_mode(tiny_yaml: Path, tmp_path: Path) -
     np.savez(tmp_path / "site-7.npz", train_images=images[:20], test_images=images[20:])
     out = tmp_path / "grid.png"
     done = command(
-        "check", "--data", "site-7.npz", "--state-dir", "state", "--config", tiny_yaml,
-        "--out", out, "--set", "evaluation.mode=moments", "--set", "model.exclusive_stages=none", folder=tmp_path,
-    )  # fmt: skip
+        "check",
+        "--data",
+        "site-7.npz",
+        "--state-dir",
+        "state",
+        "--config",
+        tiny_yaml,
+        "--out",
+        out,
+        "--set",
+        "evaluation.mode=moments",
+        "--set",
+        "model.exclusive_stages=none",
+        folder=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert "20 for training, 10 for tests; 8 x 8 px, 1 channel\n" in done.stdout
     options = joining_options(done.stdout)
     values = [options[name] for name in ("--client-id", "--data", "--state-dir")]
-    assert values == ["site-7", str(tmp_path / "site-7.npz"), str(tmp_path / "state")], "absolute, wherever it starts"
+    assert values == ["site-7", str(tmp_path / "site-7.npz"), str(tmp_path / "state")], (
+        "absolute, wherever it starts"
+    )
     assert not any((tmp_path / "state").iterdir())
     with Image.open(out) as picture:
         assert picture.size[0] > picture.size[1] > 0
-    payload = 4 * sum(tensor.numel() for tensor in build_model(tiny_config(), 1).state_dict().values())
+    payload = 4 * sum(
+        tensor.numel() for tensor in build_model(tiny_config(), 1).state_dict().values()
+    )
     assert f"each round: {payload:,} bytes" in done.stdout
     assert "no image" in done.stdout
     assert "generated images: " not in done.stdout
@@ -356,27 +453,47 @@ def test_check_of_an_npz_file_in_moments_mode(tiny_yaml: Path, tmp_path: Path) -
     [
         (["training.batch_size=32", "training.across_passes=true"], "32 of 20 images"),
         (["training.batch_size=32", "training.drop_last=false"], "20 of 20 images"),
-        (["training.batch_size=32", "training.drop_last=false", "training.across_passes=true"], "32 of 20 images"),
+        (
+            ["training.batch_size=32", "training.drop_last=false", "training.across_passes=true"],
+            "32 of 20 images",
+        ),
         (["training.batch_size=8"], "8 of 20 images"),
     ],
 )
 def test_check_takes_the_minibatches_that_training_takes(
-    settings: list[str], minibatch: str, tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: list[str],
+    minibatch: str,
+    tiny_yaml: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     images = np.random.default_rng(0).integers(0, 256, (22, 8, 8, 1), dtype=np.uint8)
     np.savez(tmp_path / "own.npz", train_images=images[:20], test_images=images[20:])
     overrides = [word for setting in settings for word in ("--set", setting)]
-    arguments = ["check", "--data", str(tmp_path / "own.npz"), "--state-dir", str(tmp_path / "state")]
+    arguments = [
+        "check",
+        "--data",
+        str(tmp_path / "own.npz"),
+        "--state-dir",
+        str(tmp_path / "state"),
+    ]
     assert deploy.main([*arguments, "--config", str(tiny_yaml), *overrides]) == 0
     assert f"minibatch:  {minibatch}\n" in capsys.readouterr().out
     # Training's own words on the same settings.
     config = load_config(tiny_yaml, settings)
     model = build_model(config, 1)
     trainer = LocalTrainer(
-        config, model, build_partition(config, model), build_diffusion(config, torch.device("cpu")), "own", images[:20]
+        config,
+        model,
+        build_partition(config, model),
+        build_diffusion(config, torch.device("cpu")),
+        "own",
+        images[:20],
     )
     partition = build_partition(config, model)
-    result = trainer.train(1, partition.take_shared(model.state_dict()), initial_state(model, partition))
+    result = trainer.train(
+        1, partition.take_shared(model.state_dict()), initial_state(model, partition)
+    )
     assert f"{result.images // 2} of 20 images" == minibatch
 
 
@@ -410,14 +527,28 @@ def test_check_says_what_it_takes_and_what_it_passes_over(
     (pictures / "@eaDir").mkdir()
     deep = np.linspace(7, 4000, 400).reshape(20, 20).astype(np.uint16)
     Image.fromarray(deep).save(pictures / "deep.png")
-    arguments = ["check", "--data", str(pictures), "--state-dir", str(tmp_path / "state"), "--config", str(tiny_yaml)]
+    arguments = [
+        "check",
+        "--data",
+        str(pictures),
+        "--state-dir",
+        str(tmp_path / "state"),
+        "--config",
+        str(tiny_yaml),
+    ]
     for setting in ("data.image_size=8", "data.channels=3", "training.batch_size=4"):
         arguments += ["--set", setting]
     assert deploy.main(arguments) == 0
     said = capsys.readouterr().out
     assert "taken:      11 pictures (9 .png, 2 .tif)\n" in said
-    assert "skipped:    1 left by a system (e.g. @eaDir), 1 no picture by its name (e.g. notes.txt)\n" in said
-    assert "1 of 11 pictures have more than 8 bits, values 7 to 4000; each is stretched by its own" in said
+    assert (
+        "skipped:    1 left by a system (e.g. @eaDir), 1 no picture by its name (e.g. notes.txt)\n"
+        in said
+    )
+    assert (
+        "1 of 11 pictures have more than 8 bits, values 7 to 4000; each is stretched by its own"
+        in said
+    )
     assert deploy.main([*arguments, "--set", "data.intensity=[0, 2000]"]) == 0
     assert "0 becomes black,\n            2000 white" in capsys.readouterr().out
     (pictures / "train").mkdir()
@@ -443,11 +574,15 @@ SMALL = ["--data", "small.npz", "--set", "training.batch_size=2"]
     ],
 )
 @pytest.mark.usefixtures("pictures")
-def test_what_check_finds_wrong_takes_one_line(options: list[str], words: str, tiny_yaml: Path, tmp_path: Path) -> None:
+def test_what_check_finds_wrong_takes_one_line(
+    options: list[str], words: str, tiny_yaml: Path, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     images = np.zeros((6, 8, 8), np.uint8)
     np.savez(tmp_path / "small.npz", train_images=images[:4], test_images=images[4:])
-    done = command("check", "--state-dir", "state", "--config", tiny_yaml, *options, folder=tmp_path)
+    done = command(
+        "check", "--state-dir", "state", "--config", tiny_yaml, *options, folder=tmp_path
+    )
     assert_one_line(done, words)
 
 
@@ -472,7 +607,9 @@ class Rehearsal:
 
     def __init__(self, *arguments: object) -> None:
         whole = [sys.executable, "-m", "srfed.deploy", "rehearse", *map(str, arguments)]
-        self.process = subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         self.lines: list[str] = []
 
     def read_until(self, beginning: str) -> None:
@@ -496,8 +633,12 @@ def deployed_bits(folder: Path) -> dict[str, Any]:
     bits: dict[str, Any] = {"server": server_bits(run)}
     attempts = read_manifest(sorted(run.server.glob("round-*"))[-1])["attempts"]
     for client, attempt in attempts.items():
-        manifest = read_manifest(folder / "sites" / client / "state" / client / "lineages" / run.lineage / attempt)
-        bits[client] = {name: manifest[name] for name in ("round", "steps", "exclusive_steps", "sha256")}
+        manifest = read_manifest(
+            folder / "sites" / client / "state" / client / "lineages" / run.lineage / attempt
+        )
+        bits[client] = {
+            name: manifest[name] for name in ("round", "steps", "exclusive_steps", "sha256")
+        }
     return bits
 
 
@@ -505,9 +646,13 @@ def assert_none_left(folder: Path) -> None:
     assert processes_of(folder) == []
 
 
-def test_a_rehearsal_stopped_and_resumed_has_the_bits_of_a_simulation(tiny_yaml: Path, tmp_path: Path) -> None:
+def test_a_rehearsal_stopped_and_resumed_has_the_bits_of_a_simulation(
+    tiny_yaml: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "rehearsal"
-    first = Rehearsal("--clients", 3, "--config", tiny_yaml, "--set", "federation.rounds=2", "--dir", folder)
+    first = Rehearsal(
+        "--clients", 3, "--config", tiny_yaml, "--set", "federation.rounds=2", "--dir", folder
+    )
     first.read_until("round 1/2")
     assert len(processes_of(folder)) >= 1 + 1 + 3, "this command, a SuperLink, three SuperNodes"
     first.process.send_signal(signal.SIGTERM)
@@ -529,7 +674,8 @@ def test_a_rehearsal_stopped_and_resumed_has_the_bits_of_a_simulation(tiny_yaml:
     assert_none_left(folder)
     assert (folder / "certificates" / "ca.crt").read_bytes() == certificate
 
-    # Databases, images, θ_i, keys, logs; what is handed out has its own modes, in a folder that is closed.
+    # Databases, images, θ_i, keys, logs; what is handed out has its own modes, in a folder that is
+    # closed.
     for path in (folder, *folder.rglob("*")):
         assert path.suffix in (".crt", ".pub") or not path.stat().st_mode & 0o077, path
 
@@ -551,7 +697,9 @@ def test_a_rehearsal_stopped_and_resumed_has_the_bits_of_a_simulation(tiny_yaml:
     assert "was begun with another configuration: seed: 0 -> 1" in errors
 
 
-def test_a_run_that_fails_takes_one_line_and_leaves_nothing(tiny_yaml: Path, tmp_path: Path) -> None:
+def test_a_run_that_fails_takes_one_line_and_leaves_nothing(
+    tiny_yaml: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "rehearsal"
     make_certificates(folder / "certificates", ["localhost"])
     (folder / "run").write_text("in the way")
@@ -579,12 +727,18 @@ def test_a_rehearsal_in_use_is_left_alone(tiny_yaml: Path, tmp_path: Path) -> No
     assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
-def test_a_deployment_starts_flower_as_a_real_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deployment_starts_flower_as_a_real_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Deployment(tmp_path / "d") as deployment:
         deployment.start_superlink()
         (superlink,) = deployment.pids("superlink")
         words = Path(f"/proc/{superlink}/cmdline").read_text().split("\0")
-        for word in ("--enable-supernode-auth", "--ssl-certfile", "--disable-runtime-dependency-installation"):
+        for word in (
+            "--enable-supernode-auth",
+            "--ssl-certfile",
+            "--disable-runtime-dependency-installation",
+        ):
             assert word in words
         certificates = tmp_path / "d" / "certificates"
         context = ssl.create_default_context(cafile=certificates / "ca.crt")
@@ -605,7 +759,9 @@ def test_a_deployment_starts_flower_as_a_real_one(tmp_path: Path, monkeypatch: p
         deployment.start_superlink()
         (again,) = deployment.pids("superlink")
         assert again != superlink
-        assert Path(f"/proc/{again}/cmdline").read_text().split("\0") == words, "the same port and database"
+        assert Path(f"/proc/{again}/cmdline").read_text().split("\0") == words, (
+            "the same port and database"
+        )
         deployment.stop_site("a")
         assert deployment.pids("supernode") == []
     assert processes_of(tmp_path / "d") == []
@@ -613,7 +769,8 @@ def test_a_deployment_starts_flower_as_a_real_one(tmp_path: Path, monkeypatch: p
 
 def test_only_marked_processes_are_ended_and_living_ones_refused(tmp_path: Path) -> None:
     folder = tmp_path / "d"
-    # A process's environment can be read only a moment after it was started: this one says when it runs.
+    # A process's environment can be read only a moment after it was started: this one says when it
+    # runs.
     waits = [sys.executable, "-c", "import time; print('runs', flush=True); time.sleep(60)"]
     marked = {**os.environ, FOLDER_VARIABLE: str(folder)}
     with subprocess.Popen(waits, env=marked, stdout=subprocess.PIPE, text=True) as left:

@@ -1,4 +1,6 @@
-"""Real Flower processes: what travels between a site and the SuperLink, byte for byte, and who is let in."""
+"""Real Flower processes: what travels between a site and the SuperLink, byte for byte, and who is
+let in.
+"""
 
 import gzip
 import io
@@ -44,7 +46,12 @@ from srfed.tensors import read_checkpoint, read_manifest
 
 SITES = ["digit-0", "digit-1"]
 SAMPLES = 30
-TWO = {"federation.clients": 2, "federation.rounds": 2, "federation.keep_attempts": 9, "evaluation.samples": SAMPLES}
+TWO = {
+    "federation.clients": 2,
+    "federation.rounds": 2,
+    "federation.keep_attempts": 9,
+    "evaluation.samples": SAMPLES,
+}
 RUN_SECONDS = 480.0
 """How long a run of two rounds may take on a busy machine."""
 LOG_SECONDS = 120.0
@@ -53,7 +60,10 @@ LOG_SECONDS = 120.0
 
 def write_config(path: Path, overrides: Mapping[str, Any]) -> Path:
     """The tiny federation of two sites and two rounds, with some "section.key" set otherwise."""
-    content: dict[str, Any] = {"name": "tiny", **{section: dict(keys) for section, keys in TINY.items()}}
+    content: dict[str, Any] = {
+        "name": "tiny",
+        **{section: dict(keys) for section, keys in TINY.items()},
+    }
     for name, value in {**TWO, **overrides}.items():
         section, key = name.split(".")
         content.setdefault(section, {})[key] = value
@@ -99,7 +109,10 @@ class Proxy:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -126,7 +139,9 @@ class Proxy:
                 up, down = bytearray(), bytearray()
                 self.connections.append((up, down))
                 for source, sink, kept in ((near, far, up), (far, near, down)):
-                    threading.Thread(target=self._pass_on, args=(source, sink, kept), daemon=True).start()
+                    threading.Thread(
+                        target=self._pass_on, args=(source, sink, kept), daemon=True
+                    ).start()
 
     def _pass_on(self, source: socket.socket, sink: socket.socket, kept: bytearray) -> None:
         with suppress(OSError):
@@ -139,7 +154,9 @@ class Proxy:
 
 @dataclass(frozen=True)
 class Spoken:
-    """One HTTP request or response: its first line, its header fields, and its body without chunk framing."""
+    """One HTTP request or response: its first line, its header fields, and its body without chunk
+    framing.
+    """
 
     first: str
     fields: dict[str, str]
@@ -151,7 +168,8 @@ class Spoken:
 
 
 def read_http(stream: bytes) -> list[Spoken]:
-    """The whole messages of one direction of an HTTP/1.1 connection; one that was cut short is left out.
+    """The whole messages of one direction of an HTTP/1.1 connection; one that was cut short is left
+    out.
 
     Raises:
         ValueError: it is not HTTP/1.1.
@@ -162,7 +180,10 @@ def read_http(stream: bytes) -> list[Spoken]:
         first, *lines = stream[at:end].decode("latin-1").split("\r\n")
         if "HTTP/1.1" not in first:
             raise ValueError(f"not HTTP/1.1: {first!r:.100}")
-        fields = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        fields = {
+            name.lower(): value.strip()
+            for name, _, value in (line.partition(":") for line in lines)
+        }
         at = end + 4
         if "chunked" in fields.get("transfer-encoding", ""):
             body, at = read_chunks(stream, at)
@@ -188,7 +209,9 @@ def read_chunks(stream: bytes, at: int) -> tuple[bytes, int]:
 
 
 def unpacked(data: bytes) -> Iterator[bytes]:
-    """What any zlib stream, gzip file or member of a zip archive (as of .npz) anywhere in the data holds."""
+    """What any zlib stream, gzip file or member of a zip archive (as of .npz) anywhere in the data
+    holds.
+    """
     starts = [(b"\x78" + level, zlib.MAX_WBITS) for level in (b"\x01", b"\x5e", b"\x9c", b"\xda")]
     starts += [(b"\x1f\x8b\x08", 16 + zlib.MAX_WBITS), (b"PK\x03\x04", -zlib.MAX_WBITS)]
     for start, bits in starts:
@@ -196,7 +219,9 @@ def unpacked(data: bytes) -> Iterator[bytes]:
         while at >= 0:
             begins = at
             if bits < 0:
-                begins += 30 + sum(int.from_bytes(data[at + k : at + k + 2], "little") for k in (26, 28))
+                begins += 30 + sum(
+                    int.from_bytes(data[at + k : at + k + 2], "little") for k in (26, 28)
+                )
             with suppress(zlib.error):
                 content = zlib.decompressobj(bits).decompress(data[begins:])
                 if len(content) > 16:
@@ -229,15 +254,34 @@ class Traffic:
     def bodies(self, direction: str) -> list[bytes]:
         """The bodies that carry the objects of messages."""
         if direction == "up":
-            return [request.body for request, _ in self.exchanges if request.path == "/v1/fleet/push-object"]
-        return [response.body for request, response in self.exchanges if request.path == "/v1/fleet/pull-object"]
+            return [
+                request.body
+                for request, _ in self.exchanges
+                if request.path == "/v1/fleet/push-object"
+            ]
+        return [
+            response.body
+            for request, response in self.exchanges
+            if request.path == "/v1/fleet/pull-object"
+        ]
 
     def messages(self, direction: str) -> list[Message]:
         """The messages, put together from their objects by Flower itself."""
-        objects = {get_object_id(content): content for kind in ("up", "down") for content in self._objects(kind)}
+        objects = {
+            get_object_id(content): content
+            for kind in ("up", "down")
+            for content in self._objects(kind)
+        }
         # An object that the SuperLink still has from another message is not sent to it again.
-        heads = {get_object_id(content) for content in self._objects(direction) if content.startswith(b"Message ")}
-        return [inflate_object_from_contents(head, objects, keep_object_contents=True) for head in sorted(heads)]
+        heads = {
+            get_object_id(content)
+            for content in self._objects(direction)
+            if content.startswith(b"Message ")
+        }
+        return [
+            inflate_object_from_contents(head, objects, keep_object_contents=True)
+            for head in sorted(heads)
+        ]
 
     def _objects(self, direction: str) -> list[bytes]:
         if direction == "up":
@@ -254,7 +298,9 @@ def searchable(hay: Sequence[bytes]) -> bytes:
 
 
 def needle(values: torch.Tensor) -> bytes | None:
-    """A piece of a tensor that cannot be there by chance: 64 bytes that vary, or all of a shorter one; or None."""
+    """A piece of a tensor that cannot be there by chance: 64 bytes that vary, or all of a shorter
+    one; or None.
+    """
     flat = values.detach().contiguous().numpy().ravel()
     step = max(1, 64 // flat.itemsize)
     for start in range(0, flat.size, step):
@@ -299,7 +345,13 @@ def test_the_search_finds_what_is_packed_or_split() -> None:
     wanted, other = secret.tobytes(), b"other" * 50
     buffer = io.BytesIO()
     np.savez_compressed(buffer, theta=secret)
-    for packed in (wanted, zlib.compress(wanted), zlib.compress(wanted, 1), gzip.compress(wanted), buffer.getvalue()):
+    for packed in (
+        wanted,
+        zlib.compress(wanted),
+        zlib.compress(wanted, 1),
+        gzip.compress(wanted),
+        buffer.getvalue(),
+    ):
         assert wanted in searchable([other + packed + other])
     assert wanted not in searchable([other, zlib.compress(other)])
 
@@ -317,13 +369,17 @@ def test_the_search_finds_what_is_packed_or_split() -> None:
 
 
 @pytest.mark.parametrize("mode", ["samples", "moments"])
-def test_nothing_private_crosses_the_wire_and_the_log_tells_how_much_does(mode: str, tmp_path: Path) -> None:
+def test_nothing_private_crosses_the_wire_and_the_log_tells_how_much_does(
+    mode: str, tmp_path: Path
+) -> None:
     config = write_config(tmp_path / "tiny.yaml", {"evaluation.mode": mode})
     state = tmp_path / "state"
     tasks = load_tasks(tiny_config().data, len(SITES))
     assert [task.name for task in tasks] == SITES
     with ExitStack() as stack:
-        deployment = stack.enter_context(Deployment(tmp_path / "d", tls=False, authentication=False))
+        deployment = stack.enter_context(
+            Deployment(tmp_path / "d", tls=False, authentication=False)
+        )
         deployment.start_superlink()
         proxies = [stack.enter_context(Proxy(deployment.superlink_port)) for _ in SITES]
         for task, proxy in zip(tasks, proxies, strict=True):
@@ -338,7 +394,9 @@ def test_nothing_private_crosses_the_wire_and_the_log_tells_how_much_does(mode: 
     haystack = traffic.haystack
 
     # The search finds what does travel ...
-    assert not any("content-encoding" in spoken.fields for pair in traffic.exchanges for spoken in pair)
+    assert not any(
+        "content-encoding" in spoken.fields for pair in traffic.exchanges for spoken in pair
+    )
     shared = read_checkpoint(run.server / "round-00001").group("shared").values()
     needles = [found for found in map(needle, shared) if found is not None]
     assert len(needles) > 20
@@ -367,7 +425,8 @@ def test_nothing_private_crosses_the_wire_and_the_log_tells_how_much_does(mode: 
         # What the log claims is to the byte what the messages of rounds and evaluations held,
         logged = [message for message in messages if message.metadata.message_type != DESCRIBE]
         assert claimed == sum(map(size_of, logged))
-        # what carried them is a few percent more, or a little less where messages have an object in common,
+        # what carried them is a few percent more, or a little less where messages have an object in
+        # common,
         bodies = sum(map(len, traffic.bodies(direction)))
         assert 0.98 * claimed < bodies < 1.04 * claimed
         # and all else is asking, confirming, the app's own archive, and the fields of HTTP.
@@ -402,7 +461,13 @@ class Stranger:
     """A SuperNode started by hand, not by the deployment, that says it is digit-1."""
 
     def __init__(
-        self, folder: Path, deployment: Deployment, port: int, authority: Path, key: Path, data: Path | None = None
+        self,
+        folder: Path,
+        deployment: Deployment,
+        port: int,
+        authority: Path,
+        key: Path,
+        data: Path | None = None,
     ) -> None:
         folder.mkdir(exist_ok=True)
         self._log = folder / "log"
@@ -425,17 +490,28 @@ class Stranger:
             "NO_PROXY": f"{HOST},localhost",
             "no_proxy": f"{HOST},localhost",
         }
-        command = [str(programs / "flower-supernode"), *(word for option in options.items() for word in option)]
+        command = [
+            str(programs / "flower-supernode"),
+            *(word for option in options.items() for word in option),
+        ]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -464,21 +540,28 @@ def test_strangers_are_refused_and_the_run_goes_on_without_them(tmp_path: Path) 
         deployment = stack.enter_context(Deployment(tmp_path / "d"))
         deployment.start_superlink()
         with ExitStack() as strangers:
-            # One has the right certificate, and a key that nobody registered; the other a registered key, and the
-            # certificate of another authority.
+            # One has the right certificate, and a key that nobody registered; the other a
+            # registered key, and the certificate of another authority.
             deployment.flwr("supernode", "register", str(elsewhere / "site-astray.pub"), CONNECTION)
             unknown, astray = (
                 strangers.enter_context(
-                    Stranger(tmp_path / name, deployment, port, authority, elsewhere / site_key(name))
+                    Stranger(
+                        tmp_path / name, deployment, port, authority, elsewhere / site_key(name)
+                    )
                 )
                 for name, port, authority in zip(
-                    ("unknown", "astray"), free_ports(2), (deployment.certificates, elsewhere), strict=True
+                    ("unknown", "astray"),
+                    free_ports(2),
+                    (deployment.certificates, elsewhere),
+                    strict=True,
                 )
             )
             unknown.wait_for("Failed to activate SuperNode")
             astray.wait_for("certificate verify failed")
             assert "certificate" not in unknown.said
-            assert not any("SuperNode ID:" in stranger.said for stranger in (unknown, astray)), "never connected"
+            assert not any("SuperNode ID:" in stranger.said for stranger in (unknown, astray)), (
+                "never connected"
+            )
         for task in (larger, *tasks):
             data = site_data(tmp_path, task)
             agree_as_rehearsed(load_config(config), data, state, task.name)
@@ -497,7 +580,9 @@ def test_strangers_are_refused_and_the_run_goes_on_without_them(tmp_path: Path) 
     log = MetricsLog(deployed.metrics)
     assert [task.client for task in log.tasks()] == SITES
     assert [(line["round"], line["accepted"]) for line in log.rounds()] == [(1, SITES), (2, SITES)]
-    assert not any(line["refused"] or line["missing"] for line in (*log.rounds(), *log.evaluations()))
+    assert not any(
+        line["refused"] or line["missing"] for line in (*log.rounds(), *log.evaluations())
+    )
     # To the bit what the two would have computed alone, in one process.
     simulated = run_in_process(begin(tmp_path / "simulated", TWO))
     assert server_bits(deployed) == server_bits(simulated)
@@ -506,7 +591,9 @@ def test_strangers_are_refused_and_the_run_goes_on_without_them(tmp_path: Path) 
     assert theirs == ours
 
 
-def test_a_stranger_with_a_registered_key_cannot_take_the_place_of_a_site_that_restarts(tmp_path: Path) -> None:
+def test_a_stranger_with_a_registered_key_cannot_take_the_place_of_a_site_that_restarts(
+    tmp_path: Path,
+) -> None:
     settings = {"federation.rounds": 3, "federation.on_missing": "wait", "evaluation.every": 0}
     config = write_config(tmp_path / "tiny.yaml", settings)
     tasks = load_tasks(tiny_config().data, len(SITES))
@@ -515,10 +602,21 @@ def test_a_stranger_with_a_registered_key_cannot_take_the_place_of_a_site_that_r
     with ExitStack() as stack:
         deployment = stack.enter_context(Deployment(tmp_path / "d"))
         deployment.start_superlink()
-        command = [sys.executable, "-m", "srfed.deploy", "register", "--site", "stranger", "--connection", CONNECTION]
+        command = [
+            sys.executable,
+            "-m",
+            "srfed.deploy",
+            "register",
+            "--site",
+            "stranger",
+            "--connection",
+            CONNECTION,
+        ]
         command += ["--key", str(elsewhere / site_public_key("stranger"))]
         environment = {**os.environ, "FLWR_HOME": str(deployment.folder / "flower")}
-        registered = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        registered = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False
+        )
         assert registered.returncode == 0, registered.stderr
         for task in tasks:
             data = site_data(tmp_path, task)
@@ -534,7 +632,14 @@ def test_a_stranger_with_a_registered_key_cannot_take_the_place_of_a_site_that_r
                 deployment.stop_site("digit-1")
                 key, data = elsewhere / site_key("stranger"), tmp_path / "digit-1.npz"
                 stack.enter_context(
-                    Stranger(tmp_path / "stranger", deployment, *free_ports(1), deployment.certificates, key, data)
+                    Stranger(
+                        tmp_path / "stranger",
+                        deployment,
+                        *free_ports(1),
+                        deployment.certificates,
+                        key,
+                        data,
+                    )
                 )
             if "client 'digit-1' belongs to another SuperNode key" in line:
                 refused += 1

@@ -1,4 +1,6 @@
-"""Device, arithmetic, captured work: what holds on every machine, and on one with CUDA what was captured."""
+"""Device, arithmetic, captured work: what holds on every machine, and on one with CUDA what was
+captured.
+"""
 
 from itertools import product
 from pathlib import Path
@@ -31,7 +33,9 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 def test_attention_gives_cudas_fused_kernels_the_strides_they_take(
     side: int, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of them fails at a single pixel where the stride of the one token is not a multiple of 16 bytes."""
+    """One of them fails at a single pixel where the stride of the one token is not a multiple of 16
+    bytes.
+    """
     seen: list[Tensor] = []
 
     def recorded(*tensors: Tensor) -> Tensor:
@@ -48,7 +52,11 @@ def test_arithmetic_is_set_for_a_while_and_as_asked() -> None:
     cudnn: Any = torch.backends.cudnn
 
     def switches() -> tuple[str, str, bool]:
-        return cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision, cudnn.deterministic
+        return (
+            cudnn.conv.fp32_precision,
+            torch.backends.cuda.matmul.fp32_precision,
+            cudnn.deterministic,
+        )
 
     before, seen = switches(), {}
     for precision, deterministic in product(("float32", "tf32", "bfloat16"), (True, False)):
@@ -71,7 +79,9 @@ def test_arithmetic_is_set_for_a_while_and_as_asked() -> None:
 def test_a_precision_that_a_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for precision in ("tf32", "bfloat16"):
-        with pytest.raises(UserError, match=f"precision = {precision} needs CUDA.*allowed: float32"):
+        with pytest.raises(
+            UserError, match=f"precision = {precision} needs CUDA.*allowed: float32"
+        ):
             resolve_device(ResourcesConfig(precision=precision))
 
 
@@ -121,11 +131,15 @@ def test_each_client_gets_an_equal_share_of_the_gpus_that_ray_finds() -> None:
     assert share(1, 16, device="auto", client_gpus=0.25) == 0.25
     with pytest.raises(UserError, match=r"client_gpus = 0\.25 is above the 0 GPUs that Ray finds"):
         share(0, 2, device="auto", client_gpus=0.25)
-    with pytest.raises(UserError, match=r"device = cuda, but Ray finds no GPU here; allowed: auto, cpu"):
+    with pytest.raises(
+        UserError, match=r"device = cuda, but Ray finds no GPU here; allowed: auto, cpu"
+    ):
         share(0, 2, device="cuda")
 
 
-def test_a_run_that_fails_at_its_clients_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_fails_at_its_clients_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = run_in_process(begin(tmp_path / "run", {"federation.rounds": 1}))
     for client in ("digit-0", "digit-1", "digit-2"):
         for state in store_of(run, client).glob("*/state.safetensors"):
@@ -154,7 +168,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "proximal": {"training.proximal": 0.1},
     "plain SGD": {"training.optimizer": "sgd"},
     "a table of tasks": {"model.task_embedding": "shared", "model.exclusive_stages": "none"},
-    "mirrored, falling rate": {"data.horizontal_flip": True, "training.learning_rate_schedule": "cosine"},
+    "mirrored, falling rate": {
+        "data.horizontal_flip": True,
+        "training.learning_rate_schedule": "cosine",
+    },
     "bfloat16": {"resources.precision": "bfloat16"},
     "channels last": {"resources.channels_last": True},
 }
@@ -165,7 +182,9 @@ def two_rounds(device: str, changes: dict[str, Any], *, captures: bool) -> Local
     model = build_model(config, 1)
     partition = build_partition(config, model)
     state = initial_state(model, partition)
-    shared = {name: tensor.clone() for name, tensor in partition.take_shared(model.state_dict()).items()}
+    shared = {
+        name: tensor.clone() for name, tensor in partition.take_shared(model.state_dict()).items()
+    }
     here = resolve_device(config.resources)
     model, diffusion = model.to(here), build_diffusion(config, here)
     step = LocalStep(config, model, partition, diffusion)
@@ -178,14 +197,22 @@ def two_rounds(device: str, changes: dict[str, Any], *, captures: bool) -> Local
 
 def all_tensors(result: LocalResult) -> Tensor:
     state = result.state
-    parts = (result.shared, state.exclusive, state.exclusive_average, state.exclusive_moments, state.shared_moments)
+    parts = (
+        result.shared,
+        state.exclusive,
+        state.exclusive_average,
+        state.exclusive_moments,
+        state.shared_moments,
+    )
     return torch.cat([tensor.flatten() for part in parts for tensor in part.values()])
 
 
 @needs_cuda
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_captured_step_has_the_bits_of_the_step(name: str) -> None:
-    captured, plain = (two_rounds("cuda", SETTINGS[name], captures=captures) for captures in (True, False))
+    captured, plain = (
+        two_rounds("cuda", SETTINGS[name], captures=captures) for captures in (True, False)
+    )
     assert torch.equal(all_tensors(captured), all_tensors(plain))
     assert captured.loss == plain.loss
 
@@ -199,9 +226,14 @@ def test_a_gpu_trains_and_draws_as_a_cpu_does() -> None:
     model = build_model(config, 1).eval()
     images = [
         generate(
-            model.to(device), build_diffusion(config, torch.device(device)), config.sampling,
-            count=4, shape=(8, 8, 1), seed=0, task="digit-0",
+            model.to(device),
+            build_diffusion(config, torch.device(device)),
+            config.sampling,
+            count=4,
+            shape=(8, 8, 1),
+            seed=0,
+            task="digit-0",
         ).images
         for device in ("cpu", "cuda")
-    ]  # fmt: skip
+    ]
     assert np.abs(images[0].astype(int) - images[1].astype(int)).max() <= 1

@@ -38,7 +38,9 @@ def diffusion(timesteps: int = T) -> Diffusion:
 
 
 def exact(scheduler: Any, timesteps: int = T) -> Any:
-    """A diffusers scheduler with its table in float64, so that only formulas can differ from ours."""
+    """A diffusers scheduler with its table in float64, so that only formulas can differ from
+    ours.
+    """
     betas = torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64) * 1000 / timesteps
     scheduler.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
     return scheduler
@@ -48,7 +50,9 @@ def exact(scheduler: Any, timesteps: int = T) -> Any:
 
 
 @pytest.mark.parametrize(("scale", "left"), [("none", "0.080"), ("match_1000", "0.006")])
-def test_linear_schedule_leaves_the_stated_part_of_the_image(scale: Literal["none", "match_1000"], left: str) -> None:
+def test_linear_schedule_leaves_the_stated_part_of_the_image(
+    scale: Literal["none", "match_1000"], left: str
+) -> None:
     assert f"{linear_schedule(500, scale=scale).alpha_bars[-1].sqrt():.3f}" == left
 
 
@@ -72,14 +76,18 @@ def test_what_follows_from_the_betas() -> None:
     assert schedule.timesteps == 3
     assert schedule.alphas.tolist() == pytest.approx([0.9, 0.8, 0.5])
     assert schedule.alpha_bars.tolist() == pytest.approx([0.9, 0.72, 0.36])
-    assert schedule.posterior_variances.tolist() == pytest.approx([0, 0.1 / 0.28 * 0.2, 0.28 / 0.64 * 0.5])
+    assert schedule.posterior_variances.tolist() == pytest.approx(
+        [0, 0.1 / 0.28 * 0.2, 0.28 / 0.64 * 0.5]
+    )
     assert schedule.alpha_bars.dtype == schedule.posterior_variances.dtype == torch.float64
 
 
 def test_build_schedule_passes_every_setting_on() -> None:
     linear = build_schedule(100, "linear", 2e-4, 0.01, "none")
     assert torch.equal(linear.betas, linear_schedule(100, 2e-4, 0.01, "none").betas)
-    assert torch.equal(build_schedule(100, "cosine", 2e-4, 0.01, "none").betas, cosine_schedule(100).betas)
+    assert torch.equal(
+        build_schedule(100, "cosine", 2e-4, 0.01, "none").betas, cosine_schedule(100).betas
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,10 +132,16 @@ def test_the_forward_marginal_has_mean_and_variance_of_eq_3() -> None:
     x = torch.full((count,), 0.7, dtype=torch.float64)
     draws = generator()
     for beta in schedule.betas[:t].tolist():
-        x = math.sqrt(1 - beta) * x + math.sqrt(beta) * torch.randn(count, generator=draws, dtype=x.dtype)
+        x = math.sqrt(1 - beta) * x + math.sqrt(beta) * torch.randn(
+            count, generator=draws, dtype=x.dtype
+        )
     images = torch.full((count, 1, 1, 1), 0.7, dtype=torch.float64)
-    jumped = Diffusion(schedule).add_noise(images, torch.full((count,), t), normal(count, 1, 1, 1, seed=1))
-    assert jumped.mean() == pytest.approx(float(x.mean()), abs=5 * float(x.std()) * math.sqrt(2 / count))
+    jumped = Diffusion(schedule).add_noise(
+        images, torch.full((count,), t), normal(count, 1, 1, 1, seed=1)
+    )
+    assert jumped.mean() == pytest.approx(
+        float(x.mean()), abs=5 * float(x.std()) * math.sqrt(2 / count)
+    )
     assert jumped.std() == pytest.approx(float(x.std()), rel=5 / math.sqrt(count))
 
 
@@ -142,7 +156,11 @@ def test_tables_are_cast_once_from_float64() -> None:
 def test_loss_of_the_perfect_and_of_the_zero_predictor() -> None:
     images, noise, timesteps = normal(*SHAPE), normal(*SHAPE, seed=1), torch.tensor([1, 30, T])
     process = diffusion()
-    assert process.loss_per_image(lambda x, t: noise, images, timesteps, noise).tolist() == [0, 0, 0]
+    assert process.loss_per_image(lambda x, t: noise, images, timesteps, noise).tolist() == [
+        0,
+        0,
+        0,
+    ]
     zero = process.loss_per_image(lambda x, t: torch.zeros_like(x), images, timesteps, noise)
     torch.testing.assert_close(zero, noise.square().flatten(1).mean(dim=1))
 
@@ -166,7 +184,9 @@ def test_the_network_is_shown_x_t_and_t_and_receives_gradients() -> None:
 def test_a_16_bit_prediction_is_used_in_the_images_type() -> None:
     images, noise = normal(*SHAPE, dtype=torch.float32), normal(*SHAPE, seed=1, dtype=torch.float32)
     process, timesteps = diffusion(), torch.tensor([1, 30, T])
-    losses = process.loss_per_image(lambda x, t: torch.zeros_like(x).bfloat16(), images, timesteps, noise)
+    losses = process.loss_per_image(
+        lambda x, t: torch.zeros_like(x).bfloat16(), images, timesteps, noise
+    )
     torch.testing.assert_close(losses, noise.square().mean(dim=(1, 2, 3)))
     start = normal(*SHAPE, dtype=torch.float32)
     sampled = ddim_sample(lambda x, t: x.bfloat16(), process, start, generator(), steps=4)
@@ -181,7 +201,10 @@ def test_a_16_bit_prediction_is_used_in_the_images_type() -> None:
         ({"images": torch.zeros(3, 8)}, r"images is \(3, 8\)"),
         ({"noise": torch.zeros(3, 2, 4, 4)}, r"noise is \(3, 2, 4, 4\).*\(3, 2, 4, 5\)"),
         ({"noise": torch.zeros(SHAPE, dtype=torch.float16)}, "noise is .*float16"),
-        ({"timesteps": torch.ones(2, dtype=torch.long)}, r"timesteps is \(2,\).*each of the 3 images"),
+        (
+            {"timesteps": torch.ones(2, dtype=torch.long)},
+            r"timesteps is \(2,\).*each of the 3 images",
+        ),
         ({"timesteps": torch.ones(3)}, "timesteps is .*float32.*int64"),
         ({"timesteps": torch.tensor([0, 1, 2])}, f"from 0 to 2.*1..{T}"),
         ({"timesteps": torch.tensor([1, 2, T + 1])}, f"from 1 to {T + 1}.*1..{T}"),
@@ -211,15 +234,25 @@ def test_a_prediction_that_would_broadcast_is_refused() -> None:
 
 
 @pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize(("variance", "theirs"), [("beta", "fixed_large"), ("posterior", "fixed_small")])
-def test_ancestral_sampling_is_ddpm_scheduler(variance: Literal["beta", "posterior"], theirs: Any, clip: bool) -> None:
+@pytest.mark.parametrize(
+    ("variance", "theirs"), [("beta", "fixed_large"), ("posterior", "fixed_small")]
+)
+def test_ancestral_sampling_is_ddpm_scheduler(
+    variance: Literal["beta", "posterior"], theirs: Any, clip: bool
+) -> None:
     scheduler = exact(DDPMScheduler(T, variance_type=theirs, clip_sample=clip))
     x, draws, states = normal(*SHAPE), generator(7), {}
     for index in range(T - 1, -1, -1):
         noise = network(x, torch.full((3,), index + 1))
         x = states[index] = scheduler.step(noise, index, x, generator=draws).prev_sample
     sampled = ancestral_sample(
-        network, diffusion(), normal(*SHAPE), generator(7), variance=variance, clip=clip, record=range(T)
+        network,
+        diffusion(),
+        normal(*SHAPE),
+        generator(7),
+        variance=variance,
+        clip=clip,
+        record=range(T),
     )
     for t in range(T):
         torch.testing.assert_close(sampled.states[t], states[t], rtol=1e-8, atol=1e-9)
@@ -230,14 +263,19 @@ def test_ancestral_sampling_is_ddpm_scheduler(variance: Literal["beta", "posteri
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("steps", [12, 1, T])
 def test_ddim_is_ddim_scheduler(steps: int, eta: float, clip: bool) -> None:
-    # "trailing" starts at T, as ours does; use_clipped_model_output takes the ε that fits the clamped x_0.
+    # "trailing" starts at T, as ours does; use_clipped_model_output takes the ε that fits the
+    # clamped x_0.
     scheduler = exact(DDIMScheduler(T, clip_sample=clip, timestep_spacing="trailing"))
     scheduler.set_timesteps(steps)
     x, draws = normal(*SHAPE), generator(7)
     for index in scheduler.timesteps.tolist():
         noise = network(x, torch.full((3,), index + 1))
-        x = scheduler.step(noise, index, x, eta=eta, use_clipped_model_output=True, generator=draws).prev_sample
-    sampled = ddim_sample(network, diffusion(), normal(*SHAPE), generator(7), steps=steps, eta=eta, clip=clip)
+        x = scheduler.step(
+            noise, index, x, eta=eta, use_clipped_model_output=True, generator=draws
+        ).prev_sample
+    sampled = ddim_sample(
+        network, diffusion(), normal(*SHAPE), generator(7), steps=steps, eta=eta, clip=clip
+    )
     torch.testing.assert_close(sampled.images, x, rtol=1e-8, atol=1e-8)
 
 
@@ -248,22 +286,30 @@ def test_ddim_is_ddim_scheduler(steps: int, eta: float, clip: bool) -> None:
 def test_ddim_with_all_noise_and_steps_is_ancestral_with_posterior_variance(clip: bool) -> None:
     start = normal(*SHAPE)
     ddim = ddim_sample(network, diffusion(), start, generator(7), steps=T, eta=1.0, clip=clip)
-    ancestral = ancestral_sample(network, diffusion(), start, generator(7), variance="posterior", clip=clip)
+    ancestral = ancestral_sample(
+        network, diffusion(), start, generator(7), variance="posterior", clip=clip
+    )
     torch.testing.assert_close(ddim.images, ancestral.images, rtol=1e-8, atol=1e-8)
 
 
 def small(x: Tensor, t: Tensor) -> Tensor:
-    """An ε whose predicted x_0 is x_t / 10 at every t, inside [-1, 1] for the states of this file."""
+    """An ε whose predicted x_0 is x_t / 10 at every t, inside [-1, 1] for the states of this
+    file.
+    """
     alpha_bar = linear_schedule(T).alpha_bars[t - 1].view(-1, 1, 1, 1)
     return (x - alpha_bar.sqrt() * x / 10) / (1 - alpha_bar).sqrt()
 
 
 def test_clipping_changes_nothing_where_nothing_is_clipped() -> None:
     start = normal(*SHAPE)
-    clipped, plain = (ancestral_sample(small, diffusion(), start, generator(7), clip=clip) for clip in (True, False))
+    clipped, plain = (
+        ancestral_sample(small, diffusion(), start, generator(7), clip=clip)
+        for clip in (True, False)
+    )
     torch.testing.assert_close(clipped.images, plain.images, rtol=1e-8, atol=1e-9)
     clipped, plain = (
-        ddim_sample(small, diffusion(), start, generator(7), steps=9, clip=clip) for clip in (True, False)
+        ddim_sample(small, diffusion(), start, generator(7), steps=9, clip=clip)
+        for clip in (True, False)
     )
     torch.testing.assert_close(clipped.images, plain.images, rtol=1e-8, atol=1e-9)
 
@@ -279,19 +325,27 @@ def test_clip_keeps_images_in_range_and_its_absence_does_not() -> None:
 
 @pytest.mark.parametrize("sampler", ["beta", "posterior", "ddim"])
 def test_sampling_a_gaussian_reproduces_its_mean_and_deviation(sampler: str) -> None:
-    """For data N(m, s²) the best ε is known: E[ε | x_t] = sqrt(1-ᾱ) (x_t - sqrt(ᾱ) m) / (ᾱ s² + 1 - ᾱ)."""
+    """For data N(m, s²) the best ε is known: E[ε | x_t] = sqrt(1-ᾱ) (x_t - sqrt(ᾱ) m) / (ᾱ s² + 1 -
+    ᾱ).
+    """
     m, s, count, process = 0.4, 0.3, 20_000, diffusion(500)
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         alpha_bar = float(process.schedule.alpha_bars[int(t[0]) - 1])
-        return math.sqrt(1 - alpha_bar) * (x - math.sqrt(alpha_bar) * m) / (alpha_bar * s**2 + 1 - alpha_bar)
+        return (
+            math.sqrt(1 - alpha_bar)
+            * (x - math.sqrt(alpha_bar) * m)
+            / (alpha_bar * s**2 + 1 - alpha_bar)
+        )
 
     start = normal(count, 1, 1, 1, dtype=torch.float32)
     if sampler == "ddim":
         images = ddim_sample(predict, process, start, generator(1), steps=250, clip=False).images
     else:
         variance: Literal["beta", "posterior"] = "beta" if sampler == "beta" else "posterior"
-        images = ancestral_sample(predict, process, start, generator(1), variance=variance, clip=False).images
+        images = ancestral_sample(
+            predict, process, start, generator(1), variance=variance, clip=False
+        ).images
     # Five standard errors, and 1 % of s for the finite number of steps.
     assert images.mean() == pytest.approx(m, abs=5 * s / math.sqrt(count) + 0.01 * s)
     assert images.std() == pytest.approx(s, abs=5 * s / math.sqrt(2 * count) + 0.01 * s)
@@ -299,7 +353,9 @@ def test_sampling_a_gaussian_reproduces_its_mean_and_deviation(sampler: str) -> 
 
 @pytest.mark.parametrize("from_timestep", [T, 25, 1])
 def test_the_exact_noise_leads_back_to_the_image(from_timestep: int) -> None:
-    """A network that knows x_0 reconstructs it from any timestep, whatever noise is drawn on the way."""
+    """A network that knows x_0 reconstructs it from any timestep, whatever noise is drawn on the
+    way.
+    """
     process, images, noise = diffusion(), normal(*SHAPE).clamp(-1, 1), normal(*SHAPE, seed=1)
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
@@ -310,7 +366,9 @@ def test_the_exact_noise_leads_back_to_the_image(from_timestep: int) -> None:
     ancestral = ancestral_sample(predict, process, start, generator(), from_timestep=from_timestep)
     torch.testing.assert_close(ancestral.images, images)
     for steps, eta in ((1, 0.0), (7, 0.0), (T, 0.5)):
-        ddim = ddim_sample(predict, process, start, generator(), steps=steps, eta=eta, from_timestep=from_timestep)
+        ddim = ddim_sample(
+            predict, process, start, generator(), steps=steps, eta=eta, from_timestep=from_timestep
+        )
         torch.testing.assert_close(ddim.images, images)
 
 
@@ -332,21 +390,29 @@ def visited(sample: Callable[..., object]) -> list[int]:
 
 def test_every_timestep_is_visited_once() -> None:
     start = normal(*SHAPE)
-    assert visited(lambda p: ancestral_sample(p, diffusion(), start, generator())) == list(range(T, 0, -1))
-    assert visited(lambda p: ancestral_sample(p, diffusion(), start, generator(), from_timestep=5)) == [
+    assert visited(lambda p: ancestral_sample(p, diffusion(), start, generator())) == list(
+        range(T, 0, -1)
+    )
+    assert visited(
+        lambda p: ancestral_sample(p, diffusion(), start, generator(), from_timestep=5)
+    ) == [
         5,
         4,
         3,
         2,
         1,
     ]
-    assert visited(lambda p: ddim_sample(p, diffusion(), start, generator(), steps=4, from_timestep=10)) == [
+    assert visited(
+        lambda p: ddim_sample(p, diffusion(), start, generator(), steps=4, from_timestep=10)
+    ) == [
         10,
         8,
         5,
         3,
     ]
-    assert visited(lambda p: ddim_sample(p, diffusion(), start, generator(), steps=T, from_timestep=3)) == [
+    assert visited(
+        lambda p: ddim_sample(p, diffusion(), start, generator(), steps=T, from_timestep=3)
+    ) == [
         3,
         2,
         1,
@@ -385,7 +451,9 @@ def test_draws_come_from_the_generator_alone() -> None:
         return ddim_sample(network, diffusion(), start, generator(seed), steps=8, eta=eta).images
 
     start = normal(*SHAPE)
-    ancestral = [ancestral_sample(network, diffusion(), start, generator(seed)).images for seed in (0, 0, 1)]
+    ancestral = [
+        ancestral_sample(network, diffusion(), start, generator(seed)).images for seed in (0, 0, 1)
+    ]
     assert torch.equal(ancestral[0], ancestral[1])
     assert not torch.equal(ancestral[0], ancestral[2])
     assert torch.equal(run(0, 0.5), run(0, 0.5))
@@ -404,7 +472,9 @@ def test_one_draw_a_step_and_none_in_the_last(eta: float, draws: int) -> None:
 
 def test_sampling_builds_no_graph() -> None:
     weight = torch.ones((), requires_grad=True)
-    sampled = ddim_sample(lambda x, t: weight * x, diffusion(), normal(*SHAPE), generator(), steps=3)
+    sampled = ddim_sample(
+        lambda x, t: weight * x, diffusion(), normal(*SHAPE), generator(), steps=3
+    )
     assert not sampled.images.requires_grad
 
 

@@ -1,4 +1,6 @@
-"""``python -m srfed.evaluate``: the same digits for everybody, equal to other libraries' on the same samples."""
+"""``python -m srfed.evaluate``: the same digits for everybody, equal to other libraries' on the
+same samples.
+"""
 
 import json
 import re
@@ -30,7 +32,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 @pytest.fixture(scope="module")
 def record(run: RunDirectory) -> dict[str, Any]:
-    assert evaluate.main(["--run", str(run.path), "--samples", str(SAMPLES), "--seed", str(SEED)]) == 0
+    assert (
+        evaluate.main(["--run", str(run.path), "--samples", str(SAMPLES), "--seed", str(SEED)]) == 0
+    )
     (scores,) = run.path.glob("evaluations/*/scores.json")
     content: dict[str, Any] = json.loads(scores.read_text())
     return content
@@ -42,11 +46,16 @@ def features(run: RunDirectory) -> dict[str, np.ndarray]:
     network, trained = EmbeddedFeatures(), TrainedRun(run.path, run.config.resources)
     samples = [
         generate(
-            trained.model_of(info), trained.diffusion, run.config.sampling,
-            count=SAMPLES // 3, shape=trained.shape, seed=SEED, task=info.client,
+            trained.model_of(info),
+            trained.diffusion,
+            run.config.sampling,
+            count=SAMPLES // 3,
+            shape=trained.shape,
+            seed=SEED,
+            task=info.client,
         ).images
         for info in trained.tasks
-    ]  # fmt: skip
+    ]
     used = load_tasks(run.config.data, 3)
     whole = load_tasks(run.config.data.model_copy(update={"images_per_task": None}), 3)
     sets = {
@@ -61,25 +70,36 @@ def features(run: RunDirectory) -> dict[str, np.ndarray]:
 def test_frechet_distances_to_three_references_equal_torch_fidelitys(
     record: dict[str, Any], features: dict[str, np.ndarray]
 ) -> None:
-    statistics = {name: fid_features_to_statistics(torch.from_numpy(found)) for name, found in features.items()}
+    statistics = {
+        name: fid_features_to_statistics(torch.from_numpy(found))
+        for name, found in features.items()
+    }
     floors = {"test": "train", "train": "test", "subset": "test"}
     for score in (score for score in record["scores"] if score["deviation"] is None):
         reference = score["reference"]
         expected = fid_statistics_to_metric(statistics["samples"], statistics[reference], False)
         assert score["value"] == pytest.approx(next(iter(expected.values())), rel=1e-6)
-        floor = fid_statistics_to_metric(statistics[floors[reference]], statistics[reference], False)
+        floor = fid_statistics_to_metric(
+            statistics[floors[reference]], statistics[reference], False
+        )
         assert score["floor"] == pytest.approx(next(iter(floor.values())), rel=1e-6)
         assert (score["images"], score["references"]) == (SAMPLES, len(features[reference]))
     assert len(features["subset"]) == 180
     assert len(features["train"]) > 180
 
 
-def test_kernel_distance_equals_torch_fidelitys(record: dict[str, Any], features: dict[str, np.ndarray]) -> None:
+def test_kernel_distance_equals_torch_fidelitys(
+    record: dict[str, Any], features: dict[str, np.ndarray]
+) -> None:
     (found,) = (score for score in record["scores"] if score["deviation"] is not None)
     expected = kid_features_to_metric(
-        torch.from_numpy(features["samples"]), torch.from_numpy(features["test"]),
-        kid_subsets=100, kid_subset_size=SAMPLES, rng_seed=SEED, verbose=False,
-    )  # fmt: skip
+        torch.from_numpy(features["samples"]),
+        torch.from_numpy(features["test"]),
+        kid_subsets=100,
+        kid_subset_size=SAMPLES,
+        rng_seed=SEED,
+        verbose=False,
+    )
     assert [found["value"], found["deviation"]] == pytest.approx(list(expected.values()), rel=1e-6)
     assert (found["name"], found["subset_size"]) == ("kd_embedded", SAMPLES)
 
@@ -88,19 +108,30 @@ def test_every_number_is_printed_with_what_it_depends_on(
     run: RunDirectory, record: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     began = {path: path.stat().st_mtime_ns for path in run.path.glob("evaluations/*/*")}
-    assert evaluate.main(["--run", str(run.path), "--samples", str(SAMPLES), "--seed", str(SEED)]) == 0
+    assert (
+        evaluate.main(["--run", str(run.path), "--samples", str(SAMPLES), "--seed", str(SEED)]) == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     scored = [line for line in lines if line.startswith(("fd_", "kd_"))]
     assert len(scored) == 4
     for line, score in zip(scored, record["scores"], strict=True):
-        for words in (f"{score['value']:.4f}", f"n = {SAMPLES}", f"{score['references']} references",
-                      record["network"]["sha256"][:8], record["network"]["resize_rule"], f"seed {SEED}"):  # fmt: skip
+        for words in (
+            f"{score['value']:.4f}",
+            f"n = {SAMPLES}",
+            f"{score['references']} references",
+            record["network"]["sha256"][:8],
+            record["network"]["resize_rule"],
+            f"seed {SEED}",
+        ):
             assert words in line
     assert any(
-        re.match(r"SSIM-rec@5: 0\.\d{4} \(t = 5: .*, t = 10: .*; n = 3 test images a task", line) for line in lines
+        re.match(r"SSIM-rec@5: 0\.\d{4} \(t = 5: .*, t = 10: .*; n = 3 test images a task", line)
+        for line in lines
     )
     assert any(line.startswith("memorisation: ") for line in lines)
-    assert {path: path.stat().st_mtime_ns for path in began} == began, "the second call reads what the first has left"
+    assert {path: path.stat().st_mtime_ns for path in began} == began, (
+        "the second call reads what the first has left"
+    )
 
 
 def test_another_folder_of_the_same_run_gets_the_same_digits(
@@ -108,15 +139,35 @@ def test_another_folder_of_the_same_run_gets_the_same_digits(
 ) -> None:
     settings = {"federation.rounds": 1, "data.images_per_task": 60}
     again = run_in_process(begin(tmp_path / "again", settings))
-    assert evaluate.main(["--run", str(again.path), "--samples", str(SAMPLES), "--seed", str(SEED)]) == 0
+    assert (
+        evaluate.main(["--run", str(again.path), "--samples", str(SAMPLES), "--seed", str(SEED)])
+        == 0
+    )
     (scores,) = again.path.glob("evaluations/*/scores.json")
     other = json.loads(scores.read_text())
-    for name in ("scores", "by_task", "agreement", "ssim", "memorisation", "fingerprint", "parameters"):
+    for name in (
+        "scores",
+        "by_task",
+        "agreement",
+        "ssim",
+        "memorisation",
+        "fingerprint",
+        "parameters",
+    ):
         assert other[name] == record[name], name
 
 
-def test_references_can_be_kept_in_files(run: RunDirectory, record: dict[str, Any], tmp_path: Path) -> None:
-    arguments = ["--run", str(run.path), "--samples", "30", "--references", str(tmp_path / "references")]
+def test_references_can_be_kept_in_files(
+    run: RunDirectory, record: dict[str, Any], tmp_path: Path
+) -> None:
+    arguments = [
+        "--run",
+        str(run.path),
+        "--samples",
+        "30",
+        "--references",
+        str(tmp_path / "references"),
+    ]
     assert evaluate.main(arguments) == 0
     kept = sorted((tmp_path / "references").iterdir())
     assert len(kept) == 9, "three tasks, three references"
@@ -146,6 +197,8 @@ def test_impossible_wishes_take_one_line(
     assert err.count("\n") == 1
 
 
-def test_a_folder_without_a_run_takes_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_run_takes_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert evaluate.main(["--run", str(tmp_path)]) == 2
     assert "is not the folder of a run" in capsys.readouterr().err

@@ -49,7 +49,9 @@ def network() -> FeatureNetwork:
 
 
 def reference_distance(first: Array, second: Array) -> float:
-    statistics = [{"mu": part.mean(axis=0), "sigma": np.cov(part, rowvar=False)} for part in (first, second)]
+    statistics = [
+        {"mu": part.mean(axis=0), "sigma": np.cov(part, rowvar=False)} for part in (first, second)
+    ]
     return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
 
 
@@ -95,14 +97,20 @@ def test_merged_statistics_are_those_of_the_whole_in_any_order() -> None:
         merged = merge_statistics(order)
         assert merged.count == 1000
         np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-10)
-        np.testing.assert_allclose(merged.covariance, np.cov(features, rowvar=False), rtol=1e-10, atol=1e-14)
-    np.testing.assert_allclose(whole.covariance, np.cov(features, rowvar=False), rtol=1e-10, atol=1e-14)
+        np.testing.assert_allclose(
+            merged.covariance, np.cov(features, rowvar=False), rtol=1e-10, atol=1e-14
+        )
+    np.testing.assert_allclose(
+        whole.covariance, np.cov(features, rowvar=False), rtol=1e-10, atol=1e-14
+    )
 
 
 def test_float32_features_are_counted_in_float64() -> None:
     features = np.random.default_rng(4).normal(size=(500, 4)).astype(np.float32) + 300
     statistics = FeatureStatistics.of(features)
-    np.testing.assert_allclose(statistics.covariance, np.cov(features.astype(np.float64), rowvar=False), rtol=1e-10)
+    np.testing.assert_allclose(
+        statistics.covariance, np.cov(features.astype(np.float64), rowvar=False), rtol=1e-10
+    )
 
 
 def test_frechet_distance_refuses_single_images_and_different_dimensions() -> None:
@@ -124,7 +132,9 @@ def test_frechet_distance_refuses_single_images_and_different_dimensions() -> No
         (2, np.array([0, np.nan]), np.zeros((2, 2)), "finite"),
     ],
 )
-def test_impossible_statistics_are_refused(count: int, mean: Array, scatter: Array, message: str) -> None:
+def test_impossible_statistics_are_refused(
+    count: int, mean: Array, scatter: Array, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         FeatureStatistics(count, mean, scatter)
 
@@ -170,7 +180,9 @@ def test_ssim_is_scikit_images(shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize(("height", "width", "radius"), [(8, 8, 3), (10, 7, 3), (3, 3, 1)])
-def test_ssim_of_small_images_uses_the_largest_odd_window(height: int, width: int, radius: int) -> None:
+def test_ssim_of_small_images_uses_the_largest_odd_window(
+    height: int, width: int, radius: int
+) -> None:
     assert ssim_window(height, width) == 2 * radius + 1
     first, second = pairs(height, width, 1)
     x, y = first[3, 0].numpy(), second[3, 0].numpy()
@@ -212,7 +224,9 @@ def test_embedded_network_is_the_released_file(network: FeatureNetwork) -> None:
     assert (network.name, network.score_name, network.dimension) == ("embedded", "fd_embedded", 64)
 
 
-def test_embedded_weights_other_than_the_released_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_embedded_weights_other_than_the_released_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     altered = bytearray(embedded.EMBEDDED_FILE.read_bytes())
     altered[-1] ^= 1
     for content, message in ((bytes(altered), "SHA-256"), (bytes(altered[:5000]), "does not hold")):
@@ -225,7 +239,9 @@ def test_embedded_weights_other_than_the_released_are_refused(monkeypatch: pytes
         load_feature_network("embedded")
 
 
-def test_embedded_features_do_not_depend_on_the_batch(network: FeatureNetwork, digits: tuple[Array, Array]) -> None:
+def test_embedded_features_do_not_depend_on_the_batch(
+    network: FeatureNetwork, digits: tuple[Array, Array]
+) -> None:
     images = digits[0][:600]
     features = network(images)
     assert features.shape == (600, 64)
@@ -244,7 +260,9 @@ def test_embedded_network_sees_each_channel_on_its_own(network: FeatureNetwork) 
         np.testing.assert_allclose(features[:, 64 * channel : 64 * channel + 64], grey, atol=1e-5)
 
 
-def test_embedded_features_tell_the_uci_digits_apart(network: FeatureNetwork, digits: tuple[Array, Array]) -> None:
+def test_embedded_features_tell_the_uci_digits_apart(
+    network: FeatureNetwork, digits: tuple[Array, Array]
+) -> None:
     """Held-out 8 x 8 digits, which the network was not trained on, by the nearest class mean."""
     images, labels = digits
     features = network(images)
@@ -267,7 +285,9 @@ def test_embedded_distance_grows_with_noise_and_with_lost_classes(
 
     others, rng = images[half:], np.random.default_rng(8)
     noisy = [
-        distance(np.clip(others + rng.normal(0, sigma, others.shape), 0, 255).round().astype(np.uint8))
+        distance(
+            np.clip(others + rng.normal(0, sigma, others.shape), 0, 255).round().astype(np.uint8)
+        )
         for sigma in (60, 100, 150)
     ]
     scores = [distance(others), *noisy]
@@ -277,7 +297,9 @@ def test_embedded_distance_grows_with_noise_and_with_lost_classes(
     assert distance(others[labels[half:] < 5]) > 10 * scores[0]
 
 
-@pytest.mark.parametrize("images", [np.zeros((2, 8, 8), np.uint8), np.zeros((2, 8, 8, 1), np.float32)])
+@pytest.mark.parametrize(
+    "images", [np.zeros((2, 8, 8), np.uint8), np.zeros((2, 8, 8, 1), np.float32)]
+)
 def test_features_need_uint8_images(network: FeatureNetwork, images: Array) -> None:
     with pytest.raises(ValueError, match="uint8"):
         network(images)
@@ -298,17 +320,27 @@ def inception_state() -> dict[str, torch.Tensor]:
     patch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
     patch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
     torch.manual_seed(9)
-    state: dict[str, torch.Tensor] = fidelity.FeatureExtractorInceptionV3("x", ["2048"]).state_dict()
+    state: dict[str, torch.Tensor] = fidelity.FeatureExtractorInceptionV3(
+        "x", ["2048"]
+    ).state_dict()
     patch.undo()
     # Default initialisation would let the signal fade away within 20 layers.
-    return {name: value * 4 if name.endswith("bn.weight") else value for name, value in state.items()}
+    return {
+        name: value * 4 if name.endswith("bn.weight") else value for name, value in state.items()
+    }
 
 
 @pytest.fixture(scope="module")
-def inception_file(tmp_path_factory: pytest.TempPathFactory, inception_state: dict[str, Any]) -> Iterator[Path]:
+def inception_file(
+    tmp_path_factory: pytest.TempPathFactory, inception_state: dict[str, Any]
+) -> Iterator[Path]:
     """As the official file is: PyTorch's old format, no batch counters."""
     path = tmp_path_factory.mktemp("inception") / "random.pth"
-    old = {name: value for name, value in inception_state.items() if not name.endswith("num_batches_tracked")}
+    old = {
+        name: value
+        for name, value in inception_state.items()
+        if not name.endswith("num_batches_tracked")
+    }
     torch.save(old, path, _use_new_zipfile_serialization=False)
     yield path
     path.unlink()
@@ -320,9 +352,13 @@ def inception(inception_file: Path) -> FeatureNetwork:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_inception_features_are_torch_fidelitys(inception: FeatureNetwork, inception_file: Path, channels: int) -> None:
+def test_inception_features_are_torch_fidelitys(
+    inception: FeatureNetwork, inception_file: Path, channels: int
+) -> None:
     images = np.random.default_rng(10).integers(0, 256, size=(3, 28, 28, channels), dtype=np.uint8)
-    extractor = fidelity.FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=inception_file)
+    extractor = fidelity.FeatureExtractorInceptionV3(
+        "x", ["2048"], feature_extractor_weights_path=inception_file
+    )
     colour = np.repeat(images, 3 // channels, axis=3)
     (expected,) = extractor(torch.from_numpy(colour).permute(0, 3, 1, 2))
     features = inception(images)
@@ -412,7 +448,11 @@ def test_inception_weights_are_downloaded_once_and_verified(
 
 @pytest.mark.parametrize(
     "failure",
-    [urllib.error.URLError("Name or service not known"), TimeoutError("timed out"), ConnectionResetError()],
+    [
+        urllib.error.URLError("Name or service not known"),
+        TimeoutError("timed out"),
+        ConnectionResetError(),
+    ],
 )
 def test_without_a_network_the_error_says_where_the_file_belongs(
     monkeypatch: pytest.MonkeyPatch, cache: Path, failure: OSError
@@ -421,7 +461,9 @@ def test_without_a_network_the_error_says_where_the_file_belongs(
         raise failure
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
-    with pytest.raises(UserError, match=r"cannot download .*evaluation\.inception_weights") as caught:
+    with pytest.raises(
+        UserError, match=r"cannot download .*evaluation\.inception_weights"
+    ) as caught:
         load_feature_network("inception")
     assert str(cache) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -442,11 +484,16 @@ def test_statistics_files_return_what_was_written(network: FeatureNetwork, tmp_p
 
 
 def test_statistics_of_another_network_are_refused(
-    network: FeatureNetwork, inception: FeatureNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    network: FeatureNetwork,
+    inception: FeatureNetwork,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tmp_path / "reference.safetensors"
     save_statistics(path, FeatureStatistics.of(np.eye(64)), network)
-    with pytest.raises(UserError, match="another network: its network is 'embedded', this run's is 'inception'"):
+    with pytest.raises(
+        UserError, match="another network: its network is 'embedded', this run's is 'inception'"
+    ):
         load_statistics(path, inception)
     for attribute in ("sha256", "resize_rule", "score_name"):
         with monkeypatch.context() as patch:

@@ -1,4 +1,6 @@
-"""One client that fails, lies or is late: the round goes on, it is named, and φ is as if it were absent."""
+"""One client that fails, lies or is late: the round goes on, it is named, and φ is as if it were
+absent.
+"""
 
 import time
 from collections.abc import Callable, Iterable
@@ -17,7 +19,15 @@ from tiny_run import all_bits, begin, records, round_lines, run_in_process, run_
 from srfed.errors import UserError
 from srfed.federation import client_app
 from srfed.federation.inline_grid import InlineGrid
-from srfed.federation.messages import GENERATED, LAYOUT, METRICS, REPLY, SHARED, array_record, read_tensors
+from srfed.federation.messages import (
+    GENERATED,
+    LAYOUT,
+    METRICS,
+    REPLY,
+    SHARED,
+    array_record,
+    read_tensors,
+)
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import RunDirectory
 
@@ -28,11 +38,15 @@ MIDDLE, LAST = 1, 2
 """Positions of the client that fails; the middle one would show in any sum over the clients."""
 
 
-def app_with(offender: int, train: Faults | None = None, evaluate: Faults | None = None) -> ClientApp:
+def app_with(
+    offender: int, train: Faults | None = None, evaluate: Faults | None = None
+) -> ClientApp:
     """The real handlers, without the guard: a hostile client has none."""
     app = ClientApp()
 
-    def faulty(handler: Callable[[Message, Context], Message], faults: Faults | None) -> Callable[..., Message]:
+    def faulty(
+        handler: Callable[[Message, Context], Message], faults: Faults | None
+    ) -> Callable[..., Message]:
         left = list(faults or [])
 
         def handle(message: Message, context: Context) -> Message:
@@ -64,12 +78,17 @@ def edit_tensors(
     return change
 
 
-def edit_array(edit: Callable[[np.ndarray], np.ndarray], record: str = SHARED) -> Callable[[Message], None]:
+def edit_array(
+    edit: Callable[[np.ndarray], np.ndarray], record: str = SHARED
+) -> Callable[[Message], None]:
     """Change the first tensor of a record."""
 
     def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         name = next(iter(tensors))
-        return {**tensors, name: torch.from_numpy(np.ascontiguousarray(edit(tensors[name].numpy())))}
+        return {
+            **tensors,
+            name: torch.from_numpy(np.ascontiguousarray(edit(tensors[name].numpy()))),
+        }
 
     return edit_tensors(change, record)
 
@@ -132,7 +151,10 @@ def relaid(edit: Callable[[bytes], bytes]) -> Callable[[Message], None]:
 
 def with_empty_tensors(text: bytes) -> bytes:
     """A layout with 400,000 further entries, none of which holds a value."""
-    return b",".join([text[:-1], *(b'["%d","float32",[0]]' % number for number in range(400_000))]) + b"]"
+    return (
+        b",".join([text[:-1], *(b'["%d","float32",[0]]' % number for number in range(400_000))])
+        + b"]"
+    )
 
 
 def with_arrays(count: int) -> Callable[[Message], None]:
@@ -196,21 +218,36 @@ TRAIN_FAULTS: dict[str, tuple[Callable[[Message], Message | None], str]] = {
     "all tensors permuted": (edit_tensors(permuted), "tensor "),
     "bytes that are no array": (edit_bytes(lambda data: b"garbage"), "cannot be read"),
     "half an array": (edit_bytes(lambda data: data[: len(data) // 2]), "cannot be read"),
-    "a header that does not parse": (edit_bytes(lambda data: data[:10] + b"(" * 118 + data[128:]), "cannot be read"),
+    "a header that does not parse": (
+        edit_bytes(lambda data: data[:10] + b"(" * 118 + data[128:]),
+        "cannot be read",
+    ),
     "bytes of another shape than announced": (
         edit_bytes(lambda data: Array(np.zeros(2, np.float32)).data),
         "of its",
     ),
-    "values in two dimensions": (edit_bytes(lambda data: Array(np.zeros((2, 2), np.float32)).data), "has no values"),
+    "values in two dimensions": (
+        edit_bytes(lambda data: Array(np.zeros((2, 2), np.float32)).data),
+        "has no values",
+    ),
     "more values than announced": (
         edit_bytes(lambda data: Array(np.zeros(10**6, np.float32)).data),
         "bytes long, where",
     ),
-    "no layout": (lambda reply: reply.content.array_records[SHARED].__delitem__(LAYOUT), "no layout"),
+    "no layout": (
+        lambda reply: reply.content.array_records[SHARED].__delitem__(LAYOUT),
+        "no layout",
+    ),
     "a layout that is no JSON": (relaid(lambda text: text[:-3]), "cannot be read"),
     "a layout of something else": (relaid(lambda text: b"7"), "cannot be read"),
-    "a layout with negative shapes": (relaid(lambda text: text.replace(b"[16]", b"[-16]", 1)), "cannot be read"),
-    "a layout that names a tensor twice": (relaid(lambda text: b"[" + text[1:-1] + b"," + text[1:]), "named twice"),
+    "a layout with negative shapes": (
+        relaid(lambda text: text.replace(b"[16]", b"[-16]", 1)),
+        "cannot be read",
+    ),
+    "a layout that names a tensor twice": (
+        relaid(lambda text: b"[" + text[1:-1] + b"," + text[1:]),
+        "named twice",
+    ),
     "a layout without end": (relaid(lambda text: b"[" * 5000), "cannot be read"),
     "400,000 empty tensors": (relaid(with_empty_tensors), "its layout is"),
     "an array for each letter": (with_arrays(200), "it sent 201 arrays"),
@@ -218,18 +255,30 @@ TRAIN_FAULTS: dict[str, tuple[Callable[[Message], Message | None], str]] = {
     "no header": (without(REPLY), "header is malformed"),
     "no numbers": (without(METRICS), "'examples'"),
     "another client's name": (set_field("client", "digit-0"), "answers as 'digit-0'"),
-    "an older attempt": (set_field("attempt", "round-00001-0123abcd"), "attempt 'round-00001-0123abcd'"),
+    "an older attempt": (
+        set_field("attempt", "round-00001-0123abcd"),
+        "attempt 'round-00001-0123abcd'",
+    ),
     "an older round": (set_field("round", 1), "not for this one"),
     "a round that is no number": (set_field("round", "2"), "header is malformed"),
     "no images": (set_number("examples", 0.0), "'examples' is 0.0, not 146"),
     "half an image": (set_number("examples", 0.5), "'examples' is 0.5"),
-    "more images than it said at first": (set_number("examples", 1e300), "'examples' is 1e+300, not 146"),
+    "more images than it said at first": (
+        set_number("examples", 1e300),
+        "'examples' is 1e+300, not 146",
+    ),
     "less than no image": (set_number("examples", -146.0), "'examples' is -146.0"),
     "infinitely many images": (set_number("examples", float("inf")), "'examples'"),
     "a loss that is no number": (set_number("loss", float("nan")), "'loss'"),
     "a list for a loss": (set_number("loss", [0.5]), "'loss'"),
-    "three quarters": (set_number("loss_by_quarter", [0.5] * 3), "'loss_by_quarter' is a list of 3"),
-    "a giant quarter": (set_number("loss_by_quarter", [0.5, 1e30, 0.5, 0.5]), "'loss_by_quarter' is 1e+30"),
+    "three quarters": (
+        set_number("loss_by_quarter", [0.5] * 3),
+        "'loss_by_quarter' is a list of 3",
+    ),
+    "a giant quarter": (
+        set_number("loss_by_quarter", [0.5, 1e30, 0.5, 0.5]),
+        "'loss_by_quarter' is 1e+30",
+    ),
     "a loss below 0": (set_number("loss", -1.0), "'loss' is -1.0"),
     "a giant loss": (set_number("loss", 1e30), "'loss' is 1e+30"),
     "more images a round than there are": (set_number("images", 1e15), "'images' is"),
@@ -241,7 +290,10 @@ TRAIN_FAULTS: dict[str, tuple[Callable[[Message], Message | None], str]] = {
     ),
     "a field that nobody asked for": (set_field("password", "123"), "'password'"),
     "a name of 5 MB": (set_field("attempt", "a" * 5_000_000), "5000000 characters"),
-    "a name that draws on the terminal": (set_field("attempt", "\x1b[2J\x1b]0;owned\x07"), "not printable"),
+    "a name that draws on the terminal": (
+        set_field("attempt", "\x1b[2J\x1b]0;owned\x07"),
+        "not printable",
+    ),
     "a reason that draws on the terminal": (
         as_error_of(101, "not agreed:\x1b[2J \x1b]0;owned\x07\u202etxt " + "x" * 5_000_000),
         "it refuses: not agreed: [2J ]0;owned txt xxx",
@@ -253,34 +305,64 @@ TRAIN_FAULTS: dict[str, tuple[Callable[[Message], Message | None], str]] = {
 EVALUATE_FAULTS: dict[str, tuple[Callable[[Message], Message | None], str]] = {
     "it raises": (fail, "failed"),
     "too few images": (edit_array(lambda images: images[1:], GENERATED), "tensor 'images' is"),
-    "too many images": (edit_array(lambda images: np.concatenate([images, images]), GENERATED), "tensor 'images' is"),
-    "images of another size": (edit_array(lambda images: images[:, 1:], GENERATED), "tensor 'images' is"),
+    "too many images": (
+        edit_array(lambda images: np.concatenate([images, images]), GENERATED),
+        "tensor 'images' is",
+    ),
+    "images of another size": (
+        edit_array(lambda images: images[:, 1:], GENERATED),
+        "tensor 'images' is",
+    ),
     "float images": (edit_array(lambda images: images / 255, GENERATED), "tensor 'images' is"),
     "no images": (without(GENERATED), "no arrays 'generated'"),
     "a strip that is a number": (
-        edit_tensors(lambda tensors: {**tensors, "strip": torch.tensor(3, dtype=torch.uint8)}, GENERATED),
+        edit_tensors(
+            lambda tensors: {**tensors, "strip": torch.tensor(3, dtype=torch.uint8)}, GENERATED
+        ),
         "tensor 'strip' is",
     ),
     "SSIM above 1": (set_number("ssim", [1.5]), "'ssim' is 1.5, not from -1 to 1"),
     "SSIM that is no number": (set_number("ssim", [float("nan")]), "'ssim' is nan"),
-    "more SSIM than timesteps": (set_number("ssim", [0.5] * 7), "'ssim' is a list of 7, not a list of 1"),
-    "SSIM at another timestep": (set_number("ssim_timesteps", [3.0]), "measured at [3.0], not at [5]"),
+    "more SSIM than timesteps": (
+        set_number("ssim", [0.5] * 7),
+        "'ssim' is a list of 7, not a list of 1",
+    ),
+    "SSIM at another timestep": (
+        set_number("ssim_timesteps", [3.0]),
+        "measured at [3.0], not at [5]",
+    ),
     "SSIM at infinity": (set_number("ssim_timesteps", [float("inf")]), "'ssim_timesteps' is inf"),
-    "more judged images than there are": (set_number("ssim_images", 1e9), "'ssim_images' is 1000000000.0, not 1"),
-    "a window as large as the sky": (set_number("ssim_window", 1e300), "'ssim_window' is 1e+300, not 7"),
+    "more judged images than there are": (
+        set_number("ssim_images", 1e9),
+        "'ssim_images' is 1000000000.0, not 1",
+    ),
+    "a window as large as the sky": (
+        set_number("ssim_window", 1e300),
+        "'ssim_window' is 1e+300, not 7",
+    ),
     "a film for a strip": (
-        edit_tensors(lambda tensors: {**tensors, "strip": torch.zeros((9, 8, 8, 1), dtype=torch.uint8)}, GENERATED),
+        edit_tensors(
+            lambda tensors: {**tensors, "strip": torch.zeros((9, 8, 8, 1), dtype=torch.uint8)},
+            GENERATED,
+        ),
         "tensor 'strip' is torch.uint8 (9, 8, 8, 1), not torch.uint8 (3, 8, 8, 1)",
     ),
-    "an audit before the end": (set_number("memorisation_pixels_share", 0.0), "numbers that nobody asked for"),
+    "an audit before the end": (
+        set_number("memorisation_pixels_share", 0.0),
+        "numbers that nobody asked for",
+    ),
     "no window": (
         lambda reply: reply.content.__setitem__(
-            METRICS, MetricRecord({k: v for k, v in reply.content[METRICS].items() if k != "ssim_window"})
+            METRICS,
+            MetricRecord({k: v for k, v in reply.content[METRICS].items() if k != "ssim_window"}),
         ),
         "'ssim_window'",
     ),
     "another client's name": (set_field("client", "digit-0"), "answers as 'digit-0'"),
-    "an older attempt": (set_field("attempt", "round-00001-0123abcd"), "attempt 'round-00001-0123abcd'"),
+    "an older attempt": (
+        set_field("attempt", "round-00001-0123abcd"),
+        "attempt 'round-00001-0123abcd'",
+    ),
 }
 
 
@@ -291,7 +373,9 @@ class Runs(NamedTuple):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """A fault a round, another an evaluation, then an honest round; and the same with mere exceptions."""
+    """A fault a round, another an evaluation, then an honest round; and the same with mere
+    exceptions.
+    """
     folder = tmp_path_factory.mktemp("faults")
     settings = {
         "federation.rounds": len(TRAIN_FAULTS) + 1,
@@ -306,17 +390,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "training.local_steps": 1,
         "training.batch_size": 4,
     }
-    train, evaluate = ([fault for fault, _ in faults.values()] for faults in (TRAIN_FAULTS, EVALUATE_FAULTS))
+    train, evaluate = (
+        [fault for fault, _ in faults.values()] for faults in (TRAIN_FAULTS, EVALUATE_FAULTS)
+    )
     return Runs(
         run_in_process(begin(folder / "faulty", settings), app_with(MIDDLE, train, evaluate)),
         run_in_process(
-            begin(folder / "absent", settings), app_with(MIDDLE, [fail] * len(train), [fail] * len(evaluate))
+            begin(folder / "absent", settings),
+            app_with(MIDDLE, [fail] * len(train), [fail] * len(evaluate)),
         ),
     )
 
 
 @pytest.mark.parametrize("what", TRAIN_FAULTS)
-def test_a_faulty_update_is_refused_with_its_reason_and_leaves_no_trace(runs: Runs, what: str) -> None:
+def test_a_faulty_update_is_refused_with_its_reason_and_leaves_no_trace(
+    runs: Runs, what: str
+) -> None:
     place = list(TRAIN_FAULTS).index(what)
     line, reference = (round_lines(run)[place] for run in runs)
     assert line["accepted"] == ["digit-0", "digit-2"]
@@ -326,11 +415,20 @@ def test_a_faulty_update_is_refused_with_its_reason_and_leaves_no_trace(runs: Ru
     assert "secret text" not in line["refused"]["digit-1"]
     assert line["refused"]["digit-1"].isprintable()
     assert len(line["refused"]["digit-1"]) <= 200
-    for name in ("loss", "loss_by_client", "loss_by_quarter", "images", "update_norm", "disagreement"):
+    for name in (
+        "loss",
+        "loss_by_client",
+        "loss_by_quarter",
+        "images",
+        "update_norm",
+        "disagreement",
+    ):
         assert line[name] == reference[name], name
 
 
-def test_after_faults_of_every_kind_every_bit_is_as_if_the_client_had_been_absent(runs: Runs) -> None:
+def test_after_faults_of_every_kind_every_bit_is_as_if_the_client_had_been_absent(
+    runs: Runs,
+) -> None:
     assert round_lines(runs.faulty)[-1]["accepted"] == ["digit-0", "digit-1", "digit-2"]
     assert all_bits(runs.faulty) == all_bits(runs.absent)
 
@@ -342,12 +440,22 @@ def test_a_faulty_evaluation_is_refused_and_the_others_are_scored(runs: Runs, wh
     assert list(line["refused"]) == ["digit-1"]
     assert EVALUATE_FAULTS[what][1] in line["refused"]["digit-1"]
     assert sorted(line["ssim_by_client"]) == ["digit-0", "digit-2"]
-    for name in ("score", "score_by_client", "ssim", "ssim_by_client", "floor", "samples", "references"):
+    for name in (
+        "score",
+        "score_by_client",
+        "ssim",
+        "ssim_by_client",
+        "floor",
+        "samples",
+        "references",
+    ):
         assert line[name] == reference[name], name
     assert line["samples"] == 4
 
 
-def test_an_evaluation_that_every_client_fails_is_left_out_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_an_evaluation_that_every_client_fails_is_left_out_and_the_run_goes_on(
+    tmp_path: Path,
+) -> None:
     app = ClientApp()
     app.query("describe")(client_app.describe)
     app.train()(client_app.train)
@@ -356,18 +464,24 @@ def test_an_evaluation_that_every_client_fails_is_left_out_and_the_run_goes_on(t
     def evaluate(message: Message, context: Context) -> Message:
         raise RuntimeError
 
-    run = run_in_process(begin(tmp_path / "run", {"federation.rounds": 2, "evaluation.every": 1}), app)
+    run = run_in_process(
+        begin(tmp_path / "run", {"federation.rounds": 2, "evaluation.every": 1}), app
+    )
     assert [line["kind"] for line in records(run)] == ["tasks", "round", "round"]
 
 
 def test_the_order_of_the_tensors_in_a_reply_does_not_matter(tmp_path: Path) -> None:
     def reverse(reply: Message) -> None:
         tensors = read_tensors(reply.content, SHARED)
-        reply.content[SHARED] = array_record({name: tensors[name] for name in reversed(list(tensors))})
+        reply.content[SHARED] = array_record(
+            {name: tensors[name] for name in reversed(list(tensors))}
+        )
 
     settings = {"federation.rounds": 2, "evaluation.samples": 6}
     ordered = run_in_process(begin(tmp_path / "ordered", settings))
-    reversed_ = run_in_process(begin(tmp_path / "reversed", settings), app_with(0, train=[reverse, reverse]))
+    reversed_ = run_in_process(
+        begin(tmp_path / "reversed", settings), app_with(0, train=[reverse, reverse])
+    )
     assert all_bits(ordered) == all_bits(reversed_)
 
 
@@ -389,7 +503,9 @@ TIMEOUT = 3.0
 
 
 class LateGrid(InlineGrid):
-    """Holds the last client's reply of round 2 back and hands it over, unasked, in round 3 (twice)."""
+    """Holds the last client's reply of round 2 back and hands it over, unasked, in round 3
+    (twice).
+    """
 
     def __init__(self, app: ClientApp, nodes: int) -> None:
         super().__init__(app, nodes)
@@ -430,7 +546,9 @@ def test_late_and_repeated_replies_are_ignored_now_and_for_ever(tmp_path: Path) 
     assert grid.handed_over == 2
     lines = round_lines(late)
     assert [line["missing"] for line in lines] == [{"digit-2": "no reply in time"}] * 2 + [{}]
-    assert [line["accepted"] for line in lines] == [["digit-0", "digit-1"]] * 2 + [["digit-0", "digit-1", "digit-2"]]
+    assert [line["accepted"] for line in lines] == [["digit-0", "digit-1"]] * 2 + [
+        ["digit-0", "digit-1", "digit-2"]
+    ]
     assert all_bits(late) == all_bits(absent)
 
 
@@ -490,9 +608,14 @@ def test_clients_that_do_not_fit_together_stop_the_run_at_the_door(
     assert not run.started
 
 
-def test_a_client_that_claims_more_images_than_can_be_counted_off_is_refused(tmp_path: Path) -> None:
+def test_a_client_that_claims_more_images_than_can_be_counted_off_is_refused(
+    tmp_path: Path,
+) -> None:
     run = begin(tmp_path / "run", {"training.local_steps": None, "training.local_epochs": 1})
-    with pytest.raises(UserError, match="'digit-1': 1000000000 images make 62500000 steps a round; allowed: 1000000"):
+    with pytest.raises(
+        UserError,
+        match="'digit-1': 1000000000 images make 62500000 steps a round; allowed: 1000000",
+    ):
         run_in_process(run, describing(set_own("images", 10**9)))
 
 

@@ -37,9 +37,15 @@ def test_the_last_evaluation_reports_every_clients_audit(run: RunDirectory) -> N
     network = EmbeddedFeatures()
     for info, task in zip(trained.tasks, load_tasks(run.config.data, 3), strict=True):
         samples = generate(
-            trained.model_of(info), trained.diffusion, run.config.sampling,
-            count=10, shape=trained.shape, seed=run.config.seed, task=info.client, strip_steps=3,
-        ).images  # fmt: skip
+            trained.model_of(info),
+            trained.diffusion,
+            run.config.sampling,
+            count=10,
+            shape=trained.shape,
+            seed=run.config.seed,
+            task=info.client,
+            strip_steps=3,
+        ).images
         expected = audit(samples, task.train, task.test, network, quantile=0.2)
         found = last["audits"][info.client]
         assert found.pop("fires") == expected.fires
@@ -54,19 +60,27 @@ def test_an_audit_that_cannot_be_made_says_why_to_its_owner_and_that_there_is_no
     labels = np.arange(40) % 2
     held_out = np.concatenate([images[:4:2], 255 - images[1:5:2]])
     np.savez(
-        tmp_path / "own.npz", train_images=images, train_labels=labels, test_images=held_out,
+        tmp_path / "own.npz",
+        train_images=images,
+        train_labels=labels,
+        test_images=held_out,
         test_labels=np.array([0, 0, 1, 1]),
-    )  # fmt: skip
+    )
     settings = {
-        "data.dataset": "npz", "data.dir": str(tmp_path / "own.npz"), "federation.clients": 2, "federation.rounds": 1,
-    }  # fmt: skip
+        "data.dataset": "npz",
+        "data.dir": str(tmp_path / "own.npz"),
+        "federation.clients": 2,
+        "federation.rounds": 1,
+    }
     run = run_in_process(begin(tmp_path / "run", settings))
     (last,) = MetricsLog(run.metrics).evaluations()
     assert list(last["audits"]) == ["class-1"]
     log = (run.clients / "class-0" / "client.log").read_text()
     assert "round 1: no memorisation audit: all 2 held-out images are training images too" in log
     assert not (run.clients / "class-1" / "client.log").exists()
-    assert "  no memorisation audit: class-0; a client's own log says why\n" in capsys.readouterr().out
+    assert (
+        "  no memorisation audit: class-0; a client's own log says why\n" in capsys.readouterr().out
+    )
 
     assert evaluate.main(["--run", str(run.path), "--samples", "12"]) == 0
     said = capsys.readouterr().out
@@ -75,16 +89,23 @@ def test_an_audit_that_cannot_be_made_says_why_to_its_owner_and_that_there_is_no
 
     central = {**settings, "training.method": "pooled", "model.exclusive_stages": "none"}
     train_centrally(begin(tmp_path / "central", central))
-    assert "class-0: no memorisation audit: all 2 held-out images are training" in capsys.readouterr().err
+    assert (
+        "class-0: no memorisation audit: all 2 held-out images are training"
+        in capsys.readouterr().err
+    )
 
 
 def test_suspicious_pairs_stay_with_their_owner(run: RunDirectory) -> None:
     for client in CLIENTS:
-        assert [path.name for path in (run.clients / client / "memorisation").iterdir()] == ["round-00003.png"]
+        assert [path.name for path in (run.clients / client / "memorisation").iterdir()] == [
+            "round-00003.png"
+        ]
 
 
 def test_quantile_zero_switches_it_off(tmp_path: Path) -> None:
-    run = run_in_process(begin(tmp_path / "run", {"evaluation.memorisation_quantile": 0.0, "federation.rounds": 1}))
+    run = run_in_process(
+        begin(tmp_path / "run", {"evaluation.memorisation_quantile": 0.0, "federation.rounds": 1})
+    )
     (last,) = MetricsLog(run.metrics).evaluations()
     assert last["audits"] == {}
     assert not (run.clients / "digit-0" / "memorisation").exists()
@@ -98,12 +119,20 @@ def test_quantile_zero_switches_it_off(tmp_path: Path) -> None:
         ({"memorisation_pixels_median": 1.0}, "nobody asked for: 'memorisation_pixels_median'"),
         ({"memorisation_pixels_threshold": float("nan")}, "'memorisation_pixels_threshold' is nan"),
         ({"memorisation_pixels_share": None}, "'memorisation_pixels_share' is None"),
-        ({"memorisation_pixels_generated": 1e300}, "'memorisation_pixels_generated' is 1e+300, not 10"),
+        (
+            {"memorisation_pixels_generated": 1e300},
+            "'memorisation_pixels_generated' is 1e+300, not 10",
+        ),
         ({"memorisation_features_training": 1.0}, "'memorisation_features_training' is 1.0, not 1"),
-        ({"memorisation_features_quantile": 0.4}, "'memorisation_features_quantile' is 0.4, not 0.05"),
+        (
+            {"memorisation_features_quantile": 0.4},
+            "'memorisation_features_quantile' is 0.4, not 0.05",
+        ),
     ],
 )
-def test_a_malformed_audit_is_refused(tmp_path: Path, changes: dict[str, float | None], expected: str) -> None:
+def test_a_malformed_audit_is_refused(
+    tmp_path: Path, changes: dict[str, float | None], expected: str
+) -> None:
     app = ClientApp()
     app.query("describe")(client_app.describe)
     app.train()(client_app.train)
@@ -134,12 +163,18 @@ def test_only_numbers_of_the_audit_are_in_the_reply(tmp_path: Path) -> None:
         replies.append(client_app.evaluate(message, context))
         return replies[-1]
 
-    run_in_process(begin(tmp_path / "run", {"federation.rounds": 1, "evaluation.mode": "moments"}), app)
+    run_in_process(
+        begin(tmp_path / "run", {"federation.rounds": 1, "evaluation.mode": "moments"}), app
+    )
     assert len(replies) == 3
     for reply in replies:
         assert reply.metadata.message_type == EVALUATE
-        assert [name for name, record in reply.content.items() if isinstance(record, ArrayRecord)] == ["statistics"]
-        numbers = {n: v for n, v in read_metrics(reply.content).items() if n.startswith("memorisation_")}
+        assert [
+            name for name, record in reply.content.items() if isinstance(record, ArrayRecord)
+        ] == ["statistics"]
+        numbers = {
+            n: v for n, v in read_metrics(reply.content).items() if n.startswith("memorisation_")
+        }
         assert len(numbers) == 20
         assert all(isinstance(value, float) for value in numbers.values())
         assert json.dumps(numbers)

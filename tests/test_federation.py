@@ -1,4 +1,6 @@
-"""Whole runs: the grids agree to the bit, arrival order changes nothing, every part of the dial works."""
+"""Whole runs: the grids agree to the bit, arrival order changes nothing, every part of the dial
+works.
+"""
 
 import hashlib
 import os
@@ -35,7 +37,9 @@ from srfed.training.setup import build_model, build_partition
 
 
 class RayRuns(NamedTuple):
-    """One whole run of the real command on Ray, and one that SIGTERM stopped, which Ray would like to have itself."""
+    """One whole run of the real command on Ray, and one that SIGTERM stopped, which Ray would like
+    to have itself.
+    """
 
     whole: RunDirectory
     output: str
@@ -45,13 +49,28 @@ class RayRuns(NamedTuple):
 
 
 def ray_command(tiny_yaml: Path, folder: Path, *settings: str) -> list[str]:
-    command = [sys.executable, "-m", "srfed.simulate", "--config", str(tiny_yaml), "--backend", "ray"]
-    return [*command, "--run-dir", str(folder), *(part for setting in settings for part in ("--set", setting))]
+    command = [
+        sys.executable,
+        "-m",
+        "srfed.simulate",
+        "--config",
+        str(tiny_yaml),
+        "--backend",
+        "ray",
+    ]
+    return [
+        *command,
+        "--run-dir",
+        str(folder),
+        *(part for setting in settings for part in ("--set", setting)),
+    ]
 
 
 @pytest.fixture(scope="module")
 def ray_runs(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> RayRuns:
-    """The suite's only two Ray runs; the first meets a RAY_ADDRESS at which there is nobody any more."""
+    """The suite's only two Ray runs; the first meets a RAY_ADDRESS at which there is nobody any
+    more.
+    """
     folder = tmp_path_factory.mktemp("ray")
     done = subprocess.run(
         ray_command(tiny_yaml, folder / "whole", "federation.rounds=2"),
@@ -61,7 +80,9 @@ def ray_runs(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> RayRu
         env={**os.environ, "RAY_ADDRESS": "127.0.0.1:9"},
     )
     assert done.returncode == 0, done.stderr
-    endless = ray_command(tiny_yaml, folder / "stopped", "federation.rounds=9999", "evaluation.every=0")
+    endless = ray_command(
+        tiny_yaml, folder / "stopped", "federation.rounds=9999", "evaluation.every=0"
+    )
     code, message = stop_after_a_round(endless, signal.SIGTERM)
     return RayRuns(
         RunDirectory.open(folder / "whole"),
@@ -72,7 +93,9 @@ def ray_runs(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> RayRu
     )
 
 
-def test_ray_and_in_process_grids_give_the_same_bits_and_records(ray_runs: RayRuns, tmp_path: Path) -> None:
+def test_ray_and_in_process_grids_give_the_same_bits_and_records(
+    ray_runs: RayRuns, tmp_path: Path
+) -> None:
     inline = run_in_process(begin(tmp_path / "run", {"federation.rounds": 2}))
     assert all_bits(ray_runs.whole) == all_bits(inline)
     assert set(all_bits(inline)) == {"server", *CLIENTS}
@@ -95,7 +118,9 @@ def test_a_ray_run_prints_a_line_a_round_and_the_table(ray_runs: RayRuns) -> Non
     assert any(line.startswith("all tasks") for line in lines)
 
 
-def test_a_ray_run_stopped_by_sigterm_goes_on_in_process_with_the_same_bits(ray_runs: RayRuns, tmp_path: Path) -> None:
+def test_a_ray_run_stopped_by_sigterm_goes_on_in_process_with_the_same_bits(
+    ray_runs: RayRuns, tmp_path: Path
+) -> None:
     assert ray_runs.stop_code == 143
     assert f"--resume {ray_runs.stopped.path}" in ray_runs.stop_message
     assert "Traceback" not in ray_runs.stop_message
@@ -108,7 +133,9 @@ def test_a_ray_run_stopped_by_sigterm_goes_on_in_process_with_the_same_bits(ray_
         }
     )
     resumed = run_in_process(ray_runs.stopped.reconfigure(config))
-    whole = run_in_process(begin(tmp_path / "run", {"federation.rounds": done + 1, "evaluation.every": 0}))
+    whole = run_in_process(
+        begin(tmp_path / "run", {"federation.rounds": done + 1, "evaluation.every": 0})
+    )
     assert all_bits(resumed) == all_bits(whole)
 
 
@@ -147,11 +174,17 @@ def test_another_seed_gives_other_bits(finished_run: RunDirectory, tmp_path: Pat
 
 
 @pytest.mark.parametrize("stages", ["none", "io", 4, "all", ["head", "up.0.*"]])
-def test_every_position_of_the_dial_runs_with_its_evaluation(tmp_path: Path, stages: object) -> None:
+def test_every_position_of_the_dial_runs_with_its_evaluation(
+    tmp_path: Path, stages: object
+) -> None:
     run = run_in_process(
         begin(
             tmp_path / "run",
-            {"model.exclusive_stages": stages, "federation.rounds": 1, "training.update": "alternating"},
+            {
+                "model.exclusive_stages": stages,
+                "federation.rounds": 1,
+                "training.update": "alternating",
+            },
         )
     )
     model = build_model(run.config, 1)
@@ -170,7 +203,15 @@ def test_every_client_keeps_a_state_of_its_own(tmp_path: Path) -> None:
     run = run_in_process(begin(tmp_path / "run", settings))
     states = [read_checkpoint(folder) for folder in accepted_attempts(run).values()]
     for group in ("exclusive", "exclusive_average", "exclusive_moments", "shared_moments"):
-        assert len({hashlib.sha256(repr(sorted_bytes(s.group(group))).encode()).digest() for s in states}) == 3
+        assert (
+            len(
+                {
+                    hashlib.sha256(repr(sorted_bytes(s.group(group))).encode()).digest()
+                    for s in states
+                }
+            )
+            == 3
+        )
     assert {state.manifest["parent"] for state in states} == {"none"}
     assert {state.manifest["steps"] for state in states} == {2}
 
@@ -179,9 +220,14 @@ def sorted_bytes(tensors: dict[str, torch.Tensor]) -> list[tuple[str, bytes]]:
     return [(name, tensors[name].numpy().tobytes()) for name in sorted(tensors)]
 
 
-def test_a_round_with_fewer_clients_draws_different_ones_and_leaves_the_others_alone(tmp_path: Path) -> None:
+def test_a_round_with_fewer_clients_draws_different_ones_and_leaves_the_others_alone(
+    tmp_path: Path,
+) -> None:
     run = run_in_process(
-        begin(tmp_path / "run", {"federation.clients_per_round": 1, "federation.rounds": 4, "evaluation.every": 0})
+        begin(
+            tmp_path / "run",
+            {"federation.clients_per_round": 1, "federation.rounds": 4, "evaluation.every": 0},
+        )
     )
     drawn = [line["accepted"] for line in round_lines(run)]
     assert all(len(clients) == 1 for clients in drawn)
@@ -201,14 +247,19 @@ def test_weights_are_equal_or_by_number_of_images_never_by_number_of_batches() -
 
 
 def test_the_mean_is_summed_in_float64_in_the_order_of_the_ids() -> None:
-    members = {name: {"w": torch.tensor([value])} for name, value in (("c", 1.0), ("a", 2.0**60), ("b", -(2.0**60)))}
+    members = {
+        name: {"w": torch.tensor([value])}
+        for name, value in (("c", 1.0), ("a", 2.0**60), ("b", -(2.0**60)))
+    }
     weights = dict.fromkeys(members, 1.0)
     # In the order of arrival the 1 would be lost.
     assert weighted_mean(members, weights)["w"].item() == 1.0
     assert weighted_mean(members, weights)["w"].dtype == torch.float64
 
 
-def reference_server(kind: str, deltas: list[float], rate: float, m: float, v: float, tau: float) -> list[float]:
+def reference_server(
+    kind: str, deltas: list[float], rate: float, m: float, v: float, tau: float
+) -> list[float]:
     """Hsu et al. (2019) and Reddi et al. (2021), Algorithm 2, with plain numbers."""
     value, first, second, path = 1.0, 0.0, 0.0, []
     for delta in deltas:
@@ -241,19 +292,25 @@ def test_server_optimizers_follow_their_papers(kind: str) -> None:
     optimizer: dict[str, torch.Tensor] = {}
     deltas, path = [0.3, -0.2, 0.7], []
     for delta in deltas:
-        outcome = aggregate(settings, shared, {"a": {"w": shared["w"] + delta}}, {"a": 1.0}, optimizer)
+        outcome = aggregate(
+            settings, shared, {"a": {"w": shared["w"] + delta}}, {"a": 1.0}, optimizer
+        )
         shared, optimizer = outcome.shared, outcome.optimizer
         path.append(shared["w"].item())
     assert path == pytest.approx(reference_server(kind, deltas, 0.5, 0.8, 0.95, 0.01), rel=1e-12)
 
 
-@pytest.mark.parametrize(("moves", "expected"), [((1.0, 1.0), 0.0), ((1.0, -1.0), 1.0), ((0.0, 0.0), 0.0)])
+@pytest.mark.parametrize(
+    ("moves", "expected"), [((1.0, 1.0), 0.0), ((1.0, -1.0), 1.0), ((0.0, 0.0), 0.0)]
+)
 def test_disagreement_is_0_for_equal_moves_and_1_for_moves_that_cancel(
     moves: tuple[float, float], expected: float
 ) -> None:
 
     updates = {name: {"w": torch.full((3,), move)} for name, move in zip("ab", moves, strict=True)}
-    outcome = aggregate(tiny_config().federation, {"w": torch.zeros(3)}, updates, {"a": 0.5, "b": 0.5}, {})
+    outcome = aggregate(
+        tiny_config().federation, {"w": torch.zeros(3)}, updates, {"a": 0.5, "b": 0.5}, {}
+    )
     assert outcome.disagreement == pytest.approx(expected)
     assert outcome.update_norm == pytest.approx(abs(sum(moves) / 2) * 3**0.5)
 

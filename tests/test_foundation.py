@@ -62,7 +62,9 @@ def test_write_json_is_readable_and_reads_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
-def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+def test_a_failed_write_leaves_the_old_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
     path = tmp_path / "state.bin"
     write_bytes(path, b"old")
     monkeypatch.setattr(os, broken, fail)
@@ -83,7 +85,9 @@ def test_write_folder_appears_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", ["fsync", "rename"])
-def test_a_failed_folder_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+def test_a_failed_folder_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
     monkeypatch.setattr(os, broken, fail)
     with pytest.raises(UserError, match=r"^cannot write .*attempt: No space left on device$"):
         write_folder(tmp_path / "attempt", {"a": b"1", "b": b"2"})
@@ -99,18 +103,26 @@ def test_a_folder_is_never_overwritten(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["attempt"]
 
 
-@pytest.mark.parametrize("write", [lambda path: write_bytes(path, b"x"), lambda path: write_folder(path, {"a": b"x"})])
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, write: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize(
+    "write", [lambda path: write_bytes(path, b"x"), lambda path: write_folder(path, {"a": b"x"})]
+)
+def test_a_place_that_cannot_be_written_is_named(
+    tmp_path: Path, write: Callable[[Path], None]
+) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match=r"^cannot write .*file/below: "):
         write(tmp_path / "file" / "below")
 
 
-@pytest.mark.parametrize("write", [lambda path: write_bytes(path, b"x"), lambda path: write_folder(path, {"a": b"x"})])
+@pytest.mark.parametrize(
+    "write", [lambda path: write_bytes(path, b"x"), lambda path: write_folder(path, {"a": b"x"})]
+)
 def test_content_is_on_disk_before_it_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None]
 ) -> None:
-    """A rename may reach the disk before the bytes it names; only the fsync before it prevents that."""
+    """A rename may reach the disk before the bytes it names; only the fsync before it prevents
+    that.
+    """
     events: list[str] = []
     for name in ("fsync", "rename", "replace"):
         real = getattr(os, name)
@@ -176,7 +188,10 @@ for read in (read_bytes, lambda path: list_folder(path.parent)):
 def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path: Path) -> None:
     write_bytes(tmp_path / "state", b"x")
     there = subprocess.run(
-        [sys.executable, "-c", READER, str(tmp_path / "state")], capture_output=True, text=True, check=True
+        [sys.executable, "-c", READER, str(tmp_path / "state")],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     reason = "Too many open files"
     assert there.stdout.splitlines() == [
@@ -287,7 +302,10 @@ def test_a_file_that_is_there_is_not_said_to_be_impossible_to_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing_sync_of_folders(monkeypatch, errno.EIO)
-    with pytest.raises(UserError, match=rf"^{tmp_path}/a is written, but whether it is on disk is not known: Input/"):
+    with pytest.raises(
+        UserError,
+        match=rf"^{tmp_path}/a is written, but whether it is on disk is not known: Input/",
+    ):
         write_bytes(tmp_path / "a", b"x")
     assert (tmp_path / "a").read_bytes() == b"x"
 
@@ -314,7 +332,10 @@ def test_a_lock_that_fails_for_another_reason_is_not_called_in_use(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(UserError, match=r"cannot lock .*lock: Input/output error"), held(tmp_path / "lock", wait=False):
+    with (
+        pytest.raises(UserError, match=r"cannot lock .*lock: Input/output error"),
+        held(tmp_path / "lock", wait=False),
+    ):
         pass
 
 
@@ -332,7 +353,9 @@ print(new_folder(folder / "new" / "run").name)
 
 def test_processes_that_want_the_same_new_folder_get_one_each(tmp_path: Path) -> None:
     processes = [
-        subprocess.Popen([sys.executable, "-c", MAKER, str(tmp_path), str(n)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", MAKER, str(tmp_path), str(n)], stdout=subprocess.PIPE, text=True
+        )
         for n in range(4)
     ]
     names = [process.communicate(timeout=60)[0].strip() for process in processes]
@@ -358,7 +381,9 @@ def test_an_output_is_tried_and_nothing_is_left_of_the_trial(tmp_path: Path) -> 
 
 
 def test_seeds_are_pinned() -> None:
-    """Checkpoints written by an older version continue with the same draws only while these stand."""
+    """Checkpoints written by an older version continue with the same draws only while these
+    stand.
+    """
     assert derive_seed(0, "noise") == 7207491209231784873
     assert derive_seed(0, "noise", "digit-3", 12) == 6875758049331118814
 
@@ -388,7 +413,9 @@ def test_every_part_of_the_name_counts() -> None:
 
 
 @given(st.integers(), st.text(), st.lists(st.text() | st.integers()))
-def test_any_name_gives_a_seed_that_a_generator_takes(seed: int, purpose: str, parts: list[str | int]) -> None:
+def test_any_name_gives_a_seed_that_a_generator_takes(
+    seed: int, purpose: str, parts: list[str | int]
+) -> None:
     derived = derive_seed(seed, purpose, *parts)
     assert 0 <= derived < 2**63
     assert derive_generator(seed, purpose, *parts).initial_seed() == derived
@@ -396,13 +423,17 @@ def test_any_name_gives_a_seed_that_a_generator_takes(seed: int, purpose: str, p
 
 def test_a_generator_repeats_its_draws_and_leaves_the_global_one_alone() -> None:
     before = torch.get_rng_state()
-    one, again, other = (torch.randn(64, generator=derive_generator(0, "noise", step)) for step in (1, 1, 2))
+    one, again, other = (
+        torch.randn(64, generator=derive_generator(0, "noise", step)) for step in (1, 1, 2)
+    )
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_generators_of_neighbouring_steps_are_independent() -> None:
-    draws = torch.stack([torch.randn(2000, generator=derive_generator(0, "noise", step)) for step in range(20)])
+    draws = torch.stack(
+        [torch.randn(2000, generator=derive_generator(0, "noise", step)) for step in range(20)]
+    )
     correlations = torch.corrcoef(draws) - torch.eye(20)
     assert correlations.abs().max() < 5 / 2000**0.5

@@ -127,7 +127,10 @@ if os.environ.get("SRFED_DEPLOYMENT_PART") == "site {HOSTILE}":
 
 def nested(overrides: dict[str, Any]) -> dict[str, Any]:
     """The tiny federation as a server would write it, with some "section.key" set otherwise."""
-    content: dict[str, Any] = {"name": "tiny", **{section: dict(keys) for section, keys in TINY.items()}}
+    content: dict[str, Any] = {
+        "name": "tiny",
+        **{section: dict(keys) for section, keys in TINY.items()},
+    }
     for name, value in {**SETTINGS, **overrides}.items():
         section, key = name.split(".")
         content.setdefault(section, {})[key] = value
@@ -135,29 +138,51 @@ def nested(overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 REQUESTS: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
-    ("the whole network", "train", {"model.exclusive_stages": "none"}, {}, "not agreed: model.exclusive_stages"),
     (
-        "one training image", "evaluate",
-        {"data.images_per_task": 1, "training.local_steps": 2000, "evaluation.mode": "samples"}, {"round": 2},
+        "the whole network",
+        "train",
+        {"model.exclusive_stages": "none"},
+        {},
+        "not agreed: model.exclusive_stages",
+    ),
+    (
+        "one training image",
+        "evaluate",
+        {"data.images_per_task": 1, "training.local_steps": 2000, "evaluation.mode": "samples"},
+        {"round": 2},
         "not agreed: data.images_per_task",
     ),
     (
-        "statistics of one image", "evaluate", {}, {"round": 2, "final": True, "samples": 1},
+        "statistics of one image",
+        "evaluate",
+        {},
+        {"round": 2, "final": True, "samples": 1},
         "not agreed: evaluation.samples",
     ),
-    ("a folder elsewhere", "train", {}, {"lineage": "../../x"}, "the request's lineage is impossible"),
+    (
+        "a folder elsewhere",
+        "train",
+        {},
+        {"lineage": "../../x"},
+        "the request's lineage is impossible",
+    ),
     ("the last round there is", "train", {}, {"round": 10**9}, "the request's round is impossible"),
     (
-        "the site's memory and processes", "train",
-        {"evaluation.inception_weights": "/dev/zero", "resources.client_cpus": 100_000}, {}, "",
+        "the site's memory and processes",
+        "train",
+        {"evaluation.inception_weights": "/dev/zero", "resources.client_cpus": 100_000},
+        {},
+        "",
     ),
-]  # fmt: skip
+]
 
 
 def test_neither_a_hostile_server_nor_a_hostile_client_gets_further_than_its_own_harm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "hook"), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(tmp_path / "hook"), os.environ.get("PYTHONPATH", "")])
+    )
     for path, text in {
         "hook/sitecustomize.py": SITECUSTOMIZE,
         "app/pyproject.toml": PROJECT,
@@ -168,9 +193,19 @@ def test_neither_a_hostile_server_nor_a_hostile_client_gets_further_than_its_own
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
     orders, answers, state = tmp_path / "orders.json", tmp_path / "answers.json", tmp_path / "state"
-    requests = [[what, kind, nested(changes), fields] for what, kind, changes, fields, _ in REQUESTS]
+    requests = [
+        [what, kind, nested(changes), fields] for what, kind, changes, fields, _ in REQUESTS
+    ]
     orders.write_text(
-        json.dumps({"sites": 2, "config": nested({}), "victim": HONEST, "requests": requests, "answers": str(answers)})
+        json.dumps(
+            {
+                "sites": 2,
+                "config": nested({}),
+                "victim": HONEST,
+                "requests": requests,
+                "answers": str(answers),
+            }
+        )
     )
     config = load_config(tmp_path / "config.yaml")
     with Deployment(tmp_path / "d", tls=False, authentication=False) as deployment:
@@ -184,7 +219,13 @@ def test_neither_a_hostile_server_nor_a_hostile_client_gets_further_than_its_own
             deployment.wait_for_site(client)
         before = {path for path in tmp_path.rglob("*") if (tmp_path / "d") not in path.parents}
         told = deployment.flwr(
-            "run", str(tmp_path / "app"), CONNECTION, "--stream", "--run-config", f'orders="{orders}"', timeout=480
+            "run",
+            str(tmp_path / "app"),
+            CONNECTION,
+            "--stream",
+            "--run-config",
+            f'orders="{orders}"',
+            timeout=480,
         )
         assert answers.exists(), told
         answered = json.loads(answers.read_text())
@@ -200,7 +241,8 @@ def test_neither_a_hostile_server_nor_a_hostile_client_gets_further_than_its_own
             assert f"refused: {words}" in log
     # What is this machine's own affair is not taken from the server, and so does no harm.
     assert answered["the site's memory and processes"] == ["metrics", "reply", "shared"]
-    # Of all these requests one was served: one attempt, where it belongs; nothing else was written or removed.
+    # Of all these requests one was served: one attempt, where it belongs; nothing else was written
+    # or removed.
     assert before <= after | {tmp_path / "run"}
     (attempt,) = [path for path in after - before if path.name == "state.safetensors"]
     assert attempt.parent.parent == state / HONEST / "lineages" / "lineage"

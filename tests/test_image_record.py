@@ -1,4 +1,6 @@
-"""Images are remembered: which ones, on which side; a change is said and refused, and nobody changes sides."""
+"""Images are remembered: which ones, on which side; a change is said and refused, and nobody
+changes sides.
+"""
 
 import hashlib
 import os
@@ -16,7 +18,15 @@ from tiny_run import all_bits, begin, run_in_process
 from srfed import centralise, evaluate, simulate
 from srfed.centralised.run import train_centrally
 from srfed.config import DataConfig
-from srfed.data import ImageRecord, Task, accept_images, load_own_task, load_recorded_tasks, load_task, recorded_images
+from srfed.data import (
+    ImageRecord,
+    Task,
+    accept_images,
+    load_own_task,
+    load_recorded_tasks,
+    load_task,
+    recorded_images,
+)
 from srfed.data.record import read_records, write_records
 from srfed.data.source import split_by_content
 from srfed.deployment.agree import agree_as_rehearsed
@@ -52,7 +62,9 @@ MANY = random_images(400, 8, 8, 1)
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 399), min_size=60, max_size=200, unique=True), st.floats(0.15, 0.85))
-def test_no_image_changes_its_side_when_others_come_or_go(chosen: list[int], fraction: float) -> None:
+def test_no_image_changes_its_side_when_others_come_or_go(
+    chosen: list[int], fraction: float
+) -> None:
     train, test = divided(MANY[chosen], fraction=fraction)
     all_train, all_test = divided(MANY, fraction=fraction)
     assert train <= all_train
@@ -114,20 +126,32 @@ def test_a_fingerprint_is_of_shape_and_pixels() -> None:
     for other in (image.reshape(1, 4, 6, 1), image.reshape(1, 6, 2, 2), image ^ np.uint8(1)):
         assert record_of(other, other[:0]).train != (name,)
     mirrored = image[:, :, ::-1]
-    assert record_of(mirrored, mirrored[:0]) == record_of(np.ascontiguousarray(mirrored), mirrored[:0])
+    assert record_of(mirrored, mirrored[:0]) == record_of(
+        np.ascontiguousarray(mirrored), mirrored[:0]
+    )
 
 
 def test_differences_are_counted_in_words() -> None:
     images = random_images(20, 5, 5, 1)
     before = record_of(images[:10], images[10:14])
     assert before.differences(before) == ""
-    assert before.differences(record_of(images[[*range(10), 15, 16]], images[10:14])) == "2 new for training"
-    assert before.differences(record_of(images[:9], images[11:14])) == "1 gone from training, 1 gone from tests"
+    assert (
+        before.differences(record_of(images[[*range(10), 15, 16]], images[10:14]))
+        == "2 new for training"
+    )
+    assert (
+        before.differences(record_of(images[:9], images[11:14]))
+        == "1 gone from training, 1 gone from tests"
+    )
     moved = record_of(images[[*range(8), 10]], images[[8, 9, 11, 12, 13, 17]])
     assert (
-        before.differences(moved) == "2 moved from training to tests, 1 moved from tests to training, 1 new for tests"
+        before.differences(moved)
+        == "2 moved from training to tests, 1 moved from tests to training, 1 new for tests"
     )
-    assert before.differences(record_of(images[9::-1], images[10:14])) == "the same ones in another order"
+    assert (
+        before.differences(record_of(images[9::-1], images[10:14]))
+        == "the same ones in another order"
+    )
     twice = record_of(images[[*range(10), 0]], images[10:14])
     assert before.differences(twice) == "1 new for training"
     assert twice.differences(before) == "1 gone from training"
@@ -162,9 +186,15 @@ def test_a_record_that_is_none_is_one_line(tmp_path: Path, content: str, words: 
 
 
 SETTINGS = {
-    "data.dataset": "folder", "training.batch_size": 4, "training.local_steps": 1, "federation.rounds": 1,
-    "evaluation.every": 0, "evaluation.samples": 6, "evaluation.samples_between": 6, "evaluation.ssim_images": 0,
-}  # fmt: skip
+    "data.dataset": "folder",
+    "training.batch_size": 4,
+    "training.local_steps": 1,
+    "federation.rounds": 1,
+    "evaluation.every": 0,
+    "evaluation.samples": 6,
+    "evaluation.samples_between": 6,
+    "evaluation.ssim_images": 0,
+}
 
 
 def make_pictures(root: Path) -> Path:
@@ -202,7 +232,10 @@ def run(pictures: Path) -> RunDirectory:
 
 
 def test_a_run_remembers_its_images_and_the_digits_too(finished_run: RunDirectory) -> None:
-    tasks = {f"digit-{index}": ImageRecord.of(load_task(finished_run.config.data, index)) for index in range(3)}
+    tasks = {
+        f"digit-{index}": ImageRecord.of(load_task(finished_run.config.data, index))
+        for index in range(3)
+    }
     assert read_records(finished_run.images) == tasks
 
 
@@ -212,18 +245,29 @@ def changed(pictures: Path, what: str) -> str:
         case "replaced":
             old = load_task(folder(pictures), 1)
             for number in range(20):
-                save(pictures / "task-1" / f"{number:02d}.png", random_images(8, 8, seed=5000 + number))
+                save(
+                    pictures / "task-1" / f"{number:02d}.png",
+                    random_images(8, 8, seed=5000 + number),
+                )
             new = load_task(folder(pictures), 1)
-            sides = {"training": (len(new.train), len(old.train)), "tests": (len(new.test), len(old.test))}
+            sides = {
+                "training": (len(new.train), len(old.train)),
+                "tests": (len(new.test), len(old.test)),
+            }
             told = [f"{both[0]} new for {side}" for side, both in sides.items()]
             told += [f"{both[1]} gone from {side}" for side, both in sides.items()]
             return f"task-1: {', '.join(told)}"
         case "five more":
             before = load_task(folder(pictures), 2)
             for number in range(5):
-                save(pictures / "task-2" / f"0{number}-more.png", random_images(8, 8, seed=7000 + number))
+                save(
+                    pictures / "task-2" / f"0{number}-more.png",
+                    random_images(8, 8, seed=7000 + number),
+                )
             after = load_task(folder(pictures), 2)
-            assert {*map(bytes, before.test)} <= {*map(bytes, after.test)}, "no held-out image is trained on"
+            assert {*map(bytes, before.test)} <= {*map(bytes, after.test)}, (
+                "no held-out image is trained on"
+            )
             return "task-2: "
         case "one less":
             (pictures / "task-0" / "07.png").unlink()
@@ -236,7 +280,8 @@ def changed(pictures: Path, what: str) -> str:
                 part = "train" if number < len(task.train) else "test"
                 save(pictures / "task-0" / part / f"{number}.png", image[..., 0])
             return (
-                f"task-0: {len(task.test)} moved from training to tests, {len(task.test)} moved from tests to training"
+                f"task-0: {len(task.test)} moved from training to tests, {len(task.test)} moved "
+                "from tests to training"
             )
     raise AssertionError(what)
 
@@ -289,17 +334,26 @@ def test_changed_images_that_are_allowed_are_said_and_measured_anew(
     assert run.images.read_bytes() == record, "what the run was trained on stays on record"
     assert len(list(run.path.glob("evaluations/*/scores.json"))) == 2
 
-    assert simulate.main(["--resume", str(run.path), "--set", "federation.rounds=2", "--allow-changed-images"]) == 0
+    assert (
+        simulate.main(
+            ["--resume", str(run.path), "--set", "federation.rounds=2", "--allow-changed-images"]
+        )
+        == 0
+    )
     assert told in capsys.readouterr().err
     after = {task.name: task for task in load_recorded_tasks(run.config.data, 3, run.images)}
     assert {*map(bytes, before["task-2"].test)} <= {*map(bytes, after["task-2"].test)}
     assert len(after["task-2"].train) + len(after["task-2"].test) == 25
     assert [line["round"] for line in MetricsLog(run.metrics).rounds()] == [1, 2]
-    assert simulate.main(["--resume", str(run.path), "--set", "federation.rounds=3"]) == 0, "on record now"
+    assert simulate.main(["--resume", str(run.path), "--set", "federation.rounds=3"]) == 0, (
+        "on record now"
+    )
     assert "note" not in capsys.readouterr().err
 
 
-def test_a_record_that_was_lost_is_said(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_record_that_was_lost_is_said(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
     record = run.images.read_bytes()
     run.images.unlink()
     assert evaluate.main(["--run", str(run.path), "--samples", "6"]) == 0
@@ -310,7 +364,9 @@ def test_a_record_that_was_lost_is_said(run: RunDirectory, capsys: pytest.Captur
     assert run.images.read_bytes() == record
 
 
-def test_a_run_that_never_started_has_no_record_to_miss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_never_started_has_no_record_to_miss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pictures = make_pictures(tmp_path / "pictures")
     run = begin(tmp_path / "run", {**SETTINGS, "data.dir": str(pictures)})
     assert simulate.main(["--resume", str(run.path)]) == 0
@@ -318,7 +374,9 @@ def test_a_run_that_never_started_has_no_record_to_miss(tmp_path: Path, capsys: 
     assert sorted(read_records(run.images)) == ["task-0", "task-1", "task-2"]
 
 
-def test_a_centralised_run_remembers_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_centralised_run_remembers_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pictures = make_pictures(tmp_path / "pictures")
     central = {"training.method": "balanced", "training.central_batch_size": 12}
     run = begin(tmp_path / "run", {**SETTINGS, **central, "data.dir": str(pictures)})
@@ -326,14 +384,24 @@ def test_a_centralised_run_remembers_too(tmp_path: Path, capsys: pytest.CaptureF
     assert sorted(read_records(run.images)) == ["task-0", "task-1", "task-2"]
     told = changed(pictures, "one less")
     for text in (
-        refused(capsys, centralise.main(["--resume", str(run.path), "--set", "federation.rounds=2"])),
+        refused(
+            capsys, centralise.main(["--resume", str(run.path), "--set", "federation.rounds=2"])
+        ),
         message_of(train_centrally, RunDirectory.open(run.path)),
     ):
         assert told in text
 
 
-def test_a_new_run_has_nothing_to_allow(tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--config", str(tiny_yaml), "--run-dir", str(tmp_path / "run"), "--allow-changed-images"]
+def test_a_new_run_has_nothing_to_allow(
+    tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "--config",
+        str(tiny_yaml),
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--allow-changed-images",
+    ]
     assert "--allow-changed-images is for --resume" in refused(capsys, simulate.main(arguments))
     assert not (tmp_path / "run").exists()
 
@@ -357,7 +425,9 @@ def test_a_sites_images_are_put_on_record_once_and_compared_ever_after(tmp_path:
         save(own / f"a{number}.png", random_images(8, 8, seed=900 + number))
     (own / "05.png").unlink()
     for keep in (True, False):
-        text = message_of(lambda keep=keep: load_own_task(DataConfig(), own, NAME, store, keep=keep))
+        text = message_of(
+            lambda keep=keep: load_own_task(DataConfig(), own, NAME, store, keep=keep)
+        )
         assert "3 new for " in text or "new for training" in text
         assert "1 gone from " in text
         assert "python -m srfed.deploy agree" in text
@@ -393,7 +463,9 @@ def test_a_look_that_keeps_nothing_leaves_no_file(tmp_path: Path) -> None:
 
 
 class ChangingSites(InlineGrid):
-    """Deployed sites; a picture more is at the last of them before round 2, in a process that begins anew."""
+    """Deployed sites; a picture more is at the last of them before round 2, in a process that
+    begins anew.
+    """
 
     def __init__(self, run: RunDirectory, data: dict[str, Path], changes: Path) -> None:
         super().__init__(client_app, 0)
@@ -411,11 +483,20 @@ class ChangingSites(InlineGrid):
 
 
 def test_a_site_whose_images_change_in_the_middle_of_a_run_refuses_in_words(tmp_path: Path) -> None:
-    own = {f"site-{number}": site_pictures(tmp_path / f"own-{number}", 20 + number) for number in range(2)}
+    own = {
+        f"site-{number}": site_pictures(tmp_path / f"own-{number}", 20 + number)
+        for number in range(2)
+    }
     sites = {
-        "data.dataset": "sites", "data.image_size": 8, "data.channels": 1, "evaluation.mode": "moments",
-        "federation.clients": 2, "federation.rounds": 2, "evaluation.every": 0, "training.batch_size": 4,
-    }  # fmt: skip
+        "data.dataset": "sites",
+        "data.image_size": 8,
+        "data.channels": 1,
+        "evaluation.mode": "moments",
+        "federation.clients": 2,
+        "federation.rounds": 2,
+        "evaluation.every": 0,
+        "training.batch_size": 4,
+    }
     run = begin(tmp_path / "run", sites)
     os.environ.pop(STATE_DIR_VARIABLE, None)
     run_federation(ChangingSites(run, own, own["site-1"]), run)

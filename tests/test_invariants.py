@@ -1,9 +1,11 @@
-"""What federated SR-DDPM must equal: centralised SR-DDPM, plain DDPM, and other people's server optimizers.
+"""What federated SR-DDPM must equal: centralised SR-DDPM, plain DDPM, and other people's server
+optimizers.
 
-The centralised objective, eq. (8), is the mean over tasks of each task's loss L_i(φ, θ_i). Its gradient in
-φ is the mean of the tasks' gradients, so averaging the clients' steps of rate η is one step of rate η. Its
-gradient in θ_i is 1/n of that of L_i, because no other term has θ_i; a client descends L_i itself. So with n
-tasks the clients' θ_i take the centralised step at rate n η (or, the same, the step of the sum over tasks).
+The centralised objective, eq. (8), is the mean over tasks of each task's loss L_i(φ, θ_i). Its
+gradient in φ is the mean of the tasks' gradients, so averaging the clients' steps of rate η is one
+step of rate η. Its gradient in θ_i is 1/n of that of L_i, because no other term has θ_i; a client
+descends L_i itself. So with n tasks the clients' θ_i take the centralised step at rate n η (or, the
+same, the step of the sum over tasks).
 """
 
 import itertools
@@ -38,7 +40,12 @@ Draws = list[tuple[Tensor, Tensor, Tensor]]
 
 
 def run_config(stages: Any, **training: Any) -> RunConfig:
-    model = {"channels": [8, 8, 8, 8], "groups": 4, "attention_head_channels": 8, "exclusive_stages": stages}
+    model = {
+        "channels": [8, 8, 8, 8],
+        "groups": 4,
+        "attention_head_channels": 8,
+        "exclusive_stages": stages,
+    }
     return parse_config(
         {
             "diffusion": {"timesteps": T},
@@ -59,13 +66,17 @@ class RecordingDiffusion(Diffusion):
 
     draws: Draws
 
-    def loss_per_image(self, predict_noise: Any, images: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+    def loss_per_image(
+        self, predict_noise: Any, images: Tensor, timesteps: Tensor, noise: Tensor
+    ) -> Tensor:
         self.draws.append((images, timesteps, noise))
         return super().loss_per_image(predict_noise, images, timesteps, noise)
 
 
 class Federation:
-    """Clients with tasks of their own and θ_i's of their own; the same network trains them in turn."""
+    """Clients with tasks of their own and θ_i's of their own; the same network trains them in
+    turn.
+    """
 
     def __init__(self, config: RunConfig, sizes: Sequence[int]) -> None:
         self.config = config
@@ -89,14 +100,19 @@ class Federation:
         self.examples = dict(zip(names, sizes, strict=True))
 
     def perturbed(self, seed: int, names: Sequence[str]) -> Tensors:
-        """Initial weights plus noise: zero-initialised layers would leave most gradients at zero."""
+        """Initial weights plus noise: zero-initialised layers would leave most gradients at
+        zero.
+        """
         tensors, generator = self.model.state_dict(), torch.Generator().manual_seed(seed)
-        return {n: tensors[n] + 0.05 * torch.randn(tensors[n].shape, generator=generator) for n in names}
+        return {
+            n: tensors[n] + 0.05 * torch.randn(tensors[n].shape, generator=generator) for n in names
+        }
 
     def round(self, number: int, weights: str = "uniform") -> None:
         """One round in process: every client from the same φ, then the server."""
         self.results = {
-            name: trainer.train(number, self.shared, self.states[name]) for name, trainer in self.trainers.items()
+            name: trainer.train(number, self.shared, self.states[name])
+            for name, trainer in self.trainers.items()
         }
         self.states = {name: result.state for name, result in self.results.items()}
         updates = {name: result.shared for name, result in self.results.items()}
@@ -104,7 +120,9 @@ class Federation:
         self.shared = aggregate(self.config.federation, self.shared, updates, p, {}).shared
 
 
-def ddpm_losses(model: UNet, weights: Mapping[str, Tensor], draw: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def ddpm_losses(
+    model: UNet, weights: Mapping[str, Tensor], draw: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
     """‖ε - ε_ψ(sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε, t)‖² / d for each image, from the textbook."""
     images, timesteps, noise = draw
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T
@@ -118,11 +136,17 @@ def leaves(tensors: Mapping[str, Tensor]) -> Tensors:
     return {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
 
 
-def assert_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], atol: float = 2e-7) -> None:
+def assert_close(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], atol: float = 2e-7
+) -> None:
     assert list(actual) == list(expected)
     for name in expected:
         torch.testing.assert_close(
-            actual[name], expected[name], rtol=1e-5, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+            actual[name],
+            expected[name],
+            rtol=1e-5,
+            atol=atol,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 
@@ -147,21 +171,29 @@ def test_one_local_sgd_step_is_one_centralised_step_on_the_union_batch(stages: A
     shared = leaves(start_shared)
     exclusive = {task: leaves(start_states[task].exclusive) for task in tasks}
     union = [
-        ddpm_losses(federation.model, {**shared, **exclusive[task]}, *federation.recorders[task].draws)
+        ddpm_losses(
+            federation.model, {**shared, **exclusive[task]}, *federation.recorders[task].draws
+        )
         for task in tasks
     ]
     objective = torch.cat(union).mean()  # eq. (8): the tasks' batches are of one size
     objective.backward()
-    assert_close(federation.shared, {name: (t - RATE * t.grad).detach() for name, t in shared.items()})
+    assert_close(
+        federation.shared, {name: (t - RATE * t.grad).detach() for name, t in shared.items()}
+    )
     assert_moved(start_shared, federation.shared)
     for task in tasks:
-        expected = {n: (t - len(tasks) * RATE * t.grad).detach() for n, t in exclusive[task].items()}
+        expected = {
+            n: (t - len(tasks) * RATE * t.grad).detach() for n, t in exclusive[task].items()
+        }
         assert_close(federation.states[task].exclusive, expected)
         assert_moved(start_states[task].exclusive, federation.states[task].exclusive)
 
 
 def test_weights_by_examples_make_the_union_batch_a_mean_over_images_not_over_batches() -> None:
-    """Each client steps on all its images; weights by images make that the gradient of all images alike."""
+    """Each client steps on all its images; weights by images make that the gradient of all images
+    alike.
+    """
     config = run_config(1, optimizer="sgd", local_steps=1, batch_size=64, drop_last=False)
     federation, uniform = (Federation(config, [2, 12, 5]) for _ in range(2))
     start = federation.shared
@@ -170,18 +202,26 @@ def test_weights_by_examples_make_the_union_batch_a_mean_over_images_not_over_ba
 
     shared = leaves(start)
     losses = [
-        ddpm_losses(federation.model, {**shared, **Federation(config, [2, 12, 5]).states[task].exclusive}, *r.draws)
+        ddpm_losses(
+            federation.model,
+            {**shared, **Federation(config, [2, 12, 5]).states[task].exclusive},
+            *r.draws,
+        )
         for task, r in federation.recorders.items()
     ]
     assert [len(each) for each in losses] == [2, 12, 5]
     torch.cat(losses).mean().backward()
-    assert_close(federation.shared, {name: (t - RATE * t.grad).detach() for name, t in shared.items()})
+    assert_close(
+        federation.shared, {name: (t - RATE * t.grad).detach() for name, t in shared.items()}
+    )
     apart = max(float((federation.shared[n] - uniform.shared[n]).abs().max()) for n in start)
     assert apart > 1e-3, "the two weightings are too close for this test to tell them apart"
 
 
 def test_everything_shared_with_one_client_is_plain_ddpm_training() -> None:
-    config = run_config("none", local_steps=3, batch_size=4, learning_rate=1e-3, shared_moments="keep")
+    config = run_config(
+        "none", local_steps=3, batch_size=4, learning_rate=1e-3, shared_moments="keep"
+    )
     federation = Federation(config, [10])
     start = federation.shared
     for number in range(1, 5):
@@ -226,7 +266,9 @@ def server(**settings: Any) -> FederationConfig:
 EXAMPLES = {"c": 30, "a": 10, "b": 5}
 
 
-def rounds_of(settings: FederationConfig, count: int, dtype: torch.dtype = torch.float64) -> list[Tensors]:
+def rounds_of(
+    settings: FederationConfig, count: int, dtype: torch.dtype = torch.float64
+) -> list[Tensors]:
     """φ after each of several rounds in which clients move away from φ by seeded amounts."""
     shared, optimizer, seen = normal_tensors(0, dtype), {}, []
     weights = client_weights(settings.weights, EXAMPLES)
@@ -239,15 +281,23 @@ def rounds_of(settings: FederationConfig, count: int, dtype: torch.dtype = torch
 
 def updates_of(shared: Mapping[str, Tensor], number: int) -> dict[str, Tensors]:
     return {
-        client: {n: shared[n] + 0.1 * t.to(shared[n].dtype) for n, t in normal_tensors(100 * number + i).items()}
+        client: {
+            n: shared[n] + 0.1 * t.to(shared[n].dtype)
+            for n, t in normal_tensors(100 * number + i).items()
+        }
         for i, client in enumerate(EXAMPLES, start=1)
     }
 
 
-def mean_update(shared: Mapping[str, Tensor], number: int, weights: Mapping[str, float]) -> dict[str, Any]:
+def mean_update(
+    shared: Mapping[str, Tensor], number: int, weights: Mapping[str, float]
+) -> dict[str, Any]:
     """Σ p_i (φ_i - φ) in numpy."""
     updates = updates_of(shared, number)
-    return {n: sum(weights[c] * (updates[c][n].numpy() - shared[n].numpy()) for c in updates) for n in SHAPES}
+    return {
+        n: sum(weights[c] * (updates[c][n].numpy() - shared[n].numpy()) for c in updates)
+        for n in SHAPES
+    }
 
 
 def flower_rounds(strategy: FedAvg, count: int) -> list[Tensors]:
@@ -280,7 +330,12 @@ def test_average_by_examples_is_flowers_fedavg() -> None:
 
 
 def test_momentum_is_flowers_fedavgm() -> None:
-    settings = server(weights="examples", server_optimizer="momentum", server_learning_rate=0.7, server_momentum=0.8)
+    settings = server(
+        weights="examples",
+        server_optimizer="momentum",
+        server_learning_rate=0.7,
+        server_momentum=0.8,
+    )
     theirs = flower_rounds(FedAvgM(server_learning_rate=0.7, server_momentum=0.8), 5)
     for mine, their in zip(rounds_of(settings, 5), theirs, strict=True):
         assert_close(mine, their, atol=1e-12)
@@ -302,16 +357,25 @@ def test_momentum_is_torchs_sgd_on_the_negative_mean_update() -> None:
 
 
 def test_adam_is_algorithm_2_of_reddi_et_al() -> None:
-    """Without bias correction, as printed: m ← β1 m + (1-β1) Δ, v ← β2 v + (1-β2) Δ², φ ← φ + η m/(√v + τ)."""
+    """Without bias correction, as printed: m ← β1 m + (1-β1) Δ, v ← β2 v + (1-β2) Δ², φ ← φ + η
+    m/(√v + τ).
+    """
     settings = server(
-        server_optimizer="adam", server_learning_rate=0.05, server_momentum=0.8,
-        server_second_moment=0.95, server_epsilon=0.01,
-    )  # fmt: skip
+        server_optimizer="adam",
+        server_learning_rate=0.05,
+        server_momentum=0.8,
+        server_second_moment=0.95,
+        server_epsilon=0.01,
+    )
     ours = rounds_of(settings, 6)
-    x: dict[str, Any] = {name: tensor.numpy() for name, tensor in normal_tensors(0, torch.float64).items()}
+    x: dict[str, Any] = {
+        name: tensor.numpy() for name, tensor in normal_tensors(0, torch.float64).items()
+    }
     m, v = ({name: np.zeros(shape) for name, shape in SHAPES.items()} for _ in range(2))
     for number, mine in enumerate(ours):
-        mean = mean_update({n: torch.as_tensor(a) for n, a in x.items()}, number, dict.fromkeys(EXAMPLES, 1 / 3))
+        mean = mean_update(
+            {n: torch.as_tensor(a) for n, a in x.items()}, number, dict.fromkeys(EXAMPLES, 1 / 3)
+        )
         for name in SHAPES:
             m[name] = 0.8 * m[name] + 0.2 * mean[name]
             v[name] = 0.95 * v[name] + 0.05 * mean[name] ** 2
@@ -324,7 +388,9 @@ def test_the_server_learning_rate_scales_the_mean_update() -> None:
     weights = dict.fromkeys(EXAMPLES, 1 / 3)
     half = aggregate(server(server_learning_rate=0.5), shared, updates_of(shared, 0), weights, {})
     mean = mean_update(shared, 0, weights)
-    assert_close(half.shared, {n: shared[n] + 0.5 * torch.as_tensor(mean[n]) for n in SHAPES}, atol=1e-12)
+    assert_close(
+        half.shared, {n: shared[n] + 0.5 * torch.as_tensor(mean[n]) for n in SHAPES}, atol=1e-12
+    )
     norm = math.sqrt(sum(float(np.sum(np.square(0.5 * mean[n]))) for n in SHAPES))
     assert half.update_norm == pytest.approx(norm, rel=1e-9)
     assert half.optimizer == {}
@@ -333,7 +399,8 @@ def test_the_server_learning_rate_scales_the_mean_update() -> None:
 @pytest.mark.parametrize(
     ("moves", "weights", "factor"),
     [
-        # r / 2 of FedExP by hand: Σ p_i ‖Δ_i‖² / (2 ‖Σ p_i Δ_i‖²), at least 1, at most 1 / (2 Σ p_i²).
+        # r / 2 of FedExP by hand: Σ p_i ‖Δ_i‖² / (2 ‖Σ p_i Δ_i‖²), at least 1, at most 1 / (2 Σ
+        # p_i²).
         ([(1, 0), (1, 0)], None, 1.0),
         ([(3, 4)], None, 1.0),
         ([(1, 0), (0, 1)], None, 1.0),
@@ -348,14 +415,24 @@ def test_the_server_learning_rate_scales_the_mean_update() -> None:
 def test_extrapolation_is_fedexps(
     moves: Sequence[tuple[float, float]], weights: Sequence[float] | None, factor: float
 ) -> None:
-    shared = {"x": torch.tensor([1.0], dtype=torch.float64), "y": torch.tensor([-2.0], dtype=torch.float64)}
+    shared = {
+        "x": torch.tensor([1.0], dtype=torch.float64),
+        "y": torch.tensor([-2.0], dtype=torch.float64),
+    }
     named = {f"c{i}": weight for i, weight in enumerate(weights or [1 / len(moves)] * len(moves))}
-    factor = min(factor, 1 / (2 * sum(weight**2 for weight in named.values()))) if factor > 1 else factor
-    updates = {f"c{i}": {"x": shared["x"] + dx, "y": shared["y"] + dy} for i, (dx, dy) in enumerate(moves)}
+    factor = (
+        min(factor, 1 / (2 * sum(weight**2 for weight in named.values()))) if factor > 1 else factor
+    )
+    updates = {
+        f"c{i}": {"x": shared["x"] + dx, "y": shared["y"] + dy} for i, (dx, dy) in enumerate(moves)
+    }
     settings = server(server_optimizer="extrapolate", server_learning_rate=0.5)
     outcome = aggregate(settings, shared, updates, named, {})
     mean = np.average(np.array(moves, dtype=float), axis=0, weights=list(named.values()))
-    expected = {"x": shared["x"] + 0.5 * factor * mean[0], "y": shared["y"] + 0.5 * factor * mean[1]}
+    expected = {
+        "x": shared["x"] + 0.5 * factor * mean[0],
+        "y": shared["y"] + 0.5 * factor * mean[1],
+    }
     assert_close(outcome.shared, expected, atol=1e-12)
     assert outcome.optimizer == {}
 
@@ -365,16 +442,24 @@ def test_aggregation_keeps_the_cores_types_order_and_inputs(optimizer: str) -> N
     shared = normal_tensors(0)
     shared["half"] = torch.ones(2, dtype=torch.float16)
     updates = {
-        c: {**u, "half": torch.zeros(2, dtype=torch.float16)} for c, u in updates_of(normal_tensors(0), 1).items()
+        c: {**u, "half": torch.zeros(2, dtype=torch.float16)}
+        for c, u in updates_of(normal_tensors(0), 1).items()
     }
     before = {n: t.clone() for n, t in {**shared, **updates["a"]}.items()}
-    outcome = aggregate(server(server_optimizer=optimizer), shared, updates, dict.fromkeys(EXAMPLES, 1 / 3), {})
+    outcome = aggregate(
+        server(server_optimizer=optimizer), shared, updates, dict.fromkeys(EXAMPLES, 1 / 3), {}
+    )
     assert list(outcome.shared) == list(shared)
-    assert {n: t.dtype for n, t in outcome.shared.items()} == {n: t.dtype for n, t in shared.items()}
+    assert {n: t.dtype for n, t in outcome.shared.items()} == {
+        n: t.dtype for n, t in shared.items()
+    }
     assert all(tensor.dtype == torch.float64 for tensor in outcome.optimizer.values())
     assert {n.split(".")[0] for n in outcome.optimizer} == {
-        "average": set(), "momentum": {"momentum"}, "adam": {"momentum", "second_moment"}, "extrapolate": set()
-    }[optimizer]  # fmt: skip
+        "average": set(),
+        "momentum": {"momentum"},
+        "adam": {"momentum", "second_moment"},
+        "extrapolate": set(),
+    }[optimizer]
     assert all(torch.equal(before[n], t) for n, t in {**shared, **updates["a"]}.items())
 
 
@@ -382,8 +467,12 @@ def test_aggregation_keeps_the_cores_types_order_and_inputs(optimizer: str) -> N
 
 
 def test_weights_are_uniform_or_by_number_of_images() -> None:
-    assert client_weights("uniform", EXAMPLES) == pytest.approx({"a": 1 / 3, "b": 1 / 3, "c": 1 / 3})
-    assert client_weights("examples", EXAMPLES) == pytest.approx({"a": 10 / 45, "b": 5 / 45, "c": 30 / 45})
+    assert client_weights("uniform", EXAMPLES) == pytest.approx(
+        {"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}
+    )
+    assert client_weights("examples", EXAMPLES) == pytest.approx(
+        {"a": 10 / 45, "b": 5 / 45, "c": 30 / 45}
+    )
     assert list(client_weights("examples", EXAMPLES)) == ["a", "b", "c"]
 
 
@@ -397,13 +486,18 @@ def test_the_order_of_arrival_changes_no_bit(optimizer: str) -> None:
 
     def outcome(order: Sequence[str]) -> list[Any]:
         weights = client_weights(settings.weights, {client: examples[client] for client in order})
-        result = aggregate(settings, shared, {client: updates[client] for client in order}, weights, {})
+        result = aggregate(
+            settings, shared, {client: updates[client] for client in order}, weights, {}
+        )
         tensors = [*result.shared.values(), *result.optimizer.values()]
         return [*(t.numpy().tobytes() for t in tensors), result.update_norm, result.disagreement]
 
     orders = [outcome(order) for order in itertools.permutations(examples)]
     assert all(order == orders[0] for order in orders)
-    sums = {float(sum(updates[c]["scalar"] / 3 for c in order)) for order in itertools.permutations(examples)}
+    sums = {
+        float(sum(updates[c]["scalar"] / 3 for c in order))
+        for order in itertools.permutations(examples)
+    }
     assert len(sums) > 1, "these numbers would not tell the orders apart"
 
 
@@ -423,7 +517,10 @@ def test_sums_are_in_float64() -> None:
 
 def disagreement(moves: Sequence[Sequence[float]], weights: Sequence[float] | None = None) -> float:
     shared = {"x": torch.tensor([1.0]), "y": torch.tensor([-2.0])}
-    updates = {f"c{i}": {"x": shared["x"] + move[0], "y": shared["y"] + move[1]} for i, move in enumerate(moves)}
+    updates = {
+        f"c{i}": {"x": shared["x"] + move[0], "y": shared["y"] + move[1]}
+        for i, move in enumerate(moves)
+    }
     p = weights or [1 / len(moves)] * len(moves)
     named = {f"c{i}": weight for i, weight in enumerate(p)}
     return aggregate(server(), shared, updates, named, {}).disagreement

@@ -29,11 +29,16 @@ def test_samples_belong_to_their_tasks(tmp_path: Path) -> None:
     assert accuracy_on_real_images(tasks) > 0.95
     samples = {
         info.task: generate(
-            run.model_of(info), run.diffusion, config.sampling,
-            count=50, shape=run.shape, seed=1, task=info.client,
+            run.model_of(info),
+            run.diffusion,
+            config.sampling,
+            count=50,
+            shape=run.shape,
+            seed=1,
+            task=info.client,
         ).images
         for info in run.tasks
-    }  # fmt: skip
+    }
     agreement = class_agreement(tasks, samples)
     assert min(agreement.values()) > 0.7
 

@@ -1,4 +1,6 @@
-"""Clients that come late, leave, move, fail or are somebody else: who takes part, and that every bit is right."""
+"""Clients that come late, leave, move, fail or are somebody else: who takes part, and that every
+bit is right.
+"""
 
 import json
 import os
@@ -29,7 +31,16 @@ from srfed.errors import UserError
 from srfed.federation.client_app import app as real_app
 from srfed.federation.identity import ROSTER_FILE, kept_roster, read_roster
 from srfed.federation.inline_grid import InlineGrid
-from srfed.federation.messages import DESCRIBE, EVALUATE, FAILED, REPLY, SHARED, TRAIN, array_record, read_tensors
+from srfed.federation.messages import (
+    DESCRIBE,
+    EVALUATE,
+    FAILED,
+    REPLY,
+    SHARED,
+    TRAIN,
+    array_record,
+    read_tensors,
+)
 from srfed.federation.roster import Expected, Roster
 from srfed.federation.server_app import RUN_DIR_VARIABLE, begin_or_go_on, run_federation
 from srfed.federation.site import STATE_DIR_VARIABLE
@@ -80,7 +91,10 @@ class ChangingGrid(InlineGrid):
     """
 
     def __init__(
-        self, run: RunDirectory, app: ClientApp = real_app, connected: Callable[[int], Collection[int]] = lambda _: ALL
+        self,
+        run: RunDirectory,
+        app: ClientApp = real_app,
+        connected: Callable[[int], Collection[int]] = lambda _: ALL,
     ) -> None:
         super().__init__(app, 3)
         self._server = run.server
@@ -93,7 +107,10 @@ class ChangingGrid(InlineGrid):
         self._contexts[node] = Context(0, node, config, RecordDict(), {})
 
     def get_node_ids(self) -> list[int]:
-        finished = max((int(path.name.removeprefix("round-")) for path in self._server.glob("round-*")), default=0)
+        finished = max(
+            (int(path.name.removeprefix("round-")) for path in self._server.glob("round-*")),
+            default=0,
+        )
         return [node for node in self._contexts if node in self._connected(finished)]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
@@ -106,7 +123,12 @@ class ChangingGrid(InlineGrid):
         for message_id, message in list(self._waiting.items()):
             if message_id in wanted and message.metadata.dst_node_id not in here:
                 del self._waiting[message_id]
-                return [Message(Error(ErrorCode.NODE_UNAVAILABLE, "Error: Node Unavailable"), reply_to=message)]
+                return [
+                    Message(
+                        Error(ErrorCode.NODE_UNAVAILABLE, "Error: Node Unavailable"),
+                        reply_to=message,
+                    )
+                ]
         return super().pull_messages(wanted)
 
     def nodes_asked(self, kind: str, *rounds: int) -> list[int]:
@@ -114,12 +136,15 @@ class ChangingGrid(InlineGrid):
         return [
             message.metadata.dst_node_id
             for message in self.requests
-            if message.metadata.message_type == kind and (not rounds or int(message.metadata.group_id) in rounds)
+            if message.metadata.message_type == kind
+            and (not rounds or int(message.metadata.group_id) in rounds)
         ]
 
 
 class ErrorGrid(ChangingGrid):
-    """What the client of node 2 has done is lost: errors, in turn, take the place of its replies."""
+    """What the client of node 2 has done is lost: errors, in turn, take the place of its
+    replies.
+    """
 
     def __init__(self, run: RunDirectory, errors: dict[tuple[str, int], list[int]]) -> None:
         super().__init__(run)
@@ -127,13 +152,17 @@ class ErrorGrid(ChangingGrid):
 
     def _run_client(self, message: Message) -> Message:
         reply = super()._run_client(message)
-        left = self._errors.get((message.metadata.message_type, int(message.metadata.group_id or 0)), [])
+        left = self._errors.get(
+            (message.metadata.message_type, int(message.metadata.group_id or 0)), []
+        )
         if message.metadata.dst_node_id == 2 and left:
             return Message(Error(left.pop(0), "Error: something\nwent wrong"), reply_to=message)
         return reply
 
 
-def away_for(looks: int, *, after: int, node: int = 3, back_as: int = 3) -> Callable[[int], Collection[int]]:
+def away_for(
+    looks: int, *, after: int, node: int = 3, back_as: int = 3
+) -> Callable[[int], Collection[int]]:
     """A node that leaves after some round, and is back when the server has looked so many times."""
     left = [looks]
 
@@ -200,7 +229,12 @@ def without(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunDirect
 def test_a_client_that_joins_late_begins_as_one_that_has_failed_so_far(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {**SETTINGS, "evaluation.every": 2, "evaluation.samples_between": 6, "federation.join_timeout": SOON}
+    settings = {
+        **SETTINGS,
+        "evaluation.every": 2,
+        "evaluation.samples_between": 6,
+        "federation.join_timeout": SOON,
+    }
     late = begin(tmp_path / "late", settings)
     start(late, ChangingGrid(late, connected=lambda finished: ALL if finished else {1, 2}))
     err = capsys.readouterr().err
@@ -212,14 +246,26 @@ def test_a_client_that_joins_late_begins_as_one_that_has_failed_so_far(
     assert all_bits(late) == all_bits(absent)
     assert [line["accepted"] for line in round_lines(late)] == [CLIENTS[:2], CLIENTS, CLIENTS]
     assert [line["missing"] for line in round_lines(late)] == [{}, {}, {}]
-    kinds = [[line for line in records(run) if line["kind"] == "evaluation"] for run in (late, absent)]
+    kinds = [
+        [line for line in records(run) if line["kind"] == "evaluation"] for run in (late, absent)
+    ]
     assert kinds[0] == kinds[1]
     assert sorted(kinds[0][0]["score_by_client"]) == CLIENTS
-    tasks = [[task["client"] for task in line["tasks"]] for line in records(late) if line["kind"] == "tasks"]
+    tasks = [
+        [task["client"] for task in line["tasks"]]
+        for line in records(late)
+        if line["kind"] == "tasks"
+    ]
     assert tasks == [CLIENTS[:2], CLIENTS]
     assert MetricsLog(late.metrics).tasks() == MetricsLog(absent.metrics).tasks()
-    attempts = [read_manifest(path) for path in (late.clients / "digit-2" / "lineages" / late.lineage).iterdir()]
-    assert {manifest["round"]: manifest["parent"] == NO_PARENT for manifest in attempts} == {2: True, 3: False}
+    attempts = [
+        read_manifest(path)
+        for path in (late.clients / "digit-2" / "lineages" / late.lineage).iterdir()
+    ]
+    assert {manifest["round"]: manifest["parent"] == NO_PARENT for manifest in attempts} == {
+        2: True,
+        3: False,
+    }
 
 
 def test_a_client_that_leaves_is_missed_and_the_others_go_on(
@@ -239,17 +285,23 @@ def test_a_client_that_leaves_is_missed_and_the_others_go_on(
     events = EventAccumulator(str(run.tensorboard))
     events.Reload()
     for client, expected in (("digit-1", {1: 1, 2: 1, 3: 1}), ("digit-2", {1: 1, 2: 0, 3: 0})):
-        assert {event.step: event.value for event in events.Scalars(f"took_part/{client}")} == expected
+        assert {
+            event.step: event.value for event in events.Scalars(f"took_part/{client}")
+        } == expected
 
 
-def test_too_few_clients_before_a_round_are_waited_for(tmp_path: Path, undisturbed: RunDirectory) -> None:
+def test_too_few_clients_before_a_round_are_waited_for(
+    tmp_path: Path, undisturbed: RunDirectory
+) -> None:
     run = begin(tmp_path / "run", {**SETTINGS, "federation.min_clients": 3})
     start(run, ChangingGrid(run, connected=away_for(10, after=1)))
     assert all_bits(run) == all_bits(undisturbed)
 
 
 def test_too_few_clients_before_a_round_stop_the_run_when_the_time_is_up(tmp_path: Path) -> None:
-    run = begin(tmp_path / "run", {**SETTINGS, "federation.min_clients": 3, "federation.join_timeout": SOON})
+    run = begin(
+        tmp_path / "run", {**SETTINGS, "federation.min_clients": 3, "federation.join_timeout": SOON}
+    )
     grid = ChangingGrid(run, connected=lambda finished: {1, 2} if finished else ALL)
     text = failure(lambda: start(run, grid))
     assert "2 of 3 clients can take part after at most 1.5 s" in text
@@ -261,10 +313,15 @@ def test_too_few_clients_before_a_round_stop_the_run_when_the_time_is_up(tmp_pat
 
 
 def same_but_for_traffic(run: RunDirectory, reference: RunDirectory, last: int = 0) -> bool:
-    """Whether two runs' records, all or the last ones, are equal but for the size of the messages."""
+    """Whether two runs' records, all or the last ones, are equal but for the size of the
+    messages.
+    """
     free = {"bytes_up", "bytes_down"}
     kept = [
-        [{key: value for key, value in line.items() if key not in free} for line in records(one)[-last:]]
+        [
+            {key: value for key, value in line.items() if key not in free}
+            for line in records(one)[-last:]
+        ]
         for one in (run, reference)
     ]
     return kept[0] == kept[1]
@@ -283,7 +340,9 @@ def test_a_handler_that_raises_is_asked_again_until_it_does_not(
     assert all_bits(run) == all_bits(undisturbed)
     assert same_but_for_traffic(run, undisturbed)
     traffic = [[line["bytes_down"] for line in round_lines(one)] for one in (run, undisturbed)]
-    assert traffic[0][1] / traffic[1][1] == pytest.approx(5 / 3, rel=0.01), "repeated messages are counted"
+    assert traffic[0][1] / traffic[1][1] == pytest.approx(5 / 3, rel=0.01), (
+        "repeated messages are counted"
+    )
 
 
 def test_a_client_whose_work_is_lost_is_asked_again(
@@ -291,11 +350,20 @@ def test_a_client_whose_work_is_lost_is_asked_again(
 ) -> None:
     gone, crashed = ErrorCode.NODE_UNAVAILABLE, ErrorCode.CLIENT_APP_CRASHED
     run = begin(tmp_path / "run", {**SETTINGS, **WAIT})
-    start(run, ErrorGrid(run, {(TRAIN, 1): [gone], (TRAIN, 2): [crashed, gone], (EVALUATE, 3): [crashed]}))
+    start(
+        run,
+        ErrorGrid(run, {(TRAIN, 1): [gone], (TRAIN, 2): [crashed, gone], (EVALUATE, 3): [crashed]}),
+    )
     notices = [line for line in capsys.readouterr().err.splitlines() if "asking it again" in line]
     assert notices == [
-        f"{what}: digit-1: it failed: Flower's error {code}, Error: something went wrong; asking it again"
-        for what, code in (("round 1", gone), ("round 2", crashed), ("round 2", gone), ("evaluation 3", crashed))
+        f"{what}: digit-1: it failed: Flower's error {code}, Error: something went wrong; asking "
+        "it again"
+        for what, code in (
+            ("round 1", gone),
+            ("round 2", crashed),
+            ("round 2", gone),
+            ("evaluation 3", crashed),
+        )
     ]
     assert all_bits(run) == all_bits(undisturbed)
     assert same_but_for_traffic(run, undisturbed)
@@ -348,15 +416,22 @@ def test_a_client_that_is_away_before_a_round_is_asked_when_it_is_back(
 
 @pytest.fixture(scope="module")
 def given_up(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, str]:
-    """A run that stopped in round 2, as one client had but failed until the time was up; and what it said."""
-    run = begin(tmp_path_factory.mktemp("given_up") / "run", {**SETTINGS, **WAIT, "federation.round_timeout": 2.0})
+    """A run that stopped in round 2, as one client had but failed until the time was up; and what
+    it said.
+    """
+    run = begin(
+        tmp_path_factory.mktemp("given_up") / "run",
+        {**SETTINGS, **WAIT, "federation.round_timeout": 2.0},
+    )
     app = app_with(MIDDLE, train=[keep, *[fail] * 999])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("srfed.federation.exchange.LONGEST_PAUSE", 0.2)
         return run, failure(lambda: start(run, ChangingGrid(run, app)))
 
 
-def test_a_client_that_only_fails_stops_the_run_in_one_line(given_up: tuple[RunDirectory, str]) -> None:
+def test_a_client_that_only_fails_stops_the_run_in_one_line(
+    given_up: tuple[RunDirectory, str],
+) -> None:
     run, text = given_up
     assert text.startswith("round 2 has waited 2 s for digit-1: it failed: Flower's error 2, ")
     assert "digit-0" not in text
@@ -404,7 +479,9 @@ def test_flowers_errors_tell_a_client_that_is_gone_from_one_that_failed(tmp_path
     codes = [*GONE, *FAULTY]
     settings = {**SETTINGS, "federation.rounds": len(codes) + 1, "evaluation.every": 0}
     run = begin(tmp_path / "run", settings)
-    errors: dict[tuple[str, int], list[int]] = {(TRAIN, number): [code] for number, code in enumerate(codes, 1)}
+    errors: dict[tuple[str, int], list[int]] = {
+        (TRAIN, number): [code] for number, code in enumerate(codes, 1)
+    }
     start(run, ErrorGrid(run, {**errors, (EVALUATE, len(codes) + 1): [ErrorCode.NODE_UNAVAILABLE]}))
     lines = round_lines(run)
     for line, code in zip(lines, codes, strict=False):
@@ -412,7 +489,9 @@ def test_flowers_errors_tell_a_client_that_is_gone_from_one_that_failed(tmp_path
         if code == FAILED:
             reason = "it failed; the reason is in the client's own log"
         absent = {"digit-1": reason}
-        assert (line["missing"], line["refused"]) == ((absent, {}) if code in GONE else ({}, absent)), code
+        assert (line["missing"], line["refused"]) == (
+            (absent, {}) if code in GONE else ({}, absent)
+        ), code
         assert line["accepted"] == ["digit-0", "digit-2"]
     assert lines[-1]["accepted"] == CLIENTS
     (evaluation,) = MetricsLog(run.metrics).evaluations()
@@ -421,12 +500,14 @@ def test_flowers_errors_tell_a_client_that_is_gone_from_one_that_failed(tmp_path
 
 
 class UntakenGrid(ChangingGrid):
-    """A SuperLink that no longer takes messages to node 3 in round 2, though it has just named that node.
+    """A SuperLink that no longer takes messages to node 3 in round 2, though it has just named that
+    node.
 
     Args:
         run: the run.
-        answer: what stands in the place of the message's id. A SuperLink answers "", and an error when that is
-            asked for; Ray's backend, and a SuperLink to which the message is too large, answer nothing.
+        answer: what stands in the place of the message's id. A SuperLink answers "", and an error
+            when that is asked for; Ray's backend, and a SuperLink to which the message is too
+            large, answer nothing.
     """
 
     def __init__(self, run: RunDirectory, answer: list[Any]) -> None:
@@ -445,7 +526,8 @@ class UntakenGrid(ChangingGrid):
         wanted = set(message_ids)
         if "" in wanted:
             error = Message(
-                Error(ErrorCode.MESSAGE_UNAVAILABLE, "Error: Message Unavailable"), reply_to=self.requests[0]
+                Error(ErrorCode.MESSAGE_UNAVAILABLE, "Error: Message Unavailable"),
+                reply_to=self.requests[0],
             )
             error.metadata.__dict__["_reply_to_message_id"] = ""
             return [error]
@@ -471,7 +553,9 @@ def test_a_client_to_which_no_message_can_be_sent_is_missing_and_nobody_waits_fo
 @pytest.fixture(scope="module")
 def half(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A run of three clients that ended after its first round."""
-    return start(begin(tmp_path_factory.mktemp("half") / "run", {**SETTINGS, "federation.rounds": 1}))
+    return start(
+        begin(tmp_path_factory.mktemp("half") / "run", {**SETTINGS, "federation.rounds": 1})
+    )
 
 
 def resume(half: RunDirectory, path: Path, changes: dict[str, Any]) -> RunDirectory:
@@ -482,13 +566,19 @@ def resume(half: RunDirectory, path: Path, changes: dict[str, Any]) -> RunDirect
 def test_a_resumed_run_waits_for_the_clients_that_it_had(
     half: RunDirectory, undisturbed: RunDirectory, tmp_path: Path, on_missing: str
 ) -> None:
-    run = resume(half, tmp_path / "run", {"federation.on_missing": on_missing, "federation.join_timeout": 60.0})
+    run = resume(
+        half,
+        tmp_path / "run",
+        {"federation.on_missing": on_missing, "federation.join_timeout": 60.0},
+    )
     start(run, ChangingGrid(run, connected=away_for(10, after=1)))
     assert all_bits(run) == all_bits(undisturbed)
     assert same_but_for_traffic(run, undisturbed, last=1)
 
 
-def test_under_wait_a_run_does_not_go_on_without_a_client_that_it_had(half: RunDirectory, tmp_path: Path) -> None:
+def test_under_wait_a_run_does_not_go_on_without_a_client_that_it_had(
+    half: RunDirectory, tmp_path: Path
+) -> None:
     run = resume(half, tmp_path / "run", {**WAIT, "federation.join_timeout": SOON})
     grid = ChangingGrid(run, connected=lambda _: {1, 2})
     assert "2 of 3 clients can take part after at most 1.5 s" in failure(lambda: start(run, grid))
@@ -523,7 +613,9 @@ def test_a_resumed_run_does_not_wait_for_a_client_that_it_never_had(tmp_path: Pa
 
 
 def app_describing(change: Callable[[int, Message], None], app: ClientApp = real_app) -> ClientApp:
-    """An app that says something else of itself: its reply is changed in place, by its node's number."""
+    """An app that says something else of itself: its reply is changed in place, by its node's
+    number.
+    """
 
     class Describing(ClientApp):
         def __call__(self, message: Message, context: Context) -> Message:
@@ -536,21 +628,36 @@ def app_describing(change: Callable[[int, Message], None], app: ClientApp = real
 
 
 def test_a_second_node_of_a_client_is_refused_until_the_first_has_gone(
-    tmp_path: Path, undisturbed: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    undisturbed: RunDirectory,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("srfed.federation.roster.ASK_AGAIN_SECONDS", 0.0)
     run = begin(tmp_path / "run", SETTINGS)
-    grid = ChangingGrid(run, connected=lambda finished: {2, 3, 9} if finished == 2 else {1, 2, 3, 9})
+    grid = ChangingGrid(
+        run, connected=lambda finished: {2, 3, 9} if finished == 2 else {1, 2, 3, 9}
+    )
     grid.add_node(9, 0)
     start(run, grid)
-    assert capsys.readouterr().err.count("refused node 9: another node is client 'digit-0' already") == 1
-    assert [sorted(grid.nodes_asked(TRAIN, number)) for number in (1, 2, 3)] == [[1, 2, 3], [1, 2, 3], [2, 3, 9]]
+    assert (
+        capsys.readouterr().err.count("refused node 9: another node is client 'digit-0' already")
+        == 1
+    )
+    assert [sorted(grid.nodes_asked(TRAIN, number)) for number in (1, 2, 3)] == [
+        [1, 2, 3],
+        [1, 2, 3],
+        [2, 3, 9],
+    ]
     assert all_bits(run) == all_bits(undisturbed)
 
 
 @pytest.mark.parametrize("insists", [True, False])
 def test_a_node_that_answers_as_another_client_is_refused_and_asked_again_who_it_is(
-    tmp_path: Path, without: Callable[..., RunDirectory], capsys: pytest.CaptureFixture[str], insists: bool
+    tmp_path: Path,
+    without: Callable[..., RunDirectory],
+    capsys: pytest.CaptureFixture[str],
+    insists: bool,
 ) -> None:
     """It may be that two machines have been mixed up for good, or only for a moment."""
     run = begin(tmp_path / "run", SETTINGS)
@@ -602,7 +709,9 @@ def test_clients_that_do_not_fit_are_refused_one_by_one_and_the_others_run(
         grid.add_node(node, node - 1)
     start(run, grid)
     err = capsys.readouterr().err
-    assert [err.count(f"refused {reason}") for _, _, reason in MISFITS.values()] == [1] * len(MISFITS)
+    assert [err.count(f"refused {reason}") for _, _, reason in MISFITS.values()] == [1] * len(
+        MISFITS
+    )
     assert set(grid.nodes_asked(TRAIN)) | set(grid.nodes_asked(EVALUATE)) == ALL
     assert all_bits(run) == all_bits(undisturbed)
     assert records(run) == records(undisturbed)
@@ -670,11 +779,15 @@ class KeyedGrid(ChangingGrid):
 
 
 def impostor_while_away(looks: int) -> Callable[[int], Collection[int]]:
-    """After round 1 the rightful node is away for some looks, and another one that says it is that client is there."""
+    """After round 1 the rightful node is away for some looks, and another one that says it is that
+    client is there.
+    """
     return away_then_back(looks, {2, 3, IMPOSTOR}, {1, 2, 3, IMPOSTOR})
 
 
-def away_then_back(looks: int, meanwhile: Collection[int], afterwards: Collection[int]) -> Callable[[int], Any]:
+def away_then_back(
+    looks: int, meanwhile: Collection[int], afterwards: Collection[int]
+) -> Callable[[int], Any]:
     left = [looks]
 
     def connected(finished: int) -> Collection[int]:
@@ -708,7 +821,9 @@ def test_a_client_id_belongs_to_the_key_that_first_held_it(
 def test_where_nodes_make_their_own_keys_a_client_may_come_back_with_another(
     tmp_path: Path, undisturbed: RunDirectory
 ) -> None:
-    """A SuperNode without authentication has a new key in each process; that must not lock its owner out."""
+    """A SuperNode without authentication has a new key in each process; that must not lock its
+    owner out.
+    """
     run = begin(tmp_path / "run", {**SETTINGS, **WAIT})
     grid = KeyedGrid(run, impostor_while_away(20), activated=AT)
     start(run, grid)
@@ -742,7 +857,9 @@ def test_the_key_is_remembered_beyond_the_server_until_the_run_is_told_to_forget
     shown = sites_in_words(run.path, None)
     assert key_fingerprint(b"key 1") in shown
     assert "evaluation 1" in shown
-    with pytest.raises(UserError, match="knows no client 'digit-9'; it has digit-0, digit-1, digit-2"):
+    with pytest.raises(
+        UserError, match="knows no client 'digit-9'; it has digit-0, digit-1, digit-2"
+    ):
         rebind(run.path, "digit-9")
     assert key_fingerprint(b"key 1") in rebind(run.path, "digit-0")
     start(run, moved(run))
@@ -769,7 +886,9 @@ def test_a_roster_says_whose_the_ids_are(tmp_path: Path, undisturbed: RunDirecto
 
 
 def test_who_is_not_in_the_roster_does_not_take_part(tmp_path: Path) -> None:
-    run = begin(tmp_path / "run", {**SETTINGS, "federation.join_timeout": SOON, "federation.min_clients": 3})
+    run = begin(
+        tmp_path / "run", {**SETTINGS, "federation.join_timeout": SOON, "federation.min_clients": 3}
+    )
     keys = {f"digit-{index}": key_fingerprint(b"key %d" % (index + 1)) for index in range(2)}
     write_json(run.path / ROSTER_FILE, {"keys": keys})
     text = failure(lambda: start(run, KeyedGrid(run, lambda _: ALL)))
@@ -804,14 +923,23 @@ def test_a_run_keeps_the_roster_that_it_is_given(tmp_path: Path) -> None:
     values = {"run-dir": str(tmp_path / "run"), "config": "", "set": ""}
     for roster in (str(file), ""):  # named once
         context = Context(0, 0, {}, RecordDict(), {**values, "roster": roster})
-        assert kept_roster(begin_or_go_on(context).path) == {"clinic-a": read_key(tmp_path / "site-a.pub")}
+        assert kept_roster(begin_or_go_on(context).path) == {
+            "clinic-a": read_key(tmp_path / "site-a.pub")
+        }
 
 
 def test_a_client_that_was_refused_meanwhile_can_be_doubted(tmp_path: Path) -> None:
     """It was asked to train, asked who it is, refused, and only then answered as somebody else."""
     run = begin(tmp_path / "run", SETTINGS)
     expected = Expected((8, 8, 1), "", None)
-    roster = Roster(ChangingGrid(run), run.config, run.lineage, expected, lambda _member: None, lambda _text: None)
+    roster = Roster(
+        ChangingGrid(run),
+        run.config,
+        run.lineage,
+        expected,
+        lambda _member: None,
+        lambda _text: None,
+    )
     roster.doubt("digit-0")
     assert roster.present == []
 
@@ -819,7 +947,9 @@ def test_a_client_that_was_refused_meanwhile_can_be_doubted(tmp_path: Path) -> N
 def test_a_client_that_comes_back_with_other_images_is_refused_until_the_run_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The number of its images is its weight, and the length of its round: nobody changes it in between."""
+    """The number of its images is its weight, and the length of its round: nobody changes it in
+    between.
+    """
     run = begin(tmp_path / "run", {**SETTINGS, "federation.rounds": 1})
     start(run)
 
@@ -838,7 +968,11 @@ def test_a_checkpoint_of_an_earlier_version_is_gone_on_with(
 ) -> None:
     run = resume(half, tmp_path / "run", {})
     file = run.server / "round-00001" / "manifest.json"
-    manifest = {name: value for name, value in json.loads(file.read_text()).items() if name not in NEW_IN_MANIFEST}
+    manifest = {
+        name: value
+        for name, value in json.loads(file.read_text()).items()
+        if name not in NEW_IN_MANIFEST
+    }
     file.write_text(json.dumps({**manifest, "usual_norm": 0.5}))
     start(run)
     assert all_bits(run) == all_bits(undisturbed)
@@ -850,7 +984,9 @@ def test_a_manifest_without_a_key_is_a_sentence(half: RunDirectory, tmp_path: Pa
     manifest = json.loads(file.read_text())
     del manifest["attempts"]
     file.write_text(json.dumps(manifest))
-    assert "round-00001/manifest.json is damaged: it has no 'attempts'" in failure(lambda: start(run))
+    assert "round-00001/manifest.json is damaged: it has no 'attempts'" in failure(
+        lambda: start(run)
+    )
 
 
 NEW_IN_MANIFEST = {"known", "minibatches"}
@@ -859,14 +995,21 @@ NEW_IN_MANIFEST = {"known", "minibatches"}
 
 
 def answering(change: Callable[[int, Tensors, Tensors], Tensors], index: int = MIDDLE) -> ClientApp:
-    """A client that answers another φ than it has trained: of the round, the φ received, and the φ trained."""
+    """A client that answers another φ than it has trained: of the round, the φ received, and the φ
+    trained.
+    """
 
     class Answering(ClientApp):
         def __call__(self, message: Message, context: Context) -> Message:
             reply = real_app(message, context)
-            if message.metadata.message_type == TRAIN and context.node_config["partition-id"] == index:
+            if (
+                message.metadata.message_type == TRAIN
+                and context.node_config["partition-id"] == index
+            ):
                 before, after = (read_tensors(one.content, SHARED) for one in (message, reply))
-                reply.content[SHARED] = array_record(change(int(message.metadata.group_id), before, after))
+                reply.content[SHARED] = array_record(
+                    change(int(message.metadata.group_id), before, after)
+                )
             return reply
 
     return Answering()
@@ -877,13 +1020,19 @@ def enlarging(factors: dict[int, float]) -> ClientApp:
 
     def change(number: int, before: Tensors, after: Tensors) -> Tensors:
         factor = factors.get(number, 1.0)
-        return {name: before[name] + factor * (after[name] - before[name]) for name in before} if factor != 1 else after
+        return (
+            {name: before[name] + factor * (after[name] - before[name]) for name in before}
+            if factor != 1
+            else after
+        )
 
     return answering(change)
 
 
 def norm(before: Tensors, after: Tensors) -> float:
-    return sum(float((after[name] - before[name]).double().square().sum()) for name in before) ** 0.5
+    return (
+        sum(float((after[name] - before[name]).double().square().sum()) for name in before) ** 0.5
+    )
 
 
 def test_an_update_beyond_what_adam_can_move_is_refused_and_leaves_no_trace(
@@ -897,9 +1046,13 @@ def test_an_update_beyond_what_adam_can_move_is_refused_and_leaves_no_trace(
     assert all_bits(run) == all_bits(without(MIDDLE, 2))
 
 
-def test_a_client_that_is_alone_in_its_round_is_held_to_the_same(half: RunDirectory, tmp_path: Path) -> None:
+def test_a_client_that_is_alone_in_its_round_is_held_to_the_same(
+    half: RunDirectory, tmp_path: Path
+) -> None:
     run = resume(half, tmp_path / "run", {"federation.join_timeout": SOON})
-    text = failure(lambda: start(run, ChangingGrid(run, enlarging({2: 1000.0}), connected=lambda _: {2})))
+    text = failure(
+        lambda: start(run, ChangingGrid(run, enlarging({2: 1000.0}), connected=lambda _: {2}))
+    )
     assert "digit-1: its update has norm" in text
     assert "round 2 has 0 accepted updates" in text
     assert server_bits(run)["round"] == 1
@@ -917,7 +1070,11 @@ def test_an_update_longer_than_one_rate_a_step_is_shortened_to_that_and_named(
         values.append(sum(tensor.numel() for tensor in before.values()))
         return longer
 
-    alone = {"federation.clients": 1, "federation.rounds": 1, "federation.server_optimizer": "average"}
+    alone = {
+        "federation.clients": 1,
+        "federation.rounds": 1,
+        "federation.server_optimizer": "average",
+    }
     run = begin(tmp_path / "run", {**SETTINGS, **alone})
     start(run, InlineGrid(answering(change, 0), 1))
     line = round_lines(run)[0]
@@ -928,7 +1085,9 @@ def test_an_update_longer_than_one_rate_a_step_is_shortened_to_that_and_named(
     assert "round 1: digit-0: its update is" in capsys.readouterr().err
 
 
-def test_beside_an_owner_who_returns_what_it_got_the_other_is_accepted_every_round(tmp_path: Path) -> None:
+def test_beside_an_owner_who_returns_what_it_got_the_other_is_accepted_every_round(
+    tmp_path: Path,
+) -> None:
     run = begin(tmp_path / "run", {**SETTINGS, "federation.clients": 2})
     start(run, InlineGrid(answering(lambda _number, before, _after: before), 2))
     assert [line["accepted"] for line in round_lines(run)] == [CLIENTS[:2]] * ROUNDS
@@ -939,7 +1098,11 @@ def test_beside_an_owner_who_returns_what_it_got_the_other_is_accepted_every_rou
 def test_plain_sgd_is_bounded_by_its_clipping_alone(
     tmp_path: Path, clip: float | None, accepted: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changes = {"training.optimizer": "sgd", "training.learning_rate": 0.1, "training.gradient_clip": clip}
+    changes = {
+        "training.optimizer": "sgd",
+        "training.learning_rate": 0.1,
+        "training.gradient_clip": clip,
+    }
     run = begin(tmp_path / "run", {**SETTINGS, **changes, "federation.rounds": 1})
     start(run, ChangingGrid(run, enlarging({1: 1000.0})))
     assert round_lines(run)[0]["accepted"] == accepted
@@ -951,9 +1114,19 @@ def test_plain_sgd_is_bounded_by_its_clipping_alone(
 
 def test_a_run_in_use_is_left_alone_until_its_process_ends(tiny_yaml: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
-    command = [sys.executable, "-m", "srfed.simulate", "--config", str(tiny_yaml), "--run-dir", str(path)]
+    command = [
+        sys.executable,
+        "-m",
+        "srfed.simulate",
+        "--config",
+        str(tiny_yaml),
+        "--run-dir",
+        str(path),
+    ]
     command += ["--set", "federation.rounds=9999", "--set", "evaluation.every=0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             assert process.stdout is not None
             assert any(line.startswith("round") for line in process.stdout)
@@ -966,7 +1139,9 @@ def test_a_run_in_use_is_left_alone_until_its_process_ends(tiny_yaml: Path, tmp_
     run = RunDirectory.open(path)
     done = len(round_lines(run))
     config = run.config
-    last = config.model_copy(update={"federation": config.federation.model_copy(update={"rounds": done + 1})})
+    last = config.model_copy(
+        update={"federation": config.federation.model_copy(update={"rounds": done + 1})}
+    )
     start(run.reconfigure(last))
     assert [line["round"] for line in round_lines(run)] == list(range(1, done + 2))
 
@@ -990,8 +1165,12 @@ for number in range(1, count + 1):
 
 def test_two_processes_that_save_at_once_lose_nothing(tmp_path: Path) -> None:
     count = 40
-    commands = [[sys.executable, "-c", SAVER, str(tmp_path), name, str(count)] for name in ("one", "two")]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    commands = [
+        [sys.executable, "-c", SAVER, str(tmp_path), name, str(count)] for name in ("one", "two")
+    ]
+    processes = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands
+    ]
     for process in processes:
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err

@@ -1,4 +1,6 @@
-"""The memorisation audit: against scikit-learn and simulation, on copies, on real digits, on trained models."""
+"""The memorisation audit: against scikit-learn and simulation, on copies, on real digits, on
+trained models.
+"""
 
 import json
 from dataclasses import fields, replace
@@ -45,7 +47,9 @@ def tasks() -> list[Task]:
 
 
 def shuffled(task: Task, seed: int, *counts: int) -> list[Images]:
-    """All images of a task in random order, in parts: held-out and training images are then exchangeable."""
+    """All images of a task in random order, in parts: held-out and training images are then
+    exchangeable.
+    """
     images = np.concatenate([task.train, task.test])
     order = np.random.default_rng(seed).permutation(len(images))
     return np.split(images[order], np.cumsum(counts))
@@ -60,13 +64,19 @@ def noisy(images: Images, deviation: float, seed: int = 0) -> Images:
 
 
 @pytest.mark.parametrize("block_bytes", [32 * 2**20, 3 * 8 * 48])
-def test_nearest_images_are_scikit_learns(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearest_images_are_scikit_learns(
+    block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(memorisation, "BLOCK_BYTES", block_bytes)
     rng = np.random.default_rng(0)
-    queries, references = (rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8) for count in (20, 31))
+    queries, references = (
+        rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8) for count in (20, 31)
+    )
     distances, indices = nearest_distances(queries, references)
     flat = [images.reshape(len(images), -1) / 255 for images in (queries, references)]
-    expected, neighbours = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(flat[1]).kneighbors(flat[0])
+    expected, neighbours = (
+        NearestNeighbors(n_neighbors=1, algorithm="brute").fit(flat[1]).kneighbors(flat[0])
+    )
     np.testing.assert_array_equal(indices, neighbours[:, 0])
     np.testing.assert_allclose(distances, expected[:, 0] / np.sqrt(48), rtol=1e-12)
     assert (distances.dtype, indices.dtype) == (np.float64, np.int64)
@@ -74,10 +84,15 @@ def test_nearest_images_are_scikit_learns(block_bytes: int, monkeypatch: pytest.
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("block_bytes", [32 * 2**20, 7 * 8 * 5])
-def test_nearest_features_are_scikit_learns(dtype: Any, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearest_features_are_scikit_learns(
+    dtype: Any, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(memorisation, "BLOCK_BYTES", block_bytes)
     rng = np.random.default_rng(1)
-    queries, references = rng.normal(size=(40, 5)).astype(dtype), rng.normal(size=(33, 5)).astype(dtype)
+    queries, references = (
+        rng.normal(size=(40, 5)).astype(dtype),
+        rng.normal(size=(33, 5)).astype(dtype),
+    )
     judge = NearestNeighbors(n_neighbors=2, algorithm="brute").fit(references.astype(np.float64))
     expected, neighbours = judge.kneighbors(queries.astype(np.float64))
     distances, indices = nearest_distances(queries, references)
@@ -132,7 +147,9 @@ def test_blocks_of_large_images_stay_small(monkeypatch: pytest.MonkeyPatch) -> N
         (np.zeros((1, 3)), np.zeros((1, 3)), True),
     ],
 )
-def test_impossible_neighbours_are_refused(queries: Array, references: Array, skip_self: bool) -> None:
+def test_impossible_neighbours_are_refused(
+    queries: Array, references: Array, skip_self: bool
+) -> None:
     with pytest.raises(ValueError, match=r"need uint8|differ|are not the|no reference"):
         nearest_distances(queries, references, skip_self=skip_self)
 
@@ -140,13 +157,21 @@ def test_impossible_neighbours_are_refused(queries: Array, references: Array, sk
 # --- tolerance ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("generated", "held_out", "rank"), [(100, 36, 1), (50, 199, 10), (1000, 60, 3)])
-def test_fresh_images_exceed_the_tolerance_once_in_a_thousand(generated: int, held_out: int, rank: int) -> None:
+@pytest.mark.parametrize(
+    ("generated", "held_out", "rank"), [(100, 36, 1), (50, 199, 10), (1000, 60, 3)]
+)
+def test_fresh_images_exceed_the_tolerance_once_in_a_thousand(
+    generated: int, held_out: int, rank: int
+) -> None:
     rng = np.random.default_rng(3)
     draws, part = 200_000, 10_000
-    # Uniform distances will do, as only their order matters; the fresh ones below a threshold are then binomial.
+    # Uniform distances will do, as only their order matters; the fresh ones below a threshold are
+    # then binomial.
     thresholds = np.concatenate(
-        [np.partition(rng.random((part, held_out)), rank - 1)[:, rank - 1] for _ in range(draws // part)]
+        [
+            np.partition(rng.random((part, held_out)), rank - 1)[:, rank - 1]
+            for _ in range(draws // part)
+        ]
     )
     shares = rng.binomial(generated, thresholds) / generated
     tolerance = chance_tolerance(generated, held_out, rank)
@@ -170,10 +195,14 @@ def grey(*levels: int) -> Images:
 
 
 def test_every_number_is_what_it_is_called(network: FeatureNetwork) -> None:
-    generated, training, held_out = grey(1, 10, 104, 205), grey(0, 100, 200), grey(2, 41, 110, 150, 250)
+    generated, training, held_out = (
+        grey(1, 10, 104, 205),
+        grey(0, 100, 200),
+        grey(2, 41, 110, 150, 250),
+    )
     found = audit(generated, training, held_out, network, quantile=0.35).pixels
-    # Held-out images are 2, 41, 10, 50 and 50 levels from training ones; floor(0.35 * 6) = 2 takes the second: 10,
-    # and an image just as far away is not closer.
+    # Held-out images are 2, 41, 10, 50 and 50 levels from training ones; floor(0.35 * 6) = 2 takes
+    # the second: 10, and an image just as far away is not closer.
     assert found.threshold == pytest.approx(10 / 255)
     assert found.share == 0.75
     assert found.generated_to_training == pytest.approx((4 + 5) / 2 / 255)
@@ -184,9 +213,12 @@ def test_every_number_is_what_it_is_called(network: FeatureNetwork) -> None:
 
 
 @pytest.mark.parametrize(
-    ("held_out", "quantile", "rank"), [(36, 0.05, 1), (39, 0.05, 2), (99, 0.29, 29), (9, 0.0, 1), (9, 0.5, 5)]
+    ("held_out", "quantile", "rank"),
+    [(36, 0.05, 1), (39, 0.05, 2), (99, 0.29, 29), (9, 0.0, 1), (9, 0.5, 5)],
 )
-def test_the_rank_of_the_threshold(held_out: int, quantile: float, rank: int, network: FeatureNetwork) -> None:
+def test_the_rank_of_the_threshold(
+    held_out: int, quantile: float, rank: int, network: FeatureNetwork
+) -> None:
     others = grey(*range(101, 101 + held_out))
     found = audit(grey(0), grey(100), others, network, quantile=quantile)
     assert found.pixels.threshold == pytest.approx(rank / 255)
@@ -197,7 +229,9 @@ def test_features_are_the_networks(network: FeatureNetwork, tasks: list[Task]) -
     generated, held_out, training = shuffled(tasks[2], 0, 50, 40)
     found = audit(generated, training, held_out, network).features
     judge = NearestNeighbors(n_neighbors=1).fit(network(training))
-    usual, ours = (np.sort(judge.kneighbors(network(images))[0][:, 0]) for images in (held_out, generated))
+    usual, ours = (
+        np.sort(judge.kneighbors(network(images))[0][:, 0]) for images in (held_out, generated)
+    )
     assert found.threshold == pytest.approx(usual[1])
     assert found.share == (ours < usual[1]).mean()
     assert found.generated_to_training == pytest.approx(np.median(ours))
@@ -218,7 +252,11 @@ def test_held_out_images_that_are_training_images_do_not_blind_the_audit(
 
 def test_impossible_audits_are_refused(network: FeatureNetwork, tasks: list[Task]) -> None:
     images = tasks[0].train
-    for sets in ([images[:0], images, images], [images, images[:0], images], [images, images, images[:0]]):
+    for sets in (
+        [images[:0], images, images],
+        [images, images[:0], images],
+        [images, images, images[:0]],
+    ):
         with pytest.raises(UserError, match="at least 1 image of each kind"):
             audit(*sets, network)
     with pytest.raises(UserError, match=r"0\.6; allowed: 0 to 0\.5"):
@@ -233,7 +271,9 @@ def test_impossible_audits_are_refused(network: FeatureNetwork, tasks: list[Task
 
 
 @pytest.mark.parametrize("deviation", [0, 5])
-def test_the_audit_fires_on_copies(deviation: float, network: FeatureNetwork, tasks: list[Task]) -> None:
+def test_the_audit_fires_on_copies(
+    deviation: float, network: FeatureNetwork, tasks: list[Task]
+) -> None:
     for task in tasks:
         found = audit(noisy(task.train[:100], deviation), task.train, task.test, network)
         assert found.pixels.fires
@@ -270,7 +310,12 @@ def generated_by_a_model(train: Images) -> Images:
     config = parse_config(
         {
             "diffusion": {"timesteps": 100},
-            "model": {"channels": [32, 16, 16, 16], "groups": 4, "attention_stages": [], "exclusive_stages": "all"},
+            "model": {
+                "channels": [32, 16, 16, 16],
+                "groups": 4,
+                "attention_stages": [],
+                "exclusive_stages": "all",
+            },
             "training": {
                 "batch_size": 20,
                 "local_steps": 250,
@@ -286,10 +331,14 @@ def generated_by_a_model(train: Images) -> Images:
     state = trainer.train(1, {}, initial_state(model, partition)).state
     load_tensors(model, state.exclusive_average)
     model.eval()
-    return generate(model, diffusion, config.sampling, count=100, shape=(8, 8, 1), seed=0, task="digit").images
+    return generate(
+        model, diffusion, config.sampling, count=100, shape=(8, 8, 1), seed=0, task="digit"
+    ).images
 
 
-def test_the_audit_fires_on_an_overfitted_model_only(network: FeatureNetwork, tasks: list[Task]) -> None:
+def test_the_audit_fires_on_an_overfitted_model_only(
+    network: FeatureNetwork, tasks: list[Task]
+) -> None:
     few, many, test = tasks[3].train[:20], tasks[3].train, tasks[3].test
     overfitted = audit(generated_by_a_model(few), few, test, network)
     fitted = audit(generated_by_a_model(many), many, test, network)
@@ -307,7 +356,9 @@ def test_only_numbers_leave(network: FeatureNetwork, tasks: list[Task]) -> None:
     found = audit(tasks[4].train[:30], tasks[4].train, tasks[4].test, network, quantile=0.1)
     numbers = found.to_numbers()
     assert {type(value) for value in numbers.values()} == {float}
-    assert set(numbers) == {f"{space}_{one.name}" for space in ("pixels", "features") for one in fields(Memorisation)}
+    assert set(numbers) == {
+        f"{space}_{one.name}" for space in ("pixels", "features") for one in fields(Memorisation)
+    }
     assert numbers["pixels_share"] == found.pixels.share
     assert numbers["features_threshold"] == found.features.threshold
     returned = Audit.from_numbers(json.loads(json.dumps(numbers)))
@@ -326,10 +377,16 @@ def test_other_numbers_are_refused(network: FeatureNetwork, tasks: list[Task]) -
         Audit.from_numbers({**numbers, "pixels_share": float("nan")})
 
 
-def test_nearest_pairs_put_copies_before_images_that_are_near_to_everything(network: FeatureNetwork) -> None:
+def test_nearest_pairs_put_copies_before_images_that_are_near_to_everything(
+    network: FeatureNetwork,
+) -> None:
     rng = np.random.default_rng(5)
-    training, held_out = (np.clip(rng.normal(128, 50, (count, 8, 8, 1)), 0, 255).astype(np.uint8) for count in (30, 20))
-    # Even grey is closer to every training image than these are to each other, and than the second copy.
+    training, held_out = (
+        np.clip(rng.normal(128, 50, (count, 8, 8, 1)), 0, 255).astype(np.uint8)
+        for count in (30, 20)
+    )
+    # Even grey is closer to every training image than these are to each other, and than the second
+    # copy.
     generated = np.concatenate([grey(128), noisy(training[[7]], 60), training[[3]]])
     found = audit(generated, training, held_out, network)
     assert [pair for pair in found.nearest if pair[0]] == [(2, 3), (1, 7)]
@@ -349,7 +406,9 @@ def test_audits_merge_by_generated_images(network: FeatureNetwork, tasks: list[T
     merged = merge_audits([silent, copied])
     for space in ("pixels", "features"):
         shares = [getattr(one, space).share for one in (silent, copied)]
-        assert merged.pop(f"{space}_share") == pytest.approx((10 * shares[0] + 90 * shares[1]) / 100)
+        assert merged.pop(f"{space}_share") == pytest.approx(
+            (10 * shares[0] + 90 * shares[1]) / 100
+        )
     assert merged == {"generated": 100, "quantile": 0.05, "fires": True}
     assert not merge_audits([silent])["fires"]
     for impossible in ([], [silent, replace(copied, pixels=replace(copied.pixels, quantile=0.1))]):

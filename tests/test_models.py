@@ -1,4 +1,6 @@
-"""The UNet, its parts and its partition, against diffusers, torch and what the design says of them."""
+"""The UNet, its parts and its partition, against diffusers, torch and what the design says of
+them.
+"""
 
 import math
 from collections.abc import Sequence
@@ -40,7 +42,9 @@ def unet(
     dropout: float = 0.0,
     noisy: bool = False,
 ) -> UNet:
-    """A small UNet; ``noisy`` also fills its zero-initialised layers, which would hide what they carry."""
+    """A small UNet; ``noisy`` also fills its zero-initialised layers, which would hide what they
+    carry.
+    """
     torch.manual_seed(0)
     model = UNet(image_channels, channels, blocks, attention_stages, 8, groups, dropout)
     if noisy:
@@ -65,8 +69,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("dimension", [2, 8, 64])
 def test_timestep_features_are_diffusers(dimension: int) -> None:
     timesteps = torch.tensor([1, 2, 77, 500])
-    theirs = get_timestep_embedding(timesteps, dimension, flip_sin_to_cos=True, downscale_freq_shift=0)
-    torch.testing.assert_close(sinusoidal_embedding(timesteps, dimension), theirs, rtol=1e-5, atol=1e-5)
+    theirs = get_timestep_embedding(
+        timesteps, dimension, flip_sin_to_cos=True, downscale_freq_shift=0
+    )
+    torch.testing.assert_close(
+        sinusoidal_embedding(timesteps, dimension), theirs, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_timestep_embedding_is_a_two_layer_perceptron_of_the_features() -> None:
@@ -74,12 +82,18 @@ def test_timestep_embedding_is_a_two_layer_perceptron_of_the_features() -> None:
     embedding = TimestepEmbedding(8, 32)
     sequential = nn.Sequential(embedding.expand, nn.SiLU(), embedding.mix)
     timesteps = torch.tensor([3, 400])
-    expected = sequential(get_timestep_embedding(timesteps, 8, flip_sin_to_cos=True, downscale_freq_shift=0))
+    expected = sequential(
+        get_timestep_embedding(timesteps, 8, flip_sin_to_cos=True, downscale_freq_shift=0)
+    )
     torch.testing.assert_close(embedding(timesteps), expected)
 
 
-@pytest.mark.parametrize(("channels", "head_channels", "heads"), [(16, 4, 4), (16, 16, 1), (8, 32, 1)])
-def test_self_attention_is_torchs_multihead_attention(channels: int, head_channels: int, heads: int) -> None:
+@pytest.mark.parametrize(
+    ("channels", "head_channels", "heads"), [(16, 4, 4), (16, 16, 1), (8, 32, 1)]
+)
+def test_self_attention_is_torchs_multihead_attention(
+    channels: int, head_channels: int, heads: int
+) -> None:
     torch.manual_seed(0)
     ours = SelfAttention(channels, head_channels, groups=4)
     randomise(ours)
@@ -93,7 +107,9 @@ def test_self_attention_is_torchs_multihead_attention(channels: int, head_channe
     x = normal(3, channels, 5, 4)
     pixels = ours.norm(x).flatten(2).transpose(1, 2)
     attended, _ = theirs(pixels, pixels, pixels)
-    torch.testing.assert_close(ours(x), x + attended.transpose(1, 2).reshape(x.shape), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ours(x), x + attended.transpose(1, 2).reshape(x.shape), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("out_channels", [8, 12])
@@ -101,7 +117,11 @@ def test_a_fresh_residual_block_is_its_shortcut(out_channels: int) -> None:
     torch.manual_seed(0)
     block = ResidualBlock(8, out_channels, 16, groups=4, dropout=0.0)
     x = normal(2, 8, 5, 5)
-    expected = x if out_channels == 8 else nn.functional.conv2d(x, block.shortcut.weight, block.shortcut.bias)
+    expected = (
+        x
+        if out_channels == 8
+        else nn.functional.conv2d(x, block.shortcut.weight, block.shortcut.bias)
+    )
     assert torch.equal(block(x, normal(2, 16)), expected)
 
 
@@ -120,9 +140,14 @@ def test_residual_block_scales_and_shifts_its_second_norm_by_the_timestep() -> N
         silu = nn.functional.silu
         hidden = block.conv_in(silu(block.norm_in(x[image : image + 1])))
         condition = block.condition(silu(embedding[image]))
-        scaled = block.norm_out(hidden)[0] * (1 + condition[:12, None, None]) + condition[12:, None, None]
+        scaled = (
+            block.norm_out(hidden)[0] * (1 + condition[:12, None, None])
+            + condition[12:, None, None]
+        )
         expected = block.shortcut(x[image : image + 1]) + block.conv_out(silu(scaled)[None])
-        torch.testing.assert_close(block(x, embedding)[image : image + 1], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            block(x, embedding)[image : image + 1], expected, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_dropout_acts_while_training_only() -> None:
@@ -161,7 +186,9 @@ def test_stage_k_works_at_the_kth_half_size_with_its_channels(size: tuple[int, i
     seen: dict[str, set[tuple[int, ...]]] = {}
 
     def note(name: str) -> Any:
-        return lambda module, inputs, output: seen.setdefault(name, set()).add(tuple(output.shape[1:]))
+        return lambda module, inputs, output: seen.setdefault(name, set()).add(
+            tuple(output.shape[1:])
+        )
 
     for side in ("down", "up"):
         for stage in range(4):
@@ -170,7 +197,9 @@ def test_stage_k_works_at_the_kth_half_size_with_its_channels(size: tuple[int, i
                 inner.register_forward_hook(note(f"{side}.{stage}"))
     model.bottleneck.register_forward_hook(note("bottleneck"))
     model(normal(1, 1, *size), torch.tensor([3]))
-    expected = [{(CHANNELS[k], math.ceil(size[0] / 2**k), math.ceil(size[1] / 2**k))} for k in (0, 1, 2, 3)]
+    expected = [
+        {(CHANNELS[k], math.ceil(size[0] / 2**k), math.ceil(size[1] / 2**k))} for k in (0, 1, 2, 3)
+    ]
     assert [seen[f"down.{k}"] for k in range(4)] == expected
     assert [seen[f"up.{k}"] for k in range(4)] == expected
     assert seen["bottleneck"] == expected[3]
@@ -179,10 +208,14 @@ def test_stage_k_works_at_the_kth_half_size_with_its_channels(size: tuple[int, i
 
 
 @pytest.mark.parametrize("stages", [(), (0,), (2, 3)])
-def test_attention_stands_after_every_block_of_its_stages_and_in_the_bottleneck(stages: tuple[int]) -> None:
+def test_attention_stands_after_every_block_of_its_stages_and_in_the_bottleneck(
+    stages: tuple[int],
+) -> None:
     model = unet(blocks=2, attention_stages=stages)
     found = [name for name, module in model.named_modules() if isinstance(module, SelfAttention)]
-    expected = [f"{side}.{k}.attentions.{b}" for side in ("down", "up") for k in stages for b in (0, 1)]
+    expected = [
+        f"{side}.{k}.attentions.{b}" for side in ("down", "up") for k in stages for b in (0, 1)
+    ]
     assert sorted(found) == sorted(["bottleneck.attention", *expected])
 
 
@@ -212,7 +245,9 @@ def test_an_images_prediction_does_not_depend_on_the_rest_of_the_batch() -> None
 
 
 def test_all_state_is_parameters() -> None:
-    """A buffer would be in the partition and yet in no optimizer: silently local, or silently stale."""
+    """A buffer would be in the partition and yet in no optimizer: silently local, or silently
+    stale.
+    """
     model = unet(attention_stages=(0, 1, 2, 3))
     assert list(model.state_dict()) == [name for name, _ in model.named_parameters()]
 
@@ -229,7 +264,9 @@ def test_all_state_is_parameters() -> None:
         ((2, 1, 8, 8), (2, 1), r"not \(2, 1\)"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(shape: tuple[int, ...], timesteps: tuple[int, ...], words: str) -> None:
+def test_shapes_that_do_not_fit_are_refused(
+    shape: tuple[int, ...], timesteps: tuple[int, ...], words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
         unet()(torch.zeros(shape), torch.ones(timesteps, dtype=torch.long))
 
@@ -245,7 +282,9 @@ def test_each_up_stage_gets_the_skips_of_its_own_down_stage_and_no_other() -> No
         model.down[stage].register_forward_hook(
             lambda module, inputs, output, stage=stage: made.update({stage: output[1]})
         )
-        model.up[stage].register_forward_pre_hook(lambda module, inputs, stage=stage: taken.update({stage: inputs[1]}))
+        model.up[stage].register_forward_pre_hook(
+            lambda module, inputs, stage=stage: taken.update({stage: inputs[1]})
+        )
     model(normal(1, 1, 8, 8), torch.tensor([3]))
     for stage in range(4):
         assert len(made[stage]) == len(taken[stage]) == 2
@@ -253,8 +292,12 @@ def test_each_up_stage_gets_the_skips_of_its_own_down_stage_and_no_other() -> No
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_activations_enter_the_shared_stages_only_through_the_last_exclusive_downsample(k: int) -> None:
-    """With that convolution's output held, the shared stages compute the same bits for any image."""
+def test_activations_enter_the_shared_stages_only_through_the_last_exclusive_downsample(
+    k: int,
+) -> None:
+    """With that convolution's output held, the shared stages compute the same bits for any
+    image.
+    """
     model = unet(blocks=2, attention_stages=(1, 3), noisy=True)
     shared_output: list[Tensor] = []
     model.up[k].register_forward_hook(lambda module, inputs, output: shared_output.append(output))
@@ -271,7 +314,9 @@ def test_activations_enter_the_shared_stages_only_through_the_last_exclusive_dow
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_activations_leave_the_shared_stages_only_through_the_last_exclusive_upsample(k: int) -> None:
+def test_activations_leave_the_shared_stages_only_through_the_last_exclusive_upsample(
+    k: int,
+) -> None:
     """With that convolution's output cut, no shared tensor but the timestep's has any gradient."""
     model = unet(blocks=2, attention_stages=(1, 3), noisy=True)
     shared = [name for name in divide(model, k).shared if not name.startswith("timestep.")]
@@ -303,7 +348,9 @@ def test_initialisation_is_a_function_of_the_seed_alone() -> None:
     torch.manual_seed(2)
     before = torch.get_rng_state()
     second = build_model(config(), 1).state_dict()
-    assert torch.equal(before, torch.get_rng_state()), "drawing weights moved the process's generator"
+    assert torch.equal(before, torch.get_rng_state()), (
+        "drawing weights moved the process's generator"
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = build_model(config(seed=1), 1).state_dict()
     drawn = [name for name in first if name.endswith("conv_in.weight")]
@@ -314,14 +361,20 @@ def test_initialisation_is_a_function_of_the_seed_alone() -> None:
 def test_build_model_applies_every_setting() -> None:
     built = build_model(
         config(
-            channels=[8, 12, 16, 16], blocks_per_stage=2, attention_stages=[1], attention_head_channels=4,
-            groups=2, dropout=0.25,
+            channels=[8, 12, 16, 16],
+            blocks_per_stage=2,
+            attention_stages=[1],
+            attention_head_channels=4,
+            groups=2,
+            dropout=0.25,
         ),
         3,
-    )  # fmt: skip
+    )
     expected = UNet(3, (8, 12, 16, 16), 2, (1,), 4, 2, 0.25)
     assert repr(built) == repr(expected)
-    assert {n: p.shape for n, p in built.state_dict().items()} == {n: p.shape for n, p in expected.state_dict().items()}
+    assert {n: p.shape for n, p in built.state_dict().items()} == {
+        n: p.shape for n, p in expected.state_dict().items()
+    }
     heads = {n: m.heads for n, m in built.named_modules() if isinstance(m, SelfAttention)}
     assert heads["down.1.attentions.0"] == 3
     assert heads["bottleneck.attention"] == 4
@@ -330,13 +383,17 @@ def test_build_model_applies_every_setting() -> None:
 # The partition
 
 STAGES = (0, 1, 2, 3)
-DOWN_UP = {k: {f"{side}.{stage}" for stage in range(k) for side in ("down", "up")} for k in range(5)}
+DOWN_UP = {
+    k: {f"{side}.{stage}" for stage in range(k) for side in ("down", "up")} for k in range(5)
+}
 ALL_MODULES = {"stem", "timestep", "bottleneck", "head", *DOWN_UP[4]}
 
 
 def modules_of(names: Sequence[str]) -> set[str]:
     """``stem``, ``down.0``, ...: the modules at the borders of which the dial can stand."""
-    return {".".join(name.split(".")[: 2 if name.startswith(("down.", "up.")) else 1]) for name in names}
+    return {
+        ".".join(name.split(".")[: 2 if name.startswith(("down.", "up.")) else 1]) for name in names
+    }
 
 
 @pytest.mark.parametrize(
@@ -359,14 +416,18 @@ def test_the_dial(rule: Rule, exclusive: set[str]) -> None:
 
 MODEL = unet(blocks=2, attention_stages=(1, 3))
 NAMES = list(MODEL.state_dict())
-PREFIXES = sorted({name.rsplit(".", depth)[0] for name in NAMES for depth in range(name.count(".") + 1)})
+PREFIXES = sorted(
+    {name.rsplit(".", depth)[0] for name in NAMES for depth in range(name.count(".") + 1)}
+)
 
 
 @given(
     rule=st.one_of(
         st.sampled_from(["none", "io", "all"]),
         st.integers(1, 4),
-        st.lists(st.sampled_from([*PREFIXES, "*.norm*", "up.?.blocks.*", "*bias", "*"]), min_size=1),
+        st.lists(
+            st.sampled_from([*PREFIXES, "*.norm*", "up.?.blocks.*", "*bias", "*"]), min_size=1
+        ),
     ),
     multiples=st.tuples(*[st.integers(1, 4)] * 4),
     blocks=st.integers(1, 2),
@@ -380,7 +441,11 @@ def test_every_tensor_is_in_exactly_one_part_in_the_order_of_the_state_dict(
         model = UNet(image_channels, [2 * m for m in multiples], blocks, (1, 3), 2, 2)
     names = list(model.state_dict())
     if isinstance(rule, list):
-        rule = [pattern for pattern in rule if "*" in pattern or any(n.startswith(pattern) for n in names)]
+        rule = [
+            pattern
+            for pattern in rule
+            if "*" in pattern or any(n.startswith(pattern) for n in names)
+        ]
         if not rule:
             return
     partition = divide(model, rule)
@@ -394,7 +459,9 @@ def test_every_tensor_is_in_exactly_one_part_in_the_order_of_the_state_dict(
 
 
 @given(prefixes=st.lists(st.sampled_from(PREFIXES), min_size=1, max_size=5))
-def test_a_pattern_that_names_a_module_takes_all_below_it_and_nothing_else(prefixes: list[str]) -> None:
+def test_a_pattern_that_names_a_module_takes_all_below_it_and_nothing_else(
+    prefixes: list[str],
+) -> None:
     partition = divide(MODEL, prefixes)
     expected = [n for n in NAMES if any(n == p or n.startswith(p + ".") for p in prefixes)]
     assert list(partition.exclusive) == expected
@@ -444,7 +511,9 @@ def test_build_partition_applies_the_setting_and_speaks_to_the_user() -> None:
     model = unet(channels=(8, 8, 8, 8))
     assert build_partition(config(exclusive_stages=3), model) == divide(model, 3)
     assert build_partition(config(exclusive_stages=["up.0.*"]), model) == divide(model, ["up.0"])
-    with pytest.raises(UserError, match=r"^model\.exclusive_stages pattern 'up\.9' matches no tensor"):
+    with pytest.raises(
+        UserError, match=r"^model\.exclusive_stages pattern 'up\.9' matches no tensor"
+    ):
         build_partition(config(exclusive_stages=["up.9"]), model)
 
 
@@ -452,7 +521,9 @@ def test_fingerprint_tells_apart_names_shapes_and_types_of_the_shared_core_only(
     model = unet()
     partition = divide(model, 1)
     tensors = model.state_dict()
-    same = partition.fingerprint({name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
+    same = partition.fingerprint(
+        {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    )
     assert partition.fingerprint(tensors) == same, "values are no part of it"
     others = [
         divide(model, 2).fingerprint(tensors),  # fewer names
@@ -465,7 +536,9 @@ def test_fingerprint_tells_apart_names_shapes_and_types_of_the_shared_core_only(
 
 
 def test_a_zero_head_predicts_no_noise_at_first_and_changes_nothing_else() -> None:
-    plain, zero = (build_model(parse_config({"model": {"zero_head": flag}}), 1) for flag in (False, True))
+    plain, zero = (
+        build_model(parse_config({"model": {"zero_head": flag}}), 1) for flag in (False, True)
+    )
     x, timesteps = normal(2, 1, 8, 8), torch.tensor([1, 400])
     assert float(plain(x, timesteps).detach().abs().max()) > 0
     assert torch.equal(zero(x, timesteps), torch.zeros_like(x))
@@ -473,5 +546,7 @@ def test_a_zero_head_predicts_no_noise_at_first_and_changes_nothing_else() -> No
     assert zero.head.conv.weight.grad is not None
     assert float(zero.head.conv.weight.grad.abs().max()) > 0, "it can learn"
     theirs = plain.state_dict()
-    differing = {name for name, tensor in zero.state_dict().items() if not torch.equal(tensor, theirs[name])}
+    differing = {
+        name for name, tensor in zero.state_dict().items() if not torch.equal(tensor, theirs[name])
+    }
     assert differing == {"head.conv.weight", "head.conv.bias"}

@@ -1,4 +1,6 @@
-"""Evaluation by feature statistics: the score is that of the images, and no image leaves; sites' own models."""
+"""Evaluation by feature statistics: the score is that of the images, and no image leaves; sites'
+own models.
+"""
 
 import copy
 import json
@@ -110,13 +112,18 @@ def tasks() -> list[Task]:
 
 
 def generated_by(replies: dict[str, Message], name: str = "images") -> dict[str, np.ndarray]:
-    return {client: read_tensors(reply.content, GENERATED)[name].numpy() for client, reply in replies.items()}
+    return {
+        client: read_tensors(reply.content, GENERATED)[name].numpy()
+        for client, reply in replies.items()
+    }
 
 
 # --- The score -----------------------------------------------------------------------------------
 
 
-def test_both_modes_give_the_same_scores_and_bits(by_samples: Recorded, by_moments: Recorded) -> None:
+def test_both_modes_give_the_same_scores_and_bits(
+    by_samples: Recorded, by_moments: Recorded
+) -> None:
     assert all_bits(by_moments.run) == all_bits(by_samples.run)
     assert [line["round"] for line in by_moments.evaluations] == [2, 3]
     for ours, theirs in zip(by_moments.evaluations, by_samples.evaluations, strict=True):
@@ -124,7 +131,15 @@ def test_both_modes_give_the_same_scores_and_bits(by_samples: Recorded, by_momen
         assert ours["floor"] == pytest.approx(theirs["floor"], rel=1e-6)
         assert sorted(ours["score_by_client"]) == CLIENTS
         assert ours["score_by_client"] == pytest.approx(theirs["score_by_client"], rel=1e-6)
-        for name in ("final", "score_name", "samples", "references", "ssim", "ssim_by_client", "ssim_window"):
+        for name in (
+            "final",
+            "score_name",
+            "samples",
+            "references",
+            "ssim",
+            "ssim_by_client",
+            "ssim_window",
+        ):
             assert ours[name] == theirs[name], name
         assert ours["refused"] == ours["missing"] == {}
 
@@ -133,16 +148,24 @@ def test_the_scores_are_torch_fidelitys_of_the_pooled_features(
     by_samples: Recorded, by_moments: Recorded, network: FeatureNetwork, tasks: list[Task]
 ) -> None:
     def distance(first: list[np.ndarray], second: list[np.ndarray]) -> float:
-        features = [np.concatenate([network(images) for images in part]) for part in (first, second)]
-        statistics = [{"mu": part.mean(axis=0), "sigma": np.cov(part, rowvar=False)} for part in features]
+        features = [
+            np.concatenate([network(images) for images in part]) for part in (first, second)
+        ]
+        statistics = [
+            {"mu": part.mean(axis=0), "sigma": np.cov(part, rowvar=False)} for part in features
+        ]
         return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
 
     images, line = generated_by(by_samples.replies(3)), by_moments.evaluations[-1]
     test = {task.name: task.test for task in tasks}
     assert line["samples"] == sum(map(len, images.values())) == 30
     assert line["references"] == sum(map(len, test.values()))
-    assert line["score"] == pytest.approx(distance(list(images.values()), list(test.values())), rel=1e-6)
-    assert line["floor"] == pytest.approx(distance([task.train for task in tasks], list(test.values())), rel=1e-6)
+    assert line["score"] == pytest.approx(
+        distance(list(images.values()), list(test.values())), rel=1e-6
+    )
+    assert line["floor"] == pytest.approx(
+        distance([task.train for task in tasks], list(test.values())), rel=1e-6
+    )
     for client in CLIENTS:
         expected = distance([images[client]], [test[client]])
         assert line["score_by_client"][client] == pytest.approx(expected, rel=1e-6)
@@ -177,14 +200,20 @@ def test_no_image_and_no_images_features_are_in_any_message(
     assert searched > 30 + 12 + 3 * (16 + 30)
 
 
-def test_the_owner_finds_the_pictures_and_the_server_has_none(by_samples: Recorded, by_moments: Recorded) -> None:
+def test_the_owner_finds_the_pictures_and_the_server_has_none(
+    by_samples: Recorded, by_moments: Recorded
+) -> None:
     assert not by_moments.run.samples.exists() or not list(by_moments.run.samples.iterdir())
     assert len(list(by_samples.run.samples.iterdir())) == 4
     for number in (2, 3):
-        images, strips = (generated_by(by_samples.replies(number), name) for name in ("images", "strip"))
+        images, strips = (
+            generated_by(by_samples.replies(number), name) for name in ("images", "strip")
+        )
         for client in CLIENTS:
             rows = {client: images[client][:4], "x_T to x_0": strips[client]}
-            with Image.open(by_moments.run.clients / client / "samples" / f"round-{number:05d}.png") as picture:
+            with Image.open(
+                by_moments.run.clients / client / "samples" / f"round-{number:05d}.png"
+            ) as picture:
                 np.testing.assert_array_equal(np.asarray(picture), draw_grid(rows))
             assert not (by_samples.run.clients / client / "samples").exists()
 
@@ -203,7 +232,9 @@ Change = Callable[[Message], None]
 
 @pytest.fixture
 def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Message]:
-    """One request to the client of digit-0, whose handler's reply is changed, and what leaves the client."""
+    """One request to the client of digit-0, whose handler's reply is changed, and what leaves the
+    client.
+    """
     monkeypatch.setenv(STATE_DIR_VARIABLE, str(tmp_path))
 
     def send(kind: str, change: Change, *, guarded: bool, mode: str = "moments") -> Message:
@@ -220,9 +251,9 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Messag
         model = build_model(config, 1)
         shared = build_partition(config, model).take_shared(model.state_dict())
         attempt = f"attempt-{guarded}"
-        content = Request(config.to_json(), "lineage", "digit-0", round=1, attempt=attempt, samples=4).to_content(
-            {SHARED: shared}
-        )
+        content = Request(
+            config.to_json(), "lineage", "digit-0", round=1, attempt=attempt, samples=4
+        ).to_content({SHARED: shared})
         return InlineGrid(app, 1).send_and_receive([Message(content, 1, kind)])[0]
 
     return send
@@ -248,7 +279,9 @@ def and_images(*names: str) -> Change:
     """Images beside the statistics, as they would travel in the other mode."""
 
     def change(reply: Message) -> None:
-        reply.content[GENERATED] = array_record({name: torch.zeros(4, 8, 8, 1, dtype=torch.uint8) for name in names})
+        reply.content[GENERATED] = array_record(
+            {name: torch.zeros(4, 8, 8, 1, dtype=torch.uint8) for name in names}
+        )
 
     return change
 
@@ -268,10 +301,18 @@ LEAKS: dict[str, tuple[str, str, Change]] = {
     "a strip": (EVALUATE, "moments", and_images("strip")),
     "images instead of statistics": (EVALUATE, "moments", instead),
     "images among the statistics": (EVALUATE, "moments", statistics(images=np.zeros((4, 8, 8, 1)))),
-    "features in place of a scatter": (EVALUATE, "moments", statistics(train_scatter=np.zeros((142, 64)))),
+    "features in place of a scatter": (
+        EVALUATE,
+        "moments",
+        statistics(train_scatter=np.zeros((142, 64))),
+    ),
     "a larger scatter": (EVALUATE, "moments", statistics(test_scatter=np.zeros((65, 65)))),
     "a smaller scatter": (EVALUATE, "moments", statistics(test_scatter=np.zeros((63, 63)))),
-    "a scatter in single precision": (EVALUATE, "moments", statistics(test_scatter=np.zeros((64, 64), np.float32))),
+    "a scatter in single precision": (
+        EVALUATE,
+        "moments",
+        statistics(test_scatter=np.zeros((64, 64), np.float32)),
+    ),
     "a mean for each image": (EVALUATE, "moments", statistics(generated_mean=np.zeros((4, 64)))),
     "one statistic less": (EVALUATE, "moments", statistics(generated_mean=None)),
     "a number that nobody asked for": (EVALUATE, "moments", set_number("pixel", 0.5)),
@@ -293,14 +334,17 @@ def test_the_guard_lets_nothing_but_the_asked_for_statistics_out(
 
 
 def test_the_guard_lets_honest_statistics_out(ask: Callable[..., Message]) -> None:
-    guarded, free = (ask(EVALUATE, lambda reply: None, guarded=guarded).content for guarded in (True, False))
+    guarded, free = (
+        ask(EVALUATE, lambda reply: None, guarded=guarded).content for guarded in (True, False)
+    )
     assert list(guarded) == list(free)
     one, other = (read_tensors(content, STATISTICS) for content in (guarded, free))
     assert list(one) == list(other)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-# --- Replies that are not what was asked for --------------------------------------------------------
+# --- Replies that are not what was asked for
+# --------------------------------------------------------
 
 
 def filled(value: float, *shape: int) -> np.ndarray:
@@ -324,7 +368,10 @@ FAULTS: dict[str, tuple[Change, str]] = {
     "another client": (set_field("client", "digit-1"), "answers as 'digit-1'"),
     "one image more": (set_number("generated_count", 11.0), "'generated_count' is 11.0, not 10"),
     "one image less": (set_number("generated_count", 9.0), "'generated_count' is 9.0, not 10"),
-    "more images than it said at first": (set_number("train_count", 1e9), "'train_count' is 1000000000.0, not 16"),
+    "more images than it said at first": (
+        set_number("train_count", 1e9),
+        "'train_count' is 1000000000.0, not 16",
+    ),
     "part of an image": (set_number("train_count", 16.5), "'train_count' is 16.5, not 16"),
     "one test image": (set_number("test_count", 1.0), "'test_count' is 1.0, not"),
     "less than none": (set_number("train_count", -16.0), "'train_count' is -16.0, not 16"),
@@ -333,13 +380,25 @@ FAULTS: dict[str, tuple[Change, str]] = {
     "a list of numbers": (set_number("train_count", [16.0]), "'train_count'"),
     "NaN in a mean": (edited("test.mean", (3,), np.nan), "not finite"),
     "infinity in a scatter": (edited("train.scatter", (3, 4), np.inf), "not finite"),
-    "asymmetric": (edited("generated.scatter", (3, 4), 1e3), "scatter of generated features is none"),
-    "a negative variance": (edited("test.scatter", (5, 5), -1.0), "scatter of test features is none"),
+    "asymmetric": (
+        edited("generated.scatter", (3, 4), 1e3),
+        "scatter of generated features is none",
+    ),
+    "a negative variance": (
+        edited("test.scatter", (5, 5), -1.0),
+        "scatter of test features is none",
+    ),
     "a missing mean": (statistics(train_mean=None), "1 tensors are missing ['train.mean']"),
     "a missing scatter": (statistics(test_scatter=None), "1 tensors are missing ['test.scatter']"),
     "images besides": (statistics(images=np.zeros((4, 8, 8, 1))), "1 unknown ['images']"),
-    "wrong shape": (statistics(test_scatter=filled(0.0, 64)), "'test.scatter' is torch.float64 (64,)"),
-    "other dimensions": (statistics(train_mean=filled(0.0, 63)), "'train.mean' is torch.float64 (63,)"),
+    "wrong shape": (
+        statistics(test_scatter=filled(0.0, 64)),
+        "'test.scatter' is torch.float64 (64,)",
+    ),
+    "other dimensions": (
+        statistics(train_mean=filled(0.0, 63)),
+        "'train.mean' is torch.float64 (63,)",
+    ),
     "single precision": (statistics(test_mean=filled(0.0, 64).astype(np.float32)), "torch.float32"),
     "no statistics": (without(STATISTICS), "no arrays 'statistics'"),
     "no numbers": (without(METRICS), "'seconds' is None"),
@@ -355,7 +414,12 @@ def test_faulty_statistics_are_refused_with_the_reason(
     honest = by_moments.replies(3)["digit-0"]
     header = ReplyHeader.of(honest.content)
     plan = EvaluatePlan.of(by_moments.run.config, (8, 8, 1), 16, len(tasks[0].test), 10, final=True)
-    asked = (ReplyHeader(header.client, header.attempt, header.round), plan, 64, network.fingerprint)
+    asked = (
+        ReplyHeader(header.client, header.attempt, header.round),
+        plan,
+        64,
+        network.fingerprint,
+    )
     accepted = screen_moments(honest, *asked).moments
     assert accepted is not None
     assert (accepted.generated.count, accepted.train.count) == (10, 16)
@@ -377,7 +441,13 @@ EXTREMES: list[tuple[Change, str]] = [
 @pytest.mark.parametrize("number", range(len(EXTREMES)), ids=[what for _, what in EXTREMES])
 def test_statistics_of_an_impossible_size_do_not_stop_the_run(tmp_path: Path, number: int) -> None:
     """Every value is finite by itself; what the server makes of them is not."""
-    settings = {**SETTINGS, **MOMENTS, "federation.rounds": 1, "evaluation.samples": 6, "evaluation.ssim_images": 0}
+    settings = {
+        **SETTINGS,
+        **MOMENTS,
+        "federation.rounds": 1,
+        "evaluation.samples": 6,
+        "evaluation.ssim_images": 0,
+    }
     run = begin(tmp_path / "run", settings)
     run_in_process(run, app_with(1, evaluate=[EXTREMES[number][0]]))
     (line,) = MetricsLog(run.metrics).evaluations()
@@ -391,19 +461,35 @@ def test_the_score_is_that_of_the_clients_that_were_not_refused(tmp_path: Path) 
     chosen = ["another network", "asymmetric", "one image more"]
     faults = [FAULTS[what][0] for what in chosen]
     faulty = run_in_process(begin(tmp_path / "faulty", settings), app_with(1, evaluate=faults))
-    failed = run_in_process(begin(tmp_path / "failed", settings), app_with(1, evaluate=[fail] * len(faults)))
+    failed = run_in_process(
+        begin(tmp_path / "failed", settings), app_with(1, evaluate=[fail] * len(faults))
+    )
     lines, references = (MetricsLog(run.metrics).evaluations() for run in (faulty, failed))
     for what, line, reference in zip(chosen, lines, references, strict=True):
         assert FAULTS[what][1] in line["refused"]["digit-1"]
         assert sorted(line["score_by_client"]) == ["digit-0", "digit-2"]
-        for name in ("score", "score_by_client", "floor", "ssim", "ssim_by_client", "samples", "references"):
+        for name in (
+            "score",
+            "score_by_client",
+            "floor",
+            "ssim",
+            "ssim_by_client",
+            "samples",
+            "references",
+        ):
             assert line[name] == reference[name], name
     assert all_bits(faulty) == all_bits(failed)
 
 
-# --- Sites with images of their own ----------------------------------------------------------------
+# --- Sites with images of their own
+# ----------------------------------------------------------------
 
-SITES: dict[str, Any] = {"data.dataset": "sites", "data.image_size": 8, "data.channels": 1, **MOMENTS}
+SITES: dict[str, Any] = {
+    "data.dataset": "sites",
+    "data.image_size": 8,
+    "data.channels": 1,
+    **MOMENTS,
+}
 
 
 @pytest.mark.parametrize(
@@ -411,10 +497,15 @@ SITES: dict[str, Any] = {"data.dataset": "sites", "data.image_size": 8, "data.ch
     [
         ({"data.image_size": None}, ["data.image_size (now null)", "data.channels (now 1)"]),
         ({"data.channels": None}, ["data.image_size (now 8)", "data.channels (now null)"]),
-        ({"evaluation.mode": "samples"}, ["evaluation.mode samples needs reference images", "allowed: moments"]),
+        (
+            {"evaluation.mode": "samples"},
+            ["evaluation.mode samples needs reference images", "allowed: moments"],
+        ),
     ],
 )
-def test_a_run_of_sites_needs_one_shape_and_moments(change: dict[str, Any], expected: list[str]) -> None:
+def test_a_run_of_sites_needs_one_shape_and_moments(
+    change: dict[str, Any], expected: list[str]
+) -> None:
     assert tiny_config(SITES).data.dataset == "sites"
     text = message_of(tiny_config, {**SITES, **change})
     assert all(part in text for part in expected), text
@@ -445,7 +536,9 @@ class Sites(InlineGrid):
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """Three sites with the digits' images: two folders, whose splits are spelt in two ways, and an .npz file."""
+    """Three sites with the digits' images: two folders, whose splits are spelt in two ways, and an
+    .npz file.
+    """
     root = tmp_path_factory.mktemp("sites")
     paths = [root / "lower", root / "upper", root / "own.npz"]
     first, second, third = load_tasks(tiny_config().data, 3)
@@ -464,8 +557,18 @@ def test_sites_with_the_images_of_a_simulation_train_and_score_as_it_does(
     deployed: RunDirectory, by_moments: Recorded
 ) -> None:
     assert all_bits(deployed) == all_bits(by_moments.run)
-    for ours, theirs in zip(MetricsLog(deployed.metrics).evaluations(), by_moments.evaluations, strict=True):
-        for name in ("score", "score_by_client", "floor", "ssim", "ssim_by_client", "samples", "references"):
+    for ours, theirs in zip(
+        MetricsLog(deployed.metrics).evaluations(), by_moments.evaluations, strict=True
+    ):
+        for name in (
+            "score",
+            "score_by_client",
+            "floor",
+            "ssim",
+            "ssim_by_client",
+            "samples",
+            "references",
+        ):
             assert ours[name] == theirs[name], name
     assert MetricsLog(deployed.metrics).tasks() == MetricsLog(by_moments.run.metrics).tasks()
     assert not deployed.samples.exists() or not list(deployed.samples.iterdir())
@@ -484,23 +587,41 @@ def images_of(trained: TrainedRun | TrainedSite, client: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_a_sites_own_model_samples_as_the_runs_does(deployed: RunDirectory, by_samples: Recorded, client: str) -> None:
+def test_a_sites_own_model_samples_as_the_runs_does(
+    deployed: RunDirectory, by_samples: Recorded, client: str
+) -> None:
     site, run = TrainedSite(deployed.clients / client, CPU), TrainedRun(by_samples.run.path, CPU)
     assert (site.round, site.shape, site.tasks[0].client) == (3, (8, 8, 1), client)
     ours = images_of(site, client)
     np.testing.assert_array_equal(ours, images_of(run, client))
     assert all((images_of(run, other) != ours).any() for other in CLIENTS if other != client)
     assert site.find_task("0") == site.find_task(client)
-    with pytest.raises(UserError, match=r"--task 'digit-7' is not at this site; it has 0 \(digit-\d\)"):
+    with pytest.raises(
+        UserError, match=r"--task 'digit-7' is not at this site; it has 0 \(digit-\d\)"
+    ):
         site.find_task("digit-7")
 
 
-def test_the_command_samples_from_a_sites_store(deployed: RunDirectory, by_samples: Recorded, tmp_path: Path) -> None:
-    options = ["--n", "6", "--seed", "5", "--device", "cpu", "--out", str(tmp_path / "grid.png"), "--npz"]
+def test_the_command_samples_from_a_sites_store(
+    deployed: RunDirectory, by_samples: Recorded, tmp_path: Path
+) -> None:
+    options = [
+        "--n",
+        "6",
+        "--seed",
+        "5",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "grid.png"),
+        "--npz",
+    ]
     store = deployed.clients / "digit-2"
     assert sample.main(["--store", str(store), *options, str(tmp_path / "site.npz")]) == 0
     run = str(by_samples.run.path)
-    assert sample.main(["--run", run, "--task", "digit-2", *options, str(tmp_path / "run.npz")]) == 0
+    assert (
+        sample.main(["--run", run, "--task", "digit-2", *options, str(tmp_path / "run.npz")]) == 0
+    )
     with np.load(tmp_path / "site.npz") as site, np.load(tmp_path / "run.npz") as reference:
         np.testing.assert_array_equal(site["images"], reference["images"])
         assert site["tasks"].tolist() == ["digit-2"] * 6
@@ -514,13 +635,19 @@ def test_a_site_keeps_the_model_of_the_last_evaluation_only(deployed: RunDirecto
         assert re.fullmatch(r"round-00003-\d", model.name)
 
 
-# --- The store of a site's model ---------------------------------------------------------------------
+# --- The store of a site's model
+# ---------------------------------------------------------------------
 
 CONFIG: RunConfig = tiny_config({**SITES})
 
 
-def store_model(folder: Path, number: int, value: float, lineage: str = "lineage", line: str = NO_PARENT) -> None:
-    shared, exclusive = {"core.weight": torch.full((3,), value)}, {"head.weight": torch.full((2,), -value)}
+def store_model(
+    folder: Path, number: int, value: float, lineage: str = "lineage", line: str = NO_PARENT
+) -> None:
+    shared, exclusive = (
+        {"core.weight": torch.full((3,), value)},
+        {"head.weight": torch.full((2,), -value)},
+    )
     save_site_model(folder, CONFIG, lineage, number, (8, 8, 1), shared, exclusive, line)
 
 
@@ -561,9 +688,15 @@ def test_a_model_goes_when_its_own_line_of_descent_has_a_later_one(tmp_path: Pat
     store = tmp_path / "clinic"
     store_model(store, 30, 1.0, line="round-00001")
     store_model(store, 10**6, 2.0)
-    assert {path.name for path in (store / "models" / "lineage").iterdir()} == {"round-00030-1", "round-1000000-2"}
+    assert {path.name for path in (store / "models" / "lineage").iterdir()} == {
+        "round-00030-1",
+        "round-1000000-2",
+    }
     store_model(store, 32, 3.0, line="round-00001")
-    assert {path.name for path in (store / "models" / "lineage").iterdir()} == {"round-00032-3", "round-1000000-2"}
+    assert {path.name for path in (store / "models" / "lineage").iterdir()} == {
+        "round-00032-3",
+        "round-1000000-2",
+    }
     assert stored_value(store) == (32, 3.0)
 
 
@@ -575,7 +708,9 @@ def test_models_lie_in_the_store_and_nowhere_else(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_models_of_an_older_version_are_read_where_it_is_clear_which_is_the_newest(tmp_path: Path) -> None:
+def test_models_of_an_older_version_are_read_where_it_is_clear_which_is_the_newest(
+    tmp_path: Path,
+) -> None:
     store = tmp_path / "clinic"
     for lineage in ("a", "b"):
         store_model(store, 3, 1.0, lineage)
@@ -590,7 +725,10 @@ def test_models_of_an_older_version_are_read_where_it_is_clear_which_is_the_newe
     assert "which does not record the newest" in message_of(SiteModel, store)
     store_model(store, 4, 2.0, "a")
     assert stored_value(store) == (4, 2.0)
-    assert {path.name for path in (store / "models").glob("*/*")} == {"round-00003", "round-00004-1"}
+    assert {path.name for path in (store / "models").glob("*/*")} == {
+        "round-00003",
+        "round-00004-1",
+    }
 
 
 def spoil(model: Path, damage: str) -> None:

@@ -1,4 +1,6 @@
-"""A site's own images: a folder or an .npz file, split as the data sets are, decoded once and then copied."""
+"""A site's own images: a folder or an .npz file, split as the data sets are, decoded once and then
+copied.
+"""
 
 import os
 import shutil
@@ -51,7 +53,9 @@ def assert_same_images(first: Task, second: Task) -> None:
 
 
 def assert_split_by_content(task: Task, images: np.ndarray, fraction: float) -> None:
-    """The task is these images (N x H x W x C), in their order, divided as the rule in docs/data.md says."""
+    """The task is these images (N x H x W x C), in their order, divided as the rule in docs/data.md
+    says.
+    """
     out = held_out(images, fraction)
     assert min(out.sum(), (~out).sum()) >= 2, "otherwise the least number would decide"
     np.testing.assert_array_equal(task.train, images[~out])
@@ -64,7 +68,10 @@ def mixed_pictures(folder: Path) -> Path:
     save(folder / "b.jpg", random_images(15, 20, 3, seed=2))
     save(folder / "C.BMP", random_images(9, 9, 3, seed=3))
     save(folder / "sub" / "alpha.png", random_images(11, 14, 4, seed=4))
-    save(folder / "sub" / "deep" / "grey16.tif", random_images(10, 10, seed=5).astype(np.uint16) * 200)
+    save(
+        folder / "sub" / "deep" / "grey16.tif",
+        random_images(10, 10, seed=5).astype(np.uint16) * 200,
+    )
     save(folder / "sub" / "deep" / "lossy.webp", random_images(16, 9, 3, seed=6))
     for number in range(6):
         save(folder / "more" / f"{number}.jpeg", random_images(10 + number, 8, seed=10 + number))
@@ -109,7 +116,9 @@ def test_pixels_arrive_as_they_were_saved(tmp_path: Path) -> None:
 def test_a_folder_becomes_what_the_folder_data_set_makes_of_it(
     tmp_path: Path, settings: dict[str, Any], splits: bool
 ) -> None:
-    """The data set has a folder for each task; below it, or below ``train`` and ``test``, are the same pictures."""
+    """The data set has a folder for each task; below it, or below ``train`` and ``test``, are the
+    same pictures.
+    """
     parts = ["train", "test"] if splits else ["."]
     for number, part in enumerate(parts):
         mixed_pictures(tmp_path / "own" / part)
@@ -135,7 +144,9 @@ def test_the_images_content_says_which_are_held_out(tmp_path: Path, fraction: fl
 
 
 def test_exactly_the_folders_train_and_test_are_the_splits(tmp_path: Path) -> None:
-    for value, name in enumerate(["train/b.png", "train/a/x.png", "test/c.png", "test/d/y.png", "train/e.png"]):
+    for value, name in enumerate(
+        ["train/b.png", "train/a/x.png", "test/c.png", "test/d/y.png", "train/e.png"]
+    ):
         save(tmp_path / name, flat(value))
     save(tmp_path / ".thumbs" / "z.png", flat(99))
     task = load_own_task(DataConfig(test_fraction=0.9), tmp_path, NAME)
@@ -150,7 +161,9 @@ def test_exactly_the_folders_train_and_test_are_the_splits(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("shape", [(8, 9), (8, 9, 1), (8, 9, 3)], ids=str)
 @pytest.mark.parametrize("with_test", [False, True])
-@pytest.mark.parametrize("settings", [{}, {"image_size": 6, "channels": 1, "images_per_task": 5}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"image_size": 6, "channels": 1, "images_per_task": 5}], ids=str
+)
 def test_an_npz_becomes_what_the_npz_data_set_makes_of_it(
     tmp_path: Path, shape: tuple[int, ...], with_test: bool, settings: dict[str, Any]
 ) -> None:
@@ -163,13 +176,17 @@ def test_an_npz_becomes_what_the_npz_data_set_makes_of_it(
     np.savez(tmp_path / "own.npz", **own)
     np.savez_compressed(tmp_path / "labelled.npz", **labelled)
     task = load_own_task(DataConfig(**settings), tmp_path / "own.npz", NAME)
-    reference = load_task(DataConfig(dataset="npz", dir=str(tmp_path / "labelled.npz"), **settings), 0)
+    reference = load_task(
+        DataConfig(dataset="npz", dir=str(tmp_path / "labelled.npz"), **settings), 0
+    )
     assert_same_images(task, reference)
     if not settings:
         whole = train.reshape(10, 8, 9, -1)
         if not with_test:
             assert len(task.train) + len(task.test) == 10
-            assert {bytes(image) for image in (*task.train, *task.test)} == {bytes(image) for image in whole}
+            assert {bytes(image) for image in (*task.train, *task.test)} == {
+                bytes(image) for image in whole
+            }
         else:
             np.testing.assert_array_equal(task.train, whole)
             np.testing.assert_array_equal(task.test, test.reshape(4, 8, 9, -1))
@@ -219,7 +236,11 @@ def half_an_archive(folder: Path) -> Path:
 
 OBJECTS = np.array([[1, 2], None], dtype=object)
 ERRORS: dict[str, tuple[Prepare, dict[str, Any], list[str]]] = {
-    "missing": (lambda folder: folder / "nowhere", {}, ["nowhere does not exist", "a folder of images or an .npz"]),
+    "missing": (
+        lambda folder: folder / "nowhere",
+        {},
+        ["nowhere does not exist", "a folder of images or an .npz"],
+    ),
     "an empty folder": (pictures(), {}, ["does not exist"]),
     "a folder without pictures": (pictures((".hidden.png", flat(1))), {}, ["own holds no images"]),
     "an empty test folder": (empty_test_folder, {}, ["own/test holds no images"]),
@@ -238,7 +259,11 @@ ERRORS: dict[str, tuple[Prepare, dict[str, Any], list[str]]] = {
         {},
         ["grey and colour", "set data.channels"],
     ),
-    "tiny pictures": (pictures(("a.png", flat(1, 4, 4)), ("b.png", flat(1, 4, 4))), {}, ["4 x 4 px are too small"]),
+    "tiny pictures": (
+        pictures(("a.png", flat(1, 4, 4)), ("b.png", flat(1, 4, 4))),
+        {},
+        ["4 x 4 px are too small"],
+    ),
     "one picture": (
         pictures(("a.png", flat(1))),
         {},
@@ -249,15 +274,47 @@ ERRORS: dict[str, tuple[Prepare, dict[str, Any], list[str]]] = {
         {"images_per_task": 5},
         ["data.images_per_task = 5 is more than the 3 training images of task clinic-7", "1 to 3"],
     ),
-    "no archive": (lambda folder: save(folder / "a.png", flat(1)), {}, ["is not a sound .npz file of plain arrays"]),
+    "no archive": (
+        lambda folder: save(folder / "a.png", flat(1)),
+        {},
+        ["is not a sound .npz file of plain arrays"],
+    ),
     "half an archive": (half_an_archive, {}, ["own.npz is not a sound .npz file"]),
-    "labels only": (prepared(train_labels=np.zeros(9, int)), {}, ["no array train_images", "it has train_labels"]),
-    "pickled": (prepared(train_images=OBJECTS), {}, ["own.npz is not a sound .npz file of plain arrays"]),
-    "a pickled test split": (prepared(train_images=random_images(9, 8, 8), test_images=OBJECTS), {}, ["plain arrays"]),
-    "floats": (prepared(train_images=np.zeros((9, 8, 8))), {}, ["train_images is float64 (9, 8, 8)", "uint8"]),
-    "signed": (prepared(train_images=np.zeros((9, 8, 8), np.int8)), {}, ["train_images is int8", "uint8"]),
-    "flat rows": (prepared(train_images=random_images(9, 64)), {}, ["uint8 (9, 64)", "N x H x W x C or N x H x W"]),
-    "no training images": (prepared(train_images=random_images(0, 8, 8)), {}, ["train_images is uint8 (0, 8, 8)"]),
+    "labels only": (
+        prepared(train_labels=np.zeros(9, int)),
+        {},
+        ["no array train_images", "it has train_labels"],
+    ),
+    "pickled": (
+        prepared(train_images=OBJECTS),
+        {},
+        ["own.npz is not a sound .npz file of plain arrays"],
+    ),
+    "a pickled test split": (
+        prepared(train_images=random_images(9, 8, 8), test_images=OBJECTS),
+        {},
+        ["plain arrays"],
+    ),
+    "floats": (
+        prepared(train_images=np.zeros((9, 8, 8))),
+        {},
+        ["train_images is float64 (9, 8, 8)", "uint8"],
+    ),
+    "signed": (
+        prepared(train_images=np.zeros((9, 8, 8), np.int8)),
+        {},
+        ["train_images is int8", "uint8"],
+    ),
+    "flat rows": (
+        prepared(train_images=random_images(9, 64)),
+        {},
+        ["uint8 (9, 64)", "N x H x W x C or N x H x W"],
+    ),
+    "no training images": (
+        prepared(train_images=random_images(0, 8, 8)),
+        {},
+        ["train_images is uint8 (0, 8, 8)"],
+    ),
     "no test images": (
         prepared(train_images=random_images(9, 8, 8), test_images=random_images(0, 8, 8)),
         {},
@@ -277,7 +334,9 @@ ERRORS: dict[str, tuple[Prepare, dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("what", ERRORS)
-def test_images_that_will_not_do_are_one_line_that_says_what_would(tmp_path: Path, what: str) -> None:
+def test_images_that_will_not_do_are_one_line_that_says_what_would(
+    tmp_path: Path, what: str
+) -> None:
     prepare, settings, expected = ERRORS[what]
     path, cache = prepare(tmp_path), tmp_path / "cache"
     text = message_of(load_own_task, DataConfig(**settings), path, NAME)
@@ -360,7 +419,9 @@ def test_the_second_load_is_of_the_copy_until_a_file_changes(own: Path, tmp_path
     assert len(copies(cache)) == 1
 
 
-@pytest.mark.parametrize("change", ["another picture", "one less", "another name", "another size", "another folder"])
+@pytest.mark.parametrize(
+    "change", ["another picture", "one less", "another name", "another size", "another folder"]
+)
 def test_a_change_of_the_folder_is_noticed(own: Path, tmp_path: Path, change: str) -> None:
     cache = tmp_path / "store"
     load_own_task(SMALL, own, NAME, cache)
@@ -384,24 +445,36 @@ def test_a_change_of_the_folder_is_noticed(own: Path, tmp_path: Path, change: st
 
 
 @pytest.mark.parametrize(
-    "other", [{"images_per_task": 2}, {"image_size": 7}, {"channels": 3}, {"test_fraction": 0.5}], ids=str
+    "other",
+    [{"images_per_task": 2}, {"image_size": 7}, {"channels": 3}, {"test_fraction": 0.5}],
+    ids=str,
 )
-def test_other_settings_do_not_get_the_old_copy(own: Path, tmp_path: Path, other: dict[str, Any]) -> None:
+def test_other_settings_do_not_get_the_old_copy(
+    own: Path, tmp_path: Path, other: dict[str, Any]
+) -> None:
     cache = tmp_path / "store"
     load_own_task(SMALL, own, NAME, cache)
     settings = SMALL.model_copy(update=other)
-    assert_same_images(load_own_task(settings, own, NAME, cache), load_own_task(settings, own, NAME))
+    assert_same_images(
+        load_own_task(settings, own, NAME, cache), load_own_task(settings, own, NAME)
+    )
     assert len(copies(cache)) == 1
 
 
-def test_settings_that_do_not_concern_the_images_get_the_old_copy(own: Path, tmp_path: Path) -> None:
+def test_settings_that_do_not_concern_the_images_get_the_old_copy(
+    own: Path, tmp_path: Path
+) -> None:
     first = load_own_task(SMALL, own, NAME, tmp_path / "store")
     replace(own / "0.bmp", random_images(8, 8, seed=99))
-    settings = SMALL.model_copy(update={"dataset": "sites", "dir": "/elsewhere", "horizontal_flip": True})
+    settings = SMALL.model_copy(
+        update={"dataset": "sites", "dir": "/elsewhere", "horizontal_flip": True}
+    )
     assert_same_images(load_own_task(settings, own, NAME, tmp_path / "store"), first)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "other arrays", "a folder of that name"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "garbage", "empty", "other arrays", "a folder of that name"]
+)
 def test_a_damaged_copy_is_made_again(own: Path, tmp_path: Path, damage: str) -> None:
     cache = tmp_path / "store"
     first = load_own_task(SMALL, own, NAME, cache)
@@ -433,14 +506,20 @@ def test_an_npz_is_copied_too(tmp_path: Path) -> None:
     before = (tmp_path / "own.npz").stat()
     np.savez(tmp_path / "own.npz", train_images=255 - pixels)
     os.utime(tmp_path / "own.npz", ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert_same_images(load_own_task(DataConfig(), tmp_path / "own.npz", NAME, tmp_path / "store"), first)
+    assert_same_images(
+        load_own_task(DataConfig(), tmp_path / "own.npz", NAME, tmp_path / "store"), first
+    )
     os.utime(tmp_path / "own.npz", (1, 1))
     accept_images(DataConfig(), tmp_path / "own.npz", NAME, tmp_path / "store")
     again = load_own_task(DataConfig(), tmp_path / "own.npz", NAME, tmp_path / "store")
-    assert {bytes(image) for image in (*again.train, *again.test)} == {bytes(255 - image) for image in pixels}
+    assert {bytes(image) for image in (*again.train, *again.test)} == {
+        bytes(255 - image) for image in pixels
+    }
 
 
-def test_a_full_disk_or_a_file_in_the_way_is_one_line_and_leaves_no_copy(own: Path, tmp_path: Path) -> None:
+def test_a_full_disk_or_a_file_in_the_way_is_one_line_and_leaves_no_copy(
+    own: Path, tmp_path: Path
+) -> None:
     cache = tmp_path / "store"
     with files_of_at_most(100):
         text = message_of(load_own_task, SMALL, own, NAME, cache)
@@ -452,7 +531,11 @@ def test_a_full_disk_or_a_file_in_the_way_is_one_line_and_leaves_no_copy(own: Pa
 
 # --- The site that a SuperNode's --node-config describes ---
 
-NODE_CONFIG: dict[str, Any] = {"client-id": NAME, "data": "/data/own", "state-dir": "/var/lib/srfed"}
+NODE_CONFIG: dict[str, Any] = {
+    "client-id": NAME,
+    "data": "/data/own",
+    "state-dir": "/var/lib/srfed",
+}
 
 
 def context_of(**node_config: Any) -> Context:
@@ -473,7 +556,10 @@ def test_a_site_is_what_its_node_config_says() -> None:
     [
         ({"stat-dir": "/x"}, ["stat-dir is unknown", "client-id, data, state-dir"]),
         ({"partition-id": 1}, ["partition-id is unknown"]),
-        *[({key: None}, [f"{key} = None is impossible", "a text in quotation marks"]) for key in NODE_CONFIG],
+        *[
+            ({key: None}, [f"{key} = None is impossible", "a text in quotation marks"])
+            for key in NODE_CONFIG
+        ],
         ({"client-id": 7}, ["client-id = 7 is impossible", "quotation marks"]),
         ({"data": True}, ["data = True is impossible"]),
         ({"state-dir": 1.5}, ["state-dir = 1.5 is impossible"]),
@@ -487,7 +573,9 @@ def test_a_site_is_what_its_node_config_says() -> None:
     ],
     ids=str,
 )
-def test_a_node_config_that_will_not_do_is_one_line(change: dict[str, Any], expected: list[str]) -> None:
+def test_a_node_config_that_will_not_do_is_one_line(
+    change: dict[str, Any], expected: list[str]
+) -> None:
     config = {key: value for key, value in {**NODE_CONFIG, **change}.items() if value is not None}
     text = message_of(deployed_site, config)
     assert all(part in text for part in expected), text
@@ -499,8 +587,12 @@ def test_a_node_without_any_configuration_is_no_site() -> None:
     assert "client-id = None" in message_of(site_of, context_of(), tiny_config())
 
 
-def test_a_sites_task_is_its_own_images_and_the_copy_lies_in_its_store(own: Path, tmp_path: Path) -> None:
-    site = deployed_site({"client-id": NAME, "data": str(own), "state-dir": str(tmp_path / "state")})
+def test_a_sites_task_is_its_own_images_and_the_copy_lies_in_its_store(
+    own: Path, tmp_path: Path
+) -> None:
+    site = deployed_site(
+        {"client-id": NAME, "data": str(own), "state-dir": str(tmp_path / "state")}
+    )
     settings = DataConfig(dataset="sites", image_size=6, channels=1)
     task = own_task(settings, site)
     assert task.name == NAME
@@ -517,12 +609,16 @@ def assert_as_split(task: Task, train: list[int], test: list[int]) -> None:
     assert (values(task.train), values(task.test)) == (train, test)
 
 
-@pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("TRAIN", "test"), ("train", "tEsT")])
+@pytest.mark.parametrize(
+    ("train", "test"), [("Train", "Test"), ("TRAIN", "test"), ("train", "tEsT")]
+)
 @pytest.mark.parametrize("beside", ["__MACOSX", ".cache", "@eaDir", "#recycle"])
 def test_the_owners_split_is_seen_in_any_spelling_and_beside_what_systems_leave(
     tmp_path: Path, train: str, test: str, beside: str
 ) -> None:
-    for value, name in enumerate([f"{train}/a.png", f"{train}/b.png", f"{test}/c.png", f"{beside}/d.png", "e.png"]):
+    for value, name in enumerate(
+        [f"{train}/a.png", f"{train}/b.png", f"{test}/c.png", f"{beside}/d.png", "e.png"]
+    ):
         save(tmp_path / name, flat(value))
     assert_as_split(load_own_task(DataConfig(), tmp_path, NAME), [0, 1], [2])
     parent = tmp_path.parent / f"{tmp_path.name}-parent"
@@ -546,7 +642,9 @@ def test_the_owners_split_is_seen_in_any_spelling_and_beside_what_systems_leave(
         (["VALIDATION"], "holds VALIDATION"),
     ],
 )
-def test_a_split_that_is_not_clear_is_an_error_and_never_dropped(tmp_path: Path, names: list[str], shown: str) -> None:
+def test_a_split_that_is_not_clear_is_an_error_and_never_dropped(
+    tmp_path: Path, names: list[str], shown: str
+) -> None:
     for value, name in enumerate(names * 3):
         save(tmp_path / "own" / name / "deep" / f"{value}.png", flat(value))
     shutil.copytree(tmp_path / "own", tmp_path / "tasks" / "lamp")
@@ -560,10 +658,15 @@ def test_a_split_that_is_not_clear_is_an_error_and_never_dropped(tmp_path: Path,
 
 
 def test_a_split_further_down_is_an_error_too(tmp_path: Path) -> None:
-    for value, name in enumerate(["2024/train/a.png", "2024/test/b.png", "2025/train/c.png", "2025/test/d.png"]):
+    for value, name in enumerate(
+        ["2024/train/a.png", "2024/test/b.png", "2025/train/c.png", "2025/test/d.png"]
+    ):
         save(tmp_path / name, flat(value))
     text = message_of(load_own_task, DataConfig(), tmp_path, NAME)
-    assert "2024 holds the folders test and train, below the top of" in text or "2025 holds the folders" in text
+    assert (
+        "2024 holds the folders test and train, below the top of" in text
+        or "2025 holds the folders" in text
+    )
     assert "allowed: a split at the top, or none" in text
 
 
@@ -571,7 +674,11 @@ def test_a_split_further_down_is_an_error_too(tmp_path: Path) -> None:
 def test_a_lone_folder_of_trains_is_a_folder_like_others(tmp_path: Path, name: str) -> None:
     for value, folder in enumerate([name, "bus", "car"] * 4):
         save(tmp_path / folder / f"{value}.png", flat(value))
-    assert sorted(task_names(DataConfig(dataset="folder", dir=str(tmp_path)))) == ["bus", "car", name.lower()]
+    assert sorted(task_names(DataConfig(dataset="folder", dir=str(tmp_path)))) == [
+        "bus",
+        "car",
+        name.lower(),
+    ]
     task = load_own_task(DataConfig(), tmp_path, NAME)
     assert sorted(values(task.train) + values(task.test)) == list(range(12))
 
@@ -592,7 +699,9 @@ def test_what_is_passed_over_is_told_with_its_reason(tmp_path: Path) -> None:
     (own / "self.png").symlink_to(own / "self.png")
     os.mkfifo(own / "pipe.png")
     task = load_own_task(DataConfig(), own, NAME)
-    assert sorted(values(task.train) + values(task.test)) == [0, 1, 2, 3, 4, 5, 6], "a link to a file is the file"
+    assert sorted(values(task.train) + values(task.test)) == [0, 1, 2, 3, 4, 5, 6], (
+        "a link to a file is the file"
+    )
     taken, skipped = describe_own_images(DataConfig(), own)
     assert taken == "taken:      7 pictures (7 .png)"
     for words in (
@@ -609,7 +718,9 @@ def test_what_is_passed_over_is_told_with_its_reason(tmp_path: Path) -> None:
     assert task_names(parent) == ["elsewhere", "own", "through"]
     told = describe_images(parent, 3)
     assert "through 1 linked folder(s) (e.g. through)" in told[0]
-    assert "2 a link to a folder, not followed" in describe_images(parent, 2)[1], "of the tasks that are used"
+    assert "2 a link to a folder, not followed" in describe_images(parent, 2)[1], (
+        "of the tasks that are used"
+    )
 
 
 def test_a_folder_that_holds_nothing_but_what_is_passed_over_says_so(tmp_path: Path) -> None:

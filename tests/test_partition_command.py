@@ -9,7 +9,9 @@ from srfed.partition import main
 from srfed.training.setup import build_model
 
 
-@pytest.mark.parametrize("rule", ["none", "io", "1", "2", "4", "all", "[up.0, down.0.blocks.0.conv_in, timestep.mix]"])
+@pytest.mark.parametrize(
+    "rule", ["none", "io", "1", "2", "4", "all", "[up.0, down.0.blocks.0.conv_in, timestep.mix]"]
+)
 def test_modules_and_totals_add_up(rule: str, capsys: pytest.CaptureFixture[str]) -> None:
     override = f"model.exclusive_stages={rule}"
     assert main(["--image-channels", "3", "--set", override]) == 0
@@ -41,7 +43,9 @@ def test_a_round_carries_four_bytes_a_shared_parameter(capsys: pytest.CaptureFix
         (["--set", "data.dataset=mnist", "--data-dir", "/nowhere"], "/nowhere"),
     ],
 )
-def test_bad_input_is_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

@@ -85,7 +85,11 @@ def test_records_come_back_as_they_were_written_without_pictures(tmp_path: Path)
     log.add_evaluation(evaluation_record(1))
     assert log.tasks() == TASKS
     (line,) = log.rounds()
-    assert line == {"kind": "round", **vars(round_record(1)), "loss_by_quarter": [0.1, 0.2, 0.3, None]}
+    assert line == {
+        "kind": "round",
+        **vars(round_record(1)),
+        "loss_by_quarter": [0.1, 0.2, 0.3, None],
+    }
     (line,) = log.evaluations()
     assert line["ssim"] == {"10": 0.99, "50": 0.875}
     assert not {"grids", "strips"} & set(line)
@@ -118,7 +122,13 @@ def test_a_log_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("line", "number"),
-    [(b"\xff\xfe", 2), (b"\0" * 9, 2), (b"12", 2), (b'{"kind": "round"}', 2), (b'{"kind": "news", "round": 1}', 2)],
+    [
+        (b"\xff\xfe", 2),
+        (b"\0" * 9, 2),
+        (b"12", 2),
+        (b'{"kind": "round"}', 2),
+        (b'{"kind": "news", "round": 1}', 2),
+    ],
 )
 def test_a_line_that_is_none_of_ours_is_named(tmp_path: Path, line: bytes, number: int) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
@@ -129,7 +139,9 @@ def test_a_line_that_is_none_of_ours_is_named(tmp_path: Path, line: bytes, numbe
     with log.path.open("ab") as file:
         file.write(b"\n")
     for read in (log.rounds, log.evaluations, log.tasks, lambda: log.begin(1, TASKS)):
-        with pytest.raises(DamagedError, match=f"metrics.jsonl is damaged in line {number}; remove that line"):
+        with pytest.raises(
+            DamagedError, match=f"metrics.jsonl is damaged in line {number}; remove that line"
+        ):
             read()
 
 
@@ -169,14 +181,21 @@ def test_the_table_shows_the_numbers_of_the_last_round_and_evaluation(log: Metri
     assert cells(text, "zebra") == ["1,200", "0.7500", "20.500", "0.950"]
     assert cells(text, "ant") == ["30", "0.2500", "-", "0.800"]
     assert cells(text, "all tasks") == ["1,230", "0.5000", "12.346", "0.875"]
-    assert text.index("zebra") < text.index("ant"), "in the order of the data set, not of the alphabet"
+    assert text.index("zebra") < text.index("ant"), (
+        "in the order of the data set, not of the alphabet"
+    )
     assert "the real training images score 1.250" in text
     assert "12 samples to 50 held-out" in text
     assert "t=10: 0.990, t=50: 0.875" in text
     assert "2 rounds, 192 images; training 4s, evaluation 3s, this command 1m15s in all" in text
     assert "2.5 MB from the clients, 4.2 MB to them" in text
     sums = totals(log)
-    assert (sums.rounds, sums.images, sums.bytes_up, sums.bytes_down) == (2, 192, 2_500_000, 4_250_000)
+    assert (sums.rounds, sums.images, sums.bytes_up, sums.bytes_down) == (
+        2,
+        192,
+        2_500_000,
+        4_250_000,
+    )
 
 
 def test_the_table_of_a_run_without_evaluation_or_without_anything_is_short(tmp_path: Path) -> None:
@@ -246,7 +265,9 @@ def test_a_grid_keeps_colours_and_large_images_as_they_are() -> None:
 
 
 def test_a_grid_may_have_rows_without_images(tmp_path: Path) -> None:
-    grid = draw_grid({"x": np.zeros((2, 8, 8, 1), np.uint8), "none": np.zeros((0, 8, 8, 1), np.uint8)})
+    grid = draw_grid(
+        {"x": np.zeros((2, 8, 8, 1), np.uint8), "none": np.zeros((0, 8, 8, 1), np.uint8)}
+    )
     write_png(tmp_path / "new" / "grid.png", grid)
     assert (np.asarray(Image.open(tmp_path / "new" / "grid.png")) == grid).all()
 
@@ -256,7 +277,14 @@ def test_a_grid_may_have_rows_without_images(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("count", "words"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (3145728, "3.1 MB"), (2.5e9, "2.5 GB"), (7e12, "7.0 TB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (3145728, "3.1 MB"),
+        (2.5e9, "2.5 GB"),
+        (7e12, "7.0 TB"),
+    ],
 )
 def test_bytes_in_words(count: float, words: str) -> None:
     assert bytes_in_words(count) == words
@@ -264,13 +292,22 @@ def test_bytes_in_words(count: float, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (75, "1m15s"), (3599.7, "1h00m"), (3725, "1h02m"), (90000, "25h00m")],
+    [
+        (0, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (75, "1m15s"),
+        (3599.7, "1h00m"),
+        (3725, "1h02m"),
+        (90000, "25h00m"),
+    ],
 )
 def test_seconds_in_words(seconds: float, words: str) -> None:
     assert seconds_in_words(seconds) == words
 
 
-# --- TensorBoard and the reporter ------------------------------------------------------------------
+# --- TensorBoard and the reporter
+# ------------------------------------------------------------------
 
 
 def accumulate(run: RunDirectory) -> EventAccumulator:
@@ -283,7 +320,9 @@ def scalars(run: RunDirectory, tag: str) -> dict[int, float]:
     return {event.step: event.value for event in accumulate(run).Scalars(tag)}
 
 
-def test_every_number_of_a_run_is_a_curve_and_every_picture_is_there(finished_run: RunDirectory) -> None:
+def test_every_number_of_a_run_is_a_curve_and_every_picture_is_there(
+    finished_run: RunDirectory,
+) -> None:
     events = accumulate(finished_run)
     log = MetricsLog(finished_run.metrics)
     for tag, key in {
@@ -302,7 +341,9 @@ def test_every_number_of_a_run_is_a_curve_and_every_picture_is_there(finished_ru
         expected = {line["round"]: pytest.approx(line[key], rel=1e-5) for line in log.evaluations()}
         assert {event.step: event.value for event in events.Scalars(tag)} == expected, tag
     assert [event.step for event in events.Scalars("ssim_rec/t=5")] == [2, 3]
-    assert [event.step for event in events.Scalars("ssim_rec/t=10")] == [3], "the curve is for the end"
+    assert [event.step for event in events.Scalars("ssim_rec/t=10")] == [3], (
+        "the curve is for the end"
+    )
     tags = set(events.Tags()["scalars"])
     for client in ("digit-0", "digit-1", "digit-2"):
         assert {f"loss_by_client/{client}", f"fd_embedded_by_client/{client}"} <= tags
@@ -342,15 +383,21 @@ def test_the_reporter_prints_one_plain_line_a_round_and_names_who_was_absent(
     reporter.begin(0, TASKS)
     capsys.readouterr()
     reporter.on_reply("round 1", 1, 2)
-    reporter.on_round(round_record(1, refused={"client-a": "it lies"}, missing={"client-b": "not connected"}))
+    reporter.on_round(
+        round_record(1, refused={"client-a": "it lies"}, missing={"client-b": "not connected"})
+    )
     reporter.on_evaluation(evaluation_record(1))
     reporter.close()
     reporter.close()
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
-    assert lines[0].startswith("round  1/10  loss 1.0000  48 images/s  up 1.0 MB  down 2.0 MB  left ")
+    assert lines[0].startswith(
+        "round  1/10  loss 1.0000  48 images/s  up 1.0 MB  down 2.0 MB  left "
+    )
     assert lines[1:3] == ["  refused client-a: it lies", "  missing client-b: not connected"]
-    assert lines[3].startswith("evaluation 1: fd_embedded 12.346 (12 samples; real training images 1.250)  SSIM-rec@50")
+    assert lines[3].startswith(
+        "evaluation 1: fd_embedded 12.346 (12 samples; real training images 1.250)  SSIM-rec@50"
+    )
     assert printed.err == ""
 
 
@@ -389,7 +436,9 @@ def test_a_disk_that_is_full_for_the_curves_does_not_end_the_run(
         reporter.on_round(round_record(3))
         reporter.close()
     notices = [line for line in capsys.readouterr().err.splitlines() if "cannot write" in line]
-    assert notices == [f"cannot write {run.tensorboard}: File too large; its curves end here, and the run goes on"]
+    assert notices == [
+        f"cannot write {run.tensorboard}: File too large; its curves end here, and the run goes on"
+    ]
     assert [line["round"] for line in round_lines(run)] == [1, 2, 3]
     assert scalars(run, "loss/mean")[1] == 1.0
 
@@ -405,7 +454,9 @@ def test_curves_that_cannot_be_begun_are_the_users_to_mend(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("final", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"sampling.sampler": "ancestral"}, {"evaluation.ssim_images": 0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"sampling.sampler": "ancestral"}, {"evaluation.ssim_images": 0}]
+)
 def test_the_passes_of_an_evaluation_are_those_that_the_network_is_asked_for(
     changes: dict[str, Any], final: bool
 ) -> None:
@@ -419,16 +470,31 @@ def test_the_passes_of_an_evaluation_are_those_that_the_network_is_asked_for(
         return torch.zeros_like(x)
 
     evaluate_task(
-        predict_noise, build_diffusion(config, torch.device("cpu")), config, task="t", train=images, test=images[:5],
-        samples=config.evaluation.samples if final else config.evaluation.samples_between, final=final,
-    )  # fmt: skip
+        predict_noise,
+        build_diffusion(config, torch.device("cpu")),
+        config,
+        task="t",
+        train=images,
+        test=images[:5],
+        samples=config.evaluation.samples if final else config.evaluation.samples_between,
+        final=final,
+    )
     assert asked == evaluation_passes(config, 1, final=final) > 0
 
 
-def test_the_time_left_counts_every_evaluation_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounds of 2 s, evaluations of 10 s between and 40 s at the end, whose passes are in that proportion."""
+def test_the_time_left_counts_every_evaluation_to_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds of 2 s, evaluations of 10 s between and 40 s at the end, whose passes are in that
+    proportion.
+    """
     evaluation = {"every": 2, "samples": 400, "samples_between": 100, "ssim_images": 0}
-    config = tiny_config({"federation.rounds": 6, **{f"evaluation.{key}": value for key, value in evaluation.items()}})
+    config = tiny_config(
+        {
+            "federation.rounds": 6,
+            **{f"evaluation.{key}": value for key, value in evaluation.items()},
+        }
+    )
     monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 0.0)
     pace = Pace(config)
     pace.begin(0)
@@ -446,7 +512,9 @@ def test_the_time_left_counts_every_evaluation_to_come(tmp_path: Path, monkeypat
     assert pace.seconds_left(round_record(6), clients=3) == pytest.approx(40)
 
 
-def test_the_last_round_says_that_an_evaluation_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_last_round_says_that_an_evaluation_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     reporter = Reporter(begin(tmp_path / "run", {"federation.rounds": 1}))
     reporter.begin(0, TASKS)
     reporter.on_round(round_record(1, seconds=600.0))

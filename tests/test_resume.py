@@ -1,4 +1,6 @@
-"""Stopping, crashing and going on: the same bits as never having stopped, and a store that allows it."""
+"""Stopping, crashing and going on: the same bits as never having stopped, and a store that allows
+it.
+"""
 
 import errno
 import itertools
@@ -43,7 +45,14 @@ from srfed.files import held, list_folder
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.reporter import Reporter
 from srfed.reporting.run_directory import RunDirectory
-from srfed.tensors import MANIFEST_FILE, STATE_FILE, Checkpoint, read_checkpoint, read_manifest, write_checkpoint
+from srfed.tensors import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    Checkpoint,
+    read_checkpoint,
+    read_manifest,
+    write_checkpoint,
+)
 from srfed.training.local import ClientState
 
 PACKAGE = str(Path(srfed.__file__).parent.parent)
@@ -75,7 +84,11 @@ def reopen(run: RunDirectory) -> RunDirectory:
     [
         {"training.shared_moments": "keep", "federation.server_optimizer": "adam"},
         {"training.shared_moments": "average", "federation.server_optimizer": "momentum"},
-        {"federation.clients_per_round": 2, "training.update": "alternating", "federation.keep_attempts": 2},
+        {
+            "federation.clients_per_round": 2,
+            "training.update": "alternating",
+            "federation.keep_attempts": 2,
+        },
     ],
     ids=["keep-adam", "average-momentum", "two-of-three-alternating"],
 )
@@ -93,7 +106,8 @@ def test_a_stopped_and_resumed_run_ends_in_the_bits_of_an_unbroken_one(
     assert records(stopped) == records(whole)
     assert [line["round"] for line in round_lines(stopped)] == [1, 2, 3, 4]
 
-    # The server crashed after the clients had stored round 4, and before that had not stored round 3.
+    # The server crashed after the clients had stored round 4, and before that had not stored round
+    # 3.
     for path in sorted(stopped.server.glob("round-*"))[-2:]:
         shutil.rmtree(path)
     run_in_process(reopen(stopped))
@@ -102,13 +116,23 @@ def test_a_stopped_and_resumed_run_ends_in_the_bits_of_an_unbroken_one(
 
 
 def test_a_killed_command_goes_on_with_the_same_bits(tiny_yaml: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "srfed.simulate", "--config", str(tiny_yaml), "--run-dir", str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        "-m",
+        "srfed.simulate",
+        "--config",
+        str(tiny_yaml),
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     command += ["--set", "federation.rounds=9999", "--set", "evaluation.every=0"]
     stop_after_a_round(command, signal.SIGKILL)
     run = RunDirectory.open(tmp_path / "run")
     done = len(round_lines(run))
     assert simulate.main(["--resume", str(run.path), "--set", f"federation.rounds={done + 1}"]) == 0
-    whole = run_in_process(begin(tmp_path / "whole", {"federation.rounds": done + 1, "evaluation.every": 0}))
+    whole = run_in_process(
+        begin(tmp_path / "whole", {"federation.rounds": done + 1, "evaluation.every": 0})
+    )
     assert all_bits(run) == all_bits(whole)
 
 
@@ -123,7 +147,9 @@ def test_two_rounds_then_two_more_equal_four_at_once(tmp_path: Path) -> None:
     assert records(run)[-1] == records(whole)[-1]
 
 
-def test_an_evaluation_lost_to_a_crash_is_made_up_for(finished_run: RunDirectory, tmp_path: Path) -> None:
+def test_an_evaluation_lost_to_a_crash_is_made_up_for(
+    finished_run: RunDirectory, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished_run.path, folder)
     log = folder / "metrics.jsonl"
@@ -137,7 +163,8 @@ def test_an_evaluation_lost_to_a_crash_is_made_up_for(finished_run: RunDirectory
     assert log.read_bytes() == before, "a finished run has nothing to do"
 
 
-# --- The commands' words about it ------------------------------------------------------------------
+# --- The commands' words about it
+# ------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -193,7 +220,9 @@ def test_a_lost_client_state_is_refused_by_the_client_and_never_started_afresh(c
     attempt = read_manifest(run.server / "round-00003")["attempts"]["digit-1"]
     shutil.rmtree(run.clients / "digit-1" / "lineages" / run.lineage / attempt)
     config = run.config
-    longer = config.model_copy(update={"federation": config.federation.model_copy(update={"rounds": 4})})
+    longer = config.model_copy(
+        update={"federation": config.federation.model_copy(update={"rounds": 4})}
+    )
     run_in_process(run.reconfigure(longer))
     line = round_lines(run)[-1]
     assert list(line["refused"]) == ["digit-1"]
@@ -214,14 +243,18 @@ def test_a_resumption_under_another_configuration_names_key_and_both_values(
     finished_run: RunDirectory, capsys: pytest.CaptureFixture[str], setting: str, expected: str
 ) -> None:
     before = (finished_run.path / "config.yaml").read_bytes()
-    assert expected in one_error_line(capsys, ["--resume", str(finished_run.path), "--set", setting])
+    assert expected in one_error_line(
+        capsys, ["--resume", str(finished_run.path), "--set", setting]
+    )
     assert (finished_run.path / "config.yaml").read_bytes() == before
 
 
 def test_under_a_cosine_rate_the_number_of_rounds_decides_the_result(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = begin(tmp_path / "run", {"training.learning_rate_schedule": "cosine", "federation.rounds": 1})
+    run = begin(
+        tmp_path / "run", {"training.learning_rate_schedule": "cosine", "federation.rounds": 1}
+    )
     text = one_error_line(capsys, ["--resume", str(run.path), "--set", "federation.rounds=2"])
     assert "federation.rounds: 1 -> 2" in text
 
@@ -232,7 +265,9 @@ def test_under_a_cosine_rate_the_number_of_rounds_decides_the_result(
 def client_state(value: float) -> ClientState:
     tensors = {"head.weight": torch.full((64, 64), value)}
     average = {"head.weight": tensors["head.weight"].clone()}
-    return ClientState(tensors, average, {"step.head.weight": torch.tensor(value)}, {}, int(value), 1)
+    return ClientState(
+        tensors, average, {"step.head.weight": torch.tensor(value)}, {}, int(value), 1
+    )
 
 
 def attempts_of(store: ClientStore) -> set[str]:
@@ -253,7 +288,9 @@ def test_a_stored_state_comes_back_whole(tmp_path: Path) -> None:
 def test_pruning_leaves_what_every_kept_checkpoint_refers_to(
     tmp_path: Path, keep: int, present: tuple[bool, ...]
 ) -> None:
-    """A client that takes part in some rounds only; the server keeps its last checkpoints and can go back."""
+    """A client that takes part in some rounds only; the server keeps its last checkpoints and can
+    go back.
+    """
     store = ClientStore(tmp_path, "client", "lineage", keep)
     parent = NO_PARENT
     parents = [parent]
@@ -262,7 +299,8 @@ def test_pruning_leaves_what_every_kept_checkpoint_refers_to(
             attempt = f"round-{number}"
             store.save(f"{attempt}-lost", parent, number, client_state(0))
             store.save(attempt, parent, number, client_state(number))
-            # The server has not stored this round yet; it may crash and go back to any checkpoint it has.
+            # The server has not stored this round yet; it may crash and go back to any checkpoint
+            # it has.
             for named in parents[-keep:]:
                 assert named == NO_PARENT or store.load(named)
             parent = attempt
@@ -271,10 +309,17 @@ def test_pruning_leaves_what_every_kept_checkpoint_refers_to(
         assert len(attempts_of(store)) <= 2 * keep + 1
 
 
-def test_a_rolled_back_client_prunes_what_was_stored_in_the_abandoned_future(tmp_path: Path) -> None:
+def test_a_rolled_back_client_prunes_what_was_stored_in_the_abandoned_future(
+    tmp_path: Path,
+) -> None:
     store = ClientStore(tmp_path, "client", "lineage", 2)
     for number in range(1, 6):
-        store.save(f"first-{number}", f"first-{number - 1}" if number > 1 else NO_PARENT, number, client_state(1))
+        store.save(
+            f"first-{number}",
+            f"first-{number - 1}" if number > 1 else NO_PARENT,
+            number,
+            client_state(1),
+        )
     store.save("second-4", "first-3", 4, client_state(2))
     assert {"first-3", "second-4"} <= attempts_of(store)
     for number in range(5, 9):
@@ -292,7 +337,9 @@ def test_a_crash_in_the_middle_of_pruning_does_not_lock_the_client_out(tmp_path:
     assert attempts_of(store) == {"a-2", "a-3", "a-4"}
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../up", "a/b", "/etc", ".hidden", "a b", "a\n", "ü", "a\x00"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../up", "a/b", "/etc", ".hidden", "a b", "a\n", "ü", "a\x00"]
+)
 def test_unsafe_names_are_refused(tmp_path: Path, name: str) -> None:
     store = ClientStore(tmp_path, "client", "lineage", 2)
     for attempt in (
@@ -327,7 +374,9 @@ def test_a_store_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
 
 def server_state(number: int) -> ServerState:
     shared, average = ({"w": torch.full((64, 64), float(number))} for _ in range(2))
-    return ServerState("lineage", number, shared, average, attempts={"a": f"a-{number}"}, shape=(8, 8, 1))
+    return ServerState(
+        "lineage", number, shared, average, attempts={"a": f"a-{number}"}, shape=(8, 8, 1)
+    )
 
 
 def test_the_server_keeps_its_last_checkpoints_and_survives_a_full_disk(tmp_path: Path) -> None:
@@ -353,7 +402,8 @@ def test_a_checkpoint_that_somebody_set_aside_is_not_taken_for_one(tmp_path: Pat
     assert checkpoints.load_last().round == 0
 
 
-# --- Nothing is removed but what nobody refers to ------------------------------------------------------
+# --- Nothing is removed but what nobody refers to
+# ------------------------------------------------------
 
 
 def lines_of(store: ClientStore, names: str, parent: str, first: int) -> None:
@@ -364,9 +414,17 @@ def lines_of(store: ClientStore, names: str, parent: str, first: int) -> None:
 
 
 def test_foreign_files_do_not_stop_the_pruning(tmp_path: Path) -> None:
-    store, checkpoints = ClientStore(tmp_path, "client", "lineage", 2), ServerCheckpoints(tmp_path / "server", 2)
+    store, checkpoints = (
+        ClientStore(tmp_path, "client", "lineage", 2),
+        ServerCheckpoints(tmp_path / "server", 2),
+    )
     for number in range(1, 7):
-        store.save(f"a-{number}", f"a-{number - 1}" if number > 1 else NO_PARENT, number, client_state(number))
+        store.save(
+            f"a-{number}",
+            f"a-{number - 1}" if number > 1 else NO_PARENT,
+            number,
+            client_state(number),
+        )
         checkpoints.save(server_state(number))
         for folder in (store.folder / f"a-{number}", tmp_path / "server" / f"round-{number:05d}"):
             for name in (".DS_Store", ".nfs0000000001", "Thumbs.db"):
@@ -376,7 +434,9 @@ def test_foreign_files_do_not_stop_the_pruning(tmp_path: Path) -> None:
     assert list_folder(store.folder) == ["a-4", "a-5", "a-6"]
     assert checkpoints.rounds() == [5, 6]
     assert checkpoints.load_last().round == 6
-    assert len(list((tmp_path / "server").rglob("notes.txt"))) == 6, "what is not ours is not removed"
+    assert len(list((tmp_path / "server").rglob("notes.txt"))) == 6, (
+        "what is not ours is not removed"
+    )
 
 
 def test_a_folder_with_nothing_but_foreign_files_is_no_checkpoint(tmp_path: Path) -> None:
@@ -459,12 +519,18 @@ def test_a_server_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(
         return listed(path)
 
     monkeypatch.setattr(os, "listdir", fail)
-    assert f"cannot read {copy}/server: Permission" in one_error_line(capsys, ["--resume", str(copy)])
+    assert f"cannot read {copy}/server: Permission" in one_error_line(
+        capsys, ["--resume", str(copy)]
+    )
 
 
 @pytest.mark.parametrize("name", ["resume", "sample", "evaluate", "adapt"])
 def test_a_run_that_cannot_be_looked_into_is_a_sentence(
-    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+    copy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
 ) -> None:
     looked = os.stat
 
@@ -491,7 +557,9 @@ def test_a_round_from_the_future_does_not_empty_a_store(tmp_path: Path, parent: 
     assert {"b-10", "b-11", "b-12"} <= attempts_of(store)
 
 
-def test_the_first_attempt_of_all_survives_others_that_have_no_parent_either(tmp_path: Path) -> None:
+def test_the_first_attempt_of_all_survives_others_that_have_no_parent_either(
+    tmp_path: Path,
+) -> None:
     store = ClientStore(tmp_path, "client", "lineage", 1)
     store.save("a-1", NO_PARENT, 1, client_state(1))
     store.save("b-500", NO_PARENT, 500, client_state(1))
@@ -527,13 +595,17 @@ def test_retries_of_the_same_parent_go_with_it(tmp_path: Path) -> None:
         (NO_PARENT, 2**63, True, False),
     ],
 )
-def test_a_round_follows_its_parents(tmp_path: Path, parent: str, number: int, training: bool, allowed: bool) -> None:
+def test_a_round_follows_its_parents(
+    tmp_path: Path, parent: str, number: int, training: bool, allowed: bool
+) -> None:
     store = ClientStore(tmp_path, "client", "lineage", 3)
     lines_of(store, "a3", NO_PARENT, 1)
     if allowed:
         store.check_descent(parent, number, training=training)
         return
-    with pytest.raises(UserError, match=f"round {number} is impossible after attempt '{parent}'; allowed: "):
+    with pytest.raises(
+        UserError, match=f"round {number} is impossible after attempt '{parent}'; allowed: "
+    ):
         store.check_descent(parent, number, training=training)
     if training:
         with pytest.raises(UserError, match="is impossible after"):
@@ -541,7 +613,9 @@ def test_a_round_follows_its_parents(tmp_path: Path, parent: str, number: int, t
         assert attempts_of(store) == {"a-1", "a-2", "a-3"}
 
 
-def test_a_message_that_is_no_successor_is_refused_at_the_site_before_any_training(copy: Path) -> None:
+def test_a_message_that_is_no_successor_is_refused_at_the_site_before_any_training(
+    copy: Path,
+) -> None:
     run = RunDirectory.open(copy)
     attempt = read_manifest(run.server / "round-00003")["attempts"]["digit-1"]
     site, runtime = Site("digit-1", run.clients, index=1), Runtime(run.config, 1)
@@ -553,44 +627,65 @@ def test_a_message_that_is_no_successor_is_refused_at_the_site_before_any_traini
 
 @pytest.mark.parametrize("name", ["a" * (LONGEST_NAME + 1), "a..b", "a/../../b"])
 def test_names_are_bounded(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=rf"is no name for a store; .* no '\.\.', at most {LONGEST_NAME} characters"):
+    with pytest.raises(
+        UserError, match=rf"is no name for a store; .* no '\.\.', at most {LONGEST_NAME} characters"
+    ):
         ClientStore(tmp_path, "client", name, 2)
     ClientStore(tmp_path, "client", "a" * LONGEST_NAME, 2)
 
 
-def test_a_lineage_may_be_called_as_it_likes_without_meeting_other_files_of_the_client(tmp_path: Path) -> None:
+def test_a_lineage_may_be_called_as_it_likes_without_meeting_other_files_of_the_client(
+    tmp_path: Path,
+) -> None:
     for name in ("models", "samples", "memorisation", "lineages", "lock", "client.log"):
         (tmp_path / "client" / "models" / "a" / "round-00003").mkdir(parents=True, exist_ok=True)
         store = ClientStore(tmp_path, "client", name, 1)
         lines_of(store, "a3", NO_PARENT, 1)
         assert store.load("a-3").steps == 3
     assert (tmp_path / "client" / "models" / "a" / "round-00003").is_dir()
-    assert sorted(path.name for path in (tmp_path / "client").iterdir()) == ["lineages", "lock", "models"]
+    assert sorted(path.name for path in (tmp_path / "client").iterdir()) == [
+        "lineages",
+        "lock",
+        "models",
+    ]
 
 
 def test_a_store_has_bounds_and_says_what_to_remove(tmp_path: Path) -> None:
     size = 2 * 64 * 64 * 4
     for lineage in ("one", "two"):
-        lines_of(ClientStore(tmp_path, "client", lineage, 2, StoreBounds(2, 10 * size)), "a2", NO_PARENT, 1)
+        lines_of(
+            ClientStore(tmp_path, "client", lineage, 2, StoreBounds(2, 10 * size)),
+            "a2",
+            NO_PARENT,
+            1,
+        )
     lineages = tmp_path / "client" / "lineages"
     more = ClientStore(tmp_path, "client", "three", 2, StoreBounds(2, 10 * size))
-    with pytest.raises(UserError, match=f"{lineages} holds 2 runs, and 2 are the most: remove folders of runs"):
+    with pytest.raises(
+        UserError, match=f"{lineages} holds 2 runs, and 2 are the most: remove folders of runs"
+    ):
         more.save("a-1", NO_PARENT, 1, client_state(1))
     full = ClientStore(tmp_path, "client", "two", 2, StoreBounds(2, 5 * size))
-    with pytest.raises(UserError, match=rf"{lineages} holds .* kB; 32\.8 kB more exceed the 163\.8 kB .*: remove"):
+    with pytest.raises(
+        UserError, match=rf"{lineages} holds .* kB; 32\.8 kB more exceed the 163\.8 kB .*: remove"
+    ):
         full.save("a-3", "a-2", 3, client_state(3.0))
     assert attempts_of(full) == {"a-1", "a-2"}
     shutil.rmtree(lineages / "one")
     full.save("a-3", "a-2", 3, client_state(3.0))
 
 
-def test_a_store_of_before_is_read_where_it_lies_and_moved_when_it_is_written(tmp_path: Path) -> None:
+def test_a_store_of_before_is_read_where_it_lies_and_moved_when_it_is_written(
+    tmp_path: Path,
+) -> None:
     lineage = "0123456789ab"
     lines_of(ClientStore(tmp_path, "client", lineage, 2), "a2", NO_PARENT, 1)
     (tmp_path / "client" / "lineages" / lineage).rename(tmp_path / "client" / lineage)
     for manifest in (tmp_path / "client" / lineage).rglob(MANIFEST_FILE):
         content = json.loads(manifest.read_text())
-        manifest.write_text(json.dumps({key: content[key] for key in content if key not in ("format", "line")}))
+        manifest.write_text(
+            json.dumps({key: content[key] for key in content if key not in ("format", "line")})
+        )
     store = ClientStore(tmp_path, "client", lineage, 2)
     assert store.load("a-2").steps == 2
     assert store.has("a-2")
@@ -608,20 +703,29 @@ def test_a_line_of_descent_is_known_by_its_first_attempt(tmp_path: Path) -> None
     assert [store.line(name) for name in (NO_PARENT, "a-6", "b-4")] == [NO_PARENT, "a-1", "b-3"]
 
 
-# --- Check, lock, then write ----------------------------------------------------------------------------
+# --- Check, lock, then write
+# ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "setting", ["data.dataset=folder", "federation.rounds=1", "resources.client_cpus=9999", "seed=7"]
+    "setting",
+    ["data.dataset=folder", "federation.rounds=1", "resources.client_cpus=9999", "seed=7"],
 )
-def test_a_refused_resumption_has_written_nothing(copy: Path, capsys: pytest.CaptureFixture[str], setting: str) -> None:
+def test_a_refused_resumption_has_written_nothing(
+    copy: Path, capsys: pytest.CaptureFixture[str], setting: str
+) -> None:
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     one_error_line(capsys, ["--resume", str(copy), "--data-dir", "/absent", "--set", setting])
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 
 
-def test_a_run_in_use_keeps_its_configuration(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    holder = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); print(1, flush=True)"
+def test_a_run_in_use_keeps_its_configuration(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    holder = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
+        "print(1, flush=True)"
+    )
     command = [sys.executable, "-c", f"{holder}; sys.stdin.read()", str(copy / "lock")]
     (copy / "images.json").write_text('{"format": 1, "records": {}}')
     before = [(copy / name).read_bytes() for name in ("config.yaml", "images.json")]
@@ -635,12 +739,16 @@ def test_a_run_in_use_keeps_its_configuration(copy: Path, capsys: pytest.Capture
     assert [(copy / name).read_bytes() for name in ("config.yaml", "images.json")] == before
 
 
-def test_rounds_that_are_there_already_cannot_be_taken_back(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rounds_that_are_there_already_cannot_be_taken_back(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = one_error_line(capsys, ["--resume", str(copy), "--set", "federation.rounds=2"])
     assert text == f"error: federation.rounds = 2, and {copy} has 3 already; allowed: 3 or more"
 
 
-def test_a_resumption_that_trains_nothing_says_so(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumption_that_trains_nothing_says_so(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (copy / "metrics.jsonl").unlink()
     before = all_bits(RunDirectory.open(copy))
     assert simulate.main(["--resume", str(copy)]) == 0
@@ -656,7 +764,9 @@ def test_a_resumption_that_trains_nothing_says_so(copy: Path, capsys: pytest.Cap
 def test_a_run_whose_last_checkpoint_was_removed_goes_on(
     copy: Path, finished_run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As the message about a damaged checkpoint advises; nothing of the round that is gone is shown as if it stood."""
+    """As the message about a damaged checkpoint advises; nothing of the round that is gone is shown
+    as if it stood.
+    """
     shutil.rmtree(copy / "server" / "round-00003")
     for picture in (copy / "samples").glob("*-00003.png"):
         picture.write_bytes(b"of the round that is gone")
@@ -677,11 +787,14 @@ def test_pictures_of_rounds_to_come_are_dropped_at_once(copy: Path) -> None:
     reporter.begin(2, MetricsLog(run.metrics).tasks())
     reporter.close()
     assert sorted(path.name for path in run.samples.iterdir()) == [
-        "mine.png", "reverse-process-00002.png", "round-00002.png",
-    ]  # fmt: skip
+        "mine.png",
+        "reverse-process-00002.png",
+        "round-00002.png",
+    ]
 
 
-# --- What was edited, damaged or made by another srfed --------------------------------------------------
+# --- What was edited, damaged or made by another srfed
+# --------------------------------------------------
 
 
 COMMANDS = {
@@ -715,9 +828,15 @@ def error_of(name: str, run: Path, out: Path, capsys: pytest.CaptureFixture[str]
     ],
 )
 def test_a_configuration_edited_by_hand_is_refused(
-    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, versioned: bool, old: str, new: str,
+    copy: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    versioned: bool,
+    old: str,
+    new: str,
     expected: str,
-) -> None:  # fmt: skip
+) -> None:
     text = (copy / "config.yaml").read_text()
     assert text.count(old) == 1
     (copy / "config.yaml").write_text(text.replace(old, new))
@@ -727,14 +846,18 @@ def test_a_configuration_edited_by_hand_is_refused(
         (copy / "run.json").write_text(json.dumps(identity))
         expected = "the fingerprint in run.json is another"
     line = error_of(name, copy, tmp_path / "out", capsys)
-    assert line.startswith(f"error: {copy}/config.yaml is not what the run was begun with ({expected}): put it back")
+    assert line.startswith(
+        f"error: {copy}/config.yaml is not what the run was begun with ({expected}): put it back"
+    )
 
 
 @pytest.mark.parametrize("left_out", [False, True], ids=["as it was", "left out as advised"])
 def test_a_run_of_before_is_read_and_gets_what_its_run_json_lacked(
     copy: Path, finished_run: RunDirectory, capsys: pytest.CaptureFixture[str], left_out: bool
 ) -> None:
-    """Written before formats had versions, before a setting that there is now, and with one that is no more."""
+    """Written before formats had versions, before a setting that there is now, and with one that is
+    no more.
+    """
     config = (copy / "config.yaml").read_text()
     assert config.count("  proximal: 0.0\n") == config.count("  clients: 3\n") == 1
     config = config.replace("  proximal: 0.0\n", "")
@@ -801,19 +924,28 @@ def test_a_run_of_a_newer_srfed_is_refused(
 
 
 @pytest.mark.parametrize("key", ["lineage", "round", "attempts", "shape"])
-def test_a_checkpoint_without_a_key_is_a_sentence(copy: Path, capsys: pytest.CaptureFixture[str], key: str) -> None:
+def test_a_checkpoint_without_a_key_is_a_sentence(
+    copy: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
     manifest = copy / "server" / "round-00003" / MANIFEST_FILE
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({name: value for name, value in content.items() if name != key}))
     text = one_error_line(capsys, ["--resume", str(copy), "--set", "federation.rounds=4"])
-    assert f"{manifest} is damaged: it has no '{key}'; remove {manifest.parent} to go back to round 2" in text
-    manifest.write_text(json.dumps({name: value for name, value in content.items() if name not in (key, "format")}))
+    assert (
+        f"{manifest} is damaged: it has no '{key}'; remove {manifest.parent} to go back to round 2"
+        in text
+    )
+    manifest.write_text(
+        json.dumps({name: value for name, value in content.items() if name not in (key, "format")})
+    )
     text = one_error_line(capsys, ["--resume", str(copy), "--set", "federation.rounds=4"])
     assert f"{manifest} is of an older srfed (format 0) and has no '{key}'" in text
 
 
 @pytest.mark.parametrize("name", ["sample", "evaluate", "adapt"])
-@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\n", b"\x00" * 100 + b"\n", b"[]\n", b'{"kind": "round"}\n'])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"\xff\xfe\n", b"\x00" * 100 + b"\n", b"[]\n", b'{"kind": "round"}\n']
+)
 def test_a_log_that_is_missing_or_damaged_is_a_sentence(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes | None
 ) -> None:
@@ -822,10 +954,14 @@ def test_a_log_that_is_missing_or_damaged_is_a_sentence(
     if content is not None:
         log.write_bytes(content)
     line = error_of(name, copy, tmp_path / "out", capsys)
-    assert (f"{log} names no task" if not content else f"{log} is damaged in line 1; remove that line") in line
+    assert (
+        f"{log} names no task" if not content else f"{log} is damaged in line 1; remove that line"
+    ) in line
 
 
-def test_samples_that_are_damaged_are_a_sentence_and_made_again(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_that_are_damaged_are_a_sentence_and_made_again(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--run", str(copy), "--samples", "6", "--ssim-images", "0"]
     assert evaluate.main(options) == 0
     (file,) = copy.rglob("samples.safetensors")
@@ -847,19 +983,32 @@ def test_outputs_are_tried_before_any_sampling(
 ) -> None:
     (tmp_path / "file").write_text("")
     run = str(finished_run.path)
-    for options in (["--out", "."], ["--out", str(tmp_path)], ["--npz", str(tmp_path / "file" / "x.npz")]):
+    for options in (
+        ["--out", "."],
+        ["--out", str(tmp_path)],
+        ["--npz", str(tmp_path / "file" / "x.npz")],
+    ):
         # More images than any machine samples while a test waits.
         assert sample.main(["--run", run, "--n", "99999999", *options]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: cannot write ")
 
 
-# --- Whose it is ------------------------------------------------------------------------------------------
+# --- Whose it is
+# ------------------------------------------------------------------------------------------
 
 
-def test_a_runs_folder_is_its_owners_alone_and_says_what_is_in_it(finished_run: RunDirectory) -> None:
+def test_a_runs_folder_is_its_owners_alone_and_says_what_is_in_it(
+    finished_run: RunDirectory,
+) -> None:
     paths = [finished_run.path, *finished_run.path.rglob("*")]
-    assert {path.parent.name for path in paths} >= {"tensorboard", "memorisation", "lineages", "server", "samples"}
+    assert {path.parent.name for path in paths} >= {
+        "tensorboard",
+        "memorisation",
+        "lineages",
+        "server",
+        "samples",
+    }
     for path in paths:
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
     readme = (finished_run.path / "README.txt").read_text()
@@ -867,13 +1016,19 @@ def test_a_runs_folder_is_its_owners_alone_and_says_what_is_in_it(finished_run: 
 
 
 def test_a_client_whose_folder_others_can_read_says_so_in_its_own_log(tmp_path: Path) -> None:
-    run = begin(tmp_path / "run", {"federation.rounds": 1, "evaluation.samples": 6, "evaluation.ssim_images": 0})
+    run = begin(
+        tmp_path / "run",
+        {"federation.rounds": 1, "evaluation.samples": 6, "evaluation.ssim_images": 0},
+    )
     (run.clients / "digit-1").mkdir(parents=True)
     run.clients.chmod(0o700)
     (run.clients / "digit-1").chmod(0o755)
     run_in_process(run)
     log = (run.clients / "digit-1" / "client.log").read_text()
-    assert f"{run.clients / 'digit-1'} can be read by others on this machine (mode 0755); close it: chmod" in log
+    assert (
+        f"{run.clients / 'digit-1'} can be read by others on this machine (mode 0755); close it: "
+        "chmod" in log
+    )
     assert log.count("can be read by others") == 1
     assert not (run.clients / "digit-0" / "client.log").exists()
 
@@ -882,7 +1037,19 @@ def test_an_adaptation_in_use_is_left_alone(
     finished_run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with held(tmp_path / "out" / "lock", wait=False):
-        assert adapt.main(["--run", str(finished_run.path), "--task", "digit-5", "--out", str(tmp_path / "out")]) == 2
+        assert (
+            adapt.main(
+                [
+                    "--run",
+                    str(finished_run.path),
+                    "--task",
+                    "digit-5",
+                    "--out",
+                    str(tmp_path / "out"),
+                ]
+            )
+            == 2
+        )
     assert f"{tmp_path / 'out'} is in use by another process" in capsys.readouterr().err
     assert list_folder(tmp_path / "out") == ["lock"]
 
@@ -893,7 +1060,8 @@ from pathlib import Path
 from srfed.errors import UserError
 from srfed.config import load_config
 from srfed.reporting.run_directory import RunDirectory
-folder, name, path = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]) if len(sys.argv) > 3 else None
+folder, name = Path(sys.argv[1]), sys.argv[2]
+path = Path(sys.argv[3]) if len(sys.argv) > 3 else None
 config = load_config()
 (folder / f"{name}.ready").touch()
 while len(list(folder.glob("*.ready"))) < 4:
@@ -906,19 +1074,27 @@ except UserError as error:
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_of_processes_that_begin_a_run_at_once_each_has_its_own_or_is_refused(tmp_path: Path, named: bool) -> None:
+def test_of_processes_that_begin_a_run_at_once_each_has_its_own_or_is_refused(
+    tmp_path: Path, named: bool
+) -> None:
     options = [str(tmp_path / "run")] if named else []
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", CREATOR, str(tmp_path), str(number), *options],
-            stdout=subprocess.PIPE, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": PACKAGE},
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": PACKAGE},
         )
         for number in range(4)
-    ]  # fmt: skip
+    ]
     said = [process.communicate(timeout=120)[0].strip() for process in processes]
     won = [text for text in said if not text.startswith("refused")]
     assert len(won) == len(set(won)) == (1 if named else 4)
     for text in set(said) - set(won):
         # By the moment at which it looked: before, while or after the winner wrote.
-        assert any(words in text for words in ("is in use by another process", "is not an empty folder", "holds a run"))
+        assert any(
+            words in text
+            for words in ("is in use by another process", "is not an empty folder", "holds a run")
+        )
     assert len({RunDirectory.open(Path(path)).lineage for path in won}) == len(won)

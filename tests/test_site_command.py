@@ -1,4 +1,6 @@
-"""What a site runs: real SuperNodes under ``deploy site``, refused, ended, deaf, and with a wrong clock."""
+"""What a site runs: real SuperNodes under ``deploy site``, refused, ended, deaf, and with a wrong
+clock.
+"""
 
 import os
 import re
@@ -29,7 +31,12 @@ from srfed.deployment.certificates import make_certificates
 from srfed.deployment.connection import check_superlink
 from srfed.deployment.flower import marked
 from srfed.deployment.processes import CONNECTION, Deployment
-from srfed.deployment.site_command import LOST_SECONDS, STOPPED_SECONDS, _Listener, check_before_start
+from srfed.deployment.site_command import (
+    LOST_SECONDS,
+    STOPPED_SECONDS,
+    _Listener,
+    check_before_start,
+)
 from srfed.errors import UserError
 from srfed.reporting.metrics_log import MetricsLog
 
@@ -47,7 +54,9 @@ def wait_until(true: Callable[[], object], what: Callable[[], str]) -> None:
 class SiteProcess:
     """``python -m srfed.deploy site`` in a process of its own, its words in a file."""
 
-    def __init__(self, folder: Path, superlink: str, authority: Path, key: Path, data: Path, client: str) -> None:
+    def __init__(
+        self, folder: Path, superlink: str, authority: Path, key: Path, data: Path, client: str
+    ) -> None:
         self.state = folder / "state"
         self.folder = self.state / client
         self._said = folder / f"{client}.said"
@@ -65,9 +74,15 @@ class SiteProcess:
         self.start()
 
     def start(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(Path(srfed.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(Path(srfed.__file__).parent.parent),
+            "OMP_NUM_THREADS": "1",
+        }
         with self._said.open("ab") as said:
-            self.process = subprocess.Popen(self.command, env=environment, stdout=said, stderr=said, umask=0o022)
+            self.process = subprocess.Popen(
+                self.command, env=environment, stdout=said, stderr=said, umask=0o022
+            )
 
     def __enter__(self) -> "SiteProcess":
         return self
@@ -101,7 +116,12 @@ def test_a_site_takes_part_is_mended_and_ends_without_a_trace(tmp_path: Path) ->
     """Refused until its key is registered; its ClientApp ended in training; restarted; ended."""
     config = write_config(
         tmp_path / "tiny.yaml",
-        {"federation.clients": 1, "federation.on_missing": "wait", "federation.rounds": 1, "training.local_steps": 20},
+        {
+            "federation.clients": 1,
+            "federation.on_missing": "wait",
+            "federation.rounds": 1,
+            "training.local_steps": 20,
+        },
     )
     (task,) = load_tasks(tiny_config().data, 1)
     with Deployment(tmp_path / "d") as deployment:
@@ -110,12 +130,18 @@ def test_a_site_takes_part_is_mended_and_ends_without_a_trace(tmp_path: Path) ->
         make_certificates(authority, [], ["a"])
         key = authority / "site-a.key"
         data = site_data(tmp_path, task)
-        agree_as_rehearsed(load_config(config), data, tmp_path / "state", task.name, authority / "ca.crt")
-        with SiteProcess(tmp_path, deployment.superlink_address, authority, key, data, task.name) as site:
+        agree_as_rehearsed(
+            load_config(config), data, tmp_path / "state", task.name, authority / "ca.crt"
+        )
+        with SiteProcess(
+            tmp_path, deployment.superlink_address, authority, key, data, task.name
+        ) as site:
             site.wait_for("either site-a.pub is not registered there")
             deployment.flwr("supernode", "register", str(authority / "site-a.pub"), CONNECTION)
             site.wait_for("site: connected to the SuperLink")
-            assert site.said.count("is not registered") == 1, "said once, however often it is refused"
+            assert site.said.count("is not registered") == 1, (
+                "said once, however often it is refused"
+            )
 
             run = deployment.run(tmp_path / "run", config)
             log = site.folder / "supernode.log"
@@ -128,13 +154,19 @@ def test_a_site_takes_part_is_mended_and_ends_without_a_trace(tmp_path: Path) ->
             assert len(MetricsLog(tmp_path / "run" / "metrics.jsonl").rounds()) == 1
 
             for path in (site.state, *site.state.rglob("*")):
-                assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, f"{path} can be read by others"
-            environments = [Path(f"/proc/{process.pid}/environ").read_text() for process in marked(site.folder)]
+                assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, (
+                    f"{path} can be read by others"
+                )
+            environments = [
+                Path(f"/proc/{process.pid}/environ").read_text() for process in marked(site.folder)
+            ]
             assert len(environments) >= 2, "SuperNode and SuperExec"
             assert all("FLWR_TELEMETRY_ENABLED=0\0" in environment for environment in environments)
 
             # A second one is refused, and does not disturb the first.
-            second = subprocess.run(site.command, capture_output=True, text=True, env={**os.environ})
+            second = subprocess.run(
+                site.command, capture_output=True, text=True, env={**os.environ}
+            )
             assert (second.returncode, second.stderr.count("\n")) == (2, 1)
             assert "in use by another process" in second.stderr
             assert site.process.poll() is None
@@ -212,7 +244,10 @@ def at(moment: datetime) -> Iterator[None]:
 )
 def test_a_wrong_clock_is_named(offset: timedelta, words: str, tmp_path: Path) -> None:
     make_certificates(tmp_path, ["localhost"])
-    with answering(tmp_path, offset) as address, pytest.raises(UserError, match=f"clock .* {words} .*NTP"):
+    with (
+        answering(tmp_path, offset) as address,
+        pytest.raises(UserError, match=f"clock .* {words} .*NTP"),
+    ):
         check_superlink(address, tmp_path / "ca.crt")
     # What Flower allows is no fault, nor is a SuperLink that is not there yet.
     with answering(tmp_path, timedelta(seconds=200)) as address:
@@ -235,7 +270,10 @@ def test_a_certificate_that_does_not_hold_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"ca\.crt is not valid before .* \(NTP\)"):
         check_superlink(address, tmp_path / "early" / "ca.crt")
     make_certificates(tmp_path / "other", ["localhost"])
-    with answering(tmp_path / "other") as address, pytest.raises(UserError, match="is not signed by the authority"):
+    with (
+        answering(tmp_path / "other") as address,
+        pytest.raises(UserError, match="is not signed by the authority"),
+    ):
         check_superlink(address, tmp_path / "old" / "ca.crt")
 
 
@@ -262,9 +300,14 @@ def test_what_a_site_is_told_wrong_takes_one_line(
     make_certificates(tmp_path, ["localhost"], ["a"])
     (tmp_path / "notes.txt").write_text("not a certificate")
     options = {
-        "--superlink": "127.0.0.1:9", "--root-certificates": "ca.crt", "--key": "site-a.key", "--client-id": "a",
-        "--data": ".", "--state-dir": "state", **changed,
-    }  # fmt: skip
+        "--superlink": "127.0.0.1:9",
+        "--root-certificates": "ca.crt",
+        "--key": "site-a.key",
+        "--client-id": "a",
+        "--data": ".",
+        "--state-dir": "state",
+        **changed,
+    }
     from srfed import deploy
 
     assert deploy.main(["site", *(word for option in options.items() for word in option)]) == 2
@@ -277,11 +320,15 @@ def test_a_site_starts_only_for_the_coordinator_that_was_agreed_to(tmp_path: Pat
     for name in ("agreed", "other"):
         make_certificates(tmp_path / name, ["localhost"])
     ours, others = tmp_path / "agreed" / "ca.crt", tmp_path / "other" / "ca.crt"
-    with pytest.raises(UserError, match="a site without an agreement answers nothing; agree with: python -m srfed"):
+    with pytest.raises(
+        UserError, match="a site without an agreement answers nothing; agree with: python -m srfed"
+    ):
         check_before_start(state, task.name, ours)
     agree_as_rehearsed(tiny_config(), data, state, task.name, ours)
     check_before_start(state, task.name, ours)
-    with pytest.raises(UserError, match="is not the certificate of the coordinator that was agreed to"):
+    with pytest.raises(
+        UserError, match="is not the certificate of the coordinator that was agreed to"
+    ):
         check_before_start(state, task.name, others)
     # An agreement that names no coordinator binds to none.
     agree_as_rehearsed(tiny_config(), data, state, task.name)

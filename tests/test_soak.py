@@ -1,4 +1,6 @@
-"""Real processes killed in the middle of a run: the end has the bits of a run that nobody disturbed."""
+"""Real processes killed in the middle of a run: the end has the bits of a run that nobody
+disturbed.
+"""
 
 from pathlib import Path
 
@@ -8,7 +10,9 @@ from benchmarks.soak import Episode, bits, soak_config, undisturbed
 
 
 @pytest.mark.parametrize("kills", [("client", "serverapp", "superlink")], ids="-".join)
-def test_a_run_that_loses_processes_ends_in_the_undisturbed_bits(tmp_path: Path, kills: tuple[str, ...]) -> None:
+def test_a_run_that_loses_processes_ends_in_the_undisturbed_bits(
+    tmp_path: Path, kills: tuple[str, ...]
+) -> None:
     config = soak_config(clients=2, rounds=4, on_missing="wait")
     expected = undisturbed(tmp_path / "undisturbed", config)
     said: list[str] = []

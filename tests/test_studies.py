@@ -1,4 +1,6 @@
-"""Studies, for real on the smallest settings: every case once, resumed, and with everything in the table."""
+"""Studies, for real on the smallest settings: every case once, resumed, and with everything in the
+table.
+"""
 
 import csv
 import signal
@@ -21,7 +23,16 @@ from srfed.reporting.pictures import draw_grid
 
 
 def make_table(folder: Path) -> None:
-    arguments = ["--dataset", "digits", "--preset", "tiny", "--pool", str(folder / "pool"), "--out", str(folder)]
+    arguments = [
+        "--dataset",
+        "digits",
+        "--preset",
+        "tiny",
+        "--pool",
+        str(folder / "pool"),
+        "--out",
+        str(folder),
+    ]
     assert table1.main(arguments) == 0
 
 
@@ -40,7 +51,10 @@ def test_the_table_has_every_method_at_one_budget(finished: Path) -> None:
     assert [row["name"] for row in rows] == [method.name for method in listed]
     assert {row["images_trained"] for row in rows} == {str(10 * 4 * 16)}
     assert len({row["config_hash"] for row in rows}) == len(rows)
-    sizes = {row["name"]: (int(row["shared_parameters"]), int(row["exclusive_parameters"])) for row in rows}
+    sizes = {
+        row["name"]: (int(row["shared_parameters"]), int(row["exclusive_parameters"]))
+        for row in rows
+    }
     assert sizes["DDPM, pooled"][1] == 0
     assert sizes["local training"][0] == 0
     assert sum(sizes["SR-DDPM, federated, joint"]) == sizes["DDPM, pooled"][0]
@@ -60,7 +74,9 @@ def test_the_pictures_are_the_samples_that_were_scored(finished: Path) -> None:
     for method in table1.methods(config):
         run = Case(method.name, change(config, **method.settings), 100, 1).folder(finished / "pool")
         (scored,) = run.glob("evaluations/*/samples.safetensors")
-        picture = finished / f"samples-{method.name.lower().replace(', ', '-').replace(' ', '-')}.png"
+        picture = (
+            finished / f"samples-{method.name.lower().replace(', ', '-').replace(' ', '-')}.png"
+        )
         samples = load_file(scored)
         assert np.array_equal(np.asarray(Image.open(picture)), draw_grid(samples)), method.name
         rows[method.name] = np.concatenate([images[:2] for images in samples.values()])
@@ -78,7 +94,10 @@ def test_a_second_call_trains_nothing(finished: Path) -> None:
 
 
 def test_a_stopped_case_goes_on(tmp_path: Path) -> None:
-    config = change(table1.configuration("digits", "tiny", None, "auto"), training__learning_rate_schedule="constant")
+    config = change(
+        table1.configuration("digits", "tiny", None, "auto"),
+        training__learning_rate_schedule="constant",
+    )
     longer = change(config, federation__rounds=2)
     run_cases([Case("short", config, 20, 1)], tmp_path, 1)
     folder = Case("long", longer, 20, 1).folder(tmp_path)
@@ -97,11 +116,14 @@ from simulations.table1 import configuration
 from srfed.command import run_command
 base = configuration("digits", "tiny", None, "auto")
 config = change(base, training__learning_rate_schedule="constant", federation__rounds=99999)
-print(Case("endless", config, 20).folder(Path({str(tmp_path)!r})), flush=True)
-raise SystemExit(run_command(lambda: print(run_cases([Case("endless", config, 20)], Path({str(tmp_path)!r}), 1))))
+case, out = Case("endless", config, 20), Path({str(tmp_path)!r})
+print(case.folder(out), flush=True)
+raise SystemExit(run_command(lambda: print(run_cases([case], out, 1))))
 """
     command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as study_process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as study_process:
         assert study_process.stdout is not None
         run = Path(study_process.stdout.readline().strip())
         log = tmp_path / "logs" / f"{run.name}.log"
@@ -125,7 +147,9 @@ def test_a_case_that_fails_says_why_and_leaves_the_others(tmp_path: Path) -> Non
 
 def test_methods_are_chosen_by_words_or_by_their_whole_name() -> None:
     listed = table1.methods(table1.configuration("digits", "tiny", None, "auto"))
-    names = [method.name for method in table1.choose(listed, ["fedavg", "SR-DDPM, federated, joint"])]
+    names = [
+        method.name for method in table1.choose(listed, ["fedavg", "SR-DDPM, federated, joint"])
+    ]
     assert names == ["SR-DDPM, federated, joint", "FedAvg, conditional", "FedAvg, unconditional"]
     assert table1.choose(listed, None) == listed
     with pytest.raises(UserError, match=r"'GAN' is in no method's name; there are DDPM, pooled; "):
@@ -152,5 +176,7 @@ def test_every_preset_gives_equal_budgets(dataset: str, preset: str) -> None:
         config = change(base, **method.settings)
         training = config.training
         steps = (training.local_steps or 0) + (training.exclusive_steps or 0)
-        budgets.add(config.federation.clients * config.federation.rounds * steps * training.batch_size)
+        budgets.add(
+            config.federation.clients * config.federation.rounds * steps * training.batch_size
+        )
     assert len(budgets) == 1

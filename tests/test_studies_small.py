@@ -42,12 +42,20 @@ def tasks() -> list[Task]:
 
 @pytest.fixture(scope="module")
 def centralised(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """A tiny DDPM on the pooled images, of few timesteps, because ancestral sampling takes them all."""
+    """A tiny DDPM on the pooled images, of few timesteps, because ancestral sampling takes them
+    all.
+    """
     config = tiny_config(
-        {"training.method": "pooled", "model.exclusive_stages": "none", "federation.rounds": 1,
-         "diffusion.timesteps": 50, "evaluation.ssim_images": 0,
-         "evaluation.samples": 6, "evaluation.samples_between": 6}
-    )  # fmt: skip
+        {
+            "training.method": "pooled",
+            "model.exclusive_stages": "none",
+            "federation.rounds": 1,
+            "diffusion.timesteps": 50,
+            "evaluation.ssim_images": 0,
+            "evaluation.samples": 6,
+            "evaluation.samples_between": 6,
+        }
+    )
     run = RunDirectory.create(tmp_path_factory.mktemp("centralised") / "run", config)
     train_centrally(run)
     return run
@@ -63,11 +71,16 @@ def test_distances_of_layers_by_hand(trained: TrainedRun) -> None:
     assert list(found) == ["all", "stem", "down", "up", "head"]
     for group, matrix in found.items():
         names = [name for name in initial if group == "all" or name.startswith(f"{group}.")]
-        flat = [np.concatenate([theta[n].numpy().astype(np.float64).ravel() for n in names]) for theta in exclusive]
+        flat = [
+            np.concatenate([theta[n].numpy().astype(np.float64).ravel() for n in names])
+            for theta in exclusive
+        ]
         origin = np.concatenate([initial[n].numpy().astype(np.float64).ravel() for n in names])
         usual = np.mean([np.linalg.norm(theta - origin) for theta in flat])
         for i, j in np.ndindex(3, 3):
-            assert matrix[i, j] == pytest.approx(np.linalg.norm(flat[i] - flat[j]) / usual, rel=1e-9, abs=1e-12)
+            assert matrix[i, j] == pytest.approx(
+                np.linalg.norm(flat[i] - flat[j]) / usual, rel=1e-9, abs=1e-12
+            )
         assert (np.diag(matrix) == 0).all()
         assert matrix.min() >= 0
         assert matrix.max() > 0, "the layers of the tasks have parted"
@@ -80,22 +93,42 @@ def test_the_two_matrices_of_samples_and_the_commands_files(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ["--run", str(finished_run.path), "--samples", "12", "--device", "cpu", "--out", str(tmp_path)]
+    arguments = [
+        "--run",
+        str(finished_run.path),
+        "--samples",
+        "12",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
     assert similarity.main(arguments) == 0
     said = capsys.readouterr()
     assert said.err == ""
     network = EmbeddedFeatures()
-    to_real, judged, layers = (read_matrix(tmp_path / f"{name}.csv") for name in ("frechet", "judged", "layers-all"))
+    to_real, judged, layers = (
+        read_matrix(tmp_path / f"{name}.csv") for name in ("frechet", "judged", "layers-all")
+    )
     for place, (info, task) in enumerate(zip(trained.tasks, tasks, strict=True)):
         samples = generate(
-            trained.model_of(info), trained.diffusion, trained.config.sampling,
-            count=12, shape=trained.shape, seed=0, task=task.name,
-        ).images  # fmt: skip
-        own = frechet_distance(FeatureStatistics.of(network(samples)), FeatureStatistics.of(network(task.test)))
+            trained.model_of(info),
+            trained.diffusion,
+            trained.config.sampling,
+            count=12,
+            shape=trained.shape,
+            seed=0,
+            task=task.name,
+        ).images
+        own = frechet_distance(
+            FeatureStatistics.of(network(samples)), FeatureStatistics.of(network(task.test))
+        )
         assert to_real[place, place] == pytest.approx(own, rel=1e-9)
     np.testing.assert_allclose(judged.sum(axis=1), 1)
     exclusive = [trained.exclusive_of(task) for task in trained.tasks]
-    np.testing.assert_array_equal(layers, similarity.layer_distances(exclusive, trained.initial_exclusive)["all"])
+    np.testing.assert_array_equal(
+        layers, similarity.layer_distances(exclusive, trained.initial_exclusive)["all"]
+    )
     for name in ("layers-all", "layers-stem", "layers-up", "frechet", "judged", "real"):
         assert (tmp_path / f"{name}.png").stat().st_size > 0
     assert "n = 3 pairs" in said.out
@@ -140,17 +173,30 @@ def test_a_run_without_exclusive_layers_has_no_similarity(
 # --- The paper's pictures ------------------------------------------------------------------------
 
 
-def tile(picture: np.ndarray, row: int, column: int, rows: int, columns: int, *, header: bool) -> np.ndarray:
+def tile(
+    picture: np.ndarray, row: int, column: int, rows: int, columns: int, *, header: bool
+) -> np.ndarray:
     """One image of a grid of 8 x 8 grey images, at its own size."""
-    factor, step, top = SMALLEST_CELL // 8, SMALLEST_CELL + GAP, LABEL_SIZE + 2 * GAP if header else 0
+    factor, step, top = (
+        SMALLEST_CELL // 8,
+        SMALLEST_CELL + GAP,
+        LABEL_SIZE + 2 * GAP if header else 0,
+    )
     assert picture.shape[0] == top + rows * step
     left = picture.shape[1] - columns * step + column * step
     return picture[top + row * step :, left:][:SMALLEST_CELL:factor, :SMALLEST_CELL:factor, 0]
 
 
-def test_figure_2_holds_the_states_of_the_ancestral_sampler(centralised: RunDirectory, tmp_path: Path) -> None:
+def test_figure_2_holds_the_states_of_the_ancestral_sampler(
+    centralised: RunDirectory, tmp_path: Path
+) -> None:
     out = tmp_path / "figure.png"
-    assert figures.main(["--run", str(centralised.path), "--figure", "2", "--seed", "4", "--out", str(out)]) == 0
+    assert (
+        figures.main(
+            ["--run", str(centralised.path), "--figure", "2", "--seed", "4", "--out", str(out)]
+        )
+        == 0
+    )
     with Image.open(out) as file:
         picture = np.asarray(file)
     trained = TrainedRun(centralised.path, CPU)
@@ -160,7 +206,7 @@ def test_figure_2_holds_the_states_of_the_ancestral_sampler(centralised: RunDire
     timesteps = list(range(50, -1, -5))
     states = ancestral_sample(
         trained.model_of(trained.tasks[1]), trained.diffusion, start, generator, record=timesteps
-    ).states  # fmt: skip
+    ).states
     for column, timestep in enumerate(timesteps):
         expected = to_uint8(states[timestep])[0, ..., 0]
         np.testing.assert_array_equal(tile(picture, 4, column, 10, 11, header=True), expected)
@@ -168,9 +214,12 @@ def test_figure_2_holds_the_states_of_the_ancestral_sampler(centralised: RunDire
 
 
 def test_twenty_samples_a_task_of_any_run(
-    finished_run: RunDirectory, trained: TrainedRun, centralised: RunDirectory, tmp_path: Path,
+    finished_run: RunDirectory,
+    trained: TrainedRun,
+    centralised: RunDirectory,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     for run in (finished_run, centralised):
         out = tmp_path / "samples.png"
         assert figures.main(["--run", str(run.path), "--figure", "samples", "--out", str(out)]) == 0
@@ -179,11 +228,18 @@ def test_twenty_samples_a_task_of_any_run(
         opened = TrainedRun(run.path, CPU)
         for row, task in enumerate(opened.tasks):
             images = generate(
-                opened.model_of(task), opened.diffusion, opened.config.sampling,
-                count=20, shape=opened.shape, seed=0, task=task.client,
-            ).images  # fmt: skip
+                opened.model_of(task),
+                opened.diffusion,
+                opened.config.sampling,
+                count=20,
+                shape=opened.shape,
+                seed=0,
+                task=task.client,
+            ).images
             for column in (0, 19):
-                np.testing.assert_array_equal(tile(picture, row, column, 3, 20, header=False), images[column, ..., 0])
+                np.testing.assert_array_equal(
+                    tile(picture, row, column, 3, 20, header=False), images[column, ..., 0]
+                )
     assert "pooled, after round 1" in capsys.readouterr().out
 
 
@@ -202,7 +258,8 @@ def tiny_study(monkeypatch: pytest.MonkeyPatch) -> None:
             "memorisation_quantile": 0.0,
         }
         return tiny_config(
-            {f"evaluation.{name}": value for name, value in evaluation.items()} | {"training.local_steps": 1}
+            {f"evaluation.{name}": value for name, value in evaluation.items()}
+            | {"training.local_steps": 1}
         )
 
     monkeypatch.setattr(new_task, "configuration", configuration)
@@ -214,7 +271,9 @@ def test_new_tasks_in_three_ways_resumed_where_it_stopped(
 ) -> None:
     def study(*images: object, steps: int = 2) -> int:
         given = ["--images", *images, "--steps", steps, "--every", 1, "--samples", 4, "--rounds", 1]
-        return new_task.main([str(argument) for argument in [*given, "--out", tmp_path / "study", "--device", "cpu"]])
+        return new_task.main(
+            [str(argument) for argument in [*given, "--out", tmp_path / "study", "--device", "cpu"]]
+        )
 
     assert study(20) == 0
     said = capsys.readouterr()
@@ -230,11 +289,16 @@ def test_new_tasks_in_three_ways_resumed_where_it_stopped(
     done = []
     real = new_task.score_adaptation
     monkeypatch.setattr(
-        new_task, "score_adaptation", lambda *given, **named: done.append(len(given[2].train)) or real(*given, **named)
+        new_task,
+        "score_adaptation",
+        lambda *given, **named: done.append(len(given[2].train)) or real(*given, **named),
     )
     assert study(20, "all") == 0
     assert done == [139] * 6, "what was there is not made again"
-    assert read_points(tmp_path / "study" / "scores.csv", new_task.NewTaskPoint)[: len(points)] == points
+    assert (
+        read_points(tmp_path / "study" / "scores.csv", new_task.NewTaskPoint)[: len(points)]
+        == points
+    )
     for name in ("steps.png", "images.png", "table.md"):
         assert (tmp_path / "study" / name).stat().st_size > 0
 
@@ -254,9 +318,21 @@ def test_new_tasks_in_three_ways_resumed_where_it_stopped(
 
 def test_plots_are_pictures_and_refuse_what_does_not_fit(tmp_path: Path) -> None:
     words = {"x_label": "x", "y_label": "y", "title": "t"}
-    series = {"one": ([20.0, 50.0, 100.0], [3.0, 2.0, 1.0]), "two": ([20.0, 100.0], [1.0, float("nan")])}
-    line_plot(tmp_path / "lines.png", series, **words, log_x=True, log_y=True, spread={"one": [0.1, 9.0, 0.1]})
-    heat_map(tmp_path / "map.png", np.array([[1.0, np.nan], [0.5, 1e6]]), ["a", "b"], ["c", "d"], **words)
+    series = {
+        "one": ([20.0, 50.0, 100.0], [3.0, 2.0, 1.0]),
+        "two": ([20.0, 100.0], [1.0, float("nan")]),
+    }
+    line_plot(
+        tmp_path / "lines.png",
+        series,
+        **words,
+        log_x=True,
+        log_y=True,
+        spread={"one": [0.1, 9.0, 0.1]},
+    )
+    heat_map(
+        tmp_path / "map.png", np.array([[1.0, np.nan], [0.5, 1e6]]), ["a", "b"], ["c", "d"], **words
+    )
     for name in ("lines.png", "map.png"):
         with Image.open(tmp_path / name) as picture:
             assert np.asarray(picture.convert("L")).std() > 10, "something is drawn"

@@ -1,4 +1,6 @@
-"""Local training against loops written here with torch's own optimizers on the draws that it made."""
+"""Local training against loops written here with torch's own optimizers on the draws that it
+made.
+"""
 
 import math
 import os
@@ -37,20 +39,37 @@ NamedParameters = dict[str, nn.Parameter]
 
 
 def run_config(
-    *, stages: Any = 1, seed: int = 0, dropout: float = 0.0, data: Any = None, resources: Any = None,
-    federation: Any = None, diffusion: Any = None, **training: Any,
-) -> RunConfig:  # fmt: skip
-    """A tiny run; constant rates, no clipping, no warm-up, so that each test adds only what it is about."""
+    *,
+    stages: Any = 1,
+    seed: int = 0,
+    dropout: float = 0.0,
+    data: Any = None,
+    resources: Any = None,
+    federation: Any = None,
+    diffusion: Any = None,
+    **training: Any,
+) -> RunConfig:
+    """A tiny run; constant rates, no clipping, no warm-up, so that each test adds only what it is
+    about.
+    """
     defaults: dict[str, Any] = {
-        "batch_size": 4, "local_steps": 3, "learning_rate": 1e-3, "learning_rate_schedule": "constant",
-        "gradient_clip": None, "ema_warmup": False,
-    }  # fmt: skip
+        "batch_size": 4,
+        "local_steps": 3,
+        "learning_rate": 1e-3,
+        "learning_rate_schedule": "constant",
+        "gradient_clip": None,
+        "ema_warmup": False,
+    }
     if "local_epochs" in training:
         defaults["local_steps"] = None
     model = {
-        "channels": [8, 8, 8, 8], "groups": 4, "attention_head_channels": 8, "attention_stages": [],
-        "exclusive_stages": stages, "dropout": dropout,
-    }  # fmt: skip
+        "channels": [8, 8, 8, 8],
+        "groups": 4,
+        "attention_head_channels": 8,
+        "attention_stages": [],
+        "exclusive_stages": stages,
+        "dropout": dropout,
+    }
     return parse_config(
         {
             "seed": seed,
@@ -81,11 +100,15 @@ class Draw:
 
 
 class RecordingDiffusion(Diffusion):
-    """The forward process itself, noting what it is asked: so no test depends on how draws are seeded."""
+    """The forward process itself, noting what it is asked: so no test depends on how draws are
+    seeded.
+    """
 
     draws: list[Draw]
 
-    def loss_per_image(self, predict_noise: Any, images: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+    def loss_per_image(
+        self, predict_noise: Any, images: Tensor, timesteps: Tensor, noise: Tensor
+    ) -> Tensor:
         weights = {name: tensor.clone() for name, tensor in predict_noise.state_dict().items()}
         self.draws.append(Draw(images, timesteps, noise, weights))
         return super().loss_per_image(predict_noise, images, timesteps, noise)
@@ -94,10 +117,14 @@ class RecordingDiffusion(Diffusion):
 class Client:
     """A client with its trainer, its place in the run, and a record of its steps."""
 
-    def __init__(self, config: RunConfig, task: str = "a", images: np.ndarray | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, task: str = "a", images: np.ndarray | None = None
+    ) -> None:
         images = some_images() if images is None else images
         self.model = build_model(config, images.shape[-1])
-        with torch.no_grad():  # zero-initialised layers would keep others from moving in the first step
+        with (
+            torch.no_grad()
+        ):  # zero-initialised layers would keep others from moving in the first step
             generator = torch.Generator().manual_seed(1)
             for parameter in self.model.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
@@ -105,12 +132,16 @@ class Client:
         self.partition = build_partition(config, self.model)
         self.diffusion = RecordingDiffusion(build_diffusion(config, torch.device("cpu")).schedule)
         self.diffusion.draws = []
-        self.trainer = LocalTrainer(config, self.model, self.partition, self.diffusion, task, images)
+        self.trainer = LocalTrainer(
+            config, self.model, self.partition, self.diffusion, task, images
+        )
         self.shared = self.partition.take_shared(self.start)
         self.state = initial_state(self.model, self.partition)
         self.results: list[LocalResult] = []
 
-    def train(self, *rounds: int, shared_moments: Mapping[str, Tensor] | None = None) -> LocalResult:
+    def train(
+        self, *rounds: int, shared_moments: Mapping[str, Tensor] | None = None
+    ) -> LocalResult:
         """Train for rounds in turn, as the only client of its federation."""
         for number in rounds:
             result = self.trainer.train(number, self.shared, self.state, shared_moments)
@@ -141,12 +172,16 @@ class Reference:
     def weights(self) -> Tensors:
         return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
 
-    def fit(self, draws: Sequence[Draw], *optimizers: torch.optim.Optimizer, clip: float | None = None) -> None:
+    def fit(
+        self, draws: Sequence[Draw], *optimizers: torch.optim.Optimizer, clip: float | None = None
+    ) -> None:
         for draw in draws:
             self.model.zero_grad()
             losses(self.model, draw).mean().backward()
             if clip is not None:
-                active = [p for optimizer in optimizers for p in optimizer.param_groups[0]["params"]]
+                active = [
+                    p for optimizer in optimizers for p in optimizer.param_groups[0]["params"]
+                ]
                 norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in active))
                 for parameter in active:
                     parameter.grad *= min(1.0, clip / norm)
@@ -166,14 +201,24 @@ def adam(parameters: Iterable[nn.Parameter], rate: float = 1e-3) -> torch.optim.
     return torch.optim.Adam(parameters, lr=rate, fused=True)
 
 
-def assert_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], atol: float = 1e-6) -> None:
+def assert_close(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], atol: float = 1e-6
+) -> None:
     assert set(actual) == set(expected)
     for name in expected:
-        torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=atol, msg=lambda m: f"{name}: {m}")  # noqa: B023
+        torch.testing.assert_close(
+            actual[name],
+            expected[name],
+            rtol=1e-5,
+            atol=atol,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
 
 
 def same_bits(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
-    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
+    return list(first) == list(second) and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def largest_difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
@@ -185,14 +230,19 @@ def largest_difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]
 
 @given(images=st.integers(1, 20), batch_size=st.integers(1, 20), drop_last=st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_each_pass_is_a_permutation_cut_into_batches(images: int, batch_size: int, drop_last: bool) -> None:
+def test_each_pass_is_a_permutation_cut_into_batches(
+    images: int, batch_size: int, drop_last: bool
+) -> None:
     if drop_last and batch_size > images:
         return
     order = MinibatchOrder(images, batch_size, drop_last, 0, "a")
     rest = images % batch_size
     sizes = [batch_size] * (images // batch_size) + ([rest] if rest and not drop_last else [])
     for number in range(2):
-        batches = [order.indices(number * len(sizes) + step).tolist() for step in range(order.steps_per_pass)]
+        batches = [
+            order.indices(number * len(sizes) + step).tolist()
+            for step in range(order.steps_per_pass)
+        ]
         assert [len(batch) for batch in batches] == sizes
         seen = [index for batch in batches for index in batch]
         assert len(set(seen)) == len(seen)
@@ -216,7 +266,10 @@ def test_each_pass_task_and_seed_has_its_own_order() -> None:
 
 
 def test_a_batch_above_the_task_is_refused_or_cut() -> None:
-    words = r"training.batch_size = 5 is above the 4 training images of task 'b'; allowed: up to 4, or .*drop_last"
+    words = (
+        r"training.batch_size = 5 is above the 4 training images of task 'b'; allowed: up to "
+        r"4, or .*drop_last"
+    )
     with pytest.raises(UserError, match=words):
         MinibatchOrder(4, 5, True, 0, "b")
     cut = MinibatchOrder(4, 5, False, 0, "b")
@@ -237,14 +290,18 @@ def closed_form_average(trajectory: Sequence[Tensor], decays: Sequence[float]) -
 
 
 def test_update_average_is_the_closed_form_in_place() -> None:
-    trajectory = [torch.randn(3, generator=torch.Generator().manual_seed(step)) for step in range(6)]
+    trajectory = [
+        torch.randn(3, generator=torch.Generator().manual_seed(step)) for step in range(6)
+    ]
     average = {"w": trajectory[0].clone()}
     kept = average["w"]
     decays = [0.9, 0.5, 0.0, 0.99, 0.7]
     for weights, decay in zip(trajectory[1:], decays, strict=True):
         update_average(average, {"other": torch.zeros(1), "w": weights}, decay)
     assert average["w"] is kept
-    torch.testing.assert_close(average["w"].double(), closed_form_average(trajectory, decays), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        average["w"].double(), closed_form_average(trajectory, decays), rtol=1e-5, atol=1e-6
+    )
     update_average({}, {}, 0.5)
 
 
@@ -256,16 +313,23 @@ def test_warm_up_caps_the_decay_of_early_steps() -> None:
 
 
 @given(
-    decay=st.floats(0, 0.9999), warmup=st.booleans(), first=st.integers(0, 3000),
-    steps=st.integers(0, 40), more=st.integers(0, 40),
-)  # fmt: skip
+    decay=st.floats(0, 0.9999),
+    warmup=st.booleans(),
+    first=st.integers(0, 3000),
+    steps=st.integers(0, 40),
+    more=st.integers(0, 40),
+)
 def test_a_rounds_decay_is_the_product_of_its_steps(
     decay: float, warmup: bool, first: int, steps: int, more: int
 ) -> None:
     whole = round_decay(decay, warmup, first, steps + more)
-    parts = round_decay(decay, warmup, first, steps) * round_decay(decay, warmup, first + steps, more)
+    parts = round_decay(decay, warmup, first, steps) * round_decay(
+        decay, warmup, first + steps, more
+    )
     assert whole == pytest.approx(parts, rel=1e-9)
-    assert whole == pytest.approx(math.prod(step_decay(decay, warmup, first + i) for i in range(steps + more)))
+    assert whole == pytest.approx(
+        math.prod(step_decay(decay, warmup, first + i) for i in range(steps + more))
+    )
     if not warmup:
         assert whole == pytest.approx(decay ** (steps + more), rel=1e-9, abs=1e-300)
 
@@ -290,8 +354,12 @@ def test_the_clients_average_is_the_closed_form_over_all_its_steps(warmup: bool)
     for name in client.partition.exclusive:
         trajectory = [*(draw.weights[name] for draw in client.draws), client.state.exclusive[name]]
         expected = closed_form_average(trajectory, decays)
-        torch.testing.assert_close(client.state.exclusive_average[name].double(), expected, rtol=1e-5, atol=1e-6)
-        assert not torch.equal(client.state.exclusive_average[name], client.start[name]), "it never moved"
+        torch.testing.assert_close(
+            client.state.exclusive_average[name].double(), expected, rtol=1e-5, atol=1e-6
+        )
+        assert not torch.equal(client.state.exclusive_average[name], client.start[name]), (
+            "it never moved"
+        )
         assert not torch.equal(client.state.exclusive_average[name], client.state.exclusive[name])
 
 
@@ -321,13 +389,21 @@ def test_the_servers_average_with_one_local_step_is_the_clients(warmup: bool) ->
 # Optimizers
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")),
+]
 SHAPES = {"up.0.weight": (16, 5, 3, 3), "up.0.bias": (16,), "stem.weight": (7, 33), "stem.bias": ()}
 
 
-def named_parameters(device: str = "cpu", layout: torch.memory_format = torch.contiguous_format) -> NamedParameters:
+def named_parameters(
+    device: str = "cpu", layout: torch.memory_format = torch.contiguous_format
+) -> NamedParameters:
     generator = torch.Generator().manual_seed(0)
-    parameters = {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
+    parameters = {
+        name: nn.Parameter(torch.randn(shape, generator=generator))
+        for name, shape in SHAPES.items()
+    }
     for parameter in parameters.values():
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=layout)
@@ -336,9 +412,11 @@ def named_parameters(device: str = "cpu", layout: torch.memory_format = torch.co
 
 
 def give_gradients(parameters: NamedParameters, step: int, without: str | None = None) -> None:
-    """The gradients of one step, from noise and the weights; None for the names that begin with ``without``.
+    """The gradients of one step, from noise and the weights; None for the names that begin with
+    ``without``.
 
-    Each parameter's are 100 times smaller than those of the one before, so that Adam's ε shows in some.
+    Each parameter's are 100 times smaller than those of the one before, so that Adam's ε shows in
+    some.
     """
     generator = torch.Generator().manual_seed(100 + step)
     for place, (name, parameter) in enumerate(parameters.items()):
@@ -356,8 +434,12 @@ def torchs_optimizer(kind: str, parameters: NamedParameters) -> torch.optim.Opti
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_steps_are_torchs_own_to_the_bit(device: str, kind: str, layout: torch.memory_format) -> None:
-    """Parts without gradients for a while, at first too; moments that go through a file on the way."""
+def test_steps_are_torchs_own_to_the_bit(
+    device: str, kind: str, layout: torch.memory_format
+) -> None:
+    """Parts without gradients for a while, at first too; moments that go through a file on the
+    way.
+    """
     ours, theirs = named_parameters(device, layout), named_parameters(device, layout)
     training = run_config(optimizer=kind).training
     optimizer, reference = PartOptimizer(training, ours, 3e-2), torchs_optimizer(kind, theirs)
@@ -371,10 +453,14 @@ def test_steps_are_torchs_own_to_the_bit(device: str, kind: str, layout: torch.m
         moments = optimizer.export_moments()
         expected = {
             f"{key}.{name}": reference.state[parameter][key].cpu()
-            for key in MOMENTS for name, parameter in theirs.items() if key in reference.state[parameter]
-        }  # fmt: skip
+            for key in MOMENTS
+            for name, parameter in theirs.items()
+            if key in reference.state[parameter]
+        }
         assert same_bits(moments, expected), step
-        assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in moments.values())
+        assert all(
+            tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in moments.values()
+        )
         if step in (1, 4, 7):
             optimizer = PartOptimizer(training, ours, 3e-2, load(save(moments)))
     assert bool(moments) == (kind == "adam")
@@ -420,8 +506,17 @@ def test_parameters_without_moments_start_afresh() -> None:
     second = PartOptimizer(training, parameters, 1e-2, partial)
     assert same_bits(second.export_moments(), partial)
     second.step()
-    steps = {name: float(tensor) for name, tensor in second.export_moments().items() if name.startswith("step.")}
-    assert steps == {"step.up.0.weight": 1, "step.up.0.bias": 1, "step.stem.weight": 3, "step.stem.bias": 3}
+    steps = {
+        name: float(tensor)
+        for name, tensor in second.export_moments().items()
+        if name.startswith("step.")
+    }
+    assert steps == {
+        "step.up.0.weight": 1,
+        "step.up.0.bias": 1,
+        "step.stem.weight": 3,
+        "step.stem.bias": 3,
+    }
 
 
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
@@ -456,7 +551,8 @@ TRAIN_IN_MANY_WAYS = """
 from test_training import Client, run_config, some_images
 for optimizer in ("adam", "sgd"):
     for update in ("joint", "alternating"):
-        Client(run_config(optimizer=optimizer, update=update, gradient_clip=1.0, dropout=0.1)).train(1, 2)
+        config = run_config(optimizer=optimizer, update=update, gradient_clip=1.0, dropout=0.1)
+        Client(config).train(1, 2)
 every_option = {"channels_last": True, "precision": "bfloat16"}
 Client(run_config(resources=every_option, data={"horizontal_flip": True})).train(1, 2)
 """
@@ -476,12 +572,20 @@ for sampler in ("ancestral", "ddim"):
 """
 
 
-@pytest.mark.parametrize("program", [TRAIN_IN_MANY_WAYS, SAMPLE_IN_MANY_WAYS], ids=["training", "sampling"])
+@pytest.mark.parametrize(
+    "program", [TRAIN_IN_MANY_WAYS, SAMPLE_IN_MANY_WAYS], ids=["training", "sampling"]
+)
 def test_a_fresh_process_never_imports_torchs_compiler(program: str) -> None:
     """A deployed client is one for every message, and the import takes over a second."""
     program += "import sys; print('torch' in sys.modules, 'torch._dynamo' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["True", "False"]
 
@@ -493,7 +597,9 @@ def test_build_diffusion_applies_every_setting() -> None:
     settings = {"timesteps": 40, "beta_start": 2e-4, "beta_end": 0.01, "beta_scale": "none"}
     betas = build_diffusion(run_config(diffusion=settings), torch.device("cpu")).schedule.betas
     torch.testing.assert_close(betas, torch.linspace(2e-4, 0.01, 40, dtype=torch.float64))
-    cosine = build_diffusion(run_config(diffusion={**settings, "schedule": "cosine"}), torch.device("cpu"))
+    cosine = build_diffusion(
+        run_config(diffusion={**settings, "schedule": "cosine"}), torch.device("cpu")
+    )
     assert cosine.schedule.betas[-1] == 0.999
 
 
@@ -521,7 +627,10 @@ def draws_of(**settings: Any) -> list[Draw]:
 
 def test_a_steps_images_are_the_tasks_in_passes_that_cross_the_rounds() -> None:
     images = some_images(8)
-    known = {(image.transpose(2, 0, 1) / np.float32(127.5) - 1).tobytes(): i for i, image in enumerate(images)}
+    known = {
+        (image.transpose(2, 0, 1) / np.float32(127.5) - 1).tobytes(): i
+        for i, image in enumerate(images)
+    }
     draws = draws_of(images=images, batch_size=2, local_steps=3, rounds=(1, 2, 3, 4))
     seen = [known[image.numpy().tobytes()] for draw in draws for image in draw.images]
     assert len(seen) == 24
@@ -531,7 +640,10 @@ def test_a_steps_images_are_the_tasks_in_passes_that_cross_the_rounds() -> None:
 
 def test_timesteps_are_uniform_from_1_to_the_last() -> None:
     draws = draws_of(
-        diffusion={"timesteps": 4, "beta_scale": "none"}, batch_size=100, local_steps=4, images=some_images(100)
+        diffusion={"timesteps": 4, "beta_scale": "none"},
+        batch_size=100,
+        local_steps=4,
+        images=some_images(100),
     )
     counts = Counter(torch.cat([draw.timesteps for draw in draws]).tolist())
     assert set(counts) == {1, 2, 3, 4}
@@ -539,7 +651,9 @@ def test_timesteps_are_uniform_from_1_to_the_last() -> None:
 
 
 def test_noise_is_standard_normal() -> None:
-    noise = torch.cat([draw.noise.flatten() for draw in draws_of(batch_size=100, images=some_images(100))])
+    noise = torch.cat(
+        [draw.noise.flatten() for draw in draws_of(batch_size=100, images=some_images(100))]
+    )
     assert abs(float(noise.mean())) < 5 / math.sqrt(len(noise))
     assert float(noise.std()) == pytest.approx(1, abs=0.05)
     assert float(noise.pow(4).mean()) == pytest.approx(3, abs=0.3)
@@ -547,15 +661,21 @@ def test_noise_is_standard_normal() -> None:
 
 def test_each_seed_task_round_and_step_has_its_own_noise_and_the_same_again() -> None:
     names = [{"seed": seed, "task": task} for seed in (0, 1) for task in ("a", "b")]
-    draws = [draw.noise.numpy().tobytes() for name in names for draw in draws_of(**name, rounds=(1, 2))]
+    draws = [
+        draw.noise.numpy().tobytes() for name in names for draw in draws_of(**name, rounds=(1, 2))
+    ]
     assert len(draws) == len(set(draws)) == 4 * 2 * 3
-    assert draws == [d.noise.numpy().tobytes() for name in names for d in draws_of(**name, rounds=(1, 2))]
+    assert draws == [
+        d.noise.numpy().tobytes() for name in names for d in draws_of(**name, rounds=(1, 2))
+    ]
 
 
 def test_horizontal_flip_mirrors_about_half_of_the_images() -> None:
     images = some_images(40)
     known = {(image.transpose(2, 0, 1) / np.float32(127.5) - 1).tobytes() for image in images}
-    mirrored = {(image[:, ::-1].transpose(2, 0, 1) / np.float32(127.5) - 1).tobytes() for image in images}
+    mirrored = {
+        (image[:, ::-1].transpose(2, 0, 1) / np.float32(127.5) - 1).tobytes() for image in images
+    }
 
     def kinds(flip: bool) -> list[bool]:
         draws = draws_of(images=images, batch_size=40, data={"horizontal_flip": flip})
@@ -569,12 +689,16 @@ def test_horizontal_flip_mirrors_about_half_of_the_images() -> None:
 
 def test_channels_last_reaches_the_network_and_changes_no_more_than_rounding() -> None:
     images = some_images(8, channels=3)
-    plain, last = (Client(run_config(resources={"channels_last": on}), images=images) for on in (False, True))
+    plain, last = (
+        Client(run_config(resources={"channels_last": on}), images=images) for on in (False, True)
+    )
     plain.train(1)
     last.train(1)
     assert all(d.images.is_contiguous(memory_format=torch.channels_last) for d in last.draws)
     assert not any(d.images.is_contiguous(memory_format=torch.channels_last) for d in plain.draws)
-    assert largest_difference(plain.weights, last.weights) < 2e-3 * 3  # Adam may turn rounding into a step
+    assert (
+        largest_difference(plain.weights, last.weights) < 2e-3 * 3
+    )  # Adam may turn rounding into a step
 
 
 # What a round gives, and on what it depends
@@ -585,30 +709,42 @@ def result_tensors(result: LocalResult) -> Tensors:
     return {
         f"{part}/{name}": tensor
         for part, tensors in (
-            ("shared", result.shared), ("moments", result.shared_moments), ("exclusive", state.exclusive),
-            ("average", state.exclusive_average), ("own", state.exclusive_moments), ("kept", state.shared_moments),
+            ("shared", result.shared),
+            ("moments", result.shared_moments),
+            ("exclusive", state.exclusive),
+            ("average", state.exclusive_average),
+            ("own", state.exclusive_moments),
+            ("kept", state.shared_moments),
         )
         for name, tensor in tensors.items()
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("update", ["joint", "alternating"])
-def test_a_round_is_a_function_of_seed_task_round_and_what_it_starts_from(update: str, dropout: float) -> None:
-    """Whatever the process did before: other rounds, another client on the same network, other draws."""
+def test_a_round_is_a_function_of_seed_task_round_and_what_it_starts_from(
+    update: str, dropout: float
+) -> None:
+    """Whatever the process did before: other rounds, another client on the same network, other
+    draws.
+    """
     config = run_config(update=update, dropout=dropout, shared_moments="keep")
     fresh, used = Client(config), Client(config)
     shared, state = fresh.shared, fresh.state
     torch.manual_seed(1)
     expected = fresh.trainer.train(5, shared, state)
-    other = LocalTrainer(config, used.model, used.partition, used.diffusion, "b", some_images(6, seed=3))
+    other = LocalTrainer(
+        config, used.model, used.partition, used.diffusion, "b", some_images(6, seed=3)
+    )
     torch.manual_seed(2)
     used.train(1, 2)
     other.train(5, shared, state)
     again = used.trainer.train(5, shared, state)
     assert same_bits(result_tensors(again), result_tensors(expected))
     assert again.loss == expected.loss
-    assert again.loss_by_quarter == pytest.approx(expected.loss_by_quarter, rel=0, abs=0, nan_ok=True)
+    assert again.loss_by_quarter == pytest.approx(
+        expected.loss_by_quarter, rel=0, abs=0, nan_ok=True
+    )
     changed = used.trainer.train(6, shared, state)
     assert not same_bits(changed.shared, expected.shared)
 
@@ -645,7 +781,9 @@ def test_the_first_state_is_the_models_own_weights_without_moments() -> None:
     assert (state.steps, state.exclusive_steps) == (0, 0)
     with torch.no_grad():
         client.model.stem.weight.zero_()
-    assert same_bits(state.exclusive, client.partition.take_exclusive(client.start)), "it must be a copy"
+    assert same_bits(state.exclusive, client.partition.take_exclusive(client.start)), (
+        "it must be a copy"
+    )
     assert state.exclusive["stem.weight"] is not state.exclusive_average["stem.weight"]
 
 
@@ -676,9 +814,14 @@ def test_joint_training_is_adam_on_both_parts_over_two_rounds(policy: str) -> No
         on_shared = adam(reference.shared)
     reference.fit(client.draws[3:], on_exclusive, on_shared)
     assert_close(client.weights, reference.weights)
-    moved = {name: float((client.weights[name] - client.start[name]).abs().max()) for name in client.start}
+    moved = {
+        name: float((client.weights[name] - client.start[name]).abs().max())
+        for name in client.start
+    }
     assert min(moved.values()) > 1e-5, "both parts move, every tensor of them"
-    assert {float(t) for n, t in client.state.exclusive_moments.items() if n.startswith("step.")} == {6}
+    assert {
+        float(t) for n, t in client.state.exclusive_moments.items() if n.startswith("step.")
+    } == {6}
 
 
 def test_reset_and_keep_differ_from_the_second_round_on() -> None:
@@ -688,13 +831,23 @@ def test_reset_and_keep_differ_from_the_second_round_on() -> None:
 
 
 def test_only_the_policy_that_needs_them_hands_out_the_cores_moments() -> None:
-    names = {f"{key}.{name}" for key in ("exp_avg", "exp_avg_sq", "step") for name in Client(run_config()).shared}
-    for policy, kept, sent in (("reset", set(), set()), ("keep", names, names), ("average", set(), names)):
+    names = {
+        f"{key}.{name}"
+        for key in ("exp_avg", "exp_avg_sq", "step")
+        for name in Client(run_config()).shared
+    }
+    for policy, kept, sent in (
+        ("reset", set(), set()),
+        ("keep", names, names),
+        ("average", set(), names),
+    ):
         client = Client(run_config(shared_moments=policy))
         result = client.train(1)
         assert set(result.state.shared_moments) == kept
         assert set(result.shared_moments) == sent
-        assert {n.split(".", 1)[1] for n in result.state.exclusive_moments} == set(client.partition.exclusive)
+        assert {n.split(".", 1)[1] for n in result.state.exclusive_moments} == set(
+            client.partition.exclusive
+        )
 
 
 def test_average_starts_the_core_from_the_mean_of_the_clients_moments() -> None:
@@ -703,13 +856,17 @@ def test_average_starts_the_core_from_the_mean_of_the_clients_moments() -> None:
     moments = {"a": one.train(1).shared_moments, "b": two.train(1).shared_moments}
     mean = {name: t.float() for name, t in weighted_mean(moments, {"a": 0.25, "b": 0.75}).items()}
     for name in mean:
-        torch.testing.assert_close(mean[name], 0.25 * moments["a"][name] + 0.75 * moments["b"][name])
+        torch.testing.assert_close(
+            mean[name], 0.25 * moments["a"][name] + 0.75 * moments["b"][name]
+        )
     reference = Reference(config, one)
     on_exclusive, on_shared = adam(reference.exclusive), adam(reference.shared)
     reference.fit(one.draws, on_exclusive, on_shared)
     result = one.train(2, shared_moments=mean)
     for name, parameter in zip(one.partition.shared, reference.shared, strict=True):
-        on_shared.state[parameter] = {key: mean[f"{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
+        on_shared.state[parameter] = {
+            key: mean[f"{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
+        }
     reference.fit(one.draws[3:], on_exclusive, on_shared)
     assert_close(one.weights, reference.weights)
     assert {float(t) for n, t in result.shared_moments.items() if n.startswith("step.")} == {6}
@@ -717,7 +874,9 @@ def test_average_starts_the_core_from_the_mean_of_the_clients_moments() -> None:
 
 @pytest.mark.parametrize("update", ["joint", "alternating"])
 @pytest.mark.parametrize("clip", [0.05, 1e6])
-def test_gradients_are_clipped_to_a_norm_over_all_that_the_step_trains(clip: float, update: str) -> None:
+def test_gradients_are_clipped_to_a_norm_over_all_that_the_step_trains(
+    clip: float, update: str
+) -> None:
     config = run_config(optimizer="sgd", learning_rate=0.1, gradient_clip=clip, update=update)
     client = Client(config)
     client.train(1)
@@ -734,11 +893,16 @@ def test_gradients_are_clipped_to_a_norm_over_all_that_the_step_trains(clip: flo
 
 
 @pytest.mark.parametrize(("exclusive_rate", "expected"), [(None, 0.05), (0.2, 0.2)])
-def test_rates_of_the_two_parts_fall_together_with_the_cosine(exclusive_rate: float | None, expected: float) -> None:
+def test_rates_of_the_two_parts_fall_together_with_the_cosine(
+    exclusive_rate: float | None, expected: float
+) -> None:
     config = run_config(
-        optimizer="sgd", learning_rate=0.05, exclusive_learning_rate=exclusive_rate,
-        learning_rate_schedule="cosine", federation={"rounds": 3},
-    )  # fmt: skip
+        optimizer="sgd",
+        learning_rate=0.05,
+        exclusive_learning_rate=exclusive_rate,
+        learning_rate_schedule="cosine",
+        federation={"rounds": 3},
+    )
     client = Client(config)
     client.train(1, 2)
     reference = Reference(config, client)
@@ -767,9 +931,12 @@ def test_alternating_trains_the_exclusive_part_first_and_each_part_alone(
     exclusive_steps: int | None, taken: int
 ) -> None:
     config = run_config(
-        update="alternating", local_steps=2, exclusive_steps=exclusive_steps, exclusive_learning_rate=4e-3,
+        update="alternating",
+        local_steps=2,
+        exclusive_steps=exclusive_steps,
+        exclusive_learning_rate=4e-3,
         shared_moments="keep",
-    )  # fmt: skip
+    )
     client = Client(config)
     first = client.train(1)
     at = [draw.weights for draw in client.draws] + [client.weights]
@@ -778,10 +945,17 @@ def test_alternating_trains_the_exclusive_part_first_and_each_part_alone(
     for step, (before, after) in enumerate(pairwise(at)):
         assert same_bits(exclusive(before), exclusive(after)) == (step >= taken)
         assert same_bits(shared(before), shared(after)) == (step < taken)
-    assert (first.shared_steps, first.state.exclusive_steps, first.state.steps) == (2, taken, taken + 2)
+    assert (first.shared_steps, first.state.exclusive_steps, first.state.steps) == (
+        2,
+        taken,
+        taken + 2,
+    )
 
     second = client.train(2)
-    for moments, steps in ((second.state.exclusive_moments, 2 * taken), (second.state.shared_moments, 4)):
+    for moments, steps in (
+        (second.state.exclusive_moments, 2 * taken),
+        (second.state.shared_moments, 4),
+    ):
         assert {float(t) for name, t in moments.items() if name.startswith("step.")} == {steps}
     reference = Reference(config, client)
     on_exclusive, on_shared = adam(reference.exclusive, 4e-3), adam(reference.shared)
@@ -794,7 +968,9 @@ def test_alternating_trains_the_exclusive_part_first_and_each_part_alone(
 
 @pytest.mark.parametrize(("stages", "steps"), [("none", 2), ("all", 5)])
 def test_alternating_skips_a_part_that_the_partition_leaves_empty(stages: str, steps: int) -> None:
-    client = Client(run_config(stages=stages, update="alternating", local_steps=2, exclusive_steps=5))
+    client = Client(
+        run_config(stages=stages, update="alternating", local_steps=2, exclusive_steps=5)
+    )
     result = client.train(1)
     assert len(client.draws) == steps == result.state.steps
     assert result.shared_steps == (2 if stages == "none" else 0)
@@ -813,7 +989,9 @@ def test_alternating_skips_a_part_that_the_partition_leaves_empty(stages: str, s
         ("alternating", True, [4, 4] * 4),
     ],
 )
-def test_local_epochs_are_passes_over_the_images(update: str, drop_last: bool, sizes: list[int]) -> None:
+def test_local_epochs_are_passes_over_the_images(
+    update: str, drop_last: bool, sizes: list[int]
+) -> None:
     client = Client(run_config(local_epochs=2, drop_last=drop_last, update=update))
     result = client.train(1)
     assert [len(draw.images) for draw in client.draws] == sizes
@@ -836,9 +1014,14 @@ def test_the_loss_is_the_mean_over_images_of_eq_7_before_each_step() -> None:
     by_image = torch.cat(found).double()
     assert result.loss == pytest.approx(float(by_image.mean()), rel=1e-5)
     by_batch = float(torch.stack([batch.double().mean() for batch in found]).mean())
-    assert abs(result.loss - by_batch) > 1e-3, "the two means are too close for this test to tell them apart"
+    assert abs(result.loss - by_batch) > 1e-3, (
+        "the two means are too close for this test to tell them apart"
+    )
     timesteps = torch.cat([draw.timesteps for draw in client.draws])
-    expected = [float(by_image[(timesteps > low) & (timesteps <= low + 25)].mean()) for low in (0, 25, 50, 75)]
+    expected = [
+        float(by_image[(timesteps > low) & (timesteps <= low + 25)].mean())
+        for low in (0, 25, 50, 75)
+    ]
     assert result.loss_by_quarter == pytest.approx(expected, rel=1e-5)
 
 
@@ -846,13 +1029,17 @@ def test_a_quarter_without_draws_has_no_loss() -> None:
     client = Client(run_config(batch_size=1, local_steps=1))
     result = client.train(1)
     quarter = (int(client.draws[0].timesteps[0]) - 1) // 25
-    assert [math.isnan(value) for value in result.loss_by_quarter] == [k != quarter for k in range(4)]
+    assert [math.isnan(value) for value in result.loss_by_quarter] == [
+        k != quarter for k in range(4)
+    ]
     assert result.loss_by_quarter[quarter] == pytest.approx(result.loss)
 
 
 def test_each_of_four_timesteps_is_a_quarter() -> None:
     """An index shifted by one, t instead of t - 1, would leave the first quarter empty."""
-    client = Client(run_config(batch_size=1, local_steps=1, diffusion={"timesteps": 4, "beta_scale": "none"}))
+    client = Client(
+        run_config(batch_size=1, local_steps=1, diffusion={"timesteps": 4, "beta_scale": "none"})
+    )
     seen = set()
     for number in range(1, 16):
         quarters = client.train(number).loss_by_quarter
@@ -863,7 +1050,9 @@ def test_each_of_four_timesteps_is_a_quarter() -> None:
 
 
 def test_training_learns() -> None:
-    """The one thing all the bookkeeping is for: on 10 images the loss falls well below that of a guess of 0."""
+    """The one thing all the bookkeeping is for: on 10 images the loss falls well below that of a
+    guess of 0.
+    """
     client = Client(run_config(batch_size=10, local_steps=40, learning_rate=5e-3))
     results = [client.train(number) for number in range(1, 4)]
     assert results[0].loss > results[-1].loss

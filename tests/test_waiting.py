@@ -1,4 +1,6 @@
-"""Nobody waits in silence: whom the server waits for, why a site is refused, and what a site's own log says."""
+"""Nobody waits in silence: whom the server waits for, why a site is refused, and what a site's own
+log says.
+"""
 
 import re
 import shutil
@@ -7,7 +9,16 @@ from pathlib import Path
 
 import pytest
 from flwr.app import Message
-from test_membership import SETTINGS, SOON, WAIT, ChangingGrid, app_describing, away_for, failure, start
+from test_membership import (
+    SETTINGS,
+    SOON,
+    WAIT,
+    ChangingGrid,
+    app_describing,
+    away_for,
+    failure,
+    start,
+)
 from tiny_run import begin, round_lines, tiny_config
 
 from srfed.federation.messages import DESCRIBE, REPLY
@@ -55,22 +66,37 @@ class SilentGrid(ChangingGrid):
     """A SuperNode that is online and answers nothing."""
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        heard = [i for i in message_ids if i in self._waiting and self._waiting[i].metadata.dst_node_id != 2]
+        heard = [
+            i
+            for i in message_ids
+            if i in self._waiting and self._waiting[i].metadata.dst_node_id != 2
+        ]
         return super().pull_messages(heard)
 
 
 def test_a_waiting_server_says_for_whom_and_how_long(
     undisturbed: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = begin(tmp_path / "run", {**SETTINGS, "federation.min_clients": 3, "federation.join_timeout": SOON})
+    run = begin(
+        tmp_path / "run", {**SETTINGS, "federation.min_clients": 3, "federation.join_timeout": SOON}
+    )
     text = failure(lambda: start(run, SilentGrid(run)))
     assert re.search(r"\d of 3 clients can take part .*; connected and silent: node 2", text)
-    assert re.search(r"waiting for \d more \(here: .*\), for \ds more; connected", capsys.readouterr().err)
+    assert re.search(
+        r"waiting for \d more \(here: .*\), for \ds more; connected", capsys.readouterr().err
+    )
 
     # A run that goes on knows the names.
     run = RunDirectory.open(Path(shutil.copytree(undisturbed.path, tmp_path / "other")))
     run = run.reconfigure(
-        tiny_config({**SETTINGS, "federation.rounds": 4, "federation.min_clients": 3, "federation.join_timeout": SOON})
+        tiny_config(
+            {
+                **SETTINGS,
+                "federation.rounds": 4,
+                "federation.min_clients": 3,
+                "federation.join_timeout": SOON,
+            }
+        )
     )
     text = failure(lambda: start(run, ChangingGrid(run, connected=lambda _: {1, 3})))
     assert "silent: node 2" not in text
@@ -84,7 +110,9 @@ def test_a_round_that_waits_names_the_sites_that_have_not_answered(
     # Away for about a second, ten times as long as the server waits until it says so.
     start(run, ChangingGrid(run, app_describing(as_deployed), connected=away_for(20, after=1)))
     said = capsys.readouterr().err
-    assert re.search(r"round 2: waiting for (.* and )?digit-2 \(not connected: start that site\)", said)
+    assert re.search(
+        r"round 2: waiting for (.* and )?digit-2 \(not connected: start that site\)", said
+    )
     assert len(round_lines(run)) == 3
 
 

@@ -1,8 +1,10 @@
-"""docs/deployment.md word for word: its blocks, on three machines made of namespaces, joined by a watched cable.
+"""docs/deployment.md word for word: its blocks, on three machines made of namespaces, joined by a
+watched cable.
 
-A machine has its own network, processes and file system (an overlay whose changes vanish with it), so ``useradd``,
-``/etc/srfed`` and ``/opt/srfed`` are what the text says. Two things are stood in for: what ``pip install .`` would
-download is lent by this test's environment, and systemd by a program that reads the units as systemd does.
+A machine has its own network, processes and file system (an overlay whose changes vanish with it),
+so ``useradd``, ``/etc/srfed`` and ``/opt/srfed`` are what the text says. Two things are stood in
+for: what ``pip install .`` would download is lent by this test's environment, and systemd by a
+program that reads the units as systemd does.
 """
 
 import os
@@ -46,7 +48,9 @@ class Block:
 
 
 def blocks() -> list[Block]:
-    found = re.findall(r'^```bash (\w+)(?: until="([^"\n]*)")?\n(.*?)^```$', TEXT, re.MULTILINE | re.DOTALL)
+    found = re.findall(
+        r'^```bash (\w+)(?: until="([^"\n]*)")?\n(.*?)^```$', TEXT, re.MULTILINE | re.DOTALL
+    )
     return [Block(whose, commands, until or None) for whose, until, commands in found]
 
 
@@ -61,7 +65,8 @@ mount -t proc proc "$1"/root/proc; mount --rbind /dev "$1"/root/dev
 mount -t tmpfs tmpfs "$1"/root/tmp; chmod 1777 "$1"/root/tmp
 number=0
 for needed in "${@:2}"; do
-    # What tests run with may lie where this machine has a folder of its own, or another file system.
+    # What tests run with may lie where this machine has a folder of its own, or another file
+    # system.
     [ -e "$1/root$needed" ] && continue
     number=$((number + 1)); mkdir -p "$1"/upper$number "$1"/work$number "$1/root$needed"
     mount -t overlay overlay -o "lowerdir=$needed,upperdir=$1/upper$number,workdir=$1/work$number" "$1/root$needed"
@@ -168,16 +173,32 @@ class Machine:
     def __init__(self, folder: Path, name: str) -> None:
         self.name = name
         self._log = folder / f"{name}.log"
-        unshare = ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child"]
+        unshare = [
+            "unshare",
+            "--net",
+            "--mount",
+            "--uts",
+            "--ipc",
+            "--pid",
+            "--fork",
+            "--kill-child",
+        ]
         self._holder = subprocess.Popen(
             [*unshare, "bash", "-c", BOOT, "boot", str(folder / name), *map(str, NEEDED)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         assert self._holder.stdout is not None
         if (said := self._holder.stdout.readline()) != "up\n":
             self._holder.kill()
-            pytest.skip(f"no machine can be made of namespaces here: {said or self._holder.stdout.read()}")
-        self.pid = int(Path(f"/proc/{self._holder.pid}/task/{self._holder.pid}/children").read_text())
+            pytest.skip(
+                f"no machine can be made of namespaces here: {said or self._holder.stdout.read()}"
+            )
+        self.pid = int(
+            Path(f"/proc/{self._holder.pid}/task/{self._holder.pid}/children").read_text()
+        )
         self.root = Path(f"/proc/{self.pid}/root")
         self._count = 0
         self._environment = {
@@ -199,21 +220,44 @@ class Machine:
         self._holder.wait()
 
     def _enter(self, *command: str) -> list[str]:
-        where = ["nsenter", "-t", str(self.pid), "--net", "--mount", "--uts", "--ipc", "--pid", "--root", "--wd"]
-        return [*where, "env", "-i", *(f"{key}={value}" for key, value in self._environment.items()), *command]
+        where = [
+            "nsenter",
+            "-t",
+            str(self.pid),
+            "--net",
+            "--mount",
+            "--uts",
+            "--ipc",
+            "--pid",
+            "--root",
+            "--wd",
+        ]
+        return [
+            *where,
+            "env",
+            "-i",
+            *(f"{key}={value}" for key, value in self._environment.items()),
+            *command,
+        ]
 
     def do(self, commands: str) -> str:
         """What commands print; none of them may fail. Their shell's exported variables stay."""
         self._count += 1
         (self.root / "tmp" / "block").write_text(commands)
         script = (
-            "cd /srv/srfed 2>/dev/null || cd /; set -o pipefail; trap 'echo FAILED: $BASH_COMMAND; exit 9' ERR\n"
+            "cd /srv/srfed 2>/dev/null || cd /; set -o pipefail; trap 'echo FAILED: $BASH_COMMAND; "
+            "exit 9' ERR\n"
             ". /tmp/block; trap - ERR; env -0 > /tmp/environment"
         )
         done = subprocess.run(
-            self._enter("bash", "-c", script), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, timeout=2 * WAIT_SECONDS, check=False,
-        )  # fmt: skip
+            self._enter("bash", "-c", script),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=2 * WAIT_SECONDS,
+            check=False,
+        )
         with self._log.open("a") as log:
             log.write(f"--- {commands}\n{done.stdout}")
         assert done.returncode == 0, f"{self.name}: {commands}\n{done.stdout}\n{self.journal()}"
@@ -222,13 +266,18 @@ class Machine:
         return done.stdout
 
     def do_until(self, commands: str, words: str) -> str:
-        """What commands print until they have printed some words, and are interrupted as by Ctrl-C."""
+        """What commands print until they have printed some words, and are interrupted as by
+        Ctrl-C.
+        """
         said = self._log.with_suffix(".until")
         with said.open("wb") as out:
             process = subprocess.Popen(
                 self._enter("bash", "-c", f"cd /srv/srfed; {commands}"),
-                stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         try:
             ended = lambda: words in said.read_text() or process.poll() is not None  # noqa: E731
             wait_until(ended, lambda: said.read_text() + self.journal())
@@ -255,7 +304,9 @@ def wait_until(true: Callable[[], object], what: Callable[[], str]) -> None:
 
 
 def install(machine: Machine, address: str) -> None:
-    """What stands on a machine before the walk begins: a clone, names, and what pip would download."""
+    """What stands on a machine before the walk begins: a clone, names, and what pip would
+    download.
+    """
     clone = machine.root / "srv" / "srfed"
     for name in ("srfed", "configs", "systemd"):
         shutil.copytree(PROJECT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -277,12 +328,19 @@ def install(machine: Machine, address: str) -> None:
     with (machine.root / "etc" / "hosts").open("a") as hosts:
         hosts.write(f"{COORDINATOR} superlink.example.org\n")
     (machine.root / "etc" / "resolv.conf").unlink(missing_ok=True)
-    (machine.root / "etc" / "resolv.conf").write_text(f"nameserver {OUTSIDE}\noptions timeout:1 attempts:1\n")
+    (machine.root / "etc" / "resolv.conf").write_text(
+        f"nameserver {OUTSIDE}\noptions timeout:1 attempts:1\n"
+    )
     for folder in NEEDED:
         for parent in (folder, *folder.parents):
             inside = machine.root / parent.relative_to("/")
-            inside.chmod(inside.stat().st_mode | 0o111)  # the service user passes, on this machine alone
-    machine.do(f"ip address add {address}/24 dev eth0; ip link set eth0 up; ip route add default via {OUTSIDE}")
+            inside.chmod(
+                inside.stat().st_mode | 0o111
+            )  # the service user passes, on this machine alone
+    machine.do(
+        f"ip address add {address}/24 dev eth0; ip link set eth0 up; ip route add default via "
+        f"{OUTSIDE}"
+    )
 
 
 def lend_dependencies(machine: Machine) -> None:
@@ -290,28 +348,43 @@ def lend_dependencies(machine: Machine) -> None:
     machine.do("unset PYTHONPATH")
     python = f"python{sys.version_info.major}.{sys.version_info.minor}"
     target = machine.root / "opt" / "srfed"
-    (target / "lib" / python / "site-packages" / "lent.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    (target / "lib" / python / "site-packages" / "lent.pth").write_text(
+        f"{sysconfig.get_path('purelib')}\n"
+    )
     for script in Path(sysconfig.get_path("scripts")).iterdir():
         if re.match(r"flwr|flower|tensorboard$", script.name):
             lines = script.read_text().splitlines(keepends=True)
-            (target / "bin" / script.name).write_text("".join(["#!/opt/srfed/bin/python\n", *lines[1:]]))
+            (target / "bin" / script.name).write_text(
+                "".join(["#!/opt/srfed/bin/python\n", *lines[1:]])
+            )
             (target / "bin" / script.name).chmod(0o755)
 
 
 @contextmanager
 def cable(folder: Path, machines: list[Machine]) -> Iterator[Path]:
-    """Join machines; gives a file with every flow that was seen: source, its port, destination, its port, protocol."""
+    """Join machines; gives a file with every flow that was seen: source, its port, destination, its
+    port, protocol.
+    """
     flows = folder / "flows"
     with subprocess.Popen(["unshare", "--net", "sleep", "infinity"]) as hub:
         try:
-            wait_until(lambda: os.readlink(f"/proc/{hub.pid}/ns/net") != os.readlink("/proc/self/ns/net"), str)
+            wait_until(
+                lambda: os.readlink(f"/proc/{hub.pid}/ns/net") != os.readlink("/proc/self/ns/net"),
+                str,
+            )
 
             def on_hub(*command: str) -> list[str]:
                 return ["nsenter", "-t", str(hub.pid), "--net", *command]
 
-            commands = ["ip link add br0 type bridge", f"ip address add {OUTSIDE}/24 dev br0", "ip link set br0 up"]
+            commands = [
+                "ip link add br0 type bridge",
+                f"ip address add {OUTSIDE}/24 dev br0",
+                "ip link set br0 up",
+            ]
             for number, machine in enumerate(machines):
-                commands.append(f"ip link add port{number} type veth peer name eth0 netns {machine.pid}")
+                commands.append(
+                    f"ip link add port{number} type veth peer name eth0 netns {machine.pid}"
+                )
                 commands.append(f"ip link set port{number} master br0 up")
             for command in commands:
                 subprocess.run(on_hub(*command.split()), check=True)
@@ -341,7 +414,11 @@ def why_not() -> str | None:
     """What this machine lacks for the walk."""
     if os.geteuid() != 0:
         return "root alone can make machines of namespaces and add a user"
-    missing = [name for name in ("unshare", "nsenter", "ip", "useradd", "runuser") if not shutil.which(name)]
+    missing = [
+        name
+        for name in ("unshare", "nsenter", "ip", "useradd", "runuser")
+        if not shutil.which(name)
+    ]
     if missing:
         return f"there is no {', '.join(missing)} here"
     with suppress(PackageNotFoundError):
@@ -351,7 +428,9 @@ def why_not() -> str | None:
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-def test_the_walkthrough_works_word_for_word_and_nobody_but_the_superlink_is_contacted(tmp_path: Path) -> None:
+def test_the_walkthrough_works_word_for_word_and_nobody_but_the_superlink_is_contacted(
+    tmp_path: Path,
+) -> None:
     with ExitStack() as stack:
         machines = {name: Machine(tmp_path, name) for name in ("coordinator", *SITES)}
         for machine in machines.values():
@@ -365,18 +444,33 @@ def test_the_walkthrough_works_word_for_word_and_nobody_but_the_superlink_is_con
 
         said = ""
         for block in blocks():
-            whose = {"everywhere": list(machines.values()), "coordinator": [coordinator], "site": sites}[block.whose]
+            whose = {
+                "everywhere": list(machines.values()),
+                "coordinator": [coordinator],
+                "site": sites,
+            }[block.whose]
             for machine in whose:
                 # At clinic-b its name stands where clinic-a's does.
-                words = block.commands if block.whose != "site" else block.commands.replace("clinic-a", machine.name)
-                said += machine.do(words) if block.until is None else machine.do_until(words, block.until)
+                words = (
+                    block.commands
+                    if block.whose != "site"
+                    else block.commands.replace("clinic-a", machine.name)
+                )
+                said += (
+                    machine.do(words)
+                    if block.until is None
+                    else machine.do_until(words, block.until)
+                )
                 if "pip install" in words:
                     lend_dependencies(machine)
             if "--site" in block.commands:
                 carry(coordinator, sites)
             if "enable --now srfed-site" in block.commands:
                 for site in sites:
-                    wait_until(lambda site=site: "connected to the SuperLink" in site.journal(), site.journal)
+                    wait_until(
+                        lambda site=site: "connected to the SuperLink" in site.journal(),
+                        site.journal,
+                    )
             if "srfed-superlink" in block.commands:
                 wait_for_superlink(coordinator)
         assert "round 2/2" in said
@@ -388,13 +482,16 @@ def test_the_walkthrough_works_word_for_word_and_nobody_but_the_superlink_is_con
 
         # The certificate is another one by now; the sites have done nothing, and answer.
         (resume,) = (block for block in blocks() if block.until == "round  3/50")
-        assert "going on after round" in coordinator.do_until(resume.commands, "going on after round")
+        assert "going on after round" in coordinator.do_until(
+            resume.commands, "going on after round"
+        )
 
         everywhere = {(COORDINATOR, 8000)}
         for name, address in SITES.items():
             assert flows_of(flows, address) == everywhere, name
         assert {where for where, _ in flows_of(flows, COORDINATOR)} <= set(SITES.values())
-        # The cable would have shown it: this is what any program of Flower's does without the variable.
+        # The cable would have shown it: this is what any program of Flower's does without the
+        # variable.
         post = "from flwr.supercore.telemetry import *; create_event(EventType.PING, None)"
         sites[0].do(f"FLWR_TELEMETRY_ENABLED=1 /opt/srfed/bin/python -c '{post}'")
         wait_until(lambda: flows_of(flows, SITES["clinic-a"]) > everywhere, flows.read_text)
@@ -404,7 +501,9 @@ def draw_pictures(folder: Path, seed: int) -> None:
     folder.mkdir(parents=True)
     pixels = np.random.default_rng(seed)
     for number in range(150):
-        Image.fromarray(pixels.integers(0, 256, (12, 10), dtype=np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(pixels.integers(0, 256, (12, 10), dtype=np.uint8)).save(
+            folder / f"{number}.png"
+        )
 
 
 def carry(coordinator: Machine, sites: list[Machine]) -> None:
@@ -440,7 +539,9 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
         pytest.skip("there is no systemd-analyze here to verify with")
     for name in UNITS:
         text = (PROJECT / "systemd" / f"{name}.service").read_text()
-        (tmp_path / f"{name}.service").write_text(re.sub(r"ExecStart=\S+", "ExecStart=/bin/true", text))
+        (tmp_path / f"{name}.service").write_text(
+            re.sub(r"ExecStart=\S+", "ExecStart=/bin/true", text)
+        )
     files = [str(tmp_path / f"{name}.service") for name in UNITS]
     done = subprocess.run([verify, "verify", *files], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -453,4 +554,7 @@ def test_each_container_of_a_site_runs_what_the_command_understands() -> None:
     for name, service in sites.items():
         options = deploy._parser().parse_args(["site", *service["command"]])
         assert (options.client_id, str(options.key)) == (name, f"/run/secrets/{name}.key")
-    assert 'ENTRYPOINT ["python", "-m", "srfed.deploy", "site"]' in (PROJECT / "docker" / "Dockerfile").read_text()
+    assert (
+        'ENTRYPOINT ["python", "-m", "srfed.deploy", "site"]'
+        in (PROJECT / "docker" / "Dockerfile").read_text()
+    )

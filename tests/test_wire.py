@@ -1,4 +1,6 @@
-"""What crosses the wire: never θ_i, its moments or an image of S_i; and the guard that sees to it."""
+"""What crosses the wire: never θ_i, its moments or an image of S_i; and the guard that sees to
+it.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
@@ -98,7 +100,11 @@ def private_tensors(run: RunDirectory) -> Iterator[tuple[str, torch.Tensor]]:
     "settings",
     [
         {"training.update": "joint", "training.shared_moments": "average"},
-        {"training.update": "alternating", "training.shared_moments": "keep", "model.exclusive_stages": "io"},
+        {
+            "training.update": "alternating",
+            "training.shared_moments": "keep",
+            "model.exclusive_stages": "io",
+        },
     ],
     ids=["joint-average", "alternating-keep-io"],
 )
@@ -112,12 +118,16 @@ def test_no_private_tensor_and_no_image_is_in_any_message_of_a_whole_run(
     assert len(grid.requests) == len(grid.replies) == 3 + 9 + 6
     partition = build_partition(run.config, build_model(run.config, 1))
     assert set(partition.shared) <= grid.names
-    assert not [name for name in grid.names if any(name.endswith(own) for own in partition.exclusive)]
+    assert not [
+        name for name in grid.names if any(name.endswith(own) for own in partition.exclusive)
+    ]
 
     haystack = grid.data
     # The search finds what does travel ...
     shared = read_checkpoint(run.server / "round-00002").group("shared")
-    assert all(contents(tensor) is None or contents(tensor) in haystack for tensor in shared.values())
+    assert all(
+        contents(tensor) is None or contents(tensor) in haystack for tensor in shared.values()
+    )
     # ... and nothing of what must not.
     searched = 0
     for what, tensor in private_tensors(run):
@@ -138,10 +148,18 @@ def test_the_recorded_traffic_is_what_travelled(tmp_path: Path) -> None:
     assert isinstance(grid, RecordingGrid)
 
     def array_bytes(messages: list[Message], kind: str, number: int) -> int:
-        chosen = [m for m in messages if m.metadata.message_type == kind and m.metadata.group_id == str(number)]
+        chosen = [
+            m
+            for m in messages
+            if m.metadata.message_type == kind and m.metadata.group_id == str(number)
+        ]
         assert len(chosen) == 3
-        records = [record for message in chosen for record in message.content.array_records.values()]
-        return sum(len(name.encode()) + len(a.data) for record in records for name, a in record.items())
+        records = [
+            record for message in chosen for record in message.content.array_records.values()
+        ]
+        return sum(
+            len(name.encode()) + len(a.data) for record in records for name, a in record.items()
+        )
 
     lines = [(TRAIN, line) for line in round_lines(run)]
     lines += [(EVALUATE, line) for line in MetricsLog(run.metrics).evaluations()]
@@ -156,7 +174,11 @@ def test_the_recorded_traffic_is_what_travelled(tmp_path: Path) -> None:
     partition = build_partition(run.config, model)
     state = model.state_dict()
     payload = 3 * 3 * 4 * sum(state[name].numel() for name in partition.shared)
-    assert payload < lines[0][1]["bytes_up"] < payload + 3 * 4 * len(partition.shared) * (128 + 64) + 3 * 4096
+    assert (
+        payload
+        < lines[0][1]["bytes_up"]
+        < payload + 3 * 4 * len(partition.shared) * (128 + 64) + 3 * 4096
+    )
 
 
 def test_clients_send_deltas_of_nothing_when_nothing_is_shared(tmp_path: Path) -> None:
@@ -181,11 +203,17 @@ def config() -> RunConfig:
 
 
 @pytest.fixture
-def ask(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Message]:
-    """Send one request to the client of digit-0, with or without the guard, and return its reply."""
+def ask(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Message]:
+    """Send one request to the client of digit-0, with or without the guard, and return its
+    reply.
+    """
     monkeypatch.setenv(STATE_DIR_VARIABLE, str(tmp_path))
 
-    def send(kind: str, handler: Handler, *, guarded: bool, samples: int = 4, config: RunConfig = config) -> Message:
+    def send(
+        kind: str, handler: Handler, *, guarded: bool, samples: int = 4, config: RunConfig = config
+    ) -> Message:
         app = ClientApp(mods=[wire_guard] if guarded else [])
         category, _, action = kind.partition(".")
         getattr(app, category)(action or "default")(handler)
@@ -193,7 +221,9 @@ def ask(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
         model = build_model(config, 1)
         shared = build_partition(config, model).take_shared(model.state_dict())
         attempt = f"attempt-{len(list(tmp_path.glob('*/lineages/lineage/*')))}"
-        request = Request(config.to_json(), "lineage", "digit-0", round=1, attempt=attempt, samples=samples)
+        request = Request(
+            config.to_json(), "lineage", "digit-0", round=1, attempt=attempt, samples=samples
+        )
         content = request.to_content({SHARED: shared} if kind != DESCRIBE else None)
         return grid.send_and_receive([Message(content, 1, kind)])[0]
 
@@ -202,7 +232,9 @@ def ask(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
 
 def add_array(record: str, name: str) -> Leak:
     def leak(reply: Message) -> None:
-        tensors = read_tensors(reply.content, record) if record in reply.content.array_records else {}
+        tensors = (
+            read_tensors(reply.content, record) if record in reply.content.array_records else {}
+        )
         reply.content[record] = array_record({**tensors, name: torch.from_numpy(LEAK.copy())})
 
     return leak
@@ -248,7 +280,9 @@ def append_bytes(record: str, name: str) -> Leak:
     def leak(reply: Message) -> None:
         arrays = reply.content.array_records[record]
         array = arrays[name]
-        arrays[name] = Array(array.dtype, array.shape, array.stype, array.data + SECRET.encode() * 40)
+        arrays[name] = Array(
+            array.dtype, array.shape, array.stype, array.data + SECRET.encode() * 40
+        )
 
     return leak
 
@@ -267,7 +301,10 @@ def respelled_layout(record: str) -> Leak:
 AS_NUMBERS = [float(byte) for byte in SECRET.encode()]
 LEAKS: dict[str, tuple[str, Leak]] = {
     "an exclusive tensor among φ": (TRAIN, add_array(SHARED, "head.conv.weight")),
-    "an exclusive tensor in a record of its own": (TRAIN, add_array("exclusive", "head.conv.weight")),
+    "an exclusive tensor in a record of its own": (
+        TRAIN,
+        add_array("exclusive", "head.conv.weight"),
+    ),
     "moments of θ among φ": (TRAIN, add_array(SHARED, "exp_avg.head.conv.weight")),
     "training images under the name of a shared tensor": (
         TRAIN,
@@ -282,7 +319,10 @@ LEAKS: dict[str, tuple[str, Leak]] = {
     "training images in an unknown record": (TRAIN, add_array("debug", "batch")),
     "training images with a description": (DESCRIBE, add_array(GENERATED, "images")),
     "training images beside the samples": (EVALUATE, add_array(GENERATED, "originals")),
-    "samples that are not uint8": (EVALUATE, replace_array(GENERATED, "images", np.zeros((4, 8, 8, 1)))),
+    "samples that are not uint8": (
+        EVALUATE,
+        replace_array(GENERATED, "images", np.zeros((4, 8, 8, 1))),
+    ),
     "more samples than asked for": (
         EVALUATE,
         replace_array(GENERATED, "images", np.zeros((142, 8, 8, 1), np.uint8)),
@@ -308,7 +348,11 @@ def log_of(tmp_path: Path) -> str:
 
 
 def is_bare_error(reply: Message) -> bool:
-    return reply.has_error() and reply.error.code == FAILED and SECRET not in (reply.error.reason or "")
+    return (
+        reply.has_error()
+        and reply.error.code == FAILED
+        and SECRET not in (reply.error.reason or "")
+    )
 
 
 def is_refusal(reply: Message, words: str) -> bool:
@@ -371,7 +415,9 @@ def test_images_leave_only_when_the_request_asks_for_samples(ask: Callable[..., 
     assert is_bare_error(ask(EVALUATE, leaky, guarded=True, samples=0))
 
 
-def test_the_text_of_an_exception_stays_at_the_client(ask: Callable[..., Message], tmp_path: Path) -> None:
+def test_the_text_of_an_exception_stays_at_the_client(
+    ask: Callable[..., Message], tmp_path: Path
+) -> None:
     def failing(message: Message, context: Context) -> Message:
         raise RuntimeError(f"cannot open /data/{SECRET}.png")
 
@@ -395,17 +441,23 @@ def test_a_message_of_unknown_kind_gets_no_content(ask: Callable[..., Message]) 
         return Message(message.content, reply_to=message)
 
     assert ask("query.weights", obliging, guarded=False).has_content()
-    assert is_refusal(ask("query.weights", obliging, guarded=True), "the request is of an unknown kind")
+    assert is_refusal(
+        ask("query.weights", obliging, guarded=True), "the request is of an unknown kind"
+    )
 
 
 def test_a_request_of_another_protocol_gets_a_bare_error(tmp_path: Path) -> None:
     grid = InlineGrid(client_app.app, 1)
     request = Request("{}", "lineage").to_content()
     del request["request"]
-    assert is_refusal(grid.send_and_receive([Message(request, 1, TRAIN)])[0], "the request is of another protocol")
+    assert is_refusal(
+        grid.send_and_receive([Message(request, 1, TRAIN)])[0], "the request is of another protocol"
+    )
 
 
-def test_a_phi_of_another_model_is_refused_at_the_client(ask: Callable[..., Message], tmp_path: Path) -> None:
+def test_a_phi_of_another_model_is_refused_at_the_client(
+    ask: Callable[..., Message], tmp_path: Path
+) -> None:
     other = tiny_config({"model.channels": [8, 16, 16, 32]})
 
     def swapped(message: Message, context: Context) -> Message:

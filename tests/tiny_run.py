@@ -46,7 +46,10 @@ TIMINGS = {"seconds", "images_per_second"}
 
 def tiny_config(overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """The tiny configuration with some "section.key" set otherwise."""
-    content: dict[str, Any] = {"name": "tiny", **{section: dict(keys) for section, keys in TINY.items()}}
+    content: dict[str, Any] = {
+        "name": "tiny",
+        **{section: dict(keys) for section, keys in TINY.items()},
+    }
     for name, value in (overrides or {}).items():
         section, key = name.split(".")
         content[section] = {**content.get(section, {}), key: value}
@@ -69,7 +72,9 @@ def run_in_process(run: RunDirectory, client_app: ClientApp = real_client_app) -
     return run
 
 
-def run_on_grid(run: RunDirectory, grid_type: type[InlineGrid], client_app: ClientApp = real_client_app) -> InlineGrid:
+def run_on_grid(
+    run: RunDirectory, grid_type: type[InlineGrid], client_app: ClientApp = real_client_app
+) -> InlineGrid:
     """As :func:`run_in_process`, on a grid that does something besides."""
     os.environ[RUN_DIR_VARIABLE], os.environ[STATE_DIR_VARIABLE] = str(run.path), str(run.clients)
     grid = grid_type(client_app, run.config.federation.clients)
@@ -86,7 +91,9 @@ def server_bits(run: RunDirectory) -> dict[str, Any]:
 def accepted_attempts(run: RunDirectory) -> dict[str, Path]:
     """The folder of each client's last accepted attempt."""
     manifest = read_manifest(sorted(run.server.glob("round-*"))[-1])
-    return {client: store_of(run, client) / attempt for client, attempt in manifest["attempts"].items()}
+    return {
+        client: store_of(run, client) / attempt for client, attempt in manifest["attempts"].items()
+    }
 
 
 def store_of(run: RunDirectory, client: str) -> Path:
@@ -99,7 +106,9 @@ def all_bits(run: RunDirectory) -> dict[str, Any]:
     bits: dict[str, Any] = {"server": server_bits(run)}
     for client, folder in accepted_attempts(run).items():
         manifest = read_manifest(folder)
-        bits[client] = {name: manifest[name] for name in ("round", "steps", "exclusive_steps", "sha256")}
+        bits[client] = {
+            name: manifest[name] for name in ("round", "steps", "exclusive_steps", "sha256")
+        }
     return bits
 
 
@@ -116,8 +125,12 @@ def round_lines(run: RunDirectory) -> list[dict[str, Any]]:
 
 
 def stop_after_a_round(command: list[str], number: signal.Signals) -> tuple[int, str]:
-    """Start a command, send it a signal once it has printed a round; its exit code and standard error."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    """Start a command, send it a signal once it has printed a round; its exit code and standard
+    error.
+    """
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             assert process.stdout is not None
             for line in process.stdout:

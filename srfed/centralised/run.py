@@ -43,7 +43,9 @@ def train_centrally(run: RunDirectory) -> None:
 
 
 class _CentralRun:
-    """One execution of a run. Checkpoints are a federation's: φ at the server, each θ_i in its task's store."""
+    """One execution of a run. Checkpoints are a federation's: φ at the server, each θ_i in its
+    task's store.
+    """
 
     def __init__(self, run: RunDirectory, reporter: Reporter) -> None:
         self._run, self._reporter = run, reporter
@@ -55,21 +57,32 @@ class _CentralRun:
         model = build_model(config, self._tasks[0].train.shape[-1])
         self._partition = build_partition(config, model)
         self._initial = initial_state(model, self._partition)
-        shared = {name: t.clone() for name, t in self._partition.take_shared(model.state_dict()).items()}
+        shared = {
+            name: t.clone() for name, t in self._partition.take_shared(model.state_dict()).items()
+        }
         layout = memory_layout(config.resources)
         self._model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
         self._forward = captured_forward(self._model, config.resources, device)
         self._diffusion = build_diffusion(config, device)
-        self._trainer = CentralTrainer(config, self._model, self._partition, self._diffusion, self._tasks)
+        self._trainer = CentralTrainer(
+            config, self._model, self._partition, self._diffusion, self._tasks
+        )
         self._checkpoints = ServerCheckpoints(run.server, config.federation.keep_attempts)
         height, width, channels = self._tasks[0].train.shape[1:]
         self._server = ServerState(
-            lineage=run.lineage, round=0, shared=shared,
+            lineage=run.lineage,
+            round=0,
+            shared=shared,
             shared_average={name: t.clone() for name, t in shared.items()},
-            shape=(height, width, channels), clients=tuple(task.name for task in self._tasks),
-        )  # fmt: skip
-        network = load_feature_network(config.evaluation.feature_network, config.evaluation.inception_weights, device)
-        self._evaluation = CentralEvaluation(network, {task.name: task.test for task in self._tasks})
+            shape=(height, width, channels),
+            clients=tuple(task.name for task in self._tasks),
+        )
+        network = load_feature_network(
+            config.evaluation.feature_network, config.evaluation.inception_weights, device
+        )
+        self._evaluation = CentralEvaluation(
+            network, {task.name: task.test for task in self._tasks}
+        )
         self._floor = RealFloor(self._evaluation, self._tasks)
 
     def run(self) -> None:
@@ -81,7 +94,9 @@ class _CentralRun:
         else:
             self._checkpoints.save(self._server)
         state = self._restore()
-        infos = [TaskInfo(task.name, task.name, len(task.train), len(task.test)) for task in self._tasks]
+        infos = [
+            TaskInfo(task.name, task.name, len(task.train), len(task.test)) for task in self._tasks
+        ]
         reporter.begin(self._server.round, infos)
         last = self._server.round
         if config.evaluation_due(last) and not reporter.has_evaluation(last):
@@ -103,9 +118,13 @@ class _CentralRun:
             for task in self._tasks
         }
         for task in self._tasks:
-            check_tensors(str(self._store(task).folder), tasks[task.name].exclusive, self._initial.exclusive)
+            check_tensors(
+                str(self._store(task).folder), tasks[task.name].exclusive, self._initial.exclusive
+            )
         server = self._server
-        return CentralState(server.shared, server.shared_average, tasks, server.shared_moments, server.shared_steps)
+        return CentralState(
+            server.shared, server.shared_average, tasks, server.shared_moments, server.shared_steps
+        )
 
     def _save(self, number: int, state: CentralState) -> None:
         attempt = f"round-{number:05d}"
@@ -113,20 +132,29 @@ class _CentralRun:
             parent = self._server.attempts.get(task.name, NO_PARENT)
             store = self._store(task)
             if store.has(attempt):
-                # The process was stopped between this store and the server's checkpoint: these are its bits.
+                # The process was stopped between this store and the server's checkpoint: these are
+                # its bits.
                 continue
             store.save(attempt, parent, number, state.tasks[task.name])
         self._server = replace(
-            self._server, round=number, shared=state.shared, shared_average=state.shared_average,
-            shared_moments=state.shared_moments, shared_steps=state.steps,
+            self._server,
+            round=number,
+            shared=state.shared,
+            shared_average=state.shared_average,
+            shared_moments=state.shared_moments,
+            shared_steps=state.steps,
             attempts={task.name: attempt for task in self._tasks},
-        )  # fmt: skip
+        )
         self._checkpoints.save(self._server)
 
     def _store(self, task: Task) -> ClientStore:
-        return ClientStore(self._run.clients, task.name, self._run.lineage, self._config.federation.keep_attempts)
+        return ClientStore(
+            self._run.clients, task.name, self._run.lineage, self._config.federation.keep_attempts
+        )
 
-    def _report(self, number: int, before: CentralState, result: CentralResult, seconds: float) -> None:
+    def _report(
+        self, number: int, before: CentralState, result: CentralResult, seconds: float
+    ) -> None:
         squares = [
             (tensor.double() - before.shared[name].double()).square().sum()
             for name, tensor in result.state.shared.items()
@@ -143,7 +171,8 @@ class _CentralRun:
             images_per_second=result.images / seconds,
             bytes_up=0,
             bytes_down=0,
-            learning_rate=self._config.training.learning_rate * learning_rate_factor(self._config, number),
+            learning_rate=self._config.training.learning_rate
+            * learning_rate_factor(self._config, number),
             update_norm=float(torch.stack(squares).sum().sqrt()) if squares else 0.0,
             disagreement=0.0,
             seconds=seconds,
@@ -153,20 +182,35 @@ class _CentralRun:
     def _evaluate(self, number: int, state: CentralState) -> None:
         began = time.perf_counter()
         settings, final = self._config.evaluation, number == self._config.federation.rounds
-        share = share_of_samples(settings.samples if final else settings.samples_between, len(self._tasks))
+        share = share_of_samples(
+            settings.samples if final else settings.samples_between, len(self._tasks)
+        )
         images, strips, curves, windows, audits = {}, {}, {}, [], {}
         for place, task in enumerate(self._tasks):
-            load_tensors(self._model, state.shared_average, state.tasks[task.name].exclusive_average)
+            load_tensors(
+                self._model, state.shared_average, state.tasks[task.name].exclusive_average
+            )
             self._model.eval()
             evaluated = evaluate_task(
-                noise_of_task(self._model, place, self._forward), self._diffusion, self._config,
-                task=task.name, train=task.train, test=task.test, samples=share, final=final,
-            )  # fmt: skip
+                noise_of_task(self._model, place, self._forward),
+                self._diffusion,
+                self._config,
+                task=task.name,
+                train=task.train,
+                test=task.test,
+                samples=share,
+                final=final,
+            )
             if evaluated.audit is not None:
                 audits[task.name] = evaluated.audit
             if evaluated.no_audit:
-                self._reporter.on_notice(f"{task.name}: no memorisation audit: {evaluated.no_audit}")
-            images[task.name], strips[task.name] = evaluated.generated.images, evaluated.generated.strip
+                self._reporter.on_notice(
+                    f"{task.name}: no memorisation audit: {evaluated.no_audit}"
+                )
+            images[task.name], strips[task.name] = (
+                evaluated.generated.images,
+                evaluated.generated.strip,
+            )
             if evaluated.ssim:
                 curves[task.name] = evaluated.ssim
                 windows.append(evaluated.ssim_window)
@@ -183,7 +227,9 @@ class _CentralRun:
                 references=scores.references,
                 ssim_timestep=settings.ssim_timestep,
                 ssim=_mean_curve(curves),
-                ssim_by_client={name: curve[settings.ssim_timestep] for name, curve in curves.items()},
+                ssim_by_client={
+                    name: curve[settings.ssim_timestep] for name, curve in curves.items()
+                },
                 ssim_window=max(windows, default=0),
                 audits=audits,
                 grids={name: group[: settings.grid_columns] for name, group in images.items()},

@@ -1,8 +1,10 @@
-"""A new task's adaptation, scored on the way and kept: the folder that ``python -m srfed.adapt`` writes.
+"""A new task's adaptation, scored on the way and kept: the folder that ``python -m srfed.adapt``
+writes.
 
 <out>/adaptation.json             what was adapted to what, and how: the same for all modes
 <out>/scores.csv                  one line for every mode and number of steps
-<out>/<mode>/<task>/models/...    the model, in a store such as a deployed site has (``srfed.sample --store``)
+<out>/<mode>/<task>/models/...    the model, in a store such as a deployed site has (``srfed.sample
+--store``)
 """
 
 import csv
@@ -103,7 +105,8 @@ def score_adaptation(
         seed: of training and samples; every score is of the same noise.
 
     Raises:
-        UserError: as :func:`~srfed.training.adaptation.adapt`; or fewer than two samples or held-out images.
+        UserError: as :func:`~srfed.training.adaptation.adapt`; or fewer than two samples or
+            held-out images.
     """
     device = resolve_device(config.resources)
     model = build_model(config, task.train.shape[-1]).to(device).eval()
@@ -112,17 +115,31 @@ def score_adaptation(
     floor = frechet_distance(FeatureStatistics.of(network(task.train)), held_out)
     for adapted in adapt(
         config, shared, task.train, task=task.name, mode=mode, steps=steps, every=every, seed=seed
-    ):  # fmt: skip
+    ):
         load_tensors(model, adapted.shared, adapted.exclusive)
         images = generate(
-            model, diffusion, config.sampling, count=samples, shape=task.train.shape[1:], seed=seed, task=task.name
+            model,
+            diffusion,
+            config.sampling,
+            count=samples,
+            shape=task.train.shape[1:],
+            seed=seed,
+            task=task.name,
         ).images
         score = frechet_distance(FeatureStatistics.of(network(images)), held_out)
         point = Point(
-            mode=mode, images=len(task.train), steps=adapted.steps, loss=adapted.loss,
-            score_name=network.score_name, score=score, samples=samples, references=len(task.test), floor=floor,
-            network_sha256=network.sha256, seed=seed,
-        )  # fmt: skip
+            mode=mode,
+            images=len(task.train),
+            steps=adapted.steps,
+            loss=adapted.loss,
+            score_name=network.score_name,
+            score=score,
+            samples=samples,
+            references=len(task.test),
+            floor=floor,
+            network_sha256=network.sha256,
+            seed=seed,
+        )
         yield ScoredAdaptation(point, adapted, images)
 
 
@@ -148,7 +165,9 @@ class AdaptationFolder:
     @classmethod
     @contextmanager
     def held(cls, path: Path, about: Mapping[str, Any]) -> Iterator["AdaptationFolder"]:
-        """The folder, for this process alone; raises UserError where another one has it, and as the class does."""
+        """The folder, for this process alone; raises UserError where another one has it, and as the
+        class does.
+        """
         _refuse_other(path, about)
         with held(path / LOCK, wait=False):
             yield cls(path, about)
@@ -167,37 +186,57 @@ class AdaptationFolder:
         return kept and (self.store(mode, task) / MODELS).is_dir()
 
     def add(self, config: RunConfig, mode: Mode, task: str, curve: list[ScoredAdaptation]) -> None:
-        """Keep a finished mode: its model first, then its scores; raises UserError where that cannot be.
+        """Keep a finished mode: its model first, then its scores; raises UserError where that
+        cannot be.
 
         Args:
-            config: of the adaptation, as :func:`~srfed.training.adaptation.adaptation_config` gives it.
+            config: of the adaptation, as :func:`~srfed.training.adaptation.adaptation_config` gives
+                it.
             mode: the mode.
             task: the new task's name.
             curve: the mode's results, the last of which is kept as a model.
         """
         last = curve[-1]
         save_site_model(
-            self.store(mode, task), config, f"adapted-{mode}", last.adapted.chunk, last.samples.shape[1:],
-            last.adapted.shared, last.adapted.exclusive,
-        )  # fmt: skip
-        self.points = [point for point in self.points if point.mode != mode] + [scored.point for scored in curve]
+            self.store(mode, task),
+            config,
+            f"adapted-{mode}",
+            last.adapted.chunk,
+            last.samples.shape[1:],
+            last.adapted.shared,
+            last.adapted.exclusive,
+        )
+        self.points = [point for point in self.points if point.mode != mode] + [
+            scored.point for scored in curve
+        ]
         write_points(self.scores, self.points)
 
 
 def _refuse_other(path: Path, about: Mapping[str, Any]) -> None:
     if exists(path / IDENTITY):
         found = read_json(path / IDENTITY, "task")
-        changed = [f"{key}: {found.get(key)} -> {value}" for key, value in about.items() if found.get(key) != value]
+        changed = [
+            f"{key}: {found.get(key)} -> {value}"
+            for key, value in about.items()
+            if found.get(key) != value
+        ]
         if changed:
-            raise UserError(f"{path} holds another adaptation ({'; '.join(changed)}); name another folder with --out")
+            raise UserError(
+                f"{path} holds another adaptation ({'; '.join(changed)}); name another folder with "
+                "--out"
+            )
     elif exists(path) and (not path.is_dir() or set(list_folder(path)) - {LOCK}):
         raise UserError(f"{path} is not an empty folder; name another one with --out")
 
 
 def write_points(path: Path, points: Sequence[Point]) -> None:
-    """Write points of one kind as a table with a header, atomically; raises UserError where that cannot be."""
+    """Write points of one kind as a table with a header, atomically; raises UserError where that
+    cannot be.
+    """
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, [field.name for field in fields(points[0])], lineterminator="\n")
+    writer = csv.DictWriter(
+        buffer, [field.name for field in fields(points[0])], lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(asdict(point) for point in points)
     write_bytes(path, buffer.getvalue().encode())
@@ -215,7 +254,10 @@ def read_points(path: Path, kind: type[SomePoint]) -> list[SomePoint]:
     kinds: dict[str, Any] = {field.name: field.type for field in fields(kind)}
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            return [kind(**{name: kinds[name](row[name]) for name in kinds}) for row in csv.DictReader(file)]
+            return [
+                kind(**{name: kinds[name](row[name]) for name in kinds})
+                for row in csv.DictReader(file)
+            ]
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}; name another folder with --out") from error
 

@@ -5,8 +5,8 @@
 The server names the attempt to start from, so a lost reply, a retry or a crash leaves at most an
 attempt that nobody refers to; it can never pair θ_i with the φ of another round.
 
-What an attempt removes is decided by descent alone: nothing goes but what it descends from itself, and what branched
-off from that. So no message, whatever round it claims, empties a store.
+What an attempt removes is decided by descent alone: nothing goes but what it descends from itself,
+and what branched off from that. So no message, whatever round it claims, empties a store.
 """
 
 import os
@@ -39,7 +39,8 @@ MOST_ROUNDS = 1_000_000
 _GROUPS = ("exclusive", "exclusive_average", "exclusive_moments", "shared_moments")
 _KINDS = {"parent": str, "round": int, "steps": int, "exclusive_steps": int}
 _UNVERSIONED_LINEAGE = re.compile(r"[0-9a-f]{12}")
-"""Lineages of stores from before formats had versions; they lay beside ``models`` and ``samples``."""
+"""Lineages of stores from before formats had versions; they lay beside ``models`` and ``samples``.
+"""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,12 @@ class ClientStore:
     """
 
     def __init__(
-        self, state_dir: Path, client: str, lineage: str, keep: int, bounds: StoreBounds | None = None
+        self,
+        state_dir: Path,
+        client: str,
+        lineage: str,
+        keep: int,
+        bounds: StoreBounds | None = None,
     ) -> None:
         for name in (client, lineage):
             check_name(name)
@@ -112,11 +118,14 @@ class ClientStore:
         if not least <= round_number <= MOST_ROUNDS:
             what = "training" if training else "evaluation"
             raise UserError(
-                f"{what} round {round_number} is impossible after attempt {parent!r}; allowed: {least} to {MOST_ROUNDS}"
+                f"{what} round {round_number} is impossible after attempt {parent!r}; allowed: "
+                f"{least} to {MOST_ROUNDS}"
             )
 
     def line(self, attempt: str) -> str:
-        """The first attempt of an attempt's line of descent, as far as the store knows it; "none" for none."""
+        """The first attempt of an attempt's line of descent, as far as the store knows it; "none"
+        for none.
+        """
         if attempt == NO_PARENT:
             return NO_PARENT
         check_name(attempt)
@@ -126,18 +135,21 @@ class ClientStore:
         """Store an attempt durably, then drop those of its ancestors that no kept round refers to.
 
         Raises:
-            UserError: it cannot be written, would exceed the store's bounds, or is no later than its parent; the
-                store is as it was.
+            UserError: it cannot be written, would exceed the store's bounds, or is no later than
+                its parent; the store is as it was.
         """
         check_name(attempt)
         groups = {group: getattr(state, group) for group in _GROUPS}
         size = sum(tensor.nbytes for members in groups.values() for tensor in members.values())
-        # A process that outlives its SuperNode for a moment must not have its half-written folder pruned.
+        # A process that outlives its SuperNode for a moment must not have its half-written folder
+        # pruned.
         with held(self._client / "lock", wait=True):
             self._adopt()
             known = set(find_checkpoints(self.folder))
             # A process that was slow may save when its parent has been dropped already.
-            self.check_descent(parent if parent in known else NO_PARENT, round_number, training=True)
+            self.check_descent(
+                parent if parent in known else NO_PARENT, round_number, training=True
+            )
             check_bounds(self.folder.parent, self.folder.name, size, self._bounds)
             manifest = {
                 "attempt": attempt,
@@ -168,7 +180,9 @@ class ClientStore:
                 make_folder(self.folder.parent)
                 os.rename(found, self.folder)
             except OSError as error:
-                raise UserError(f"cannot move {found} to {self.folder}: {error.strerror or error}") from error
+                raise UserError(
+                    f"cannot move {found} to {self.folder}: {error.strerror or error}"
+                ) from error
 
     def _manifests(self) -> dict[str, dict[str, Any]]:
         """By attempt. One that cannot be read or is damaged is left out, and so stays."""
@@ -193,7 +207,9 @@ def check_bounds(folder: Path, name: str, size: int, bounds: StoreBounds) -> Non
     others = [found for found in list_folder(folder) if found != name]
     advice = f"remove folders of runs that are over from {folder}"
     if len(others) >= bounds.lineages:
-        raise UserError(f"{folder} holds {len(others)} runs, and {bounds.lineages} are the most: {advice}")
+        raise UserError(
+            f"{folder} holds {len(others)} runs, and {bounds.lineages} are the most: {advice}"
+        )
     used = sum(_sizes(folder))
     if used + size > bounds.bytes:
         raise UserError(
@@ -206,17 +222,19 @@ def check_name(name: str) -> None:
     """Raise UserError for a name of a client, lineage or attempt that is no plain file name."""
     if not PLAIN_NAME.fullmatch(name):
         raise UserError(
-            f"{name[: LONGEST_NAME + 1]!a} is no name for a store; allowed: letters, digits, and . _ - inside, no "
-            f"'..', at most {LONGEST_NAME} characters"
+            f"{name[: LONGEST_NAME + 1]!a} is no name for a store; allowed: letters, digits, and . "
+            f"_ - inside, no '..', at most {LONGEST_NAME} characters"
         )
 
 
 def _dispensable(manifests: dict[str, dict[str, Any]], newest: str, horizon: int) -> list[str]:
-    """The attempts that no checkpoint of the server refers to any more, now that there is ``newest``.
+    """The attempts that no checkpoint of the server refers to any more, now that there is
+    ``newest``.
 
-    The server may go back to any of its last rounds, that is, to any ancestor of ``newest`` after the horizon, or to
-    the last at or before it: the anchor. The anchor's ancestors go, with all that branched off from them. Of those
-    that have no parent only such go as nothing descends from: the beginning of another line is not ours to judge.
+    The server may go back to any of its last rounds, that is, to any ancestor of ``newest`` after
+    the horizon, or to the last at or before it: the anchor. The anchor's ancestors go, with all
+    that branched off from them. Of those that have no parent only such go as nothing descends from:
+    the beginning of another line is not ours to judge.
 
     Args:
         manifests: of all attempts.
@@ -224,7 +242,9 @@ def _dispensable(manifests: dict[str, dict[str, Any]], newest: str, horizon: int
         horizon: the last round that is no longer kept.
     """
     ancestors = list(_ancestors(manifests, newest))
-    anchor = next((place for place, name in enumerate(ancestors) if _round(manifests, name) <= horizon), None)
+    anchor = next(
+        (place for place, name in enumerate(ancestors) if _round(manifests, name) <= horizon), None
+    )
     if anchor is None:
         return []
     children: dict[str, list[str]] = {}
@@ -233,7 +253,9 @@ def _dispensable(manifests: dict[str, dict[str, Any]], newest: str, horizon: int
     kept, gone = set(ancestors[: anchor + 1]), set()
     first = str(manifests[ancestors[-1]]["parent"])
     waiting = [*ancestors[anchor + 1 :], *(children[first] if first != NO_PARENT else [])]
-    waiting += [name for name in children.get(NO_PARENT, []) if first == NO_PARENT and name not in children]
+    waiting += [
+        name for name in children.get(NO_PARENT, []) if first == NO_PARENT and name not in children
+    ]
     while waiting:
         name = waiting.pop()
         if name not in kept and name not in gone:
@@ -243,7 +265,9 @@ def _dispensable(manifests: dict[str, dict[str, Any]], newest: str, horizon: int
 
 
 def _ancestors(manifests: dict[str, dict[str, Any]], newest: str) -> Iterator[str]:
-    """An attempt and its ancestors, as far as they are known and each is earlier than the one that it led to."""
+    """An attempt and its ancestors, as far as they are known and each is earlier than the one that
+    it led to.
+    """
     name, number = newest, MOST_ROUNDS + 1
     while name in manifests and _round(manifests, name) < number:
         yield name

@@ -80,19 +80,24 @@ def evaluate_run(
         network: the feature network.
         reference_folder: where statistics of real images are kept between runs; None keeps none.
         progress: told each task's name when its samples are there.
-        on_changed_images: told how the images differ from those that the run was begun with, which are then scored
-            against all the same; None refuses.
+        on_changed_images: told how the images differ from those that the run was begun with, which
+            are then scored against all the same; None refuses.
 
     Returns:
-        A record of plain values: the run, what was measured on how many images and how, and the scores.
+        A record of plain values: the run, what was measured on how many images and how, and the
+        scores.
 
     Raises:
-        UserError: the data are not where the run's configuration says, or have changed, or a file is damaged.
+        UserError: the data are not where the run's configuration says, or have changed, or a file
+            is damaged.
     """
     config, run = trained.config, RunDirectory.open(path)
     changes: list[str] = []
     tasks = load_recorded_tasks(
-        config.data, config.federation.clients, run.images, None if on_changed_images is None else changes.append
+        config.data,
+        config.federation.clients,
+        run.images,
+        None if on_changed_images is None else changes.append,
     )
     if on_changed_images is not None and changes:
         on_changed_images(changes[0])
@@ -105,7 +110,9 @@ def evaluate_run(
     samples, sampling_seconds = _samples(folder, trained, wanted, progress)
     began, log = time.perf_counter(), MetricsLog(run.metrics)
     whole = load_tasks(
-        config.data.model_copy(update={"images_per_task": None}), config.federation.clients, read_records(run.images)
+        config.data.model_copy(update={"images_per_task": None}),
+        config.federation.clients,
+        read_records(run.images),
     )
     scored = score_samples(
         samples,
@@ -140,7 +147,10 @@ def evaluate_run(
         "scores": [asdict(score) for score in scored.scores],
         "by_task": scored.by_task,
         "agreement": {"all": float(np.mean(list(scored.agreement.values()))), **scored.agreement},
-        "ssim": {str(t): float(np.mean([curve[t] for curve in curves.values()])) for t in wanted.ssim_timesteps}
+        "ssim": {
+            str(t): float(np.mean([curve[t] for curve in curves.values()]))
+            for t in wanted.ssim_timesteps
+        }
         if wanted.ssim_images
         else {},
         "ssim_images": wanted.ssim_images,
@@ -152,7 +162,10 @@ def evaluate_run(
         },
         "parameters": {
             part: sum(trained.sizes[name] for name in names)
-            for part, names in (("shared", trained.partition.shared), ("exclusive", trained.partition.exclusive))
+            for part, names in (
+                ("shared", trained.partition.shared),
+                ("exclusive", trained.partition.exclusive),
+            )
         },
         "training": asdict(totals(log)),
         "round_bytes": sum(line["bytes_up"] + line["bytes_down"] for line in log.rounds()),
@@ -163,9 +176,15 @@ def evaluate_run(
     return record
 
 
-def read_samples(path: Path, trained: TrainedRun, wanted: Wanted, network: FeatureNetwork) -> dict[str, Images]:
-    """The samples that :func:`evaluate_run` has scored, by task in order; raises UserError where there are none."""
-    return _read_samples(path / "evaluations" / _key(trained, wanted, network) / SAMPLES_FILE, trained)
+def read_samples(
+    path: Path, trained: TrainedRun, wanted: Wanted, network: FeatureNetwork
+) -> dict[str, Images]:
+    """The samples that :func:`evaluate_run` has scored, by task in order; raises UserError where
+    there are none.
+    """
+    return _read_samples(
+        path / "evaluations" / _key(trained, wanted, network) / SAMPLES_FILE, trained
+    )
 
 
 def _read_samples(file: Path, trained: TrainedRun) -> dict[str, Images]:
@@ -176,7 +195,9 @@ def _read_samples(file: Path, trained: TrainedRun) -> dict[str, Images]:
     except DamagedError as error:
         raise DamagedError(f"{error}; remove {file.parent}, and it is made again") from error
     except KeyError as error:
-        raise DamagedError(f"{file} has no samples of {error}; remove {file.parent}, and it is made again") from error
+        raise DamagedError(
+            f"{file} has no samples of {error}; remove {file.parent}, and it is made again"
+        ) from error
 
 
 def _samples(
@@ -184,7 +205,9 @@ def _samples(
 ) -> tuple[dict[str, Images], float]:
     file = folder / SAMPLES_FILE
     if exists(file):
-        return _read_samples(file, trained), float(read_json(folder / "sampling.json", "seconds")["seconds"])
+        return _read_samples(file, trained), float(
+            read_json(folder / "sampling.json", "seconds")["seconds"]
+        )
     began = time.perf_counter()
     samples = {}
     share = share_of_samples(wanted.samples, len(trained.tasks))

@@ -32,12 +32,14 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class KnownClient:
-    """What a run holds a client to, from its first description on, whoever comes under its id later.
+    """What a run holds a client to, from its first description on, whoever comes under its id
+    later.
 
     Attributes:
         images: m_i.
         test_images: its held-out images.
-        key: fingerprint of the SuperNode key that the id belongs to; empty where nodes have no keys of their own.
+        key: fingerprint of the SuperNode key that the id belongs to; empty where nodes have no keys
+            of their own.
         name: under which that key was registered; may be empty.
         node: where the client was last.
     """
@@ -64,7 +66,8 @@ class ServerState:
         attempts: the accepted attempt of each client that ever had one.
         shape: H, W, C of the images.
         clients: ids of all clients that have taken part.
-        known: what each of them is held to; those of a checkpoint of an earlier version are learned anew.
+        known: what each of them is held to; those of a checkpoint of an earlier version are learned
+            anew.
         minibatches: how many of them are behind each client's accepted attempt.
     """
 
@@ -117,8 +120,14 @@ class ServerCheckpoints:
         remove_remains(self.folder)
 
     def rounds(self) -> list[int]:
-        """Rounds that have a checkpoint, in order; raises UserError where the folder cannot be read."""
-        names = (name.removeprefix("round-") for name in find_checkpoints(self.folder) if name.startswith("round-"))
+        """Rounds that have a checkpoint, in order; raises UserError where the folder cannot be
+        read.
+        """
+        names = (
+            name.removeprefix("round-")
+            for name in find_checkpoints(self.folder)
+            if name.startswith("round-")
+        )
         return sorted(int(name) for name in names if name.isdecimal())
 
     def load_last(self) -> ServerState:
@@ -130,17 +139,25 @@ class ServerCheckpoints:
         """
         rounds = self.rounds()
         if not rounds:
-            raise UserError(f"{self.folder} has no checkpoint: the run stopped before its first round ended")
+            raise UserError(
+                f"{self.folder} has no checkpoint: the run stopped before its first round ended"
+            )
         path = self._path(rounds[-1])
         try:
             checkpoint = read_checkpoint(path, _KINDS)
             shape = image_shape(path, checkpoint.manifest["shape"])
         except DamagedError as error:
-            advice = f"remove {path} to go back to round {rounds[-2]}" if len(rounds) > 1 else "it is the only one"
+            advice = (
+                f"remove {path} to go back to round {rounds[-2]}"
+                if len(rounds) > 1
+                else "it is the only one"
+            )
             raise DamagedError(f"{error}; {advice}") from error
         manifest = checkpoint.manifest
         try:
-            known = {client: KnownClient(**entry) for client, entry in manifest.get("known", {}).items()}
+            known = {
+                client: KnownClient(**entry) for client, entry in manifest.get("known", {}).items()
+            }
         except (AttributeError, TypeError) as error:
             raise DamagedError(f"{path} is damaged: {error}") from error
         return ServerState(
@@ -156,7 +173,9 @@ class ServerCheckpoints:
         )
 
     def check(self, state: ServerState, shared: Mapping[str, Tensor]) -> None:
-        """Raise UserError unless a state's φ and its average have the names and shapes of the model's ``shared``."""
+        """Raise UserError unless a state's φ and its average have the names and shapes of the
+        model's ``shared``.
+        """
         for tensors in (state.shared, state.shared_average):
             check_tensors(str(self._path(state.round)), tensors, shared)
 

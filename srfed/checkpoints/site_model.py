@@ -1,9 +1,11 @@
-"""A site's own copy of its model: the averaged φ that the server last sent, with the site's averaged θ_i.
+"""A site's own copy of its model: the averaged φ that the server last sent, with the site's
+averaged θ_i.
 
     <state-dir>/<client>/models/<lineage>/round-00030-4/
 
-It is written at each evaluation, so the one of the last round is there when training ends. The number behind the
-round counts the models that the site has written; the highest is the newest, whatever a copy has done to times.
+It is written at each evaluation, so the one of the last round is there when training ends. The
+number behind the round counts the models that the site has written; the highest is the newest,
+whatever a copy has done to times.
 """
 
 from collections.abc import Iterator, Mapping
@@ -41,7 +43,8 @@ def save_site_model(
     line: str = NO_PARENT,
     bounds: StoreBounds | None = None,
 ) -> None:
-    """Store the model of a round, then drop those that were stored before of the same line of descent.
+    """Store the model of a round, then drop those that were stored before of the same line of
+    descent.
 
     Args:
         folder: the client's own folder.
@@ -51,7 +54,8 @@ def save_site_model(
         shape: H, W, C of the images.
         shared: the averaged φ.
         exclusive: the averaged θ_i.
-        line: the first attempt of θ_i's line of descent; "none" where it is the common initialisation.
+        line: the first attempt of θ_i's line of descent; "none" where it is the common
+            initialisation.
         bounds: of all models of the site.
 
     Raises:
@@ -64,7 +68,11 @@ def save_site_model(
         check_bounds(models.parent, lineage, size, bounds or StoreBounds())
         remove_remains(models)
         number = 1 + max((number for _, number, _ in _found(folder)), default=0)
-        before = [path for path, _, other in _found(folder) if path.parent == models and other in (line, None)]
+        before = [
+            path
+            for path, _, other in _found(folder)
+            if path.parent == models and other in (line, None)
+        ]
         manifest = {
             "config": config.to_json(),
             "round": round_number,
@@ -74,7 +82,9 @@ def save_site_model(
             "line": line,
         }
         groups = {"shared": dict(shared), "exclusive": dict(exclusive)}
-        write_checkpoint(models / f"round-{round_number:05d}-{number}", Checkpoint(groups, manifest))
+        write_checkpoint(
+            models / f"round-{round_number:05d}-{number}", Checkpoint(groups, manifest)
+        )
         for path in before:
             remove_checkpoint(path)
 
@@ -93,7 +103,8 @@ class SiteModel:
         found = list(_found(folder))
         if not found:
             raise UserError(
-                f"{folder} has no model; name <state-dir>/<client-id> of a site that took part in an evaluation"
+                f"{folder} has no model; name <state-dir>/<client-id> of a site that took part in "
+                "an evaluation"
             )
         last = max(number for _, number, _ in found)
         newest = [path for path, number, _ in found if number == last]
@@ -117,7 +128,9 @@ class SiteModel:
 
 
 def _found(folder: Path) -> Iterator[tuple[Path, int, str | None]]:
-    """All models of a site with their numbers and lines of descent: 0 and None before formats had versions."""
+    """All models of a site with their numbers and lines of descent: 0 and None before formats had
+    versions.
+    """
     for lineage in list_folder(folder / MODELS):
         for name in find_checkpoints(folder / MODELS / lineage):
             path = folder / MODELS / lineage / name

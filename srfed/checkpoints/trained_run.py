@@ -1,4 +1,6 @@
-"""Trained models, opened for sampling: those of a simulation's run, or the one of a deployed site."""
+"""Trained models, opened for sampling: those of a simulation's run, or the one of a deployed
+site.
+"""
 
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +24,8 @@ from srfed.training.setup import build_diffusion, build_model, build_partition, 
 
 
 class TrainedSite:
-    """The model of one deployed site, from its own store; the same interface as :class:`TrainedRun`.
+    """The model of one deployed site, from its own store; the same interface as
+    :class:`TrainedRun`.
 
     Attributes:
         shared: the averaged φ.
@@ -50,7 +53,9 @@ class TrainedSite:
     def find_task(self, wanted: str) -> TaskInfo:
         """The site's own task; raises UserError for any other."""
         if wanted not in (self.tasks[0].task, "0"):
-            raise UserError(f"--task {wanted!r} is not at this site; it has 0 ({self.tasks[0].task})")
+            raise UserError(
+                f"--task {wanted!r} is not at this site; it has 0 ({self.tasks[0].task})"
+            )
         return self.tasks[0]
 
     def model_of(self, task: TaskInfo) -> PredictNoise:
@@ -87,8 +92,8 @@ class TrainedRun:
         self.tasks: list[TaskInfo] = MetricsLog(self._run.metrics).tasks()
         if not self.tasks:
             raise UserError(
-                f"{self._run.metrics} names no task: it is missing or empty; put it back, or write it again with "
-                f"--resume {self._run.path}"
+                f"{self._run.metrics} names no task: it is missing or empty; put it back, or write "
+                f"it again with --resume {self._run.path}"
             )
 
     def find_task(self, wanted: str) -> TaskInfo:
@@ -100,7 +105,9 @@ class TrainedRun:
         raise UserError(f"--task {wanted!r} is not in this run; it has {names}")
 
     def model_of(self, task: TaskInfo) -> PredictNoise:
-        """ε of a task's averaged (φ, θ_i), in evaluation mode; the next call reuses the same module."""
+        """ε of a task's averaged (φ, θ_i), in evaluation mode; the next call reuses the same
+        module.
+        """
         load_tensors(self._model, self.shared, self.exclusive_of(task))
         self._model.eval()
         return noise_of_task(self._model, self.tasks.index(task), self._forward)
@@ -122,7 +129,9 @@ class TrainedRun:
 
     @property
     def weights_hash(self) -> str:
-        """SHA-256 over the lineage, the round and the attempts: what names this checkpoint's weights."""
+        """SHA-256 over the lineage, the round and the attempts: what names this checkpoint's
+        weights.
+        """
         name = f"{self._state.lineage} {self._state.round} {sorted(self._state.attempts.items())}"
         return sha256(name.encode()).hexdigest()
 
@@ -137,8 +146,8 @@ class TrainedRun:
         store = ClientStore(self._run.clients, task.client, self._run.lineage, 1)
         if not exists(self._run.clients / task.client):
             raise UserError(
-                f"{self._run.path} has no θ of {task.client!r}: a deployed site keeps its own; sample there with "
-                "--store <state-dir>/<client-id>"
+                f"{self._run.path} has no θ of {task.client!r}: a deployed site keeps its own; "
+                "sample there with --store <state-dir>/<client-id>"
             )
         average = store.load(self._state.attempts[task.client]).exclusive_average
         check_tensors(str(store.folder), average, self._initial.exclusive_average)

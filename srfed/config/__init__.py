@@ -1,4 +1,6 @@
-"""The typed, strict configuration of a run: YAML and ``--set`` overrides in, validated objects out."""
+"""The typed, strict configuration of a run: YAML and ``--set`` overrides in, validated objects
+out.
+"""
 
 from srfed.config.loading import load_config, parse_config, parse_config_json, read_settings
 from srfed.config.sections import (

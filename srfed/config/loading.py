@@ -19,17 +19,23 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunC
     """Read a configuration file and apply ``section.key=value`` overrides.
 
     Args:
-        path: a YAML file; None starts from the defaults. What the file leaves out keeps its default.
+        path: a YAML file; None starts from the defaults. What the file leaves out keeps its
+            default.
         overrides: each "section.key=value" (or "seed=value"), the value in YAML.
 
     Raises:
-        UserError: the file cannot be read, a key is unknown, a value has the wrong type or is impossible.
+        UserError: the file cannot be read, a key is unknown, a value has the wrong type or is
+            impossible.
     """
-    return parse_config(read_settings(path, overrides), "configuration" if path is None else str(path))
+    return parse_config(
+        read_settings(path, overrides), "configuration" if path is None else str(path)
+    )
 
 
 def read_settings(path: Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What a file and overrides name, by section, not yet validated; raises UserError where it cannot be read."""
+    """What a file and overrides name, by section, not yet validated; raises UserError where it
+    cannot be read.
+    """
     content: dict[str, Any] = {}
     if path is not None:
         try:
@@ -39,7 +45,9 @@ def read_settings(path: Path | None = None, overrides: Sequence[str] = ()) -> di
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from error
         if loaded is not None and not isinstance(loaded, dict):
-            raise UserError(f"{path} must hold sections such as `training:`, not a {type(loaded).__name__}")
+            raise UserError(
+                f"{path} must hold sections such as `training:`, not a {type(loaded).__name__}"
+            )
         content = loaded or {}
     for override in overrides:
         _apply_override(content, override)
@@ -58,7 +66,9 @@ def parse_config(content: dict[str, Any], source: str = "configuration") -> RunC
 
 @lru_cache(maxsize=8)
 def parse_config_json(text: str) -> RunConfig:
-    """Validate what :meth:`RunConfig.to_json` wrote, if of an earlier version; raises as :func:`load_config`."""
+    """Validate what :meth:`RunConfig.to_json` wrote, if of an earlier version; raises as
+    :func:`load_config`.
+    """
     try:
         if any(f'"{name.split(".")[-1]}"' in text for name in REMOVED):
             text = _without_removed(text)
@@ -78,11 +88,15 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     keys = name.strip().split(".")
     if not separator or not all(keys) or len(keys) > 2:
-        raise UserError(f"--set {override!r}: write section.key=value, for example training.batch_size=32")
+        raise UserError(
+            f"--set {override!r}: write section.key=value, for example training.batch_size=32"
+        )
     try:
         value = read_value(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {override!r}: the value is not valid YAML: {_one_line(error)}") from error
+        raise UserError(
+            f"--set {override!r}: the value is not valid YAML: {_one_line(error)}"
+        ) from error
     target = content
     for key in keys[:-1]:
         target = target.setdefault(key, {})

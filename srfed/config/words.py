@@ -18,7 +18,11 @@ def describe() -> str:
     """One line for each setting: name, type, default, meaning."""
     lines = []
     for name, field in _settings(RunConfig):
-        default = json.dumps(json.loads(RunConfig().to_json())[name]) if "." not in name else _default(name)
+        default = (
+            json.dumps(json.loads(RunConfig().to_json())[name])
+            if "." not in name
+            else _default(name)
+        )
         lines.append(f"  {name} = {default}  ({_allowed(field)})\n      {field.description}")
     return "\n".join(lines)
 
@@ -89,7 +93,9 @@ def explain(content: dict[str, Any], error: ValidationError) -> list[str]:
         path = [str(part) for part in problem["loc"]]
         name = ".".join(path[:2]) if ".".join(path[:2]) in known else ".".join(path[:1])
         if problem["type"] == "extra_forbidden" and ".".join(path) in REMOVED:
-            lines[f"{'.'.join(path)} is no setting any more: {REMOVED['.'.join(path)]}; leave it out"] = None
+            lines[
+                f"{'.'.join(path)} is no setting any more: {REMOVED['.'.join(path)]}; leave it out"
+            ] = None
         elif problem["type"] == "extra_forbidden":
             siblings = RunConfig.model_fields[path[0]].annotation if len(path) > 1 else RunConfig
             allowed = ", ".join(siblings.model_fields) if isinstance(siblings, type) else ""
@@ -102,8 +108,15 @@ def explain(content: dict[str, Any], error: ValidationError) -> list[str]:
             if "." in name and isinstance(value, dict):
                 value = value.get(path[1])
             shown = json.dumps(value, ensure_ascii=False)
-            hint = ", in decimal digits alone" if isinstance(value, str) and OLD_NUMBER.fullmatch(value) else ""
+            hint = (
+                ", in decimal digits alone"
+                if isinstance(value, str) and OLD_NUMBER.fullmatch(value)
+                else ""
+            )
             lines[f"{name} = {shown} is not allowed; allowed: {_allowed(known[name])}{hint}"] = None
         else:
-            lines[f"{name} = {json.dumps(problem['input'])} is not allowed; it must be a section of settings"] = None
+            lines[
+                f"{name} = {json.dumps(problem['input'])} is not allowed; it must be a section of "
+                "settings"
+            ] = None
     return list(lines)

@@ -9,9 +9,9 @@ import yaml
 class Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's plain numbers and truth values, which refuses double keys.
 
-    YAML 1.1 takes 0100 for 64, 1:30 for 90, `no` for false, 5e-4 for a text and 2025-01-31 for a date. Here whatever
-    is not a number, true, false or null at first sight is a text, and so is a value that is missing, so that it
-    switches nothing off.
+    YAML 1.1 takes 0100 for 64, 1:30 for 90, `no` for false, 5e-4 for a text and 2025-01-31 for a
+    date. Here whatever is not a number, true, false or null at first sight is a text, and so is a
+    value that is missing, so that it switches nothing off.
     """
 
     # Of YAML 1.1's own only the merging of mappings.
@@ -21,7 +21,9 @@ class Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} is set twice", problem_mark=node.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key!r} is set twice", problem_mark=node.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 

@@ -1,7 +1,15 @@
-"""Data sets as tasks: each client's own training and held-out images, and the range that models see."""
+"""Data sets as tasks: each client's own training and held-out images, and the range that models
+see.
+"""
 
 from srfed.data.images import to_model_range, to_uint8
-from srfed.data.own_images import accept_images, current_images, describe_own_images, load_own_task, recorded_images
+from srfed.data.own_images import (
+    accept_images,
+    current_images,
+    describe_own_images,
+    load_own_task,
+    recorded_images,
+)
 from srfed.data.record import RECORD_FILE, ImageRecord
 from srfed.data.tasks import (
     Task,

@@ -31,7 +31,13 @@ class Layout:
 
 LAYOUTS = {
     "cifar10": Layout(
-        "CIFAR10", "labels", "label_names", "cifar10_500.npz", "train_labels", "test_labels", "label_names"
+        "CIFAR10",
+        "labels",
+        "label_names",
+        "cifar10_500.npz",
+        "train_labels",
+        "test_labels",
+        "label_names",
     ),
     "cifar100": Layout(
         "CIFAR100",
@@ -48,9 +54,10 @@ LAYOUTS = {
 def open_cifar(config: DataConfig) -> LabelledSource:
     """Ten tasks, or twenty of CIFAR-100; training and test images are those of the official splits.
 
-    ``data.dir`` holds the unpacked archive (``cifar-10-batches-py`` or ``cifar-100-python``), which is
-    taken where it exists, or ``cifar10_500.npz`` or ``cifar100_500.npz``. The latter has 100 images of
-    each of the 100 classes, so the first 500 of a superclass are other images than in the archive.
+    ``data.dir`` holds the unpacked archive (``cifar-10-batches-py`` or ``cifar-100-python``), which
+    is taken where it exists, or ``cifar10_500.npz`` or ``cifar100_500.npz``. The latter has 100
+    images of each of the 100 classes, so the first 500 of a superclass are other images than in the
+    archive.
 
     Raises:
         UserError: neither is there, or a file is not what was published.
@@ -65,10 +72,14 @@ def open_cifar(config: DataConfig) -> LabelledSource:
         return _open_archive(config, layout, published, archive)
     if compact.is_file():
         return _open_compact(config, layout, compact)
-    raise UserError(f"data.dir: neither {archive} nor {compact} is there; {how_to_get(layout.published, root)}")
+    raise UserError(
+        f"data.dir: neither {archive} nor {compact} is there; {how_to_get(layout.published, root)}"
+    )
 
 
-def _open_archive(config: DataConfig, layout: Layout, published: Any, archive: Path) -> LabelledSource:
+def _open_archive(
+    config: DataConfig, layout: Layout, published: Any, archive: Path
+) -> LabelledSource:
     def unpickle(name: str, md5: str) -> dict[str, Any]:
         # A pickle can run any program, so nothing but the published bytes is ever unpickled.
         entry: dict[str, Any] = pickle.loads(read_verified(archive / name, md5), encoding="latin1")
@@ -91,7 +102,9 @@ def _open_archive(config: DataConfig, layout: Layout, published: Any, archive: P
 
 def _open_compact(config: DataConfig, layout: Layout, path: Path) -> LabelledSource:
     def read() -> tuple[Labelled, Labelled]:
-        arrays = read_arrays(path, ["train_images", layout.compact_train, "test_images", layout.compact_test])
+        arrays = read_arrays(
+            path, ["train_images", layout.compact_train, "test_images", layout.compact_test]
+        )
         return (
             Labelled(arrays["train_images"], arrays[layout.compact_train]),
             Labelled(arrays["test_images"], arrays[layout.compact_test]),

@@ -9,8 +9,8 @@ from srfed.data.source import Labelled, LabelledSource
 def open_digits(config: DataConfig) -> LabelledSource:
     """Ten tasks, digit-0 to digit-9.
 
-    The set has no test split: :func:`~srfed.data.source.split` holds out the end of the file, which other
-    people wrote than its beginning. ``data.dir`` is not used.
+    The set has no test split: :func:`~srfed.data.source.split` holds out the end of the file, which
+    other people wrote than its beginning. ``data.dir`` is not used.
     """
 
     def read() -> tuple[Labelled, None]:

@@ -31,15 +31,23 @@ def open_idx(config: DataConfig) -> LabelledSource:
     raw = root / published.__name__ / "raw"
     for name, _ in published.resources:
         if not (raw / name).is_file() and not (raw / name).with_suffix("").is_file():
-            raise UserError(f"data.dir: {raw / name} is missing; {how_to_get(published.__name__, root)}")
+            raise UserError(
+                f"data.dir: {raw / name} is missing; {how_to_get(published.__name__, root)}"
+            )
 
     def read() -> tuple[Labelled, Labelled]:
         train_images, train_labels, test_images, test_labels = (
             _read_idx(raw / name, md5) for name, md5 in published.resources
         )
-        return Labelled(train_images[..., None], train_labels), Labelled(test_images[..., None], test_labels)
+        return Labelled(train_images[..., None], train_labels), Labelled(
+            test_images[..., None], test_labels
+        )
 
-    names = [f"digit-{label}" for label in range(10)] if config.dataset == "mnist" else slugs(published.classes)
+    names = (
+        [f"digit-{label}" for label in range(10)]
+        if config.dataset == "mnist"
+        else slugs(published.classes)
+    )
     return LabelledSource(config, names, range(10), read)
 
 
@@ -70,5 +78,7 @@ def parse_idx(content: bytes, path: Path) -> Images:
     shape = [int.from_bytes(content[start : start + 4], "big") for start in range(4, header, 4)]
     values = np.frombuffer(content, np.uint8, offset=header)
     if values.size != np.prod(shape, dtype=np.int64):
-        raise UserError(f"data.dir: {path} is truncated or corrupted: {values.size} bytes for the shape {shape}")
+        raise UserError(
+            f"data.dir: {path} is truncated or corrupted: {values.size} bytes for the shape {shape}"
+        )
     return values.reshape(shape)

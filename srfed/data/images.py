@@ -18,9 +18,13 @@ SMALLEST = 5
 GREY_MODES = ("1", "L", "LA")
 ALPHA_MODES = ("LA", "PA", "RGBA", "RGBa")
 FAR = 4
-"""A least or greatest value this many times further away than the others reach is taken for no measurement."""
+"""A least or greatest value this many times further away than the others reach is taken for no
+measurement.
+"""
 Intensity = Literal["per_image"] | tuple[float, float]
-"""How 16-bit, 32-bit and float grey becomes 0 to 255: by each picture's own range, or by one for all."""
+"""How 16-bit, 32-bit and float grey becomes 0 to 255: by each picture's own range, or by one for
+all.
+"""
 
 
 def to_model_range(images: Images) -> "torch.Tensor":
@@ -33,8 +37,14 @@ def to_model_range(images: Images) -> "torch.Tensor":
         raise ValueError(f"expected uint8 images N x H x W x C, got {images.dtype} {images.shape}")
     import torch
 
-    # np.array copies: torch accepts neither the negative strides of a mirrored view nor read-only memory.
-    return torch.from_numpy(np.array(images.transpose(0, 3, 1, 2), order="C")).float().div_(127.5).sub_(1)
+    # np.array copies: torch accepts neither the negative strides of a mirrored view nor read-only
+    # memory.
+    return (
+        torch.from_numpy(np.array(images.transpose(0, 3, 1, 2), order="C"))
+        .float()
+        .div_(127.5)
+        .sub_(1)
+    )
 
 
 def to_uint8(images: "torch.Tensor") -> Images:
@@ -49,7 +59,9 @@ def to_uint8(images: "torch.Tensor") -> Images:
     import torch
 
     if not images.is_floating_point() or images.ndim != 4:
-        raise ValueError(f"expected float images N x C x H x W, got {images.dtype} {tuple(images.shape)}")
+        raise ValueError(
+            f"expected float images N x C x H x W, got {images.dtype} {tuple(images.shape)}"
+        )
     if images.isnan().any():
         raise ValueError("the images contain NaN")
     levels = images.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
@@ -57,30 +69,35 @@ def to_uint8(images: "torch.Tensor") -> Images:
 
 
 def fit_image(
-    image: Image.Image, size: int | None, channels: Literal[1, 3] | None, intensity: Intensity = "per_image"
+    image: Image.Image,
+    size: int | None,
+    channels: Literal[1, 3] | None,
+    intensity: Intensity = "per_image",
 ) -> Images:
     """Bring one picture into the form that a task's images have.
 
-    In this order: the EXIF orientation is applied; 16-bit, 32-bit and float grey (I;16, I, F) are scaled
-    as ``intensity`` says; transparency is composited on black; the picture becomes grey (ITU-R 601 luma) or RGB; the
-    short side is resized to ``size`` by Pillow's antialiased bicubic filter and the centre is cut
-    out, as torchvision's ``Resize(size, BICUBIC)`` and ``CenterCrop(size)`` do. Of several frames or pages
-    the current one counts, which is the first in a file just opened.
+    In this order: the EXIF orientation is applied; 16-bit, 32-bit and float grey (I;16, I, F) are
+    scaled as ``intensity`` says; transparency is composited on black; the picture becomes grey
+    (ITU-R 601 luma) or RGB; the short side is resized to ``size`` by Pillow's antialiased bicubic
+    filter and the centre is cut out, as torchvision's ``Resize(size, BICUBIC)`` and
+    ``CenterCrop(size)`` do. Of several frames or pages the current one counts, which is the first
+    in a file just opened.
 
     Args:
         image: any mode that Pillow converts to RGB.
         size: height and width of the result; None keeps the picture's.
         channels: 1 for grey, 3 for RGB; None keeps grey pictures grey and makes all others RGB.
-        intensity: the values that become 0 and 255: a fixed range, where values outside become the nearer end
-            and NaN the lower one; or "per_image", the picture's own least and greatest value (a constant
-            picture becomes 0). Pictures of 8 bits are left alone.
+        intensity: the values that become 0 and 255: a fixed range, where values outside become the
+            nearer end and NaN the lower one; or "per_image", the picture's own least and greatest
+            value (a constant picture becomes 0). Pictures of 8 bits are left alone.
 
     Returns:
         uint8, H x W x C.
 
     Raises:
-        UserError: the picture is smaller than 5 x 5 pixels; or, under "per_image", has values that are not finite,
-            or a least or greatest one so far from all others that it seems to stand for "no data".
+        UserError: the picture is smaller than 5 x 5 pixels; or, under "per_image", has values that
+            are not finite, or a least or greatest one so far from all others that it seems to stand
+            for "no data".
     """
     image = ImageOps.exif_transpose(image)
     _check_size(image.width, image.height)
@@ -100,27 +117,32 @@ def fit_images(images: Images, size: int | None, channels: Literal[1, 3] | None)
     """Apply :func:`fit_image` to arrays, N x H x W x C with any C; None keeps what the images have.
 
     Raises:
-        UserError: the images are smaller than 5 x 5 pixels, or ``channels`` asks for a conversion other
-            than between grey and RGB.
+        UserError: the images are smaller than 5 x 5 pixels, or ``channels`` asks for a conversion
+            other than between grey and RGB.
     """
     _, height, width, depth = images.shape
     _check_size(width, height)
     if channels not in (None, depth) and depth not in (1, 3):
         raise UserError(
-            f"data.channels = {channels} is impossible for images with {depth} channels, only grey and RGB "
-            "are converted; allowed: null"
+            f"data.channels = {channels} is impossible for images with {depth} channels, only grey "
+            "and RGB are converted; allowed: null"
         )
     if (size is None or size == height == width) and channels in (None, depth):
         return images
     if depth not in (1, 3):
-        return np.concatenate([fit_images(images[..., [c]], size, None) for c in range(depth)], axis=-1)
+        return np.concatenate(
+            [fit_images(images[..., [c]], size, None) for c in range(depth)], axis=-1
+        )
     pictures = images[..., 0] if depth == 1 else images
     return np.stack([fit_image(Image.fromarray(picture), size, channels) for picture in pictures])
 
 
 def _check_size(width: int, height: int) -> None:
     if min(width, height) < SMALLEST:
-        raise UserError(f"images of {width} x {height} px are too small; allowed: {SMALLEST} x {SMALLEST} and more")
+        raise UserError(
+            f"images of {width} x {height} px are too small; allowed: {SMALLEST} x {SMALLEST} and "
+            "more"
+        )
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -134,7 +156,9 @@ def _to_8_bits(values: NDArray[np.generic], intensity: Intensity) -> Images:
         least, greatest = _own_range(exact)
     else:
         least, greatest = intensity
-        exact = np.clip(np.nan_to_num(exact, nan=least, posinf=greatest, neginf=least), least, greatest)
+        exact = np.clip(
+            np.nan_to_num(exact, nan=least, posinf=greatest, neginf=least), least, greatest
+        )
     exact -= least
     levels: Images = np.rint(exact * (255 / ((greatest - least) or 1.0))).astype(np.uint8)
     return levels
@@ -142,19 +166,29 @@ def _to_8_bits(values: NDArray[np.generic], intensity: Intensity) -> Images:
 
 def _own_range(values: NDArray[np.float64]) -> tuple[float, float]:
     """The least and the greatest value, where both can be measurements."""
-    advice = 'set data.intensity to the range that counts, "[low, high]": what is outside becomes its nearer end'
+    advice = (
+        'set data.intensity to the range that counts, "[low, high]": what is outside becomes '
+        "its nearer end"
+    )
     if not np.isfinite(values).all():
-        raise UserError(f"an image has pixel values that are not finite; {advice}, and NaN the low one")
+        raise UserError(
+            f"an image has pixel values that are not finite; {advice}, and NaN the low one"
+        )
     least, greatest = float(values.min()), float(values.max())
     if least < greatest:
-        second, last_but_one = float(values[values > least].min()), float(values[values < greatest].max())
+        second, last_but_one = (
+            float(values[values > least].min()),
+            float(values[values < greatest].max()),
+        )
         for lone, gap, rest in (
-            (least, second - least, greatest - second), (greatest, greatest - last_but_one, last_but_one - least),
-        ):  # fmt: skip
+            (least, second - least, greatest - second),
+            (greatest, greatest - last_but_one, last_but_one - least),
+        ):
             # A picture of two levels has no rest to be far from.
             if gap > FAR * rest > 0:
                 raise UserError(
-                    f'an image has the value {lone:g} far from all others, as if for "no data", and would lose its '
+                    f'an image has the value {lone:g} far from all others, as if for "no data", '
+                    "and would lose its "
                     f"contrast to it; {advice}"
                 )
     return least, greatest

@@ -17,9 +17,9 @@ Arrays = dict[str, NDArray[Any]]
 def open_npz(config: DataConfig) -> LabelledSource:
     """One task for each label that occurs, in the labels' order.
 
-    ``data.dir`` is a file with ``train_images`` (uint8, N x H x W x C or N x H x W) and ``train_labels``
-    (whole numbers, N); optionally ``test_images`` and ``test_labels``; optionally ``label_names``, where
-    entry k names label k. Without names label k is task "class-k".
+    ``data.dir`` is a file with ``train_images`` (uint8, N x H x W x C or N x H x W) and
+    ``train_labels`` (whole numbers, N); optionally ``test_images`` and ``test_labels``; optionally
+    ``label_names``, where entry k names label k. Without names label k is task "class-k".
 
     Raises:
         UserError: the file is missing, damaged or holds something else.
@@ -32,45 +32,61 @@ def open_npz(config: DataConfig) -> LabelledSource:
         titles = [str(title) for title in arrays["label_names"].ravel()]
         unnamed = [label for label in labels if not 0 <= label < len(titles)]
         if unnamed:
-            raise UserError(f"data.dir: {path}: label_names has {len(titles)} entries, none for label {unnamed[0]}")
+            raise UserError(
+                f"data.dir: {path}: label_names has {len(titles)} entries, none for label "
+                f"{unnamed[0]}"
+            )
         names = slugs([titles[label] for label in labels])
     else:
         names = [f"class-{label}" for label in labels]
 
     def read() -> tuple[Labelled, Labelled | None]:
-        arrays = read_arrays(path, ["train_images", "train_labels"], optional=["test_images", "test_labels"])
+        arrays = read_arrays(
+            path, ["train_images", "train_labels"], optional=["test_images", "test_labels"]
+        )
         if ("test_images" in arrays) != ("test_labels" in arrays):
-            raise UserError(f"data.dir: {path} has one of test_images and test_labels; allowed: both or neither")
+            raise UserError(
+                f"data.dir: {path} has one of test_images and test_labels; allowed: both or neither"
+            )
         train = _labelled(path, arrays, "train")
         test = _labelled(path, arrays, "test") if "test_images" in arrays else None
         if test and test.images.shape[1:] != train.images.shape[1:]:
             raise UserError(
-                f"data.dir: {path}: train_images {train.images.shape} and test_images {test.images.shape} "
-                "are of different size"
+                f"data.dir: {path}: train_images {train.images.shape} and test_images "
+                f"{test.images.shape} are of different size"
             )
         return train, test
 
     return LabelledSource(config, names, labels, read, published=False)
 
 
-def read_arrays(path: Path, required: Sequence[str], optional: Sequence[str] = (), key: str = "data.dir") -> Arrays:
-    """Read the named arrays of an .npz file, and no others; ``key`` is the setting that errors name.
+def read_arrays(
+    path: Path, required: Sequence[str], optional: Sequence[str] = (), key: str = "data.dir"
+) -> Arrays:
+    """Read the named arrays of an .npz file, and no others; ``key`` is the setting that errors
+    name.
 
     Raises:
-        UserError: the file cannot be read, is damaged, lacks a required array, or holds Python objects.
+        UserError: the file cannot be read, is damaged, lacks a required array, or holds Python
+            objects.
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
             missing = [name for name in required if name not in stored]
             if missing:
-                raise UserError(f"{key}: {path} has no array {missing[0]}; it has {', '.join(stored)}")
+                raise UserError(
+                    f"{key}: {path} has no array {missing[0]}; it has {', '.join(stored)}"
+                )
             return {name: stored[name] for name in (*required, *optional) if name in stored}
     except UserError:
         raise
     except Exception as error:
-        # No archive at all, a lone .npy array, a truncated archive and pickled objects: each raises its own.
+        # No archive at all, a lone .npy array, a truncated archive and pickled objects: each raises
+        # its own.
         reason = " ".join(str(error).split())
-        raise UserError(f"{key}: {path} is not a sound .npz file of plain arrays: {reason}") from error
+        raise UserError(
+            f"{key}: {path} is not a sound .npz file of plain arrays: {reason}"
+        ) from error
 
 
 def _labelled(path: Path, arrays: Arrays, split: str) -> Labelled:
@@ -78,14 +94,18 @@ def _labelled(path: Path, arrays: Arrays, split: str) -> Labelled:
     _check_labels(path, f"{split}_labels", labels)
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise UserError(
-            f"data.dir: {path}: {split}_images is {images.dtype} {images.shape}; "
-            "allowed: uint8, N x H x W x C or N x H x W"
+            f"data.dir: {path}: {split}_images is {images.dtype} {images.shape}; allowed: uint8, N "
+            "x H x W x C or N x H x W"
         )
     if len(images) != len(labels):
-        raise UserError(f"data.dir: {path} has {len(images)} {split}_images but {len(labels)} {split}_labels")
+        raise UserError(
+            f"data.dir: {path} has {len(images)} {split}_images but {len(labels)} {split}_labels"
+        )
     return Labelled(images if images.ndim == 4 else images[..., None], labels)
 
 
 def _check_labels(path: Path, name: str, labels: NDArray[Any]) -> None:
     if labels.dtype.kind not in "iu" or labels.ndim != 1 or not labels.size:
-        raise UserError(f"data.dir: {path}: {name} is {labels.dtype} {labels.shape}; allowed: whole numbers, N")
+        raise UserError(
+            f"data.dir: {path}: {name} is {labels.dtype} {labels.shape}; allowed: whole numbers, N"
+        )

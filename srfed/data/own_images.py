@@ -1,4 +1,6 @@
-"""One owner's own images on the owner's own machine: a folder of pictures, or an .npz file without labels."""
+"""One owner's own images on the owner's own machine: a folder of pictures, or an .npz file without
+labels.
+"""
 
 import hashlib
 import json
@@ -22,30 +24,33 @@ SETTINGS = ("images_per_task", "image_size", "channels", "intensity", "test_frac
 """The settings of ``data`` that decide what an owner's images become."""
 
 
-def load_own_task(config: DataConfig, path: Path, name: str, store: Path | None = None, *, keep: bool = True) -> Task:
+def load_own_task(
+    config: DataConfig, path: Path, name: str, store: Path | None = None, *, keep: bool = True
+) -> Task:
     """Read an owner's images, as the settings of :data:`SETTINGS` say.
 
-    A folder is read as :func:`~srfed.data.folder.list_images` says: its own ``train`` and ``test`` are the splits,
-    where it has them. An .npz file has ``train_images`` and optionally ``test_images``, uint8, N x H x W or
-    N x H x W x C. Without a split of the owner's, the images' content decides
-    (:func:`~srfed.data.source.split_by_content`).
+    A folder is read as :func:`~srfed.data.folder.list_images` says: its own ``train`` and ``test``
+    are the splits, where it has them. An .npz file has ``train_images`` and optionally
+    ``test_images``, uint8, N x H x W or N x H x W x C. Without a split of the owner's, the images'
+    content decides (:func:`~srfed.data.source.split_by_content`).
 
     Args:
         config: the run's data settings; ``dataset`` and ``dir`` mean nothing here.
         path: the folder or the file.
         name: the task's name, which is the client's id.
-        store: the site's own folder. It keeps the record of the images that were first met under these settings,
-            with which they are compared ever after; and a copy of the decoded images, so that the next process
-            need not decode them again, which is used as long as settings, files, sizes and times of change are
-            the same. None keeps and compares nothing.
+        store: the site's own folder. It keeps the record of the images that were first met under
+            these settings, with which they are compared ever after; and a copy of the decoded
+            images, so that the next process need not decode them again, which is used as long as
+            settings, files, sizes and times of change are the same. None keeps and compares
+            nothing.
         keep: False compares with what the store has on record, and writes nothing.
 
     Returns:
         The task; its index is -1, as no data set gives it a place.
 
     Raises:
-        UserError: there are no images, or too few; one cannot be read; they differ in size; they are not those on
-            record.
+        UserError: there are no images, or too few; one cannot be read; they differ in size; they
+            are not those on record.
     """
     records = {} if store is None else read_records(store / RECORD_FILE)
     known = records.get(_key(config, name))
@@ -53,8 +58,8 @@ def load_own_task(config: DataConfig, path: Path, name: str, store: Path | None 
     now = ImageRecord.of(task)
     if known is not None and (changes := known.differences(now)):
         raise UserError(
-            f"the images of {path} are not those on record for {name} ({changes}); put them back, or accept the change "
-            "with: python -m srfed.deploy agree"
+            f"the images of {path} are not those on record for {name} ({changes}); put them back, "
+            "or accept the change with: python -m srfed.deploy agree"
         )
     if known is None and store is not None and keep:
         write_records(store / RECORD_FILE, records | {_key(config, name): now})
@@ -62,13 +67,15 @@ def load_own_task(config: DataConfig, path: Path, name: str, store: Path | None 
 
 
 def current_images(config: DataConfig, path: Path, name: str, store: Path) -> tuple[Task, str]:
-    """An owner's images as they are now, for the owner to accept; images that are known already stay on their side.
+    """An owner's images as they are now, for the owner to accept; images that are known already
+    stay on their side.
 
     Args:
         config, path, name, store: as :func:`load_own_task`; nothing is written.
 
     Returns:
-        The task, and in words what has changed since the last record; empty where nothing has, or there was none.
+        The task, and in words what has changed since the last record; empty where nothing has, or
+        there was none.
 
     Raises:
         UserError: as :func:`load_own_task`, but for changes.
@@ -100,7 +107,8 @@ def recorded_images(config: DataConfig, name: str, store: Path) -> ImageRecord |
 
 
 def describe_own_images(config: DataConfig, path: Path) -> list[str]:
-    """What is taken of an owner's folder, what is passed over and why, and what deep pictures become: a few lines.
+    """What is taken of an owner's folder, what is passed over and why, and what deep pictures
+    become: a few lines.
 
     Raises:
         UserError: as :func:`load_own_task`.
@@ -111,11 +119,15 @@ def describe_own_images(config: DataConfig, path: Path) -> list[str]:
     return [*describe_listings([listing]), *describe_intensity(listing.files, config)]
 
 
-def _load(config: DataConfig, path: Path, name: str, known: ImageRecord | None, cache: Path | None) -> Task:
+def _load(
+    config: DataConfig, path: Path, name: str, known: ImageRecord | None, cache: Path | None
+) -> Task:
     try:
         return Task(-1, name, *_decoded(config, path, name, known, cache))
     except OSError as error:
-        raise UserError(f"data: cannot read {error.filename or path}: {error.strerror or error}") from error
+        raise UserError(
+            f"data: cannot read {error.filename or path}: {error.strerror or error}"
+        ) from error
 
 
 def _decoded(
@@ -137,20 +149,27 @@ def _decoded(
     return cached
 
 
-def _read(config: DataConfig, path: Path, name: str, known: ImageRecord | None) -> tuple[Images, Images]:
+def _read(
+    config: DataConfig, path: Path, name: str, known: ImageRecord | None
+) -> tuple[Images, Images]:
     if not path.is_dir():
         return _read_npz(config, path, name, known)
     return load_listing(config, name, list_images(path), known)
 
 
-def _read_npz(config: DataConfig, path: Path, name: str, known: ImageRecord | None) -> tuple[Images, Images]:
+def _read_npz(
+    config: DataConfig, path: Path, name: str, known: ImageRecord | None
+) -> tuple[Images, Images]:
     arrays = read_arrays(path, ["train_images"], optional=["test_images"], key="data")
     for key, values in arrays.items():
         if values.dtype != np.uint8 or values.ndim not in (3, 4) or not len(values):
             raise UserError(
-                f"data: {path}: {key} is {values.dtype} {values.shape}; allowed: uint8, N x H x W x C or N x H x W"
+                f"data: {path}: {key} is {values.dtype} {values.shape}; allowed: uint8, N x H x W "
+                "x C or N x H x W"
             )
-    images = {key: values if values.ndim == 4 else values[..., None] for key, values in arrays.items()}
+    images = {
+        key: values if values.ndim == 4 else values[..., None] for key, values in arrays.items()
+    }
     if "test_images" not in images:
         fitted = fit_images(images["train_images"], config.image_size, config.channels)
         return split_by_content(config, name, fitted, known)
@@ -158,8 +177,8 @@ def _read_npz(config: DataConfig, path: Path, name: str, known: ImageRecord | No
     train, test = (fit_images(part, config.image_size, config.channels) for part in chosen)
     if train.shape[1:] != test.shape[1:]:
         raise UserError(
-            f"data: {path}: train_images {train.shape} and test_images {test.shape} differ in size; "
-            "set data.image_size and data.channels"
+            f"data: {path}: train_images {train.shape} and test_images {test.shape} differ in "
+            "size; set data.image_size and data.channels"
         )
     return train, test
 
@@ -170,7 +189,9 @@ def _key(config: DataConfig, name: str) -> str:
 
 
 def _fingerprint(config: DataConfig, path: Path) -> str:
-    """What a cached copy depends on: the settings, and each file's place, size and time of change."""
+    """What a cached copy depends on: the settings, and each file's place, size and time of
+    change.
+    """
     files = list_images(path).files if path.is_dir() else [path]
     found = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     settings = [getattr(config, key) for key in SETTINGS]

@@ -11,23 +11,32 @@ PUBLISHED: dict[DatasetName, tuple[str, ...]] = {
     "cifar10": ("cifar-10-batches-py", "cifar10_500.npz"),
     "cifar100": ("cifar-100-python", "cifar100_500.npz"),
 }
-"""By what each published set is known; there may be several in one folder, so one of them has to be named."""
+"""By what each published set is known; there may be several in one folder, so one of them has to be
+named.
+"""
 
 
 def recognise(named: str) -> DatasetName:
     """The ``data.dataset`` that an owner's own images in ``data.dir`` are: ``npz`` or ``folder``.
 
     Raises:
-        UserError: nothing is there, something else is, or published sets, one of which has to be named.
+        UserError: nothing is there, something else is, or published sets, one of which has to be
+            named.
     """
     path = user_path(named)
     if path.is_file():
         if path.suffix.lower() == ".npz":
             return "npz"
-        raise UserError(f"data.dir = {named} is no data set; allowed: an .npz file, or a folder of task folders")
+        raise UserError(
+            f"data.dir = {named} is no data set; allowed: an .npz file, or a folder of task folders"
+        )
     if not path.is_dir():
-        raise UserError(f"data.dir = {named} does not exist; allowed: an .npz file, or a folder of task folders")
-    published = [name for name, signs in PUBLISHED.items() if any((path / sign).exists() for sign in signs)]
+        raise UserError(
+            f"data.dir = {named} does not exist; allowed: an .npz file, or a folder of task folders"
+        )
+    published = [
+        name for name, signs in PUBLISHED.items() if any((path / sign).exists() for sign in signs)
+    ]
     if published:
         raise UserError(
             f"data.dir = {named} holds {' and '.join(published)}; say which is meant, for example "
@@ -37,10 +46,12 @@ def recognise(named: str) -> DatasetName:
     if not any(one.is_dir() for one in inside):
         files = sorted(one.name for one in inside if one.suffix.lower() == ".npz")
         if files:
-            raise UserError(f"data.dir = {named} is a folder; name the file in it, such as {path / files[0]}")
+            raise UserError(
+                f"data.dir = {named} is a folder; name the file in it, such as {path / files[0]}"
+            )
         if any(one.suffix.lower() in SUFFIXES for one in inside):
             raise UserError(
-                f"data.dir = {named} holds pictures and no task folders; put each task's pictures into a folder of "
-                "its own"
+                f"data.dir = {named} holds pictures and no task folders; put each task's pictures "
+                "into a folder of its own"
             )
     return "folder"

@@ -1,9 +1,10 @@
-"""Which images a task had, and on which side: kept beside what was trained on them, so that a change is noticed.
+"""Which images a task had, and on which side: kept beside what was trained on them, so that a
+change is noticed.
 
 images.json     {"format": 1, "records": {key: {"train": [...], "test": [...]}}}
 
-A run's folder has a record for each of its tasks, by name. A site's store has one for each set of settings that its
-images were brought into shape with.
+A run's folder has a record for each of its tasks, by name. A site's store has one for each set of
+settings that its images were brought into shape with.
 """
 
 import hashlib
@@ -28,9 +29,14 @@ DIGITS = 32
 
 
 def fingerprints(images: Images) -> tuple[str, ...]:
-    """Name each image (uint8 N x H x W x C) by its content: SHA-256 over its shape and pixels, the first 128 bits."""
+    """Name each image (uint8 N x H x W x C) by its content: SHA-256 over its shape and pixels, the
+    first 128 bits.
+    """
     shape = repr(images.shape[1:]).encode()
-    return tuple(hashlib.sha256(shape + np.ascontiguousarray(image).tobytes()).hexdigest()[:DIGITS] for image in images)
+    return tuple(
+        hashlib.sha256(shape + np.ascontiguousarray(image).tobytes()).hexdigest()[:DIGITS]
+        for image in images
+    )
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,10 @@ class ImageRecord:
         An image that is there twice counts twice.
         """
         more, less = (
-            {"training": Counter(new.train) - Counter(old.train), "tests": Counter(new.test) - Counter(old.test)}
+            {
+                "training": Counter(new.train) - Counter(old.train),
+                "tests": Counter(new.test) - Counter(old.test),
+            }
             for new, old in ((now, self), (self, now))
         )
         words = []
@@ -97,12 +106,17 @@ def read_records(path: Path) -> dict[str, ImageRecord]:
 
 def write_records(path: Path, records: Mapping[str, ImageRecord]) -> None:
     """Write a file of records, atomically; raises UserError where that fails."""
-    entries = {key: {"train": list(record.train), "test": list(record.test)} for key, record in records.items()}
+    entries = {
+        key: {"train": list(record.train), "test": list(record.test)}
+        for key, record in records.items()
+    }
     write_json(path, {"records": entries})
 
 
 def _record(entry: Mapping[str, Any]) -> ImageRecord:
     sides = [entry[side] for side in ("train", "test")]
-    if not all(isinstance(side, list) and all(isinstance(name, str) for name in side) for side in sides):
+    if not all(
+        isinstance(side, list) and all(isinstance(name, str) for name in side) for side in sides
+    ):
         raise TypeError
     return ImageRecord(tuple(sides[0]), tuple(sides[1]))

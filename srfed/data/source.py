@@ -68,7 +68,9 @@ class LabelledSource:
         own = train.images[train.labels == self.labels[index]]
         size, channels = self.config.image_size, self.config.channels
         if test is None and not self.published:
-            return split_by_content(self.config, self.names[index], fit_images(own, size, channels), known)
+            return split_by_content(
+                self.config, self.names[index], fit_images(own, size, channels), known
+            )
         held_out = None if test is None else test.images[test.labels == self.labels[index]]
         chosen = split(self.config, self.names[index], own, held_out)
         return fit_images(chosen[0], size, channels), fit_images(chosen[1], size, channels)
@@ -77,13 +79,15 @@ class LabelledSource:
 def split(
     config: DataConfig, name: str, train: ImagesOrFiles, test: ImagesOrFiles | None
 ) -> tuple[ImagesOrFiles, ImagesOrFiles]:
-    """Choose a task's training and test images where the owner or a published file says which are which.
+    """Choose a task's training and test images where the owner or a published file says which are
+    which.
 
-    Where there is no test split, the last ``test_fraction`` (to the nearest image, at least one) in file
-    order is held out. Of what remains for training the first ``images_per_task`` are taken.
+    Where there is no test split, the last ``test_fraction`` (to the nearest image, at least one) in
+    file order is held out. Of what remains for training the first ``images_per_task`` are taken.
 
     Raises:
-        UserError: nothing would be left to train or to test on, or ``images_per_task`` is more than there is.
+        UserError: nothing would be left to train or to test on, or ``images_per_task`` is more than
+            there is.
     """
     if not len(train):
         raise UserError(f"data.dir: task {name} has no training images")
@@ -102,11 +106,11 @@ def split_by_content(
 ) -> tuple[Images, Images]:
     """Hold images out by what they show, so that none changes its side when others come or go.
 
-    An image's fingerprint, read as a number in [0, 1), is below ``test_fraction`` or not: below, it is held out. So
-    ``test_fraction`` is met on average, and equal images are on one side. An image that is ``known`` stays where it
-    was. Where either side would have fewer than two images (one, of two or three), new images nearest to the limit
-    cross it until it has. Both sides keep the order of the images; of the training images the first
-    ``images_per_task`` are taken.
+    An image's fingerprint, read as a number in [0, 1), is below ``test_fraction`` or not: below, it
+    is held out. So ``test_fraction`` is met on average, and equal images are on one side. An image
+    that is ``known`` stays where it was. Where either side would have fewer than two images (one,
+    of two or three), new images nearest to the limit cross it until it has. Both sides keep the
+    order of the images; of the training images the first ``images_per_task`` are taken.
 
     Args:
         config: says how many.
@@ -148,21 +152,23 @@ def _first(config: DataConfig, name: str, train: ImagesOrFiles) -> ImagesOrFiles
     wanted = config.images_per_task
     if wanted is not None and wanted > len(train):
         raise UserError(
-            f"data.images_per_task = {wanted} is more than the {len(train)} training images of task {name}; "
-            f"allowed: 1 to {len(train)}, or null for all"
+            f"data.images_per_task = {wanted} is more than the {len(train)} training images of "
+            f"task {name}; allowed: 1 to {len(train)}, or null for all"
         )
     return train[:wanted]
 
 
 def _nothing_left(config: DataConfig, name: str, count: int) -> UserError:
     return UserError(
-        f"data.test_fraction = {config.test_fraction} leaves nothing to train on, or to test on, of the {count} images "
-        f"of task {name}; allowed: more images that differ, or a split of your own"
+        f"data.test_fraction = {config.test_fraction} leaves nothing to train on, or to test on, "
+        f"of the {count} images of task {name}; allowed: more images that differ, or a split of "
+        "your own"
     )
 
 
 def slugs(titles: Sequence[str]) -> list[str]:
-    """Make task names of titles: lower-case a-z, 0-9 and single hyphens ("T-shirt/top": "t-shirt-top").
+    """Make task names of titles: lower-case a-z, 0-9 and single hyphens ("T-shirt/top":
+    "t-shirt-top").
 
     Raises:
         UserError: a title has no letter or digit of these, or two titles become the same name.
@@ -172,9 +178,14 @@ def slugs(titles: Sequence[str]) -> list[str]:
         ascii_title = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode()
         slug = re.sub(r"[^a-z0-9]+", "-", ascii_title.lower()).strip("-")
         if not slug:
-            raise UserError(f"data.dir: no task can be named after {title!r}; use letters a-z or digits")
+            raise UserError(
+                f"data.dir: no task can be named after {title!r}; use letters a-z or digits"
+            )
         if slug in seen:
-            raise UserError(f"data.dir: {seen[slug]!r} and {title!r} would both be task {slug}; rename one of them")
+            raise UserError(
+                f"data.dir: {seen[slug]!r} and {title!r} would both be task {slug}; rename one of "
+                "them"
+            )
         seen[slug] = title
     return list(seen)
 
@@ -193,5 +204,8 @@ def data_path(config: DataConfig, expected: str) -> Path:
         raise UserError(f"data.dir is not set; data.dataset = {config.dataset} needs {expected}")
     path = user_path(config.dir)
     if not path.exists():
-        raise UserError(f"data.dir = {config.dir} does not exist; data.dataset = {config.dataset} needs {expected}")
+        raise UserError(
+            f"data.dir = {config.dir} does not exist; data.dataset = {config.dataset} needs "
+            f"{expected}"
+        )
     return path

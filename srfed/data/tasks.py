@@ -42,7 +42,9 @@ def task_names(config: DataConfig) -> list[str]:
     return _open(config).names
 
 
-def load_task(config: DataConfig, index: int, known: Mapping[str, ImageRecord] | None = None) -> Task:
+def load_task(
+    config: DataConfig, index: int, known: Mapping[str, ImageRecord] | None = None
+) -> Task:
     """Load one client's own task; of other tasks no more is read than the file format forces.
 
     Args:
@@ -51,35 +53,45 @@ def load_task(config: DataConfig, index: int, known: Mapping[str, ImageRecord] |
         known: by task, images that stay on their side where their content decides it.
 
     Raises:
-        UserError: as :func:`task_names`, or no task has this index, an image cannot be read, sizes differ,
-            or there are too few images.
+        UserError: as :func:`task_names`, or no task has this index, an image cannot be read, sizes
+            differ, or there are too few images.
     """
     source = _open(config)
     if not 0 <= index < len(source.names):
-        raise UserError(f"there is no task {index}; {config.dataset} has tasks 0 to {len(source.names) - 1}")
+        raise UserError(
+            f"there is no task {index}; {config.dataset} has tasks 0 to {len(source.names) - 1}"
+        )
     name = source.names[index]
     return Task(index, name, *source.load(index, (known or {}).get(name)))
 
 
-def load_tasks(config: DataConfig, count: int, known: Mapping[str, ImageRecord] | None = None) -> list[Task]:
-    """Load the first ``count`` tasks, all with images of one shape; ``known`` as in :func:`load_task`.
+def load_tasks(
+    config: DataConfig, count: int, known: Mapping[str, ImageRecord] | None = None
+) -> list[Task]:
+    """Load the first ``count`` tasks, all with images of one shape; ``known`` as in
+    :func:`load_task`.
 
     Raises:
-        UserError: as :func:`load_task`, or the data set has fewer tasks, or their images differ in shape.
+        UserError: as :func:`load_task`, or the data set has fewer tasks, or their images differ in
+            shape.
     """
     source, known = _open(config), known or {}
     if not 1 <= count <= len(source.names):
         raise UserError(
-            f"federation.clients = {count} is impossible with data.dataset = {config.dataset}, which has "
-            f"{len(source.names)} tasks; allowed: 1 to {len(source.names)}"
+            f"federation.clients = {count} is impossible with data.dataset = {config.dataset}, "
+            f"which has {len(source.names)} tasks; allowed: 1 to {len(source.names)}"
         )
-    tasks = [Task(index, name, *source.load(index, known.get(name))) for index, name in enumerate(source.names[:count])]
+    tasks = [
+        Task(index, name, *source.load(index, known.get(name)))
+        for index, name in enumerate(source.names[:count])
+    ]
     first = tasks[0]
     for task in tasks:
         if task.train.shape[1:] != first.train.shape[1:]:
             raise UserError(
-                f"images differ in height x width x channels: task {first.name} has {_shape(first)}, "
-                f"task {task.name} {_shape(task)}; set data.image_size and data.channels"
+                f"images differ in height x width x channels: task {first.name} has "
+                f"{_shape(first)}, task {task.name} {_shape(task)}; set data.image_size and "
+                "data.channels"
             )
     return tasks
 
@@ -98,7 +110,8 @@ def load_recorded_tasks(
         config: the run's data settings.
         count: the first so many tasks.
         record: the run's file; where there is none yet, nothing is compared.
-        on_change: told in one sentence how the images differ, which is then allowed; None refuses it.
+        on_change: told in one sentence how the images differ, which is then allowed; None refuses
+            it.
         remedy: what the refusal advises, besides putting the images back.
 
     Raises:
@@ -114,7 +127,9 @@ def load_recorded_tasks(
 
 
 def load_recorded_task(config: DataConfig, index: int, record: Path) -> Task:
-    """Load one client's own task as :func:`load_recorded_tasks` does, which refuses other images."""
+    """Load one client's own task as :func:`load_recorded_tasks` does, which refuses other
+    images.
+    """
     known = read_records(record)
     task = load_task(config, index, known)
     if changes := _changes([task], known):
@@ -123,17 +138,23 @@ def load_recorded_task(config: DataConfig, index: int, record: Path) -> Task:
 
 
 def _changes(tasks: Sequence[Task], known: Mapping[str, ImageRecord]) -> str:
-    """How the tasks' images differ from those on record, in one sentence; empty where they do not."""
+    """How the tasks' images differ from those on record, in one sentence; empty where they do
+    not.
+    """
     told = [
         f"{task.name}: {words}"
         for task in tasks
         if task.name in known and (words := known[task.name].differences(ImageRecord.of(task)))
     ]
-    return f"the images are not those that the run has on record ({'; '.join(told)})" if told else ""
+    return (
+        f"the images are not those that the run has on record ({'; '.join(told)})" if told else ""
+    )
 
 
 def record_tasks(record: Path, tasks: Sequence[Task]) -> None:
-    """Keep which images the tasks have, where that is not on record already; raises UserError where it cannot be."""
+    """Keep which images the tasks have, where that is not on record already; raises UserError where
+    it cannot be.
+    """
     now = {task.name: ImageRecord.of(task) for task in tasks}
     if read_records(record) != now:
         write_records(record, now)
@@ -165,7 +186,9 @@ def _open(config: DataConfig) -> Source:
         case "folder":
             return open_folder(config)
         case "sites":
-            raise UserError("data.dataset = sites has no images here: each deployed site has its own")
+            raise UserError(
+                "data.dataset = sites has no images here: each deployed site has its own"
+            )
 
 
 def _shape(task: Task) -> str:

@@ -9,7 +9,8 @@ from srfed.errors import UserError
 def read_verified(path: Path, md5: str) -> bytes:
     """Return the content of a file, which is what was published and not merely what has its name.
 
-    The bytes that were checked are the bytes that are returned: no second look at the disk comes between.
+    The bytes that were checked are the bytes that are returned: no second look at the disk comes
+    between.
 
     Raises:
         UserError: the file cannot be read, or is truncated, corrupted or another one.
@@ -21,8 +22,8 @@ def read_verified(path: Path, md5: str) -> bytes:
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if found != md5:
         raise UserError(
-            f"data.dir: {path} is truncated, corrupted or not the published file "
-            f"(md5 {found}, expected {md5}); delete it and download it again"
+            f"data.dir: {path} is truncated, corrupted or not the published file (md5 {found}, "
+            f"expected {md5}); delete it and download it again"
         )
     return content
 

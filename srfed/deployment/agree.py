@@ -1,4 +1,6 @@
-"""What a site's owner agrees to: proposed from a run's configuration, shown in words, kept in the site's own state."""
+"""What a site's owner agrees to: proposed from a run's configuration, shown in words, kept in the
+site's own state.
+"""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,24 +48,29 @@ def propose(
         data: the site's images, a folder or an .npz file.
         state_dir: where the site keeps its state.
         client: the site's id.
-        certificate: what the site is to trust the coordinator by (``ca.crt``); None ties it to none.
-        least: images behind each number; None takes 20 behind feature statistics and 8 behind a mean.
+        certificate: what the site is to trust the coordinator by (``ca.crt``); None ties it to
+            none.
+        least: images behind each number; None takes 20 behind feature statistics and 8 behind a
+            mean.
         resources: what this machine gives; None takes one thread on a device that is found.
 
     Raises:
-        UserError: the configuration, the images or the machine do not fit, or numbers would leave that too few
-            images stand behind.
+        UserError: the configuration, the images or the machine do not fit, or numbers would leave
+            that too few images stand behind.
     """
     check_name(client)
     least, resources = least or LeastImages(), resources or SiteResources()
     task, _ = current_images(config.data, data, client, state_dir / client)
-    MinibatchOrder.of(config.training, len(task.train), config.training.batch_size, config.seed, client)
+    MinibatchOrder.of(
+        config.training, len(task.train), config.training.batch_size, config.seed, client
+    )
     counts, samples = (len(task.train), len(task.test)), samples_of(config)
     weak = [f"{setting}: {what}" for setting, what in weak_numbers(config, least, counts, samples)]
     if weak:
         raise UserError(
-            f"too few images would stand behind what leaves {client}: {'; '.join(weak)}; allowed: another "
-            "configuration, more images, or less protection with --least-statistics and --least-mean"
+            f"too few images would stand behind what leaves {client}: {'; '.join(weak)}; allowed: "
+            "another configuration, more images, or less protection with --least-statistics and "
+            "--least-mean"
         )
     model = build_model(config, task.train.shape[-1])
     tensors, partition = model.state_dict(), build_partition(config, model)
@@ -105,15 +112,20 @@ def _features(config: RunConfig, resources: SiteResources) -> AgreedFeatures | N
 def agree_as_rehearsed(
     config: RunConfig, data: Path, state_dir: Path, client: str, certificate: Path | None = None
 ) -> None:
-    """Agree for a site that nobody owns: to this configuration, however few images stand behind a number."""
+    """Agree for a site that nobody owns: to this configuration, however few images stand behind a
+    number.
+    """
     resources = SiteResources(device=config.resources.device, threads=config.resources.client_cpus)
     least = LeastImages(statistics=2, mean=1)
-    agreement = propose(config, data, state_dir, client, certificate=certificate, least=least, resources=resources)
+    agreement = propose(
+        config, data, state_dir, client, certificate=certificate, least=least, resources=resources
+    )
     agree(agreement, config, data, state_dir)
 
 
 def agree(agreement: Agreement, config: RunConfig, data: Path, state_dir: Path) -> None:
-    """Write an agreement into the site's state, and the images that it is about on record beside it.
+    """Write an agreement into the site's state, and the images that it is about on record beside
+    it.
 
     Raises:
         UserError: one of the two cannot be written. Without the other, the site refuses to serve.
@@ -123,7 +135,9 @@ def agree(agreement: Agreement, config: RunConfig, data: Path, state_dir: Path) 
 
 
 def standing(state_dir: Path, client: str) -> Agreement | None:
-    """The agreement that a site has; None where it has none. Raises UserError where it is damaged."""
+    """The agreement that a site has; None where it has none. Raises UserError where it is
+    damaged.
+    """
     check_name(client)
     folder = state_dir / client
     return Agreement.load(folder) if exists(folder / AGREEMENT_FILE) else None
@@ -148,8 +162,16 @@ def in_words(agreement: Agreement, config: RunConfig) -> str:
     evaluation, training, shared = config.evaluation, config.training, agreement.shared
     stages = agreement.exactly["model.exclusive_stages"]
     images, least = agreement.images, agreement.least_images
-    often = f"every {evaluation.every} rounds or less often, and at the end" if evaluation.every else "at the end"
-    steps = f"{training.local_steps} steps" if training.local_steps else f"{training.local_epochs} passes"
+    often = (
+        f"every {evaluation.every} rounds or less often, and at the end"
+        if evaluation.every
+        else "at the end"
+    )
+    steps = (
+        f"{training.local_steps} steps"
+        if training.local_steps
+        else f"{training.local_epochs} passes"
+    )
     samples = f"{agreement.samples.final} at the end" + (
         f", {agreement.samples.between} before" if evaluation.every else ""
     )
@@ -157,40 +179,57 @@ def in_words(agreement: Agreement, config: RunConfig) -> str:
         what = f"GENERATED IMAGES ({samples}), and {evaluation.strip_steps} of a reverse process"
     else:
         what = (
-            f"mean and scatter of features ({agreement.features.network} {agreement.features.fingerprint[:12]}) of "
-            f"generated images ({samples}), of your {images.training} training and {images.test} test images; no image"
+            f"mean and scatter of features ({agreement.features.network} "
+            f"{agreement.features.fingerprint[:12]}) of generated images ({samples}), of your "
+            f"{images.training} training and {images.test} test images; no image"
         )
     numbers = [
-        *([f"SSIM of {min(evaluation.ssim_images, images.test)} reconstructed test images, a number for each timestep"]
-          if evaluation.ssim_images else []),
-        *(["how near generated images come to yours (memorisation, 20 numbers, at the end)"]
-          if evaluation.memorisation_quantile else []),
-    ]  # fmt: skip
+        *(
+            [
+                f"SSIM of {min(evaluation.ssim_images, images.test)} reconstructed test images, a "
+                "number for each timestep"
+            ]
+            if evaluation.ssim_images
+            else []
+        ),
+        *(
+            ["how near generated images come to yours (memorisation, 20 numbers, at the end)"]
+            if evaluation.memorisation_quantile
+            else []
+        ),
+    ]
     own = agreement.resources
     return "\n".join(
         [
             "would leave",
-            f"  each round:  φ, {shared.tensors} tensors, {shared.bytes:,} bytes ({bytes_in_words(shared.bytes)}), "
-            f"fingerprint {shared.fingerprint[:12]}; exclusive stages {stages}",
-            "               its mean loss, and that of each quarter of the timesteps; the seconds it took",
+            f"  each round:  φ, {shared.tensors} tensors, {shared.bytes:,} bytes "
+            f"({bytes_in_words(shared.bytes)}), fingerprint {shared.fingerprint[:12]}; exclusive "
+            f"stages {stages}",
+            "               its mean loss, and that of each quarter of the timesteps; the seconds "
+            "it took",
             f"  evaluation:  {often}: {what}",
             *(f"               {line}" for line in numbers),
-            "  once:        your id, the numbers and the size of your images, a fingerprint of φ, srfed's version",
-            "never leaves:  your images, θ_i, its moving average, its optimizer's moments, the texts of errors",
+            "  once:        your id, the numbers and the size of your images, a fingerprint of φ, "
+            "srfed's version",
+            "never leaves:  your images, θ_i, its moving average, its optimizer's moments, the "
+            "texts of errors",
             "",
             "may be asked",
-            f"  training:    up to {config.federation.rounds} rounds, each of up to {steps} in minibatches of "
-            f"{training.batch_size} images",
-            f"  least:       {least.statistics} images behind feature statistics, {least.mean} behind a mean",
-            f"  settings:    {len(agreement.exactly)} exactly as in this configuration, {len(agreement.at_most)} at "
-            f"most, {len(agreement.at_least)} at least; the file lists each",
+            f"  training:    up to {config.federation.rounds} rounds, each of up to {steps} in "
+            f"minibatches of {training.batch_size} images",
+            f"  least:       {least.statistics} images behind feature statistics, {least.mean} "
+            "behind a mean",
+            f"  settings:    {len(agreement.exactly)} exactly as in this configuration, "
+            f"{len(agreement.at_most)} at most, {len(agreement.at_least)} at least; the file lists "
+            "each",
             "  coordinator: "
             + (
                 f"whose certificate has the SHA-256 {agreement.coordinator}"
                 if agreement.coordinator
                 else "anyone (name its certificate with --root-certificates)"
             ),
-            f"  machine:     device {own.device}, {own.threads} thread{'s' if own.threads > 1 else ''}"
+            f"  machine:     device {own.device}, {own.threads} "
+            f"thread{'s' if own.threads > 1 else ''}"
             + (f", Inception weights {own.inception_weights}" if own.inception_weights else ""),
         ]
     )

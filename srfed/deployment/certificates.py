@@ -1,4 +1,6 @@
-"""TLS certificates of a federation of one's own, and the sites' keys for Flower's SuperNode authentication."""
+"""TLS certificates of a federation of one's own, and the sites' keys for Flower's SuperNode
+authentication.
+"""
 
 import os
 import re
@@ -18,14 +20,19 @@ from srfed.files import write_bytes
 CA_CERTIFICATE, CA_KEY = "ca.crt", "ca.key"
 SERVER_CERTIFICATE, SERVER_KEY = "superlink.crt", "superlink.key"
 OWN_HOSTS = ("localhost", "127.0.0.1", "::1")
-"""Names under which the SuperLink's own helper processes reach it; they are in every certificate."""
+"""Names under which the SuperLink's own helper processes reach it; they are in every certificate.
+"""
 DAYS = 365
 """How long the SuperLink's certificate is valid, where nobody says otherwise."""
 LONGEST = 3650
-"""Most days that a certificate may be valid; the authority's is for so many, and outlives those it signs."""
+"""Most days that a certificate may be valid; the authority's is for so many, and outlives those it
+signs.
+"""
 _CLOCK_SKEW = timedelta(minutes=10)
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_DNS_NAME = re.compile(r"(?:\*\.)?(?:[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.)*[A-Za-z0-9_-]{1,63}")
+_DNS_NAME = re.compile(
+    r"(?:\*\.)?(?:[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.)*[A-Za-z0-9_-]{1,63}"
+)
 
 
 def site_key(site: str) -> str:
@@ -41,25 +48,31 @@ def site_public_key(site: str) -> str:
 def check_site_name(site: str, option: str) -> None:
     """Raise UserError, naming the option, for a site's name that is no plain file name."""
     if not _FILE_NAME.fullmatch(site):
-        raise UserError(f"{option} {site!r} is no name for a site; allowed: letters, digits, and . _ - inside")
+        raise UserError(
+            f"{option} {site!r} is no name for a site; allowed: letters, digits, and . _ - inside"
+        )
 
 
-def make_certificates(folder: Path, hosts: Sequence[str], sites: Sequence[str] = (), days: int = DAYS) -> None:
+def make_certificates(
+    folder: Path, hosts: Sequence[str], sites: Sequence[str] = (), days: int = DAYS
+) -> None:
     """Write the SuperLink's certificates, and key pairs of sites.
 
-    With hosts: a certificate authority of one's own (``ca.crt``, ``ca.key``) and the SuperLink's certificate that
-    it signs (``superlink.crt``, ``superlink.key``). For each site: ``site-<name>.key`` and ``site-<name>.pub``, in
-    OpenSSH's format. Private keys have mode 0600.
+    With hosts: a certificate authority of one's own (``ca.crt``, ``ca.key``) and the SuperLink's
+    certificate that it signs (``superlink.crt``, ``superlink.key``). For each site:
+    ``site-<name>.key`` and ``site-<name>.pub``, in OpenSSH's format. Private keys have mode 0600.
 
     Args:
         folder: where the files go.
         hosts: DNS names and addresses under which sites reach the SuperLink.
         sites: whose keys to make.
-        days: how long the SuperLink's certificate is valid, from now; the authority's is for ``LONGEST`` days.
+        days: how long the SuperLink's certificate is valid, from now; the authority's is for
+            ``LONGEST`` days.
 
     Raises:
-        UserError: a host is neither a DNS name nor an address, a site's name is no plain file name or given twice,
-            ``days`` is impossible; a file exists already, in which case none is written; one cannot be written.
+        UserError: a host is neither a DNS name nor an address, a site's name is no plain file name
+            or given twice, ``days`` is impossible; a file exists already, in which case none is
+            written; one cannot be written.
     """
     _check_days(days)
     names = _general_names(hosts)
@@ -70,23 +83,30 @@ def make_certificates(folder: Path, hosts: Sequence[str], sites: Sequence[str] =
     wanted = [CA_CERTIFICATE, CA_KEY, SERVER_CERTIFICATE, SERVER_KEY] if hosts else []
     for name in [*wanted, *(make(site) for site in sites for make in (site_key, site_public_key))]:
         if os.path.lexists(folder / name):
-            renew = "; the SuperLink's certificate is renewed with --renew" if name in wanted else ""
+            renew = (
+                "; the SuperLink's certificate is renewed with --renew" if name in wanted else ""
+            )
             raise UserError(
-                f"{folder / name} exists already and is not overwritten; name another folder with --out{renew}"
+                f"{folder / name} exists already and is not overwritten; name another folder with "
+                f"--out{renew}"
             )
     if hosts:
         _make_authority_and_server(folder, names, days)
     for site in sites:
         key = ec.generate_private_key(ec.SECP384R1())
-        public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        public = key.public_key().public_bytes(
+            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+        )
         _write_private_key(folder / site_key(site), key, serialization.PrivateFormat.OpenSSH)
         write_bytes(folder / site_public_key(site), public + f" {site}\n".encode(), private=False)
 
 
 def renew_certificate(folder: Path, hosts: Sequence[str] = (), days: int = DAYS) -> datetime:
-    """Write a new certificate of the SuperLink, signed by the folder's authority, which every site knows already.
+    """Write a new certificate of the SuperLink, signed by the folder's authority, which every site
+    knows already.
 
-    The SuperLink's private key stays, so that one file alone changes; where it is gone, another one is made.
+    The SuperLink's private key stays, so that one file alone changes; where it is gone, another one
+    is made.
 
     Args:
         folder: what :func:`make_certificates` filled.
@@ -97,8 +117,8 @@ def renew_certificate(folder: Path, hosts: Sequence[str] = (), days: int = DAYS)
         Until when it is valid.
 
     Raises:
-        UserError: ``days`` or a host is impossible; the authority's certificate or key is missing, damaged, not of
-            the other, or at its end; the new certificate cannot be written.
+        UserError: ``days`` or a host is impossible; the authority's certificate or key is missing,
+            damaged, not of the other, or at its end; the new certificate cannot be written.
     """
     _check_days(days)
     authority, authority_key = _authority_of(folder)
@@ -126,7 +146,9 @@ def read_certificate(path: Path) -> x509.Certificate:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise UserError(f"{path} is no certificate (PEM); ask who runs the SuperLink for it again") from error
+        raise UserError(
+            f"{path} is no certificate (PEM); ask who runs the SuperLink for it again"
+        ) from error
 
 
 def check_validity(certificate: x509.Certificate, what: str) -> None:
@@ -147,8 +169,8 @@ def check_validity(certificate: x509.Certificate, what: str) -> None:
         mend = "make a new authority" if is_authority else "renew it"
         option = "--host ... --out NEW-DIR" if is_authority else "--renew --out DIR"
         raise UserError(
-            f"{what} has expired on {_in_words(end)}; {mend} where the SuperLink runs: "
-            f"python -m srfed.deploy certificates {option}, {clock}"
+            f"{what} has expired on {_in_words(end)}; {mend} where the SuperLink runs: python -m "
+            f"srfed.deploy certificates {option}, {clock}"
         )
     if now < begin:
         raise UserError(f"{what} is not valid before {_in_words(begin)}; wait, {clock}")
@@ -160,26 +182,41 @@ def describe(folder: Path, hosts: Sequence[str], sites: Sequence[str]) -> str:
     if hosts:
         names = ", ".join(dict.fromkeys([*hosts, *OWN_HOSTS]))
         rows += [
-            (CA_CERTIFICATE, "certificate of the authority, public: every site, and whoever uses `flwr run`"),
-            (CA_KEY, "SECRET: keep it off the network, for --renew; whoever has it can pose as the SuperLink"),
+            (
+                CA_CERTIFICATE,
+                "certificate of the authority, public: every site, and whoever uses `flwr run`",
+            ),
+            (
+                CA_KEY,
+                "SECRET: keep it off the network, for --renew; whoever has it can pose as the "
+                "SuperLink",
+            ),
             (SERVER_CERTIFICATE, f"the SuperLink's certificate, for {names}: the SuperLink"),
             (SERVER_KEY, "SECRET, the SuperLink alone"),
         ]
     for site in sites:
         rows += [
             (site_key(site), f"SECRET, site {site} alone: python -m srfed.deploy site --key"),
-            (site_public_key(site), "public, who runs the SuperLink: python -m srfed.deploy register"),
+            (
+                site_public_key(site),
+                "public, who runs the SuperLink: python -m srfed.deploy register",
+            ),
         ]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {meaning}" for name, meaning in rows]
     lines.append(f"in {folder}")
     for name in (SERVER_CERTIFICATE, CA_CERTIFICATE) if hosts else ():
-        lines.append(f"{name} is valid until {_in_words(read_certificate(folder / name).not_valid_after_utc)}")
+        lines.append(
+            f"{name} is valid until "
+            f"{_in_words(read_certificate(folder / name).not_valid_after_utc)}"
+        )
     return "\n".join(lines)
 
 
 def certificate_fingerprint(path: Path) -> str:
-    """SHA-256 of a PEM certificate's DER bytes, hexadecimal; raises UserError where there is no certificate."""
+    """SHA-256 of a PEM certificate's DER bytes, hexadecimal; raises UserError where there is no
+    certificate.
+    """
     return read_certificate(path).fingerprint(hashes.SHA256()).hex()
 
 
@@ -193,7 +230,9 @@ def _in_words(moment: datetime) -> str:
 
 
 def _make_authority_and_server(folder: Path, names: Sequence[x509.GeneralName], days: int) -> None:
-    """Extensions as RFC 5280 wants them; strict verifiers, such as Python 3.13's, refuse what lacks one."""
+    """Extensions as RFC 5280 wants them; strict verifiers, such as Python 3.13's, refuse what lacks
+    one.
+    """
     begin = datetime.now(UTC)
     authority_key, server_key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
     authority_name = _name("srfed certificate authority")
@@ -206,11 +245,15 @@ def _make_authority_and_server(folder: Path, names: Sequence[x509.GeneralName], 
         .add_extension(identifier, critical=False)
         .sign(authority_key, hashes.SHA384())
     )
-    server = _server_certificate(names, server_key, authority, authority_key, begin, begin + timedelta(days=days))
+    server = _server_certificate(
+        names, server_key, authority, authority_key, begin, begin + timedelta(days=days)
+    )
     for name, key in ((CA_KEY, authority_key), (SERVER_KEY, server_key)):
         _write_private_key(folder / name, key, serialization.PrivateFormat.PKCS8)
     for name, certificate in ((CA_CERTIFICATE, authority), (SERVER_CERTIFICATE, server)):
-        write_bytes(folder / name, certificate.public_bytes(serialization.Encoding.PEM), private=False)
+        write_bytes(
+            folder / name, certificate.public_bytes(serialization.Encoding.PEM), private=False
+        )
 
 
 def _server_certificate(
@@ -229,7 +272,10 @@ def _server_certificate(
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier),
+            critical=False,
+        )
         .sign(authority_key, hashes.SHA384())
     )
 
@@ -256,7 +302,11 @@ def _read_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, begin: datetime, end: datetime
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePublicKey,
+    begin: datetime,
+    end: datetime,
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
@@ -298,10 +348,14 @@ def _general_name(host: str) -> x509.GeneralName:
     except ValueError:
         pass
     if len(host) > 253 or not _DNS_NAME.fullmatch(host):
-        raise UserError(f"--host {host!r} is impossible; allowed: a DNS name or an IP address, without a port")
+        raise UserError(
+            f"--host {host!r} is impossible; allowed: a DNS name or an IP address, without a port"
+        )
     return x509.DNSName(host)
 
 
-def _write_private_key(path: Path, key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> None:
+def _write_private_key(
+    path: Path, key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat
+) -> None:
     content = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
     write_bytes(path, content)

@@ -1,4 +1,6 @@
-"""What a site's owner wants to know before joining: is the data right, is there room, what will leave."""
+"""What a site's owner wants to know before joining: is the data right, is there room, what will
+leave.
+"""
 
 import os
 import shlex
@@ -28,7 +30,9 @@ TRAINING_ROWS, TEST_ROWS, COLUMNS = 4, 2, 12
 """Of the picture: at most so many rows of either kind, and images in a row."""
 
 
-def check_site(config: RunConfig, data: Path, state_dir: Path, client: str, picture: Path | None = None) -> str:
+def check_site(
+    config: RunConfig, data: Path, state_dir: Path, client: str, picture: Path | None = None
+) -> str:
     """Try all that a site will need, and write a picture of its images.
 
     Args:
@@ -42,8 +46,8 @@ def check_site(config: RunConfig, data: Path, state_dir: Path, client: str, pict
         What was found, what will travel, and the command that joins the federation.
 
     Raises:
-        UserError: something would fail later: the id, the images, a change of them, the minibatches, the device, the
-            feature network, the state directory, the disk.
+        UserError: something would fail later: the id, the images, a change of them, the
+            minibatches, the device, the feature network, the state directory, the disk.
     """
     check_name(client)
     data, state_dir = data.absolute(), state_dir.absolute()
@@ -54,7 +58,9 @@ def check_site(config: RunConfig, data: Path, state_dir: Path, client: str, pict
     order = MinibatchOrder.of(training, len(task.train), training.batch_size, config.seed, client)
     if evaluation.mode == "moments":
         if len(task.test) < 2:
-            raise UserError(f"{data} gives {len(task.test)} test images; evaluation needs at least 2")
+            raise UserError(
+                f"{data} gives {len(task.test)} test images; evaluation needs at least 2"
+            )
         load_feature_network(evaluation.feature_network, evaluation.inception_weights, device)
     _try_to_write(state_dir)
 
@@ -62,7 +68,8 @@ def check_site(config: RunConfig, data: Path, state_dir: Path, client: str, pict
     model = build_model(config, channels)
     tensors, partition = model.state_dict(), build_partition(config, model)
     shared, exclusive = (
-        sum(tensors[name].nbytes for name in names) for names in (partition.shared, partition.exclusive)
+        sum(tensors[name].nbytes for name in names)
+        for names in (partition.shared, partition.exclusive)
     )
     moments = 3 if training.shared_moments == "average" else 1
     parameters = sum(tensors[name].numel() for name in partition.shared)
@@ -70,44 +77,56 @@ def check_site(config: RunConfig, data: Path, state_dir: Path, client: str, pict
     free = shutil.disk_usage(state_dir).free
     if free < needed:
         raise UserError(
-            f"{state_dir} has {bytes_in_words(free)} free, but the state takes up to {bytes_in_words(needed)}"
+            f"{state_dir} has {bytes_in_words(free)} free, but the state takes up to "
+            f"{bytes_in_words(needed)}"
         )
     picture = picture or state_dir / "check.png"
     write_png(
-        picture, draw_grid({**_rows("training", task.train, TRAINING_ROWS), **_rows("test", task.test, TEST_ROWS)})
+        picture,
+        draw_grid(
+            {**_rows("training", task.train, TRAINING_ROWS), **_rows("test", task.test, TEST_ROWS)}
+        ),
     )
 
     payload, agreement = shared * moments, standing(state_dir, client)
+    fitting = f"none yet; agree with: {COMMAND}" if agreement is None else fits(agreement, config)
     what = "φ" if moments == 1 else "φ and its two averaged moments"
     return "\n".join(
         [
             f"images:     {data}",
-            f"            {len(task.train)} for training, {len(task.test)} for tests; "
-            f"{height} x {width} px, {channels} channel{'s' if channels > 1 else ''}",
+            f"            {len(task.train)} for training, {len(task.test)} for tests; {height} x "
+            f"{width} px, {channels} channel{'s' if channels > 1 else ''}",
             *describe_own_images(config.data, data),
             "record:     "
             + (
-                "these images are put on record when the site joins; later changes are refused until you accept them"
+                "these images are put on record when the site joins; later changes are refused "
+                "until you accept them"
                 if recorded_images(config.data, client, store) is None
                 else f"these are the images on record in {store}"
             ),
             f"picture:    {picture}  (look at it: this is what the network will see)",
             f"minibatch:  {len(order.indices(0))} of {len(task.train)} images",
             f"state:      {state_dir} can be written",
-            *(f"            {said}" for path in (state_dir, state_dir / client) if (said := open_to_others(path))),
+            *(
+                f"            {said}"
+                for path in (state_dir, state_dir / client)
+                if (said := open_to_others(path))
+            ),
             f"            {bytes_in_words(free)} free, up to {bytes_in_words(needed)} needed",
             f"computes:   on {device.type}",
             "",
-            f"each round: {payload:,} bytes ({bytes_in_words(payload)}) come and as many go: {what}, "
-            f"{parameters:,} parameters in {len(partition.shared)} tensors",
-            "also go:    the client's id, numbers of images and their size, losses and times, "
-            "a fingerprint of the partition",
+            f"each round: {payload:,} bytes ({bytes_in_words(payload)}) come and as many go: "
+            f"{what}, {parameters:,} parameters in {len(partition.shared)} tensors",
+            "also go:    the client's id, numbers of images and their size, losses and times, a "
+            "fingerprint of the partition",
             *_of_evaluation(config, height * width * channels),
-            "never go:   your images, θ_i, its moving average, its optimizer's moments, the texts of errors",
+            "never go:   your images, θ_i, its moving average, its optimizer's moments, the texts "
+            "of errors",
             "",
-            f"agreement:  {f'none yet; agree with: {COMMAND}' if agreement is None else fits(agreement, config)}",
+            f"agreement:  {fitting}",
             "",
-            "join with (SUPERLINK:PORT and ca.crt come from who runs the server; the key is your own):",
+            "join with (SUPERLINK:PORT and ca.crt come from who runs the server; the key is your "
+            "own):",
             "",
             _command(data, state_dir, client),
         ]
@@ -120,14 +139,21 @@ def _of_evaluation(config: RunConfig, pixels: int) -> list[str]:
     if evaluation.mode == "moments":
         first = "mean and scatter of the features of generated images and of your own; no image"
     else:
-        last, between = (share_of_samples(count, clients) for count in (evaluation.samples, evaluation.samples_between))
+        last, between = (
+            share_of_samples(count, clients)
+            for count in (evaluation.samples, evaluation.samples_between)
+        )
         first = (
-            f"generated images: {last} at the end, {between} at evaluations before, of {pixels} bytes each, and "
-            f"{evaluation.strip_steps} of a reverse process"
+            f"generated images: {last} at the end, {between} at evaluations before, of {pixels} "
+            f"bytes each, and {evaluation.strip_steps} of a reverse process"
         )
     numbers = [
         *(["SSIM of reconstructed test images, as numbers"] if evaluation.ssim_images else []),
-        *(["distances from generated to your images (20 numbers)"] if evaluation.memorisation_quantile else []),
+        *(
+            ["distances from generated to your images (20 numbers)"]
+            if evaluation.memorisation_quantile
+            else []
+        ),
     ]
     return [f"evaluation: {first}", *(f"            {line}" for line in numbers)]
 
@@ -138,7 +164,8 @@ def _bytes_of_store(config: RunConfig, task: Task, shared: int, exclusive: int) 
     attempt = exclusive * (2 + moments)  # θ_i, its moving average, its moments
     if config.training.shared_moments == "keep":
         attempt += shared * moments
-    # The kept ones, the ancestor of the oldest, and the one that is being written before the last is dropped.
+    # The kept ones, the ancestor of the oldest, and the one that is being written before the last
+    # is dropped.
     return (config.federation.keep_attempts + 2) * attempt + task.train.nbytes + task.test.nbytes
 
 
@@ -153,7 +180,9 @@ def _try_to_write(folder: Path) -> None:
             os.fsync(file.fileno())
         probe.unlink()
     except OSError as error:
-        raise UserError(f"the state directory {folder} cannot be written: {error.strerror or error}") from error
+        raise UserError(
+            f"the state directory {folder} cannot be written: {error.strerror or error}"
+        ) from error
 
 
 def _rows(label: str, images: Images, rows: int) -> dict[str, Images]:

@@ -17,7 +17,9 @@ from srfed.errors import UserError
 from srfed.reporting.words import printable
 
 SLOWEST, FASTEST = 300.0, 5.0
-"""Seconds that a site's clock may be behind the SuperLink's, and ahead of it: what Flower's authentication allows."""
+"""Seconds that a site's clock may be behind the SuperLink's, and ahead of it: what Flower's
+authentication allows.
+"""
 TIMEOUT_SECONDS = 10.0
 _NOT_YET_VALID, _EXPIRED, _WRONG_NAME, _WRONG_ADDRESS = 9, 10, 62, 64
 """OpenSSL's numbers for why a certificate was refused."""
@@ -31,11 +33,12 @@ def check_superlink(address: str, root_certificates: Path) -> str:
         root_certificates: the certificate of the authority that signs the SuperLink's.
 
     Returns:
-        Why it cannot be reached, which is no error, as a SuperNode waits for it; empty where it can.
+        Why it cannot be reached, which is no error, as a SuperNode waits for it; empty where it
+        can.
 
     Raises:
-        UserError: its certificate has expired, is not valid yet, is for another name or of another authority; or the
-            clocks differ by more than Flower's authentication allows.
+        UserError: its certificate has expired, is not valid yet, is for another name or of another
+            authority; or the clocks differ by more than Flower's authentication allows.
     """
     check_validity(read_certificate(root_certificates), str(root_certificates))
     context = ssl.create_default_context(cafile=str(root_certificates))
@@ -63,19 +66,22 @@ def _refusal(address: str, root_certificates: Path, error: ssl.SSLCertVerificati
     code = error.verify_code
     if code in (_NOT_YET_VALID, _EXPIRED):
         try:
-            check_validity(_shown_certificate(address), f"the certificate of the SuperLink at {address}")
+            check_validity(
+                _shown_certificate(address), f"the certificate of the SuperLink at {address}"
+            )
         except UserError as found:
             return str(found)
         except (OSError, ValueError):
             pass
     if code in (_WRONG_NAME, _WRONG_ADDRESS):
         return (
-            f"the certificate of the SuperLink at {address} is for another name; use one of its names, or renew it "
-            "where the SuperLink runs: python -m srfed.deploy certificates --renew --host HOST --out DIR"
+            f"the certificate of the SuperLink at {address} is for another name; use one of its "
+            "names, or renew it where the SuperLink runs: python -m srfed.deploy certificates "
+            "--renew --host HOST --out DIR"
         )
     return (
-        f"the certificate of the SuperLink at {address} is not signed by the authority of {root_certificates} "
-        f"({error.verify_message}); ask who runs it for the right ca.crt"
+        f"the certificate of the SuperLink at {address} is not signed by the authority of "
+        f"{root_certificates} ({error.verify_message}); ask who runs it for the right ca.crt"
     )
 
 
@@ -86,7 +92,9 @@ def _shown_certificate(address: str) -> x509.Certificate:
 
 
 def _compare_clocks(address: str, asked: datetime, theirs: datetime) -> None:
-    """Raise UserError where the clocks differ too much for certain, however long the answer was on its way."""
+    """Raise UserError where the clocks differ too much for certain, however long the answer was on
+    its way.
+    """
     now = datetime.now(UTC)
     ahead = (asked - theirs).total_seconds() - 1  # the header has whole seconds
     behind = (theirs - now).total_seconds()
@@ -94,9 +102,9 @@ def _compare_clocks(address: str, asked: datetime, theirs: datetime) -> None:
         return
     difference = f"{_span(ahead)} ahead of" if ahead > FASTEST else f"{_span(behind)} behind"
     raise UserError(
-        f"this machine's clock ({now:%Y-%m-%d %H:%M:%S} UTC) is {difference} that of the SuperLink at {address} "
-        f"({theirs:%Y-%m-%d %H:%M:%S} UTC), which therefore refuses this site; set the wrong one of the two by NTP "
-        "(timedatectl set-ntp true)"
+        f"this machine's clock ({now:%Y-%m-%d %H:%M:%S} UTC) is {difference} that of the SuperLink "
+        f"at {address} ({theirs:%Y-%m-%d %H:%M:%S} UTC), which therefore refuses this site; set "
+        "the wrong one of the two by NTP (timedatectl set-ntp true)"
     )
 
 

@@ -20,24 +20,32 @@ from srfed.errors import UserError
 
 HOST = "127.0.0.1"
 FOLDER_VARIABLE = "SRFED_DEPLOYMENT"
-"""Environment variable that marks every process of a deployment with its folder; descendants inherit it."""
+"""Environment variable that marks every process of a deployment with its folder; descendants
+inherit it.
+"""
 PART_VARIABLE = "SRFED_DEPLOYMENT_PART"
 """Environment variable that says whose process it is: "superlink", "site <client>" or "flwr"."""
 SUPERNODE, CLIENT_APP = "flower-supernode", "flwr-clientapp"
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-"""Without these every program of Flower's, each ClientApp anew for each message, posts to its maker's host."""
+"""Without these every program of Flower's, each ClientApp anew for each message, posts to its
+maker's host.
+"""
 
 
 def environment_for(home: Path, folder: Path, part: str) -> dict[str, str]:
-    """The environment of a program of Flower's: it tells nobody anything, and finds its helpers and this srfed.
+    """The environment of a program of Flower's: it tells nobody anything, and finds its helpers and
+    this srfed.
 
     Args:
         home: where it keeps what it unpacks.
         folder, part: how its processes are marked.
     """
     # Without what a simulation in this process may have set for its own apps.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SRFED_")}
-    # Flower's helpers are started by name; without an activated environment they are not on the path.
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("SRFED_")
+    }
+    # Flower's helpers are started by name; without an activated environment they are not on the
+    # path.
     programs = Path(sys.executable).parent
     environment |= {
         "PATH": f"{programs}{os.pathsep}{environment.get('PATH', os.defpath)}",
@@ -46,14 +54,19 @@ def environment_for(home: Path, folder: Path, part: str) -> dict[str, str]:
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
         "PYTHONUNBUFFERED": "1",
         # Where there is a proxy, it cannot reach this machine's loopback.
-        **dict.fromkeys(("NO_PROXY", "no_proxy"), f"{environment.get('NO_PROXY', '')},{HOST},localhost".strip(",")),
+        **dict.fromkeys(
+            ("NO_PROXY", "no_proxy"),
+            f"{environment.get('NO_PROXY', '')},{HOST},localhost".strip(","),
+        ),
         FOLDER_VARIABLE: str(folder),
         PART_VARIABLE: part,
     }
     package = Path(srfed.__file__).parent.parent
     if package != Path(sysconfig.get_path("purelib")):
         # Not installed, or not this copy: what the processes run is to be what runs here.
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package), environment.get("PYTHONPATH", "")]))
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(package), environment.get("PYTHONPATH", "")])
+        )
     return environment
 
 
@@ -75,11 +88,14 @@ class Alive:
 
 
 def marked(folder: Path) -> list[Alive]:
-    """Processes that carry a folder's mark; without /proc none is found, and Flower's children end alone."""
+    """Processes that carry a folder's mark; without /proc none is found, and Flower's children end
+    alone.
+    """
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            # A process that has ended but is not yet collected by its parent has an empty environment.
+            # A process that has ended but is not yet collected by its parent has an empty
+            # environment.
             environment = dict(pair.partition("=")[::2] for pair in _words(entry / "environ"))
             if environment.get(FOLDER_VARIABLE) == str(folder):
                 # Scripts run as "python /where/flower-superlink ...".

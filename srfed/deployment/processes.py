@@ -1,7 +1,8 @@
-"""A federation's processes on one machine: SuperLink, SuperNodes, runs, all on loopback, and their end.
+"""A federation's processes on one machine: SuperLink, SuperNodes, runs, all on loopback, and their
+end.
 
-Used by the rehearsal, by tests that kill some of them, and by long-running measurements. Nothing here
-imports Flower or PyTorch; only the processes do.
+Used by the rehearsal, by tests that kill some of them, and by long-running measurements. Nothing
+here imports Flower or PyTorch; only the processes do.
 """
 
 import json
@@ -51,13 +52,17 @@ Role = Literal["superlink", "supernode", "serverapp", "client"]
 CONNECTION = "deployment"
 """Name of the connection to the SuperLink in Flower's configuration."""
 PORTS = range(15_000, 32_000)
-"""Below the ports that systems give to outgoing connections, so that a free one is still free when it is bound."""
+"""Below the ports that systems give to outgoing connections, so that a free one is still free when
+it is bound.
+"""
 READY_SECONDS = 120.0
 """How long a process may take until it is ready: each imports much, and machines are busy."""
 GRACE_SECONDS = 5.0
 """How long a process may take to end by itself before it is killed."""
 REJOIN_SECONDS = 180.0
-"""How long a SuperNode may be refused because the SuperLink takes its predecessor, which was killed, for alive."""
+"""How long a SuperNode may be refused because the SuperLink takes its predecessor, which was
+killed, for alive.
+"""
 POLL_SECONDS = 0.05
 _PROGRAMS: Mapping[Role, str] = {
     "superlink": "flower-superlink",
@@ -68,11 +73,13 @@ _PROGRAMS: Mapping[Role, str] = {
 
 
 class Deployment:
-    """One SuperLink and its sites, each process with its log in a file, all ended on leaving the context.
+    """One SuperLink and its sites, each process with its log in a file, all ended on leaving the
+    context.
 
-    The folder holds what the machines of a real deployment would: ``certificates/``, the SuperLink's
-    ``superlink.db``, Flower's homes (``flower/``, ``sites/<client>/flower/``) and ``logs/``. A deployment in a
-    folder that had one before goes on with its certificates, keys and database.
+    The folder holds what the machines of a real deployment would: ``certificates/``, the
+    SuperLink's ``superlink.db``, Flower's homes (``flower/``, ``sites/<client>/flower/``) and
+    ``logs/``. A deployment in a folder that had one before goes on with its certificates, keys and
+    database.
 
     Args:
         folder: where it all lies.
@@ -82,10 +89,13 @@ class Deployment:
 
     Raises:
         ValueError: authentication without TLS, which Flower refuses.
-        UserError: the folder cannot be written, or processes of an earlier deployment there still live.
+        UserError: the folder cannot be written, or processes of an earlier deployment there still
+            live.
     """
 
-    def __init__(self, folder: Path, *, tls: bool = True, authentication: bool = True, threads: int = 1) -> None:
+    def __init__(
+        self, folder: Path, *, tls: bool = True, authentication: bool = True, threads: int = 1
+    ) -> None:
         if authentication and not tls:
             raise ValueError("authentication needs tls")
         self.folder = folder.absolute()
@@ -97,7 +107,10 @@ class Deployment:
         self._started: list[_Process] = []
         if alive := self._alive():
             pids = " ".join(str(process.pid) for process in alive)
-            raise UserError(f"processes of an earlier run in {self.folder} still live; end them with: kill {pids}")
+            raise UserError(
+                f"processes of an earlier run in {self.folder} still live; end them with: kill "
+                f"{pids}"
+            )
         self._ports = _free_ports()
         self.superlink_port = next(self._ports)
         self._write_app()
@@ -107,7 +120,10 @@ class Deployment:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -119,13 +135,18 @@ class Deployment:
     # --- SuperLink -------------------------------------------------------------------------------
 
     def start_superlink(self) -> None:
-        """Start the SuperLink, or start it again on the same port and database; returns once it listens.
+        """Start the SuperLink, or start it again on the same port and database; returns once it
+        listens.
 
         Raises:
             UserError: it ends or does not listen in time; the text has its last words.
         """
         command = ["flower-superlink", "--host", HOST, "--port", str(self.superlink_port)]
-        command += ["--database", str(self.folder / "superlink.db"), "--disable-runtime-dependency-installation"]
+        command += [
+            "--database",
+            str(self.folder / "superlink.db"),
+            "--disable-runtime-dependency-installation",
+        ]
         if self._tls:
             command += ["--ssl-certfile", str(self.certificates / SERVER_CERTIFICATE)]
             command += ["--ssl-keyfile", str(self.certificates / SERVER_KEY)]
@@ -134,7 +155,9 @@ class Deployment:
             command.append("--insecure")
         if self._authentication:
             command.append("--enable-supernode-auth")
-        self._end(signal.SIGKILL, "superlink")  # what is left of an earlier one, as a service manager would
+        self._end(
+            signal.SIGKILL, "superlink"
+        )  # what is left of an earlier one, as a service manager would
         self._superlink = self._start(command, "superlink", self.folder / "flower", "superlink.log")
         self._superlink.wait_until(lambda: _listens(self.superlink_port))
 
@@ -164,9 +187,10 @@ class Deployment:
             client: the client's id.
             data: its images, a folder or an .npz file.
             state_dir: where it keeps its state.
-            key: its private key ``<name>.key``, with the public key ``<name>.pub`` beside it; by default a
-                pair is made, once.
-            superlink_address: where the SuperNode is to look for the SuperLink; by default where it is.
+            key: its private key ``<name>.key``, with the public key ``<name>.pub`` beside it; by
+                default a pair is made, once.
+            superlink_address: where the SuperNode is to look for the SuperLink; by default where it
+                is.
             wait: return only once it is connected.
 
         Raises:
@@ -179,7 +203,11 @@ class Deployment:
                     make_certificates(self.certificates, [], [client])
             self._register(key.with_suffix(".pub"))
         self._sites[client] = _Site(
-            data.absolute(), state_dir.absolute(), key, superlink_address or self.superlink_address, next(self._ports)
+            data.absolute(),
+            state_dir.absolute(),
+            key,
+            superlink_address or self.superlink_address,
+            next(self._ports),
         )
         self.start_site(client, wait=wait)
 
@@ -191,15 +219,26 @@ class Deployment:
         """
         site = self._sites[client]
         home = self.folder / "sites" / client
-        node_config = {"client-id": client, "data": str(site.data), "state-dir": str(site.state_dir)}
+        node_config = {
+            "client-id": client,
+            "data": str(site.data),
+            "state-dir": str(site.state_dir),
+        }
         write_bytes(home / "node-config.toml", toml(node_config))
         command = [SUPERNODE, "--superlink", site.superlink_address, "--host", HOST]
         command += ["--port", str(site.port), "--node-config", str(home / "node-config.toml")]
-        command += ["--root-certificates", str(self.certificates / CA_CERTIFICATE)] if self._tls else ["--insecure"]
+        command += (
+            ["--root-certificates", str(self.certificates / CA_CERTIFICATE)]
+            if self._tls
+            else ["--insecure"]
+        )
         if site.key is not None:
             command += ["--auth-supernode-private-key", str(site.key)]
-        self._end(signal.SIGKILL, f"site {client}")  # what is left of an earlier one, as a service manager would
-        # Each site has a home of its own, as each machine has: two processes that unpack the app there at once fail.
+        self._end(
+            signal.SIGKILL, f"site {client}"
+        )  # what is left of an earlier one, as a service manager would
+        # Each site has a home of its own, as each machine has: two processes that unpack the app
+        # there at once fail.
         site.process = self._start(command, f"site {client}", home / "flower", f"site-{client}.log")
         if wait:
             self.wait_for_site(client)
@@ -207,8 +246,9 @@ class Deployment:
     def wait_for_site(self, client: str) -> None:
         """Wait until a site's SuperNode is connected.
 
-        After a SuperNode was killed, the SuperLink refuses another with its key until the heartbeat is overdue, for
-        about a minute; so a refused one is started again, as the service manager of a real site would.
+        After a SuperNode was killed, the SuperLink refuses another with its key until the heartbeat
+        is overdue, for about a minute; so a refused one is started again, as the service manager of
+        a real site would.
 
         Raises:
             UserError: it ends or does not connect in time; the text has its last words.
@@ -221,7 +261,10 @@ class Deployment:
                 process.wait_until(partial(_connected, process))
                 return
             except UserError:
-                if "Failed to activate SuperNode" not in process.output() or time.monotonic() > deadline:
+                if (
+                    "Failed to activate SuperNode" not in process.output()
+                    or time.monotonic() > deadline
+                ):
                     raise
                 self.start_site(client, wait=False)
 
@@ -235,7 +278,9 @@ class Deployment:
 
     # --- Runs ------------------------------------------------------------------------------------
 
-    def run(self, run_dir: Path, config: Path | None = None, overrides: Sequence[str] = ()) -> "FlowerRun":
+    def run(
+        self, run_dir: Path, config: Path | None = None, overrides: Sequence[str] = ()
+    ) -> "FlowerRun":
         """Submit a run; it begins in ``run_dir``, or goes on with what is there.
 
         Args:
@@ -252,10 +297,15 @@ class Deployment:
         file = self.folder / "flower" / "run-config.toml"
         write_bytes(file, toml(values))
         arguments = [str(self.folder / "app"), CONNECTION, "--stream", "--run-config", str(file)]
-        return FlowerRun(self, self._start(["flwr", "run", *arguments], "flwr", self.folder / "flower", "run.log"))
+        return FlowerRun(
+            self,
+            self._start(["flwr", "run", *arguments], "flwr", self.folder / "flower", "run.log"),
+        )
 
     def flwr(self, *arguments: str, timeout: float = READY_SECONDS) -> str:
-        """The output of a command of ``flwr``; raises UserError with its last words where it fails or takes longer."""
+        """The output of a command of ``flwr``; raises UserError with its last words where it fails
+        or takes longer.
+        """
         process = self._start(["flwr", *arguments], "flwr", self.folder / "flower", "flwr.log")
         if process.wait(timeout) != 0:
             raise process.failure("failed")
@@ -267,20 +317,25 @@ class Deployment:
         """The living processes of a role, oldest first.
 
         Args:
-            role: "superlink", "supernode" (a site's own process), "serverapp" or "client" (what Flower starts
-                for a run, and for a message to a site).
+            role: "superlink", "supernode" (a site's own process), "serverapp" or "client" (what
+                Flower starts for a run, and for a message to a site).
             client: only this site's.
         """
         parts = () if client is None else (f"site {client}",)
-        return [process.pid for process in self._alive(*parts) if process.program == _PROGRAMS[role]]
+        return [
+            process.pid for process in self._alive(*parts) if process.program == _PROGRAMS[role]
+        ]
 
     def close(self) -> None:
-        """End every process of this deployment, and only those; signals to this one wait until that is done.
+        """End every process of this deployment, and only those; signals to this one wait until that
+        is done.
 
-        ServerApps first, so that none takes what follows for clients that fail; then the sites, so that each can
-        still tell the SuperLink; then the SuperLink.
+        ServerApps first, so that none takes what follows for clients that fail; then the sites, so
+        that each can still tell the SuperLink; then the SuperLink.
         """
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+        mask = signal.pthread_sigmask(
+            signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+        )
         try:
             for number in (signal.SIGTERM, signal.SIGKILL):
                 send(number, self.pids("serverapp"))
@@ -293,8 +348,12 @@ class Deployment:
     def _start(self, command: Sequence[str], part: str, home: Path, log: str) -> "_Process":
         make_folder(home)
         make_folder(self.logs)
-        environment = environment_for(home, self.folder, part) | {"OMP_NUM_THREADS": str(self._threads)}
-        process = _Process([str(program(command[0])), *command[1:]], part, environment, self.logs / log)
+        environment = environment_for(home, self.folder, part) | {
+            "OMP_NUM_THREADS": str(self._threads)
+        }
+        process = _Process(
+            [str(program(command[0])), *command[1:]], part, environment, self.logs / log
+        )
         self._started.append(process)
         return process
 
@@ -310,23 +369,29 @@ class Deployment:
                 raise
 
     def _alive(self, *parts: str) -> list[Alive]:
-        """Living processes of some parts, or of all; children of children too, whoever their parent is by now."""
+        """Living processes of some parts, or of all; children of children too, whoever their parent
+        is by now.
+        """
         return [process for process in marked(self.folder) if not parts or process.part in parts]
 
     def _end(self, number: signal.Signals, *parts: str) -> None:
-        """End the processes of some parts: first those that were started here, then by force what is left."""
+        """End the processes of some parts: first those that were started here, then by force what
+        is left.
+        """
         ours = [process for process in self._started if process.part in parts]
         if number != signal.SIGKILL:
             for process in ours:
                 process.send(number)
-            # Their children are not waited for: those that hold something commit it whole or not at all, and all
-            # would go on for a while asking the dead.
+            # Their children are not waited for: those that hold something commit it whole or not at
+            # all, and all would go on for a while asking the dead.
             self._wait_while(lambda: any(process.lives for process in ours))
         while alive := self._alive(*parts):
             send(signal.SIGKILL, [process.pid for process in alive])
             time.sleep(POLL_SECONDS)
         for process in ours:
-            process.send(signal.SIGKILL)  # finds them all ended, except where there is no /proc to look into
+            process.send(
+                signal.SIGKILL
+            )  # finds them all ended, except where there is no /proc to look into
             process.wait()
         self._started = [process for process in self._started if process not in ours]
 
@@ -351,16 +416,27 @@ class Deployment:
             },
             "tool.flwr.app.config": {"run-dir": "", "config": "", "set": "", "roster": ""},
         }
-        write_bytes(self.folder / "app" / "pyproject.toml", b"\n".join(toml(t, name) for name, t in app.items()))
+        write_bytes(
+            self.folder / "app" / "pyproject.toml",
+            b"\n".join(toml(t, name) for name, t in app.items()),
+        )
 
     def _write_connection(self) -> None:
         if self._tls and not (self.certificates / CA_CERTIFICATE).exists():
             make_certificates(self.certificates, [HOST])
         for name in (CA_CERTIFICATE, SERVER_CERTIFICATE) if self._tls else ():
-            check_validity(read_certificate(self.certificates / name), str(self.certificates / name))
-        security = {"root-certificates": str(self.certificates / CA_CERTIFICATE)} if self._tls else {"insecure": True}
+            check_validity(
+                read_certificate(self.certificates / name), str(self.certificates / name)
+            )
+        security = (
+            {"root-certificates": str(self.certificates / CA_CERTIFICATE)}
+            if self._tls
+            else {"insecure": True}
+        )
         connection = {"address": self.superlink_address, **security}
-        content = toml({"default": CONNECTION}, "superlink") + toml(connection, f"superlink.{CONNECTION}")
+        content = toml({"default": CONNECTION}, "superlink") + toml(
+            connection, f"superlink.{CONNECTION}"
+        )
         write_bytes(self.folder / "flower" / "config.toml", content)
 
 
@@ -395,7 +471,9 @@ class FlowerRun:
             yield rest
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Wait until ``flwr run`` ends; its exit code, which says nothing of success, or None after the timeout."""
+        """Wait until ``flwr run`` ends; its exit code, which says nothing of success, or None after
+        the timeout.
+        """
         return self._process.wait(timeout)
 
     @property
@@ -407,11 +485,12 @@ class FlowerRun:
     def result(self) -> tuple[str, str]:
         """How the run ended, such as "finished:completed", and why.
 
-        The log ends a little before the SuperLink knows of it, so this waits; a run that goes on for longer is
-        reported as it stands then, such as "running".
+        The log ends a little before the SuperLink knows of it, so this waits; a run that goes on
+        for longer is reported as it stands then, such as "running".
 
         Raises:
-            UserError: it was not accepted, or the SuperLink does not answer; the text has the last words.
+            UserError: it was not accepted, or the SuperLink does not answer; the text has the last
+                words.
         """
         number = self.run_id
         if number is None:
@@ -436,9 +515,13 @@ class _Site:
 
 
 class _Process:
-    """A process of its own session, so that a terminal's Ctrl-C does not reach it, with its output in a file."""
+    """A process of its own session, so that a terminal's Ctrl-C does not reach it, with its output
+    in a file.
+    """
 
-    def __init__(self, command: Sequence[str], part: str, environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], part: str, environment: Mapping[str, str], log: Path
+    ) -> None:
         self.part = part
         self.log = log
         self.begin = log.stat().st_size if log.exists() else 0
@@ -488,8 +571,12 @@ class _Process:
         lines = [line for line in map(plain, self.output().splitlines()) if line] or ["no output"]
         said = [number for number, line in enumerate(lines) if line.startswith("ERROR")]
         # Flower's own errors take three lines: the code, the matter, the reason.
-        first, count = (said[-1], 3 if "Exit Code" in lines[said[-1]] else 1) if said else (len(lines) - 1, 1)
-        return UserError(f"{self._name} {what}: {' '.join(lines[first : first + count])} (all of it: {self.log})")
+        first, count = (
+            (said[-1], 3 if "Exit Code" in lines[said[-1]] else 1) if said else (len(lines) - 1, 1)
+        )
+        return UserError(
+            f"{self._name} {what}: {' '.join(lines[first : first + count])} (all of it: {self.log})"
+        )
 
 
 def _connected(supernode: _Process) -> bool:

@@ -1,4 +1,6 @@
-"""A whole federation rehearsed on one machine: real processes, TLS, keys, and each site with its own images."""
+"""A whole federation rehearsed on one machine: real processes, TLS, keys, and each site with its
+own images.
+"""
 
 import io
 import re
@@ -21,30 +23,36 @@ from srfed.files import held, list_folder, write_bytes
 from srfed.reporting.run_directory import RunDirectory
 
 _FLOWERS = re.compile(
-    r"(\x1b\[\d+m)?(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) *(\x1b\[0m)?:|Successfully installed "
+    r"(\x1b\[\d+m)?(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) *(\x1b\[0m)?:|Successfully "
+    r"installed "
 )
 """How a line of Flower's begins, as against one that the ServerApp prints."""
 
 
 def rehearse(folder: Path, config: RunConfig) -> None:
-    """Run a configuration's federation as it would be deployed, or go on with the run that the folder holds.
+    """Run a configuration's federation as it would be deployed, or go on with the run that the
+    folder holds.
 
-    Each site gets its task's images as ``sites/<client>/images.npz``, and the task's name as its id; so the run
-    has the same bits as a simulation of the same configuration.
+    Each site gets its task's images as ``sites/<client>/images.npz``, and the task's name as its
+    id; so the run has the same bits as a simulation of the same configuration.
 
     Args:
-        folder: where everything goes: ``run`` (the server's), ``sites/<client>/state``, ``certificates``,
-            ``superlink.db``, ``logs``.
+        folder: where everything goes: ``run`` (the server's), ``sites/<client>/state``,
+            ``certificates``, ``superlink.db``, ``logs``.
         config: the run's configuration.
 
     Raises:
-        UserError: the folder holds something else, the configuration is impossible, a process fails or the run does.
+        UserError: the folder holds something else, the configuration is impossible, a process fails
+            or the run does.
         KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came; every process has been ended.
     """
     folder = folder.absolute()
     used = folder.exists() and (not folder.is_dir() or set(list_folder(folder)) - {"lock"})
     if used and not (folder / "certificates").is_dir():
-        raise UserError(f"{folder} is neither an empty folder nor that of a rehearsal; name another one with --dir")
+        raise UserError(
+            f"{folder} is neither an empty folder nor that of a rehearsal; name another one with "
+            "--dir"
+        )
     with held(folder / "lock", wait=False):
         if (folder / "run" / "run.json").exists():
             # Refused here, and not after everything has been started.
@@ -54,20 +62,28 @@ def rehearse(folder: Path, config: RunConfig) -> None:
 
 def _rehearse(folder: Path, config: RunConfig) -> None:
     tasks = load_recorded_tasks(
-        config.data, config.federation.clients, folder / "run" / RECORD_FILE, remedy="rehearse in another folder, --dir"
+        config.data,
+        config.federation.clients,
+        folder / "run" / RECORD_FILE,
+        remedy="rehearse in another folder, --dir",
     )
     for task in tasks:
         buffer = io.BytesIO()
         np.savez(buffer, train_images=task.train, test_images=task.test)
         write_bytes(_images(folder, task.name), buffer.getvalue())
     names = [task.name for task in tasks]
-    with _signals_as_interrupts(), Deployment(folder, threads=config.resources.client_cpus) as deployment:
+    with (
+        _signals_as_interrupts(),
+        Deployment(folder, threads=config.resources.client_cpus) as deployment,
+    ):
         write_bytes(folder / "config.yaml", config.to_yaml().encode())
         deployment.start_superlink()
         _say(f"SuperLink on {deployment.superlink_address}, with TLS and authentication")
         for name in names:
             images, state = _images(folder, name), folder / "sites" / name / "state"
-            agree_as_rehearsed(config, images, state, name, deployment.certificates / CA_CERTIFICATE)
+            agree_as_rehearsed(
+                config, images, state, name, deployment.certificates / CA_CERTIFICATE
+            )
             deployment.add_site(name, images, state, wait=False)
         for name in names:
             deployment.wait_for_site(name)
@@ -103,7 +119,9 @@ def _own_lines(lines: Iterable[str]) -> Iterator[str]:
 
 @contextmanager
 def _signals_as_interrupts() -> Iterator[None]:
-    """The first signal raises KeyboardInterrupt; more of them change nothing, as all is being ended already."""
+    """The first signal raises KeyboardInterrupt; more of them change nothing, as all is being ended
+    already.
+    """
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
         for other in SIGNALS:

@@ -1,7 +1,7 @@
 """What a site runs: its SuperNode, kept alive, watched, quiet towards strangers, and explained.
 
-Flower's SuperNode gives up where it is refused, and waits for ever for a ClientApp that was ended (docs/upstream.md);
-so this process stays beside it, reads what it says, and starts it again.
+Flower's SuperNode gives up where it is refused, and waits for ever for a ClientApp that was ended
+(docs/upstream.md); so this process stays beside it, reads what it says, and starts it again.
 """
 
 import os
@@ -17,9 +17,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from srfed.deployment.certificates import certificate_fingerprint, check_site_name, check_validity, read_certificate
+from srfed.deployment.certificates import (
+    certificate_fingerprint,
+    check_site_name,
+    check_validity,
+    read_certificate,
+)
 from srfed.deployment.connection import check_superlink
-from srfed.deployment.flower import CLIENT_APP, HOST, SUPERNODE, environment_for, marked, plain, program, send, toml
+from srfed.deployment.flower import (
+    CLIENT_APP,
+    HOST,
+    SUPERNODE,
+    environment_for,
+    marked,
+    plain,
+    program,
+    send,
+    toml,
+)
 from srfed.errors import UserError
 from srfed.federation.agreement import AGREEMENT_FILE, COMMAND, Agreement
 from srfed.files import append_text, exists, held, write_bytes
@@ -30,7 +45,9 @@ PORT = 9094
 RETRY_SECONDS = 10.0
 """Before a SuperNode that has ended is started again."""
 LOST_SECONDS = 90.0
-"""How long a message may be without the ClientApp that answers it: Flower itself gives one up after a minute."""
+"""How long a message may be without the ClientApp that answers it: Flower itself gives one up after
+a minute.
+"""
 STOPPED_SECONDS = 5.0
 """The same once the ClientApp has said that it was stopped, in which case Flower waits for ever."""
 GRACE_SECONDS = 10.0
@@ -89,24 +106,27 @@ def check_before_start(state_dir: Path, client_id: str, certificate: Path) -> No
     check_validity(read_certificate(certificate), str(certificate))
     file = state_dir / client_id / AGREEMENT_FILE
     if not exists(file):
-        raise UserError(f"{file} is missing: a site without an agreement answers nothing; agree with: {COMMAND}")
+        raise UserError(
+            f"{file} is missing: a site without an agreement answers nothing; agree with: {COMMAND}"
+        )
     agreed, found = Agreement.load(file.parent).coordinator, certificate_fingerprint(certificate)
     if agreed not in (None, found):
         raise UserError(
-            f"{certificate} is not the certificate of the coordinator that was agreed to (its SHA-256 is {found}, "
-            f"agreed was {agreed}); ask who runs the SuperLink, and if it is meant, agree again with: {COMMAND}"
+            f"{certificate} is not the certificate of the coordinator that was agreed to (its "
+            f"SHA-256 is {found}, agreed was {agreed}); ask who runs the SuperLink, and if it is "
+            f"meant, agree again with: {COMMAND}"
         )
 
 
 def run_site(site: SiteSettings) -> None:
     """Take part until SIGINT, SIGTERM or SIGHUP comes.
 
-    Whatever is written has mode 0600, in folders of mode 0700. What the SuperNode says goes to ``supernode.log`` in the
-    site's folder, and, but for its routine, to standard output.
+    Whatever is written has mode 0600, in folders of mode 0700. What the SuperNode says goes to
+    ``supernode.log`` in the site's folder, and, but for its routine, to standard output.
 
     Raises:
-        UserError: a setting is impossible, another process is this site, the SuperLink's certificate or the clock is
-            wrong; nothing is left running.
+        UserError: a setting is impossible, another process is this site, the SuperLink's
+            certificate or the clock is wrong; nothing is left running.
     """
     os.umask(0o077)
     _check(site)
@@ -116,9 +136,15 @@ def run_site(site: SiteSettings) -> None:
         while not stop:
             check_before_start(site.state_dir, site.client, site.root_certificates)
             if unreachable := check_superlink(site.superlink, site.root_certificates):
-                _say(f"waiting for the SuperLink at {site.superlink}, which cannot be reached yet: {unreachable}")
+                _say(
+                    f"waiting for the SuperLink at {site.superlink}, which cannot be reached yet: "
+                    f"{unreachable}"
+                )
             if _taken(site.port):
-                raise UserError(f"port {site.port} of {HOST} is in use by another process; name another with --port")
+                raise UserError(
+                    f"port {site.port} of {HOST} is in use by another process; name another with "
+                    "--port"
+                )
             ending = _Ending()
             try:
                 ending = _run_supernode(site, stop)
@@ -146,7 +172,8 @@ class _Listener:
     """What a SuperNode is about, as its output tells it.
 
     Attributes:
-        busy: when the message that it is at work on had come, or its ClientApp was last seen; None between messages.
+        busy: when the message that it is at work on had come, or its ClientApp was last seen; None
+            between messages.
         stopped: whether a ClientApp has said that it was stopped.
         last: its last errors, or its last words.
     """
@@ -182,7 +209,12 @@ def _run_supernode(site: SiteSettings, stop: list[int]) -> _Ending:
     values = {"client-id": site.client, "data": str(site.data), "state-dir": str(site.state_dir)}
     write_bytes(node_config, toml(values))
     command = [str(program(SUPERNODE)), "--superlink", site.superlink]
-    command += ["--root-certificates", str(site.root_certificates), "--auth-supernode-private-key", str(site.key)]
+    command += [
+        "--root-certificates",
+        str(site.root_certificates),
+        "--auth-supernode-private-key",
+        str(site.key),
+    ]
     command += ["--host", HOST, "--port", str(site.port), "--node-config", str(node_config)]
     environment = environment_for(site.folder / "flower", site.folder, "site")
     with subprocess.Popen(
@@ -220,7 +252,8 @@ def _follow(site: SiteSettings, supernode: "subprocess.Popen[bytes]", stop: list
             return _Ending(_reason(site, supernode.returncode, heard), heard.connected)
         if watches and heard.is_deaf(time.monotonic(), _works(site)):
             return _Ending(
-                "the ClientApp was ended before it answered, for which the SuperNode waits for ever; starting it again",
+                "the ClientApp was ended before it answered, for which the SuperNode waits for "
+                "ever; starting it again",
                 heard.connected,
                 deaf=True,
             )
@@ -245,15 +278,22 @@ def _reason(site: SiteSettings, code: int, heard: _Listener) -> str:
     if "Failed to activate SuperNode" in said:
         public = site.key.with_suffix(".pub").name
         return (
-            f"the SuperLink does not let this site's key in: either {public} is not registered there (flwr supernode "
-            f"register {public}), or the SuperLink takes another SuperNode with this key for alive, as it does for a "
-            f"minute after one was killed; {again}"
+            f"the SuperLink does not let this site's key in: either {public} is not registered "
+            f"there (flwr supernode register {public}), or the SuperLink takes another SuperNode "
+            f"with this key for alive, as it does for a minute after one was killed; {again}"
         )
     if "401 Unauthorized" in said:
-        return f"the SuperLink refuses this site's signature, though the clocks agree: is {site.key} its key? {again}"
+        return (
+            f"the SuperLink refuses this site's signature, though the clocks agree: is {site.key} "
+            f"its key? {again}"
+        )
     if heard.connected and code == 0:
         return f"the SuperNode ended by itself; {again}"
-    errors = [line for line in heard.last if "ERROR" in line or "Error" in line] or heard.last or ["no output"]
+    errors = (
+        [line for line in heard.last if "ERROR" in line or "Error" in line]
+        or heard.last
+        or ["no output"]
+    )
     return f"the SuperNode ended with code {code}: {errors[-1]} (all of it: {site.log}); {again}"
 
 
@@ -281,7 +321,9 @@ def _check(site: SiteSettings) -> None:
     try:
         site.key.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read --key {site.key}: {error.strerror or error}; its owner must run this") from error
+        raise UserError(
+            f"cannot read --key {site.key}: {error.strerror or error}; its owner must run this"
+        ) from error
 
 
 def _taken(port: int) -> bool:

@@ -1,4 +1,6 @@
-"""Which site is which: names noted when keys are registered, and what a run knows of its clients."""
+"""Which site is which: names noted when keys are registered, and what a run knows of its
+clients.
+"""
 
 import json
 import os
@@ -24,7 +26,8 @@ SECONDS = 120.0
 
 
 def register_site(site: str, key: Path, connection: str = "", notes: Path | None = None) -> str:
-    """Register a site's public key with the SuperLink under the site's name, and note which node it is.
+    """Register a site's public key with the SuperLink under the site's name, and note which node it
+    is.
 
     Args:
         site: its name.
@@ -36,18 +39,26 @@ def register_site(site: str, key: Path, connection: str = "", notes: Path | None
         What was done, in one line.
 
     Raises:
-        UserError: the name or the key is none, the SuperLink does not take it, the note cannot be written.
+        UserError: the name or the key is none, the SuperLink does not take it, the note cannot be
+            written.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", site):
-        raise UserError(f"--site {site!r:.120} is no name for a site; allowed: letters, digits, and . _ - inside")
+        raise UserError(
+            f"--site {site!r:.120} is no name for a site; allowed: letters, digits, and . _ - "
+            "inside"
+        )
     fingerprint = read_key(key)
     command = [str(Path(sys.executable).parent / "flwr"), "supernode", "register", str(key)]
     command += [connection] if connection else []
     try:
         done = subprocess.run(
-            [*command, "--name", site], env={**QUIET, **os.environ}, capture_output=True, text=True, timeout=SECONDS,
+            [*command, "--name", site],
+            env={**QUIET, **os.environ},
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
             check=False,
-        )  # fmt: skip
+        )
     except OSError as error:
         raise UserError(f"cannot start {command[0]}: {error.strerror or error}") from error
     except subprocess.TimeoutExpired as error:
@@ -62,7 +73,9 @@ def register_site(site: str, key: Path, connection: str = "", notes: Path | None
 
 
 def note_site(notes: Path, site: str, node: int, fingerprint: str) -> None:
-    """Note a registered key; of an earlier one of this site the note goes. Raises UserError where it cannot."""
+    """Note a registered key; of an earlier one of this site the note goes. Raises UserError where
+    it cannot.
+    """
     at = datetime.now(UTC).isoformat(timespec="seconds")
     with held(notes.with_name(f".{notes.name}.lock"), wait=True):
         sites = read_notes(notes) if notes.exists() else {}
@@ -89,7 +102,9 @@ def sites_in_words(run: Path | None, notes: Path | None) -> str:
     noted = dict(read_notes(notes)) if notes is not None else {}
     for client, known in _known(run).items() if run is not None else ():
         key = str(known["key"])
-        site = next((name for name, note in noted.items() if key and note["key"] == key), known["name"])
+        site = next(
+            (name for name, note in noted.items() if key and note["key"] == key), known["name"]
+        )
         noted.pop(site, None)
         rows.append(
             {
@@ -102,17 +117,28 @@ def sites_in_words(run: Path | None, notes: Path | None) -> str:
             }
         )
     for site, note in noted.items():
-        row = {"client": "-", "site": site, "node": note["node"], "key": note["key"], "images": "-", "last answer": "-"}
+        row = {
+            "client": "-",
+            "site": site,
+            "node": note["node"],
+            "key": note["key"],
+            "images": "-",
+            "last answer": "-",
+        }
         rows.append(row)
     if not rows:
         return "no site yet"
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
     lines = [{name: name for name in widths}, *rows]
-    return "\n".join("  ".join(f"{line[name]:<{width}}" for name, width in widths.items()).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(f"{line[name]:<{width}}" for name, width in widths.items()).rstrip()
+        for line in lines
+    )
 
 
 def rebind(run: Path, client: str) -> str:
-    """Let a run forget to which key a client id belongs, and how many images it had: the next one to come has it.
+    """Let a run forget to which key a client id belongs, and how many images it had: the next one
+    to come has it.
 
     Args:
         run: the run's folder; nobody may be using it.
@@ -122,8 +148,8 @@ def rebind(run: Path, client: str) -> str:
         What was done, in one line.
 
     Raises:
-        UserError: the folder is no run's or in use, there is no such client, the roster file decides instead, or the
-            checkpoint cannot be written.
+        UserError: the folder is no run's or in use, there is no such client, the roster file
+            decides instead, or the checkpoint cannot be written.
     """
     from srfed.federation.identity import kept_roster
 
@@ -132,23 +158,33 @@ def rebind(run: Path, client: str) -> str:
         listed = kept_roster(run)
         if listed is not None and client in listed:
             raise UserError(
-                f"the run's roster says whose {client!r} is; name a new one: --run-config 'roster=\"FILE\"'"
+                f"the run's roster says whose {client!r} is; name a new one: --run-config "
+                "'roster=\"FILE\"'"
             )
         known = _known(run)
         if client not in known:
-            raise UserError(f"{run} knows no client {client!r}; it has {', '.join(sorted(known)) or 'none'}")
+            raise UserError(
+                f"{run} knows no client {client!r}; it has {', '.join(sorted(known)) or 'none'}"
+            )
         manifest = _manifest(run)
         content = read_json(manifest, "sha256")
         content["known"] = {other: values for other, values in known.items() if other != client}
         write_json(manifest, content)
-    return f"{client} was bound to {known[client]['key'] or 'no key'}; the next SuperNode to come with this id has it"
+    return (
+        f"{client} was bound to {known[client]['key'] or 'no key'}; the next SuperNode to come "
+        "with this id has it"
+    )
 
 
 def _manifest(run: Path) -> Path:
     """The last checkpoint's manifest."""
     if not (run / "run.json").is_file():
         raise UserError(f"{run} is not the folder of a run: it has no run.json")
-    checkpoints = {int(path.name[6:]): path for path in (run / "server").glob("round-*") if path.name[6:].isdecimal()}
+    checkpoints = {
+        int(path.name[6:]): path
+        for path in (run / "server").glob("round-*")
+        if path.name[6:].isdecimal()
+    }
     if not checkpoints:
         raise UserError(f"{run} has no checkpoint yet")
     return checkpoints[max(checkpoints)] / "manifest.json"
@@ -174,7 +210,9 @@ def _last_answer(run: Path, client: str) -> str:
 
 def _lines(path: Path) -> Sequence[Mapping[str, Any]]:
     try:
-        texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        texts = (
+            path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        )
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     lines = []

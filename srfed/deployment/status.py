@@ -1,4 +1,6 @@
-"""How a run stands, as the coordinator can see it: the run's folder, and what its SuperLink says."""
+"""How a run stands, as the coordinator can see it: the run's folder, and what its SuperLink
+says.
+"""
 
 import fcntl
 import json
@@ -30,7 +32,8 @@ def status(run_dir: Path, connection: str | None) -> str:
         connection: name of the SuperLink in Flower's configuration; None leaves it out.
 
     Raises:
-        UserError: it is no run's folder or cannot be read; the SuperLink's certificate is wrong, or it does not answer.
+        UserError: it is no run's folder or cannot be read; the SuperLink's certificate is wrong, or
+            it does not answer.
     """
     run = RunDirectory.open(run_dir)
     log = MetricsLog(run.metrics)
@@ -64,7 +67,9 @@ def _sites(log: MetricsLog, rounds: list[dict[str, Any]]) -> list[str]:
     clients = [task.client for task in log.tasks()]
     width = max(map(len, clients), default=0)
     for client in clients:
-        answered = next((line["round"] for line in reversed(rounds) if client in line["accepted"]), None)
+        answered = next(
+            (line["round"] for line in reversed(rounds) if client in line["accepted"]), None
+        )
         text = "no answer yet" if answered is None else f"last answer in round {answered}"
         last = rounds[-1] if rounds else {"missing": {}, "refused": {}}
         for what in ("missing", "refused"):
@@ -79,13 +84,20 @@ def _of_flower(connection: str) -> tuple[list[dict[str, Any]], list[str]]:
     address, authority = _connection(connection)
     if authority is not None and (unreachable := check_superlink(address, authority)):
         raise UserError(f"the SuperLink at {address} cannot be reached: {unreachable}")
-    runs = sorted(_flwr("ls", connection)["runs"], key=lambda run: str(run["pending-at"]), reverse=True)
+    runs = sorted(
+        _flwr("ls", connection)["runs"], key=lambda run: str(run["pending-at"]), reverse=True
+    )
     nodes = _flwr("supernode", "list", connection)["nodes"]
     online = sum(node["status"] == "online" for node in nodes)
-    lines = [f"SuperLink:  {address}; {online} of {len(nodes)} registered SuperNodes are online", "Flower's runs:"]
+    lines = [
+        f"SuperLink:  {address}; {online} of {len(nodes)} registered SuperNodes are online",
+        "Flower's runs:",
+    ]
     for run in runs[:LATEST_RUNS]:
         details = printable(" ".join(str(run["status-details"]).removeprefix("N/A").split()))
-        lines.append(f"  {run['run-id']}  {run['status']}, since {run['pending-at']}  {details}".rstrip())
+        lines.append(
+            f"  {run['run-id']}  {run['status']}, since {run['pending-at']}  {details}".rstrip()
+        )
     return runs, lines if runs else [*lines[:-1], "Flower's runs: none"]
 
 
@@ -97,8 +109,8 @@ def _advice(run: RunDirectory, at_work: bool, finished: bool, runs: list[dict[st
     resume = f"flwr run . CONNECTION --stream --run-config 'run-dir=\"{run.path}\"'"
     if runs and not str(runs[0]["status"]).startswith("finished"):
         return (
-            "its ServerApp has ended without a word (killed, or out of memory), which Flower takes a minute to notice; "
-            f"then go on with: {resume}"
+            "its ServerApp has ended without a word (killed, or out of memory), which Flower "
+            f"takes a minute to notice; then go on with: {resume}"
         )
     return f"nobody is at work on it; go on with: {resume}"
 
@@ -118,17 +130,25 @@ def _is_held(lock: Path) -> bool:
 
 
 def _connection(name: str) -> tuple[str, Path | None]:
-    """Address of a connection in Flower's configuration, and the certificate of the authority that it trusts."""
+    """Address of a connection in Flower's configuration, and the certificate of the authority that
+    it trusts.
+    """
     file = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr") / "config.toml"
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read {file}, where `flwr` finds its SuperLinks: {error.strerror or error}") from error
+        raise UserError(
+            f"cannot read {file}, where `flwr` finds its SuperLinks: {error.strerror or error}"
+        ) from error
     except ValueError as error:
         raise UserError(f"{file} is damaged: {error}") from error
-    known = {key: value for key, value in content.get("superlink", {}).items() if isinstance(value, dict)}
+    known = {
+        key: value for key, value in content.get("superlink", {}).items() if isinstance(value, dict)
+    }
     if name not in known or "address" not in known[name]:
-        raise UserError(f"{file} has no SuperLink {name!r}; there are: {', '.join(known) or 'none'}")
+        raise UserError(
+            f"{file} has no SuperLink {name!r}; there are: {', '.join(known) or 'none'}"
+        )
     authority = known[name].get("root-certificates")
     return str(known[name]["address"]), None if authority is None else user_path(str(authority))
 
@@ -138,16 +158,27 @@ def _flwr(*arguments: str) -> dict[str, Any]:
     command = [str(program("flwr")), *arguments, "--format", "json"]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=FLWR_SECONDS, env={**os.environ, **QUIET}, check=False
+            command,
+            capture_output=True,
+            text=True,
+            timeout=FLWR_SECONDS,
+            env={**os.environ, **QUIET},
+            check=False,
         )
     except subprocess.TimeoutExpired:
-        raise UserError(f"flwr {' '.join(arguments)} has not answered in {FLWR_SECONDS:g} s") from None
+        raise UserError(
+            f"flwr {' '.join(arguments)} has not answered in {FLWR_SECONDS:g} s"
+        ) from None
     try:
         answer = json.loads(done.stdout[done.stdout.index("{") :])
     except ValueError:
         answer = {"success": False}
     if not answer.get("success"):
-        words = [line for line in map(plain, (done.stdout + done.stderr).splitlines()) if line] or ["no output"]
+        words = [line for line in map(plain, (done.stdout + done.stderr).splitlines()) if line] or [
+            "no output"
+        ]
         said = str(answer.get("error-message") or words[-1])
-        raise UserError(f"flwr {' '.join(arguments)} failed; is the SuperLink up? It says: {printable(said)}")
+        raise UserError(
+            f"flwr {' '.join(arguments)} failed; is the SuperLink up? It says: {printable(said)}"
+        )
     return dict(answer)

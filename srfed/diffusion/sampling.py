@@ -23,8 +23,8 @@ class Sampled:
     """What a run of the reverse process gave.
 
     Attributes:
-        images: x_0, (N, C, H, W), of the start's type. Its last step predicts x_0, so ``clip`` keeps
-            it in [-1, 1]; without it nothing does.
+        images: x_0, (N, C, H, W), of the start's type. Its last step predicts x_0, so ``clip``
+            keeps it in [-1, 1]; without it nothing does.
         states: for each timestep r asked for, x_t (N, C, H, W) at the largest visited t ≤ r.
     """
 
@@ -49,8 +49,8 @@ def ancestral_sample(
         predict_noise: ε_ψ.
         diffusion: the schedule, on the device of ``start``.
         start: x_t at ``from_timestep``, (N, C, H, W); N(0, I) when that is T.
-        generator: source of z, on the device of ``start`` or on the CPU, where the draws are the same for every
-            device; one draw a step, none in the last.
+        generator: source of z, on the device of ``start`` or on the CPU, where the draws are the
+            same for every device; one draw a step, none in the last.
         from_timestep: where the start stands, 1..T; None is T.
         variance: σ_t², β_t or the posterior β̃_t.
         clip: clamp each predicted x_0 to [-1, 1].
@@ -65,15 +65,17 @@ def ancestral_sample(
     schedule = diffusion.schedule
     betas: list[float] = [0.0, *schedule.betas.tolist()]
     alpha_bars: list[float] = [1.0, *schedule.alpha_bars.tolist()]
-    variances: list[float] = betas if variance == "beta" else [0.0, *schedule.posterior_variances.tolist()]
+    variances: list[float] = (
+        betas if variance == "beta" else [0.0, *schedule.posterior_variances.tolist()]
+    )
 
     def step(x: Tensor, noise: Tensor, t: int, s: int) -> Tensor:
-        # Line 5 of the printed Algorithm 2 divides by sqrt(ᾱ_t), a misprint: eq. (6), which it restates,
-        # divides by sqrt(α_t).
+        # Line 5 of the printed Algorithm 2 divides by sqrt(ᾱ_t), a misprint: eq. (6), which it
+        # restates, divides by sqrt(α_t).
         alpha, beta, alpha_bar, before = 1 - betas[t], betas[t], alpha_bars[t], alpha_bars[s]
         if clip:
-            # Eq. (6) is the mean of q(x_{t-1} | x_t, x_0) at the predicted x_0 (Ho et al. 2020, eq. 7); only
-            # in this form can that x_0 be clamped.
+            # Eq. (6) is the mean of q(x_{t-1} | x_t, x_0) at the predicted x_0 (Ho et al. 2020, eq.
+            # 7); only in this form can that x_0 be clamped.
             image = _predict_image(x, noise, alpha_bar).clamp(-1, 1)
             # μ = (sqrt(ᾱ_{t-1}) β_t x_0 + sqrt(α_t) (1 - ᾱ_{t-1}) x_t) / (1 - ᾱ_t)
             mean = math.sqrt(before) * beta * image + math.sqrt(alpha) * (1 - before) * x
@@ -88,7 +90,8 @@ def ancestral_sample(
 
 
 def ddim_timesteps(from_timestep: int, steps: int) -> list[int]:
-    """The timesteps DDIM visits: ``steps`` equal strides from ``from_timestep`` to 0, rounded half up.
+    """The timesteps DDIM visits: ``steps`` equal strides from ``from_timestep`` to 0, rounded half
+    up.
 
     Both ends are included, so the list is one longer than the steps. More steps than timesteps are
     cut to one step a timestep.
@@ -111,14 +114,15 @@ def ddim_sample(
 ) -> Sampled:
     """Run DDIM (Song et al. 2021) from x_t at ``from_timestep`` to x_0 over :func:`ddim_timesteps`.
 
-    With eta = 1 and a step for each timestep it is :func:`ancestral_sample` with posterior variance.
+    With eta = 1 and a step for each timestep it is :func:`ancestral_sample` with posterior
+    variance.
 
     Args:
         predict_noise: ε_ψ.
         diffusion: the schedule, on the device of ``start``.
         start: x_t at ``from_timestep``, (N, C, H, W); N(0, I) when that is T.
-        generator: source of z, on the device of ``start`` or on the CPU; unused when eta is 0, else one draw a
-            step and none in the last.
+        generator: source of z, on the device of ``start`` or on the CPU; unused when eta is 0, else
+            one draw a step and none in the last.
         steps: 1..T; at most ``from_timestep`` are taken.
         eta: 0 (deterministic) to 1 (the noise of ancestral sampling).
         from_timestep: where the start stands, 1..T; None is T.
@@ -140,7 +144,8 @@ def ddim_sample(
         image = _predict_image(x, noise, now)
         if clip:
             image = image.clamp(-1, 1)
-            # Eq. (3) solved for ε; the network's own ε would pull x_s off the path to the clamped x_0.
+            # Eq. (3) solved for ε; the network's own ε would pull x_s off the path to the clamped
+            # x_0.
             noise = (x - math.sqrt(now) * image) / math.sqrt(1 - now)
         # σ² = η² (1 - ᾱ_s) / (1 - ᾱ_t) (1 - ᾱ_t / ᾱ_s)   (Song et al., 16)
         variance = eta**2 * (1 - then) / (1 - now) * (1 - now / then)
@@ -164,7 +169,8 @@ def _reverse(
     for t, s in pairwise(path):
         noise = predict_noise(x, torch.full((len(x),), t, dtype=torch.long, device=x.device))
         check_prediction(noise, x)
-        # Before any arithmetic: a 16-bit prediction times a number would be rounded to 16 bits again.
+        # Before any arithmetic: a 16-bit prediction times a number would be rounded to 16 bits
+        # again.
         x = step(x, noise.to(x.dtype), t, s)
         if s in wanted:
             kept[s] = x
@@ -184,11 +190,15 @@ def _draw(x: Tensor, generator: torch.Generator) -> Tensor:
     return drawn.pin_memory().to(x.device, non_blocking=True)
 
 
-def _check_start(diffusion: Diffusion, start: Tensor, generator: torch.Generator, from_timestep: int | None) -> int:
+def _check_start(
+    diffusion: Diffusion, start: Tensor, generator: torch.Generator, from_timestep: int | None
+) -> int:
     check_images("start", start, diffusion.device)
     if generator.device.type not in ("cpu", start.device.type):
         raise ValueError(f"generator is on {generator.device}, start on {start.device}")
     top = diffusion.timesteps if from_timestep is None else from_timestep
     if not 1 <= top <= diffusion.timesteps:
-        raise ValueError(f"from_timestep {top} is impossible; it must lie in 1..{diffusion.timesteps}")
+        raise ValueError(
+            f"from_timestep {top} is impossible; it must lie in 1..{diffusion.timesteps}"
+        )
     return top

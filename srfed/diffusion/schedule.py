@@ -14,8 +14,8 @@ class NoiseSchedule:
     """The variances of the forward process, eq. (2), and what the equations derive from them.
 
     Attributes:
-        betas: float64 (T,) on the CPU, each in [1e-12, 1), so that 1 - β_t stays below 1; ``betas[t - 1]``
-            is β_t.
+        betas: float64 (T,) on the CPU, each in [1e-12, 1), so that 1 - β_t stays below 1; ``betas[t
+            - 1]`` is β_t.
 
     Raises:
         ValueError: ``betas`` has another shape, type or range, or leaves ᾱ_T below 1e-30, where the
@@ -27,8 +27,8 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         if self.betas.ndim != 1 or len(self.betas) == 0 or self.betas.dtype != torch.float64:
             raise ValueError(
-                f"betas has shape {tuple(self.betas.shape)} and type {self.betas.dtype}; "
-                "it must be (T,), T ≥ 1, and float64"
+                f"betas has shape {tuple(self.betas.shape)} and type {self.betas.dtype}; it must "
+                "be (T,), T ≥ 1, and float64"
             )
         low, high = float(self.betas.min()), float(self.betas.max())
         if not (low >= 1e-12 and high < 1):
@@ -51,7 +51,9 @@ class NoiseSchedule:
 
     @cached_property
     def alpha_bars(self) -> Tensor:
-        """ᾱ_t = Π_{s≤t} α_s, float64 (T,); sqrt(ᾱ_t) is what is left of the image in x_t, eq. (3)."""
+        """ᾱ_t = Π_{s≤t} α_s, float64 (T,); sqrt(ᾱ_t) is what is left of the image in x_t, eq.
+        (3).
+        """
         return torch.cumprod(self.alphas, dim=0)
 
     @cached_property
@@ -69,8 +71,9 @@ def linear_schedule(
 ) -> NoiseSchedule:
     """β_t growing linearly from β_1 to β_T (Ho et al. 2020).
 
-    The usual 1e-4..0.02 was made for T = 1000. At T = 500 it leaves sqrt(ᾱ_T) = 0.080 of the image in
-    x_T, so sampling would start from a distribution never seen in training; ``match_1000`` leaves 0.006.
+    The usual 1e-4..0.02 was made for T = 1000. At T = 500 it leaves sqrt(ᾱ_T) = 0.080 of the image
+    in x_T, so sampling would start from a distribution never seen in training; ``match_1000``
+    leaves 0.006.
 
     Args:
         timesteps: T, at least 1.
@@ -85,7 +88,9 @@ def linear_schedule(
     if scale not in ("none", "match_1000"):
         raise ValueError(f"scale {scale!r} is unknown; allowed: none, match_1000")
     factor = 1000 / timesteps if scale == "match_1000" else 1.0
-    return NoiseSchedule(torch.linspace(factor * beta_start, factor * beta_end, timesteps, dtype=torch.float64))
+    return NoiseSchedule(
+        torch.linspace(factor * beta_start, factor * beta_end, timesteps, dtype=torch.float64)
+    )
 
 
 def cosine_schedule(timesteps: int) -> NoiseSchedule:
@@ -116,7 +121,8 @@ def build_schedule(
     beta_end: float,
     beta_scale: Literal["none", "match_1000"],
 ) -> NoiseSchedule:
-    """Make the schedule that a run's ``diffusion`` settings name; the arguments bear the settings' names.
+    """Make the schedule that a run's ``diffusion`` settings name; the arguments bear the settings'
+    names.
 
     Raises:
         ValueError: the schedule is unknown, or its own arguments are impossible.

@@ -31,7 +31,8 @@ class Scores:
 
 @dataclass(frozen=True)
 class Moments:
-    """What a client says of its images in ``moments`` mode: feature statistics, from which no image can be read.
+    """What a client says of its images in ``moments`` mode: feature statistics, from which no image
+    can be read.
 
     Attributes:
         generated: of what it generated.
@@ -46,14 +47,21 @@ class Moments:
 def score_statistics(
     name: str, own: Mapping[str, FeatureStatistics], references: Mapping[str, FeatureStatistics]
 ) -> Scores:
-    """Score feature statistics by task against references of the same tasks; merged in the order of their names."""
+    """Score feature statistics by task against references of the same tasks; merged in the order of
+    their names.
+    """
     generated, reference = (
-        merge_statistics([statistics[task] for task in sorted(own)]) for statistics in (own, references)
+        merge_statistics([statistics[task] for task in sorted(own)])
+        for statistics in (own, references)
     )
     return Scores(
         name=name,
         overall=frechet_distance(generated, reference),
-        per_task={task: frechet_distance(own[task], references[task]) for task in sorted(own) if own[task].count >= 2},
+        per_task={
+            task: frechet_distance(own[task], references[task])
+            for task in sorted(own)
+            if own[task].count >= 2
+        },
         samples=generated.count,
         references=reference.count,
     )
@@ -74,7 +82,9 @@ class CentralEvaluation:
     def score(self, samples: Mapping[str, Images]) -> Scores:
         """Score the samples of some or all tasks; the reference is that of the same tasks."""
         own = {task: self._statistics(images) for task, images in samples.items()}
-        return score_statistics(self.network.score_name, own, {task: self._references[task] for task in own})
+        return score_statistics(
+            self.network.score_name, own, {task: self._references[task] for task in own}
+        )
 
     def _statistics(self, images: Images) -> FeatureStatistics:
         return FeatureStatistics.of(self.network(images))
@@ -96,5 +106,7 @@ class RealFloor:
     def __call__(self, tasks: Iterable[str]) -> float:
         key = tuple(sorted(tasks))
         if key not in self._known:
-            self._known[key] = self._evaluation.score({name: self._images[name] for name in key}).overall
+            self._known[key] = self._evaluation.score(
+                {name: self._images[name] for name in key}
+            ).overall
         return self._known[key]

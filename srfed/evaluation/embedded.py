@@ -1,4 +1,5 @@
-"""The feature network that ships with the package: small, for grey digits and garments from 8 to 32 pixels.
+"""The feature network that ships with the package: small, for grey digits and garments from 8 to 32
+pixels.
 
 A classifier of the 20 classes of MNIST and Fashion-MNIST, trained by
 ``simulations/train_embedded_network.py`` on images of every resolution from 8 to 28 pixels; its
@@ -50,7 +51,9 @@ class EmbeddedNetwork(nn.Module):
 
 
 def _layer(inputs: int, outputs: int, kernel_size: int, stride: int) -> tuple[nn.Module, ...]:
-    convolution = nn.Conv2d(inputs, outputs, kernel_size, stride, padding=kernel_size // 2, bias=False)
+    convolution = nn.Conv2d(
+        inputs, outputs, kernel_size, stride, padding=kernel_size // 2, bias=False
+    )
     return convolution, nn.GroupNorm(8, outputs), nn.ReLU()
 
 
@@ -65,7 +68,13 @@ def network_input(images: torch.Tensor) -> torch.Tensor:
     """
     grey = images.flatten(0, 1).unsqueeze(1).float()
     if grey.shape[2:] != (INPUT_SIZE, INPUT_SIZE):
-        grey = F.interpolate(grey, size=(INPUT_SIZE, INPUT_SIZE), mode="bilinear", align_corners=False, antialias=True)
+        grey = F.interpolate(
+            grey,
+            size=(INPUT_SIZE, INPUT_SIZE),
+            mode="bilinear",
+            align_corners=False,
+            antialias=True,
+        )
     return grey / 127.5 - 1
 
 
@@ -94,7 +103,8 @@ class EmbeddedFeatures(FeatureNetwork):
     """Features of the embedded network; 64 for each channel, so that colour counts.
 
     Raises:
-        UserError: the shipped weights file is missing or not the one this version was released with.
+        UserError: the shipped weights file is missing or not the one this version was released
+            with.
     """
 
     name = "embedded"
@@ -109,7 +119,8 @@ class EmbeddedFeatures(FeatureNetwork):
         network, self.sha256 = read_embedded_network(EMBEDDED_FILE)
         if self.sha256 != EMBEDDED_SHA256:
             raise UserError(
-                f"{EMBEDDED_FILE} has SHA-256 {self.sha256}, not {EMBEDDED_SHA256}; install the package again"
+                f"{EMBEDDED_FILE} has SHA-256 {self.sha256}, not {EMBEDDED_SHA256}; install the "
+                "package again"
             )
         self._network = network.to(self.device)
 

@@ -18,12 +18,13 @@ def load_feature_network(
 
     Args:
         name: "embedded" ships with the package; "inception" is the standard FID network.
-        weights: a file with the weights of "inception"; empty downloads them once and verifies them.
-            "embedded" has its own file and never looks at this one.
+        weights: a file with the weights of "inception"; empty downloads them once and verifies
+            them. "embedded" has its own file and never looks at this one.
         device: where it computes.
 
     Raises:
-        UserError: the weights cannot be had or are not what they should be; the text says what to do.
+        UserError: the weights cannot be had or are not what they should be; the text says what to
+            do.
     """
     match name:
         case "embedded":

@@ -1,8 +1,8 @@
 """The Fréchet distance of two sets of features, from statistics that can be added up.
 
-Heusel et al. 2017 (arXiv:1706.08500), eq. (6): d² = |μ_1 - μ_2|² + tr(Σ_1 + Σ_2 - 2 (Σ_1 Σ_2)^½), the
-distance between the Gaussians with the features' means and covariances. On features of the 2015-12-05
-Inception it is the FID; on any other network's it has another name.
+Heusel et al. 2017 (arXiv:1706.08500), eq. (6): d² = |μ_1 - μ_2|² + tr(Σ_1 + Σ_2 - 2 (Σ_1 Σ_2)^½),
+the distance between the Gaussians with the features' means and covariances. On features of the
+2015-12-05 Inception it is the FID; on any other network's it has another name.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,8 @@ from srfed.errors import UserError
 class FeatureStatistics:
     """How many feature vectors there are, their mean, and their scatter about that mean.
 
-    Centred, unlike sums of squares, the statistics keep float64's full precision when they are added up.
+    Centred, unlike sums of squares, the statistics keep float64's full precision when they are
+    added up.
 
     Attributes:
         count: n ≥ 1.
@@ -39,7 +40,9 @@ class FeatureStatistics:
         if self.count < 1:
             raise ValueError(f"count must be at least 1, got {self.count}")
         if self.mean.ndim != 1 or self.scatter.shape != self.mean.shape * 2:
-            raise ValueError(f"need mean (D,) and scatter (D, D), got {self.mean.shape} and {self.scatter.shape}")
+            raise ValueError(
+                f"need mean (D,) and scatter (D, D), got {self.mean.shape} and {self.scatter.shape}"
+            )
         if self.mean.dtype != np.float64 or self.scatter.dtype != np.float64:
             raise ValueError(f"need float64, got {self.mean.dtype} and {self.scatter.dtype}")
         if not (np.isfinite(self.mean).all() and np.isfinite(self.scatter).all()):
@@ -66,7 +69,9 @@ class FeatureStatistics:
         difference = other.mean - self.mean
         between = np.outer(difference, difference) * (self.count * other.count / count)
         return FeatureStatistics(
-            count, self.mean + difference * (other.count / count), self.scatter + other.scatter + between
+            count,
+            self.mean + difference * (other.count / count),
+            self.scatter + other.scatter + between,
         )
 
     @property
@@ -78,7 +83,8 @@ class FeatureStatistics:
 
 
 def merge_statistics(parts: Sequence[FeatureStatistics]) -> FeatureStatistics:
-    """Statistics of all parts together, equal to those of the whole in any order, to float64's rounding.
+    """Statistics of all parts together, equal to those of the whole in any order, to float64's
+    rounding.
 
     Raises:
         UserError: the parts have features of different dimensions.
@@ -92,8 +98,9 @@ def merge_statistics(parts: Sequence[FeatureStatistics]) -> FeatureStatistics:
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
     """Squared Fréchet distance of two Gaussians, as every FID is reported.
 
-    tr (Σ_1 Σ_2)^½ is the sum of the square roots of the eigenvalues of Σ_1^½ Σ_2 Σ_1^½, which is symmetric
-    and positive semidefinite whatever the ranks; negative eigenvalues are rounding, and count as 0.
+    tr (Σ_1 Σ_2)^½ is the sum of the square roots of the eigenvalues of Σ_1^½ Σ_2 Σ_1^½, which is
+    symmetric and positive semidefinite whatever the ranks; negative eigenvalues are rounding, and
+    count as 0.
 
     Args:
         first, second: statistics of features of one and the same network.
@@ -112,7 +119,9 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
     eigenvalues = np.linalg.eigvalsh((product + product.T) / 2)
     root_trace = np.sqrt(np.clip(eigenvalues, 0, None)).sum()
     difference = first.mean - second.mean
-    distance = difference @ difference + np.trace(covariance_1) + np.trace(covariance_2) - 2 * root_trace
+    distance = (
+        difference @ difference + np.trace(covariance_1) + np.trace(covariance_2) - 2 * root_trace
+    )
     return max(0.0, float(distance))
 
 

@@ -20,7 +20,8 @@ class Generated:
 
     Attributes:
         images: uint8 N x H x W x C.
-        strip: uint8 K x H x W x C, the first image on its way from x_T to x_0; empty if not asked for.
+        strip: uint8 K x H x W x C, the first image on its way from x_T to x_0; empty if not asked
+            for.
     """
 
     images: Images
@@ -40,8 +41,8 @@ def generate(
 ) -> Generated:
     """Generate ``count`` images of one task.
 
-    The images depend on (seed, task, count) and on ``sampling`` alone. x_T is drawn for whole batches,
-    so with DDIM at η = 0 asking for more images leaves the first ones as they were.
+    The images depend on (seed, task, count) and on ``sampling`` alone. x_T is drawn for whole
+    batches, so with DDIM at η = 0 asking for more images leaves the first ones as they were.
 
     Args:
         predict_noise: ε of (φ, θ_i), on the diffusion's device, in evaluation mode.
@@ -62,7 +63,9 @@ def generate(
         wanted = min(sampling.batch_size, count - first)
         size = (sampling.batch_size, channels, height, width)
         start = torch.randn(size, generator=generator)[:wanted].to(diffusion.device)
-        sampled = sample(predict_noise, diffusion, sampling, start, generator, record if first == 0 else [])
+        sampled = sample(
+            predict_noise, diffusion, sampling, start, generator, record if first == 0 else []
+        )
         images.append(to_uint8(sampled.images))
         if first == 0 and record:
             strip = np.concatenate([to_uint8(sampled.states[timestep][:1]) for timestep in record])
@@ -80,15 +83,28 @@ def sample(
     """Run the configured sampler from x_T."""
     if sampling.sampler == "ancestral":
         return ancestral_sample(
-            predict_noise, diffusion, start, generator,
-            variance=sampling.variance, clip=sampling.clip, record=record,
-        )  # fmt: skip
+            predict_noise,
+            diffusion,
+            start,
+            generator,
+            variance=sampling.variance,
+            clip=sampling.clip,
+            record=record,
+        )
     return ddim_sample(
-        predict_noise, diffusion, start, generator,
-        steps=sampling.steps, eta=sampling.eta, clip=sampling.clip, record=record,
-    )  # fmt: skip
+        predict_noise,
+        diffusion,
+        start,
+        generator,
+        steps=sampling.steps,
+        eta=sampling.eta,
+        clip=sampling.clip,
+        record=record,
+    )
 
 
 def strip_timesteps(timesteps: int, steps: int) -> list[int]:
-    """The timesteps of a strip of ``steps`` pictures: T first, 0 last, evenly spaced; none where steps is below 2."""
+    """The timesteps of a strip of ``steps`` pictures: T first, 0 last, evenly spaced; none where
+    steps is below 2.
+    """
     return [round(timesteps * (1 - k / (steps - 1))) for k in range(steps)] if steps > 1 else []

@@ -11,10 +11,12 @@ from srfed.evaluation.weights import INCEPTION_SHA256, read_inception_weights
 
 
 class InceptionFeatures(FeatureNetwork):
-    """The 2048 pooled features of the 2015-12-05 Inception; grey images are repeated to three channels.
+    """The 2048 pooled features of the 2015-12-05 Inception; grey images are repeated to three
+    channels.
 
-    Its score is called "fid" with the official weights. With any other file in the same layout the score is
-    called "fd_inception_" and the first eight digits of that file's SHA-256, because it is no FID.
+    Its score is called "fid" with the official weights. With any other file in the same layout the
+    score is called "fd_inception_" and the first eight digits of that file's SHA-256, because it is
+    no FID.
 
     Raises:
         UserError: the weights cannot be had, or are not in the network's layout.
@@ -36,8 +38,8 @@ class InceptionFeatures(FeatureNetwork):
     def _check_channels(self, channels: int) -> None:
         if channels not in (1, 3):
             raise UserError(
-                f"the Inception takes images of 1 or 3 channels, got {channels}; set data.channels, or "
-                "evaluation.feature_network: embedded"
+                f"the Inception takes images of 1 or 3 channels, got {channels}; set "
+                "data.channels, or evaluation.feature_network: embedded"
             )
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
@@ -51,14 +53,20 @@ def _build(content: bytes, source: str) -> Any:
 
     try:
         tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    # A damaged file makes PyTorch raise almost anything, with texts that advise to unpickle it all the same.
+    # A damaged file makes PyTorch raise almost anything, with texts that advise to unpickle it all
+    # the same.
     except Exception as error:
         raise UserError(f"{source} is damaged or no PyTorch weights file") from error
-    # torch-fidelity unpickles whatever it is given, so it gets only what the restricted unpickler let pass.
+    # torch-fidelity unpickles whatever it is given, so it gets only what the restricted unpickler
+    # let pass.
     safe = io.BytesIO()
     torch.save(tensors, safe)
     safe.seek(0)
     try:
-        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=safe)
+        return FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=safe
+        )
     except (RuntimeError, TypeError) as error:
-        raise UserError(f"{source} is not in the layout of the 2015-12-05 Inception: {one_line(error)}") from error
+        raise UserError(
+            f"{source} is not in the layout of the 2015-12-05 Inception: {one_line(error)}"
+        ) from error

@@ -1,8 +1,8 @@
 """The kernel distance of two sets of features: an unbiased MMD² with a cubic polynomial kernel.
 
-Bińkowski et al. 2018 (arXiv:1801.01401), section 4: k(x, y) = (xᵀy / D + 1)³, the mean over random subsets of
-the unbiased estimate of MMD². On features of the 2015-12-05 Inception it is the KID; on any other network's it
-has another name. torch-fidelity computes it.
+Bińkowski et al. 2018 (arXiv:1801.01401), section 4: k(x, y) = (xᵀy / D + 1)³, the mean over random
+subsets of the unbiased estimate of MMD². On features of the 2015-12-05 Inception it is the KID; on
+any other network's it has another name. torch-fidelity computes it.
 """
 
 from dataclasses import dataclass
@@ -52,24 +52,33 @@ def kernel_distance(
 
     Raises:
         UserError: a side has fewer than 2 images, or the dimensions differ.
-        ValueError: other shapes or dtypes, values that are not finite, or impossible numbers of subsets.
+        ValueError: other shapes or dtypes, values that are not finite, or impossible numbers of
+            subsets.
     """
     for features in (generated, reference):
         if features.ndim != 2 or features.dtype != np.float64:
-            raise ValueError(f"need features N x D in float64, got {features.dtype} {features.shape}")
+            raise ValueError(
+                f"need features N x D in float64, got {features.dtype} {features.shape}"
+            )
         if not np.isfinite(features).all():
             raise ValueError("the features have values that are not finite")
     if subsets < 1 or subset_size < 2:
-        raise ValueError(f"need at least 1 subset of at least 2 images, got {subsets} of {subset_size}")
+        raise ValueError(
+            f"need at least 1 subset of at least 2 images, got {subsets} of {subset_size}"
+        )
     if generated.shape[1] != reference.shape[1]:
         raise UserError(
-            f"features of dimension {generated.shape[1]} and {reference.shape[1]} cannot be compared: "
-            "both sets must come from one network and have one number of channels"
+            f"features of dimension {generated.shape[1]} and {reference.shape[1]} cannot be "
+            "compared: both sets must come from one network and have one number of channels"
         )
     size = min(subset_size, len(generated), len(reference))
     if size < 2:
         raise UserError(f"a kernel distance needs at least 2 images on each side, got {size}")
-    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+    from torch_fidelity.metric_kid import (
+        KEY_METRIC_KID_MEAN,
+        KEY_METRIC_KID_STD,
+        kid_features_to_metric,
+    )
 
     # torch.tensor copies: torch takes no read-only memory without a warning.
     metric = kid_features_to_metric(
@@ -84,13 +93,16 @@ def kernel_distance(
         rng_seed=seed % 2**32,
         verbose=False,
     )
-    return KernelDistance(float(metric[KEY_METRIC_KID_MEAN]), float(metric[KEY_METRIC_KID_STD]), subsets, size)
+    return KernelDistance(
+        float(metric[KEY_METRIC_KID_MEAN]), float(metric[KEY_METRIC_KID_STD]), subsets, size
+    )
 
 
 def kernel_score_name(score_name: str) -> str:
     """What a kernel distance is called on features whose Fréchet distance is called ``score_name``.
 
-    Only the official Inception, whose Fréchet distance is "fid", earns "kid"; "fd_x" becomes "kd_x".
+    Only the official Inception, whose Fréchet distance is "fid", earns "kid"; "fd_x" becomes
+    "kd_x".
 
     Raises:
         ValueError: no Fréchet distance is called that.
@@ -98,5 +110,7 @@ def kernel_score_name(score_name: str) -> str:
     if score_name == "fid":
         return "kid"
     if not score_name.startswith("fd_"):
-        raise ValueError(f"{score_name!r} is no Fréchet distance; they are called 'fid' or 'fd_...'")
+        raise ValueError(
+            f"{score_name!r} is no Fréchet distance; they are called 'fid' or 'fd_...'"
+        )
     return f"kd_{score_name.removeprefix('fd_')}"

@@ -1,8 +1,10 @@
-"""Does a model give back its training images? The audit that an owner runs on images which stay with the owner.
+"""Does a model give back its training images? The audit that an owner runs on images which stay
+with the owner.
 
-As in Meehan, Chaudhuri and Dasgupta 2020 (arXiv:2004.05675), held-out images say how close to the training
-images an image comes that was not among them. Too many generated images that come closer are copies. The
-distances are taken twice, between pixels and between the features of a network; only numbers leave.
+As in Meehan, Chaudhuri and Dasgupta 2020 (arXiv:2004.05675), held-out images say how close to the
+training images an image comes that was not among them. Too many generated images that come closer
+are copies. The distances are taken twice, between pixels and between the features of a network;
+only numbers leave.
 """
 
 import math
@@ -30,18 +32,19 @@ BLOCK_ROWS = 2048
 class Memorisation:
     """How close generated images come to training images in one space, pixels or features.
 
-    Distances are to the nearest image of the other set: root mean square differences of grey levels in [0, 1]
-    between pixels, Euclidean between features.
+    Distances are to the nearest image of the other set: root mean square differences of grey levels
+    in [0, 1] between pixels, Euclidean between features.
 
     Attributes:
         generated_to_training: median over the generated images.
         generated_to_held_out: median over the generated images.
         held_out_to_training: median over the held-out images.
         quantile: q, asked for.
-        threshold: the q-quantile of the held-out images' distances to the training images (see :func:`audit`).
+        threshold: the q-quantile of the held-out images' distances to the training images (see
+            :func:`audit`).
         share: of generated images, those closer to a training image than ``threshold``.
-        tolerance: fresh real images in the generated images' place would exceed this share with a probability
-            of at most 0.001; 1 where there are too few images to tell.
+        tolerance: fresh real images in the generated images' place would exceed this share with a
+            probability of at most 0.001; 1 where there are too few images to tell.
         generated, held_out, training: numbers of images.
     """
 
@@ -68,8 +71,9 @@ class Audit:
 
     Attributes:
         pixels, features: the two spaces.
-        nearest: (generated, training) indices of suspicious pairs, the most suspicious first, for the owner's
-            eyes alone: :meth:`to_numbers` leaves them out, and equality does not look at them.
+        nearest: (generated, training) indices of suspicious pairs, the most suspicious first, for
+            the owner's eyes alone: :meth:`to_numbers` leaves them out, and equality does not look
+            at them.
     """
 
     pixels: Memorisation
@@ -96,22 +100,34 @@ class Audit:
         Raises:
             ValueError: a number is missing, too many or not finite.
         """
-        expected = {f"{space}_{one.name}" for space in ("pixels", "features") for one in fields(Memorisation)}
+        expected = {
+            f"{space}_{one.name}"
+            for space in ("pixels", "features")
+            for one in fields(Memorisation)
+        }
         if set(numbers) != expected:
-            raise ValueError(f"these are no audit's numbers: {sorted(expected ^ set(numbers))} missing or unknown")
+            raise ValueError(
+                f"these are no audit's numbers: {sorted(expected ^ set(numbers))} missing or "
+                "unknown"
+            )
         if not all(map(math.isfinite, numbers.values())):
             raise ValueError("an audit's numbers must be finite")
         return cls(_from_numbers(numbers, "pixels"), _from_numbers(numbers, "features"))
 
 
 def audit(
-    generated: Images, training: Images, held_out: Images, network: FeatureNetwork, *, quantile: float = 0.05
+    generated: Images,
+    training: Images,
+    held_out: Images,
+    network: FeatureNetwork,
+    *,
+    quantile: float = 0.05,
 ) -> Audit:
     """Compare generated with training images, by the measure of held-out ones.
 
-    With m held-out images the threshold is their k-th smallest distance to the training images,
-    k = max(1, floor(q (m + 1))). Held-out images that are training images too (distance 0) would leave no room
-    below it: where there are k or more of them, k is one more than their number.
+    With m held-out images the threshold is their k-th smallest distance to the training images, k =
+    max(1, floor(q (m + 1))). Held-out images that are training images too (distance 0) would leave
+    no room below it: where there are k or more of them, k is one more than their number.
 
     Args:
         generated: uint8 N x H x W x C, rounded as every generated image.
@@ -122,8 +138,8 @@ def audit(
 
     Raises:
         ValueError: other dtypes, or shapes that differ.
-        UserError: a set is empty, q is out of range, every held-out image is a training image, or the images
-            mean nothing to the network.
+        UserError: a set is empty, q is out of range, every held-out image is a training image, or
+            the images mean nothing to the network.
     """
     if not 0 <= quantile <= 0.5:
         raise UserError(f"the memorisation audit's quantile is {quantile}; allowed: 0 to 0.5")
@@ -131,10 +147,14 @@ def audit(
     for name, images in sets.items():
         if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1:] != training.shape[1:]:
             raise ValueError(
-                f"need {name} images in uint8 N x H x W x C, all of one shape, got {images.dtype} {images.shape}"
+                f"need {name} images in uint8 N x H x W x C, all of one shape, got {images.dtype} "
+                f"{images.shape}"
             )
         if not len(images):
-            raise UserError(f"the memorisation audit needs at least 1 image of each kind; there is no {name} image")
+            raise UserError(
+                f"the memorisation audit needs at least 1 image of each kind; there is no {name} "
+                "image"
+            )
     pixels, nearest = _compare(generated, training, held_out, quantile)
     features, _ = _compare(network(generated), network(training), network(held_out), quantile)
     return Audit(pixels, features, nearest)
@@ -145,26 +165,34 @@ def nearest_distances(
 ) -> tuple[Distances, Indices]:
     """Distance of each query to its nearest reference, by brute force in blocks of bounded memory.
 
-    Pixels are compared in whole grey levels, where float64 is exact; of equally near ones the first is taken.
+    Pixels are compared in whole grey levels, where float64 is exact; of equally near ones the first
+    is taken.
 
     Args:
         queries: images, uint8 N x H x W x C; or features, floating point N x D.
         references: of the same kind, M of them.
-        skip_self: queries and references are one and the same, and the nearest *other* one is wanted.
+        skip_self: queries and references are one and the same, and the nearest *other* one is
+            wanted.
 
     Returns:
-        Distances, float64 (N,): of images in [0, 1], divided by the root of the number of values (the root mean
-        square difference), of features Euclidean. And the nearest references' indices, int64 (N,).
+        Distances, float64 (N,): of images in [0, 1], divided by the root of the number of values
+        (the root mean square difference), of features Euclidean. And the nearest references'
+        indices, int64 (N,).
 
     Raises:
         ValueError: shapes or dtypes do not fit, or there is no reference.
     """
     images = queries.dtype == np.uint8
-    if queries.ndim != (4 if images else 2) or not (images or np.issubdtype(queries.dtype, np.floating)):
-        raise ValueError(f"need uint8 N x H x W x C or floating-point N x D, got {queries.dtype} {queries.shape}")
+    if queries.ndim != (4 if images else 2) or not (
+        images or np.issubdtype(queries.dtype, np.floating)
+    ):
+        raise ValueError(
+            f"need uint8 N x H x W x C or floating-point N x D, got {queries.dtype} {queries.shape}"
+        )
     if references.shape[1:] != queries.shape[1:] or (references.dtype == np.uint8) != images:
         raise ValueError(
-            f"queries {queries.dtype} {queries.shape} and references {references.dtype} {references.shape} differ"
+            f"queries {queries.dtype} {queries.shape} and references {references.dtype} "
+            f"{references.shape} differ"
         )
     if skip_self and len(queries) != len(references):
         raise ValueError(f"{len(queries)} queries are not the {len(references)} references")
@@ -185,7 +213,8 @@ def nearest_distances(
 
 
 def draw_nearest_pairs(found: Audit, generated: Images, training: Images) -> dict[str, Images]:
-    """Suspicious pairs one above the other, as rows of a grid; for the owner's eyes, since one row is training images.
+    """Suspicious pairs one above the other, as rows of a grid; for the owner's eyes, since one row
+    is training images.
 
     Args:
         found: the audit of just these images.
@@ -205,8 +234,8 @@ def merge_audits(audits: Sequence[Audit]) -> dict[str, float]:
     """Several owners' audits in one line.
 
     Returns:
-        "pixels_share" and "features_share" over all generated images; their number "generated"; "quantile"; and
-        "fires", whether any of the audits does.
+        "pixels_share" and "features_share" over all generated images; their number "generated";
+        "quantile"; and "fires", whether any of the audits does.
 
     Raises:
         ValueError: there is no audit, or the quantiles differ.
@@ -217,7 +246,9 @@ def merge_audits(audits: Sequence[Audit]) -> dict[str, float]:
     weights = [one.pixels.generated for one in audits]
     return {
         "pixels_share": float(np.average([one.pixels.share for one in audits], weights=weights)),
-        "features_share": float(np.average([one.features.share for one in audits], weights=weights)),
+        "features_share": float(
+            np.average([one.features.share for one in audits], weights=weights)
+        ),
         "generated": sum(weights),
         "quantile": quantiles.pop(),
         "fires": any(one.fires for one in audits),
@@ -225,32 +256,39 @@ def merge_audits(audits: Sequence[Audit]) -> dict[str, float]:
 
 
 def chance_tolerance(generated: int, held_out: int, rank: int) -> float:
-    """The share of n fresh images below the ``rank``-th smallest of m that chance exceeds once in 1,000.
+    """The share of n fresh images below the ``rank``-th smallest of m that chance exceeds once in
+    1,000.
 
-    Where all n + m are exchangeable, the number of fresh ones below has the beta-binomial distribution of n
-    draws with a = rank and b = m - rank + 1, whatever the distances' own distribution; ties only make it less.
+    Where all n + m are exchangeable, the number of fresh ones below has the beta-binomial
+    distribution of n draws with a = rank and b = m - rank + 1, whatever the distances' own
+    distribution; ties only make it less.
     """
-    # scipy.stats takes a second to import, and a deployed client starts a process for every message.
+    # scipy.stats takes a second to import, and a deployed client starts a process for every
+    # message.
     from scipy.stats import betabinom
 
     return float(betabinom.isf(FALSE_ALARM, generated, rank, held_out - rank + 1)) / generated
 
 
 def _compare(
-    generated: npt.NDArray[Any], training: npt.NDArray[Any], held_out: npt.NDArray[Any], quantile: float
+    generated: npt.NDArray[Any],
+    training: npt.NDArray[Any],
+    held_out: npt.NDArray[Any],
+    quantile: float,
 ) -> tuple[Memorisation, tuple[tuple[int, int], ...]]:
     to_training, neighbours = nearest_distances(generated, training)
     to_held_out, _ = nearest_distances(generated, held_out)
     usual = np.sort(nearest_distances(held_out, training)[0])
     if not usual[-1]:
         raise UserError(
-            f"all {len(held_out)} held-out images are training images too, so they cannot say how close others come; "
-            "hold out images that the model is not trained on"
+            f"all {len(held_out)} held-out images are training images too, so they cannot say how "
+            "close others come; hold out images that the model is not trained on"
         )
     # 0.29 * 100 is 28.999999999999996.
     rank = max(1, math.floor(quantile * (len(usual) + 1) + 1e-9), 1 + int((usual == 0).sum()))
     threshold = usual[rank - 1]
-    # An empty or blurred image is near to everything; a copy is nearer to its original than to all others.
+    # An empty or blurred image is near to everything; a copy is nearer to its original than to all
+    # others.
     suspicion = to_training / np.maximum(to_held_out, np.finfo(np.float64).tiny)
     order = np.argsort(suspicion, kind="stable")[:PAIRS]
     return (
@@ -271,7 +309,9 @@ def _compare(
 
 
 def _nearest(block: Distances, references: npt.NDArray[Any], rows: int, own: int | None) -> Indices:
-    """Index of each row's nearest reference; ``own`` is the first row's own index, which does not count."""
+    """Index of each row's nearest reference; ``own`` is the first row's own index, which does not
+    count.
+    """
     best = np.full(len(block), np.inf)
     indices = np.zeros(len(block), np.int64)
     everyone = np.arange(len(block))
@@ -294,4 +334,6 @@ def _nearest(block: Distances, references: npt.NDArray[Any], rows: int, own: int
 
 def _from_numbers(numbers: Mapping[str, float], space: str) -> Memorisation:
     own: dict[str, Any] = {one.name: numbers[f"{space}_{one.name}"] for one in fields(Memorisation)}
-    return Memorisation(**{**own, **{name: int(own[name]) for name in ("generated", "held_out", "training")}})
+    return Memorisation(
+        **{**own, **{name: int(own[name]) for name in ("generated", "held_out", "training")}}
+    )

@@ -1,4 +1,6 @@
-"""What every feature network is: images in, features out, under one name, weights file and resize rule."""
+"""What every feature network is: images in, features out, under one name, weights file and resize
+rule.
+"""
 
 import hashlib
 import json
@@ -15,8 +17,9 @@ class FeatureNetwork(ABC):
 
     Attributes:
         name: "embedded" or "inception".
-        score_name: what a Fréchet distance on these features is called. Only the official 2015-12-05
-            Inception earns "fid"; every other network and every other weights file has a name of its own.
+        score_name: what a Fréchet distance on these features is called. Only the official
+            2015-12-05 Inception earns "fid"; every other network and every other weights file has a
+            name of its own.
         dimension: features of one image; of one *channel* of it where ``per_channel``.
         per_channel: whether an image of C channels has C * ``dimension`` features.
         sha256: hexadecimal digest of the weights file.
@@ -38,8 +41,8 @@ class FeatureNetwork(ABC):
         """Features of images.
 
         Args:
-            images: uint8, N x H x W x C; N may be 0. Generated images must have been rounded to uint8:
-                truncation moves them by half a grey level, and the score with them.
+            images: uint8, N x H x W x C; N may be 0. Generated images must have been rounded to
+                uint8: truncation moves them by half a grey level, and the score with them.
 
         Returns:
             float64, N x D with D = ``dimension``, or C * ``dimension`` where ``per_channel``.
@@ -70,7 +73,9 @@ class FeatureNetwork(ABC):
 
     @property
     def identity(self) -> dict[str, str]:
-        """What must be equal for two sets of features to be comparable; stored with every statistics file."""
+        """What must be equal for two sets of features to be comparable; stored with every
+        statistics file.
+        """
         return {
             "network": self.name,
             "score_name": self.score_name,

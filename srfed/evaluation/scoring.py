@@ -1,7 +1,8 @@
 """Every score of one set of samples, each with what it was measured against.
 
-A number alone says little: the Fréchet distance depends on how many images there are, on the reference, on the
-feature network and its resize rule. So a score here is a record that names all of them.
+A number alone says little: the Fréchet distance depends on how many images there are, on the
+reference, on the feature network and its resize rule. So a score here is a record that names all of
+them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,10 +37,12 @@ class Score:
         reference: "test", "train" or "subset".
         value: the distance.
         images, references: how many images on either side.
-        floor: the distance of real images to the same reference: the whole training split to "test", the test
-            images to the other two. What a perfect model would score, were it judged on as many images.
+        floor: the distance of real images to the same reference: the whole training split to
+            "test", the test images to the other two. What a perfect model would score, were it
+            judged on as many images.
         floor_images: how many real images that were.
-        deviation: standard deviation over the subsets of a kernel distance; None of a Fréchet distance.
+        deviation: standard deviation over the subsets of a kernel distance; None of a Fréchet
+            distance.
         subsets, subset_size: of a kernel distance.
     """
 
@@ -75,7 +78,8 @@ class SampleScores:
 
 
 class ReferenceStatistics:
-    """Feature statistics of real images, by content: computed once, and kept in files if there is a folder for them.
+    """Feature statistics of real images, by content: computed once, and kept in files if there is a
+    folder for them.
 
     Args:
         network: the feature network.
@@ -137,35 +141,51 @@ def score_samples(
         "subset": {task.name: task.train for task in tasks},
     }
     statistics = {
-        name: merge_statistics([references.of(images) for images in group.values()]) for name, group in groups.items()
+        name: merge_statistics([references.of(images) for images in group.values()])
+        for name, group in groups.items()
     }
     scores = []
     for reference in REFERENCES:
         real = statistics["train" if reference == "test" else "test"]
         scores.append(
             Score(
-                network.score_name, reference, frechet_distance(generated, statistics[reference]),
-                generated.count, statistics[reference].count, frechet_distance(real, statistics[reference]), real.count,
+                network.score_name,
+                reference,
+                frechet_distance(generated, statistics[reference]),
+                generated.count,
+                statistics[reference].count,
+                frechet_distance(real, statistics[reference]),
+                real.count,
             )
-        )  # fmt: skip
+        )
     test = np.concatenate([network(task.test) for task in tasks])
     kernel = kernel_distance(np.concatenate(list(features.values())), test, seed=seed)
     scores.append(
         Score(
-            kernel_score_name(network.score_name), "test", kernel.mean, generated.count, len(test),
-            deviation=kernel.deviation, subsets=kernel.subsets, subset_size=kernel.subset_size,
+            kernel_score_name(network.score_name),
+            "test",
+            kernel.mean,
+            generated.count,
+            len(test),
+            deviation=kernel.deviation,
+            subsets=kernel.subsets,
+            subset_size=kernel.subset_size,
         )
-    )  # fmt: skip
+    )
     audits, no_audit = {}, {}
     for task in tasks:
         try:
-            audits[task.name] = audit(samples[task.name], task.train, task.test, network, quantile=quantile)
+            audits[task.name] = audit(
+                samples[task.name], task.train, task.test, network, quantile=quantile
+            )
         except UserError as error:
             no_audit[task.name] = str(error)
     return SampleScores(
         scores=scores,
         by_task={
-            task.name: frechet_distance(FeatureStatistics.of(features[task.name]), references.of(task.test))
+            task.name: frechet_distance(
+                FeatureStatistics.of(features[task.name]), references.of(task.test)
+            )
             for task in tasks
         },
         agreement=class_agreement(tasks, samples),
@@ -175,14 +195,19 @@ def score_samples(
 
 
 def describe_score(score: Score, network: Mapping[str, str], seed: int) -> str:
-    """One line with everything that the number depends on; ``network`` is :attr:`FeatureNetwork.identity`."""
+    """One line with everything that the number depends on; ``network`` is
+    :attr:`FeatureNetwork.identity`.
+    """
     words = f"{score.name} against {score.reference}: {score.value:.4f}"
     if score.deviation is not None:
         words += f" ± {score.deviation:.4f} over {score.subsets} subsets of {score.subset_size}"
     words += f" (n = {score.images:,} samples, {score.references:,} references"
     if score.floor is not None:
         words += f"; {score.floor_images:,} real images score {score.floor:.4f}"
-    return f"{words}; {network['network']} {network['sha256'][:8]}, {network['resize_rule']}; seed {seed})"
+    return (
+        f"{words}; {network['network']} {network['sha256'][:8]}, {network['resize_rule']}; seed "
+        f"{seed})"
+    )
 
 
 def audit_numbers(audits: Mapping[str, Audit]) -> dict[str, dict[str, Any]]:

@@ -1,9 +1,10 @@
-"""Structural similarity of two images, with every choice fixed, since each of them changes the number.
+"""Structural similarity of two images, with every choice fixed, since each of them changes the
+number.
 
-Wang et al. 2004, "Image Quality Assessment: From Error Visibility to Structural Similarity", eq. (13):
-Gaussian window of 11 with σ = 1.5, weighted (population) variances, K_1 = 0.01, K_2 = 0.03, data range
-1, only windows that lie inside the image, mean over windows and channels. scikit-image gives the same
-with ``gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1``.
+Wang et al. 2004, "Image Quality Assessment: From Error Visibility to Structural Similarity", eq.
+(13): Gaussian window of 11 with σ = 1.5, weighted (population) variances, K_1 = 0.01, K_2 = 0.03,
+data range 1, only windows that lie inside the image, mean over windows and channels. scikit-image
+gives the same with ``gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1``.
 """
 
 import torch
@@ -31,7 +32,9 @@ def ssim(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         UserError: the images are smaller than 3 pixels.
     """
     if first.shape != second.shape or first.ndim != 4:
-        raise ValueError(f"need two batches N x C x H x W, got {tuple(first.shape)} and {tuple(second.shape)}")
+        raise ValueError(
+            f"need two batches N x C x H x W, got {tuple(first.shape)} and {tuple(second.shape)}"
+        )
     for images in (first, second):
         if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
             raise ValueError("need float images in [0, 1]")
@@ -56,7 +59,8 @@ def ssim(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def ssim_window(height: int, width: int) -> int:
-    """Side of the Gaussian window: 11, or the largest odd number that fits a smaller image (8x8 takes 7).
+    """Side of the Gaussian window: 11, or the largest odd number that fits a smaller image (8x8
+    takes 7).
 
     σ stays 1.5 and the weights sum to 1 whatever the side. Scores of windows of different sides are
     different numbers: report the side with the score.

@@ -1,4 +1,6 @@
-"""Files of feature statistics: a reference that stands in for images, tied to the network that made it."""
+"""Files of feature statistics: a reference that stands in for images, tied to the network that made
+it.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,8 +25,8 @@ def load_statistics(path: Path, network: FeatureNetwork) -> FeatureStatistics:
     """Read statistics that ``network`` has made.
 
     Raises:
-        UserError: the file cannot be read, is no statistics file, or is another network's: a score is never
-            computed between the features of two networks.
+        UserError: the file cannot be read, is no statistics file, or is another network's: a score
+            is never computed between the features of two networks.
     """
     try:
         arrays, metadata = read_arrays(path)
@@ -49,5 +51,6 @@ def check_same_network(expected: Mapping[str, str], found: Mapping[str, str], so
     for key, value in expected.items():
         if found.get(key) != value:
             raise UserError(
-                f"{source} has features of another network: its {key} is {found.get(key)!r}, this run's is {value!r}"
+                f"{source} has features of another network: its {key} is {found.get(key)!r}, this "
+                f"run's is {value!r}"
             )

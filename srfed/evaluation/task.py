@@ -1,4 +1,6 @@
-"""One task's part of an evaluation: what its owner generates, and how well its test images come back."""
+"""One task's part of an evaluation: what its owner generates, and how well its test images come
+back.
+"""
 
 from dataclasses import dataclass
 
@@ -23,7 +25,8 @@ class TaskEvaluation:
         ssim: SSIM-rec by timestep; empty where there is no test image to judge.
         ssim_images: test images judged.
         ssim_window: side of the SSIM window, px.
-        audit: the memorisation audit, with the embedded network's features; None where there is none.
+        audit: the memorisation audit, with the embedded network's features; None where there is
+            none.
         no_audit: why there is none although it was asked for; otherwise empty.
     """
 
@@ -73,7 +76,9 @@ def evaluate_task(
     found, reason = _audit(config, generated.images, train, test) if final else (None, "")
     return TaskEvaluation(
         generated,
-        ssim_curve(predict_noise, diffusion, config, task=task, images=judged, timesteps=sorted(timesteps)),
+        ssim_curve(
+            predict_noise, diffusion, config, task=task, images=judged, timesteps=sorted(timesteps)
+        ),
         len(judged),
         ssim_window(*test.shape[1:3]),
         found,
@@ -81,13 +86,16 @@ def evaluate_task(
     )
 
 
-def _audit(config: RunConfig, generated: Images, train: Images, test: Images) -> tuple[Audit | None, str]:
+def _audit(
+    config: RunConfig, generated: Images, train: Images, test: Images
+) -> tuple[Audit | None, str]:
     """The audit; or why it cannot be made, which is no reason to withhold the samples."""
     quantile = config.evaluation.memorisation_quantile
     if not quantile:
         return None, ""
     try:
-        # Always the network that everybody has: a client of a run that is scored with another need not load that.
+        # Always the network that everybody has: a client of a run that is scored with another need
+        # not load that.
         return audit(generated, train, test, EmbeddedFeatures(), quantile=quantile), ""
     except UserError as error:
         return None, str(error)
@@ -102,7 +110,9 @@ def ssim_curve(
     images: Images,
     timesteps: list[int],
 ) -> dict[int, float]:
-    """SSIM-rec of test images (uint8 N x H x W x C) by timestep; nothing where there is no image."""
+    """SSIM-rec of test images (uint8 N x H x W x C) by timestep; nothing where there is no
+    image.
+    """
     if not len(images):
         return {}
     return {

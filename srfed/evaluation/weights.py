@@ -1,4 +1,6 @@
-"""The standard FID network's weights file: found where the user says, or downloaded once and verified."""
+"""The standard FID network's weights file: found where the user says, or downloaded once and
+verified.
+"""
 
 import hashlib
 import http.client
@@ -13,9 +15,7 @@ from srfed.errors import UserError
 from srfed.files import write_bytes
 from srfed.paths import user_path
 
-INCEPTION_URL = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-)
+INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 _CHUNK = 1 << 20
 _TIMEOUT = 60.0
@@ -29,7 +29,8 @@ def read_inception_weights(named: str = "") -> tuple[bytes, str]:
             $SRFED_CACHE or ~/.cache/srfed, where it is downloaded to on first use.
 
     Raises:
-        UserError: the file cannot be read or downloaded, or what should be the official file is not.
+        UserError: the file cannot be read or downloaded, or what should be the official file is
+            not.
     """
     if named:
         content = _read(user_path(named))
@@ -41,8 +42,8 @@ def read_inception_weights(named: str = "") -> tuple[bytes, str]:
     digest = hashlib.sha256(content).hexdigest()
     if digest != INCEPTION_SHA256:
         raise UserError(
-            f"{path} is not the official file: its SHA-256 is {digest}, not {INCEPTION_SHA256}; delete it, "
-            "so that it is downloaded again"
+            f"{path} is not the official file: its SHA-256 is {digest}, not {INCEPTION_SHA256}; "
+            "delete it, so that it is downloaded again"
         )
     return content, digest
 
@@ -83,6 +84,7 @@ def _download(target: Path) -> bytes:
     digest = hashlib.sha256(content).hexdigest()
     if digest != INCEPTION_SHA256:
         raise UserError(
-            f"the download of {INCEPTION_URL} has SHA-256 {digest}, not {INCEPTION_SHA256}, and was not kept; {remedy}"
+            f"the download of {INCEPTION_URL} has SHA-256 {digest}, not {INCEPTION_SHA256}, and "
+            f"was not kept; {remedy}"
         )
     return bytes(content)

@@ -11,7 +11,13 @@ from srfed.checkpoints.client_store import NO_PARENT
 from srfed.config import RunConfig, parse_config_json
 from srfed.data import ImageRecord, Task
 from srfed.errors import UserError
-from srfed.federation.agreement import AGREEMENT_FILE, COMMAND, AgreedImages, Agreement, RequestRefusedError
+from srfed.federation.agreement import (
+    AGREEMENT_FILE,
+    COMMAND,
+    AgreedImages,
+    Agreement,
+    RequestRefusedError,
+)
 from srfed.federation.messages import DESCRIBE, EVALUATE, TRAIN, Request
 from srfed.federation.site import Site, deployed_site, is_simulated, own_task, site_of
 from srfed.files import exists
@@ -24,9 +30,10 @@ class Admitted:
     Attributes:
         request: what is asked.
         site: whose machine this is.
-        config: what the client does: the request's configuration as far as it was agreed, with the site's own
-            resources.
-        agreement: the owner's; None in a simulation, where the run's own configuration is the agreement.
+        config: what the client does: the request's configuration as far as it was agreed, with the
+            site's own resources.
+        agreement: the owner's; None in a simulation, where the run's own configuration is the
+            agreement.
         task: the owner's images.
     """
 
@@ -72,7 +79,9 @@ def admit(message: Message, context: Context) -> Admitted:
 
 def images_of(task: Task) -> AgreedImages:
     """An owner's images as an agreement has them."""
-    return AgreedImages(training=len(task.train), test=len(task.test), fingerprint=ImageRecord.of(task).fingerprint)
+    return AgreedImages(
+        training=len(task.train), test=len(task.test), fingerprint=ImageRecord.of(task).fingerprint
+    )
 
 
 def agreement_of(site: Site) -> Agreement:
@@ -86,7 +95,10 @@ def agreement_of(site: Site) -> Agreement:
         raise RequestRefusedError(f"no agreement: the site's owner makes one with {COMMAND}")
     agreement = Agreement.load(site.folder)
     if agreement.client != site.client:
-        raise UserError(f"{site.folder / AGREEMENT_FILE} is the agreement of {agreement.client!r}, not of this site")
+        raise UserError(
+            f"{site.folder / AGREEMENT_FILE} is the agreement of {agreement.client!r}, not of this "
+            "site"
+        )
     return agreement
 
 
@@ -94,4 +106,6 @@ def _asked(request: Request) -> RunConfig:
     try:
         return parse_config_json(request.config)
     except UserError as error:
-        raise RequestRefusedError("the request's config is impossible", str(error)[:1000]) from error
+        raise RequestRefusedError(
+            "the request's config is impossible", str(error)[:1000]
+        ) from error

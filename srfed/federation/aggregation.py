@@ -23,7 +23,8 @@ class Aggregate:
 
     Attributes:
         shared: φ^{r+1}, of φ^r's dtypes.
-        optimizer: the server optimizer's state, float64, "momentum.<name>" and "second_moment.<name>".
+        optimizer: the server optimizer's state, float64, "momentum.<name>" and
+            "second_moment.<name>".
         update_norm: ‖φ^{r+1} - φ^r‖.
         disagreement: between 0 (all clients moved alike) and 1 (their moves cancel): the root of
             Σ p_i ‖Δ_i - Δ̄‖² / Σ p_i ‖Δ_i‖², with Δ_i = φ_i - φ^r.
@@ -43,8 +44,8 @@ def client_weights(
     Args:
         rule: equal weights, or by number of training images.
         examples: m_i by client.
-        largest: what one client may have of them by ``examples``, or an equal share where that is more; what is above
-            it goes to the others, by their own numbers.
+        largest: what one client may have of them by ``examples``, or an equal share where that is
+            more; what is above it goes to the others, by their own numbers.
     """
     if rule == "uniform":
         return {client: 1 / len(examples) for client in sorted(examples)}
@@ -52,7 +53,9 @@ def client_weights(
     weights = {client: examples[client] / total for client in sorted(examples)}
     cap = max(largest, 1 / len(weights))
     capped: set[str] = set()
-    while above := {client for client, weight in weights.items() if weight > cap and client not in capped}:
+    while above := {
+        client for client, weight in weights.items() if weight > cap and client not in capped
+    }:
         capped |= above
         others = sum(examples[client] for client in weights if client not in capped)
         left = 1 - cap * len(capped)
@@ -60,7 +63,9 @@ def client_weights(
     return weights
 
 
-def weighted_mean(members: Mapping[str, Tensors], weights: Mapping[str, float]) -> dict[str, Tensor]:
+def weighted_mean(
+    members: Mapping[str, Tensors], weights: Mapping[str, float]
+) -> dict[str, Tensor]:
     """Σ p_i x_i for every tensor, float64, over the clients in sorted order."""
     mean: dict[str, Tensor] = {}
     for client in sorted(members):
@@ -86,11 +91,12 @@ def aggregate(
         weights: p_i by client.
         optimizer: the optimizer's state after the last round; empty at first.
 
-    FedAvgM is Hsu et al. (2019): m ← β m + Δ, φ ← φ + η m. FedAdam is Reddi et al. (2021), Algorithm 2:
-    m ← β1 m + (1 - β1) Δ, v ← β2 v + (1 - β2) Δ², φ ← φ + η m / (√v + τ). FedExP is Jhunjhunwala et al. (2023):
-    φ ← φ + η max(1, r / 2) Δ̄ with r = Σ p_i ‖Δ_i‖² / ‖Δ̄‖², a longer step the less the clients agree. Where theirs
-    has an ε below the line, ours bounds r by 1 / Σ p_i², what it is where clients move at right angles; updates
-    that cancel each other are not stretched beyond.
+    FedAvgM is Hsu et al. (2019): m ← β m + Δ, φ ← φ + η m. FedAdam is Reddi et al. (2021),
+    Algorithm 2: m ← β1 m + (1 - β1) Δ, v ← β2 v + (1 - β2) Δ², φ ← φ + η m / (√v + τ). FedExP is
+    Jhunjhunwala et al. (2023): φ ← φ + η max(1, r / 2) Δ̄ with r = Σ p_i ‖Δ_i‖² / ‖Δ̄‖², a longer
+    step the less the clients agree. Where theirs has an ε below the line, ours bounds r by 1 / Σ
+    p_i², what it is where clients move at right angles; updates that cancel each other are not
+    stretched beyond.
     """
     deltas = {
         client: {name: update[name].double() - shared[name].double() for name in shared}
@@ -119,7 +125,9 @@ def aggregate(
 
 def update_norm(shared: Tensors, update: Tensors) -> float:
     """‖φ_i - φ^r‖, in float64."""
-    return math.sqrt(_squared_norm({name: update[name].double() - shared[name].double() for name in shared}))
+    return math.sqrt(
+        _squared_norm({name: update[name].double() - shared[name].double() for name in shared})
+    )
 
 
 def _server_step(
@@ -140,7 +148,10 @@ def _server_step(
     keep = settings.server_second_moment
     steps = {}
     for name, delta in mean.items():
-        second = keep * optimizer.get(f"second_moment.{name}", torch.zeros_like(delta)) + (1 - keep) * delta**2
+        second = (
+            keep * optimizer.get(f"second_moment.{name}", torch.zeros_like(delta))
+            + (1 - keep) * delta**2
+        )
         state[f"second_moment.{name}"] = second
         steps[name] = rate * momentum[name] / (second.sqrt() + settings.server_epsilon)
     return steps, state

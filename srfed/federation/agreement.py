@@ -2,11 +2,11 @@
 
     <state-dir>/<client>/agreement.json
 
-A request brings the server's configuration; handler and guard do what the agreement allows of it, and nothing
-else. Each setting has one of four rules. *Exactly*, unless it is listed below: above all whatever decides which
-images stand behind a number, because two answers about n and n + 1 images differ by one image. *At most* and
-*at least*: how much and how often. *Free*: the server's own affair, or a matter of this machine, where the
-site's own value holds.
+A request brings the server's configuration; handler and guard do what the agreement allows of it,
+and nothing else. Each setting has one of four rules. *Exactly*, unless it is listed below: above
+all whatever decides which images stand behind a number, because two answers about n and n + 1
+images differ by one image. *At most* and *at least*: how much and how often. *Free*: the server's
+own affair, or a matter of this machine, where the site's own value holds.
 """
 
 import json
@@ -52,11 +52,13 @@ FREE = frozenset(
         "resources.client_gpus",
     }
 )
-"""Free, and so is what the server does with the replies (all of ``federation`` that is not in AT_MOST). The
-numbers of samples are agreed as what this site generates, whatever the others do."""
+"""Free, and so is what the server does with the replies (all of ``federation`` that is not in
+AT_MOST). The numbers of samples are agreed as what this site generates, whatever the others do."""
 
 LEAST_STATISTICS, LEAST_MEAN = 20, 8
-"""Images behind feature statistics, and behind a mean such as SSIM or a loss, unless the owner says otherwise."""
+"""Images behind feature statistics, and behind a mean such as SSIM or a loss, unless the owner says
+otherwise.
+"""
 
 Rule = Literal["exactly", "at_most", "at_least", "free"]
 _Count = Annotated[int, Field(ge=0)]
@@ -65,7 +67,8 @@ _Count = Annotated[int, Field(ge=0)]
 class RequestRefusedError(Exception):
     """A request that this client does not serve.
 
-    The text is in the client's own words and may travel; what the request said instead stays in ``detail``.
+    The text is in the client's own words and may travel; what the request said instead stays in
+    ``detail``.
     """
 
     def __init__(self, words: str, detail: str = "") -> None:
@@ -88,7 +91,8 @@ class AgreedShared(_Part):
     tensors: _Count
     bytes: _Count
     fingerprint: str
-    """Of their names, shapes and dtypes; see :meth:`srfed.models.partition.Partition.fingerprint`."""
+    """Of their names, shapes and dtypes; see :meth:`srfed.models.partition.Partition.fingerprint`.
+    """
 
 
 class AgreedImages(_Part):
@@ -135,10 +139,11 @@ class Agreement(_Part):
     Attributes:
         client: the site's id.
         agreed: when, ISO 8601, UTC.
-        coordinator: SHA-256 of the certificate that the site trusts (DER, hexadecimal); None ties it to none. A
-            handler never sees the certificate: the command that starts the site compares it.
-        shared, images, samples, features, least_images, resources: see there; features are None where no
-            statistics leave.
+        coordinator: SHA-256 of the certificate that the site trusts (DER, hexadecimal); None ties
+            it to none. A handler never sees the certificate: the command that starts the site
+            compares it.
+        shared, images, samples, features, least_images, resources: see there; features are None
+            where no statistics leave.
         exactly, at_most, at_least, free: the rule of each setting, by its name.
     """
 
@@ -157,7 +162,8 @@ class Agreement(_Part):
     free: tuple[str, ...]
 
     def admit(self, asked: RunConfig) -> RunConfig:
-        """What the site does of a configuration: all that was agreed, with this machine's own resources.
+        """What the site does of a configuration: all that was agreed, with this machine's own
+        resources.
 
         Raises:
             RequestRefusedError: a setting is not as agreed; the text names the first one.
@@ -172,28 +178,38 @@ class Agreement(_Part):
         own = {"device": self.resources.device, "cpus": None, "client_cpus": self.resources.threads}
         if config.resources.precision != "float32" and self.resources.device == "cpu":
             raise not_agreed("resources.precision", "this site computes on the CPU, in float32")
-        evaluation = config.evaluation.model_copy(update={"inception_weights": self.resources.inception_weights})
+        evaluation = config.evaluation.model_copy(
+            update={"inception_weights": self.resources.inception_weights}
+        )
         resources = ResourcesConfig(**{**config.resources.model_dump(), **own})
         return config.model_copy(update={"resources": resources, "evaluation": evaluation})
 
-    def admit_evaluation(self, config: RunConfig, round_number: int, samples: int, final: bool) -> None:
-        """Raise RequestRefusedError unless an evaluation is due, and asks for the agreed number of samples."""
+    def admit_evaluation(
+        self, config: RunConfig, round_number: int, samples: int, final: bool
+    ) -> None:
+        """Raise RequestRefusedError unless an evaluation is due, and asks for the agreed number of
+        samples.
+        """
         if not config.evaluation_due(round_number):
             raise not_agreed("evaluation.every", f"an evaluation after round {round_number}")
         if final != (round_number == config.federation.rounds):
-            raise not_agreed("evaluation.every", f"final = {_shown(final)} after round {round_number}")
+            raise not_agreed(
+                "evaluation.every", f"final = {_shown(final)} after round {round_number}"
+            )
         agreed = self.samples.final if final else self.samples.between
         if samples != agreed:
             name = "evaluation.samples" if final else "evaluation.samples_between"
-            raise not_agreed(name, f"asked for {samples} samples of this site, agreed exactly {agreed}")
+            raise not_agreed(
+                name, f"asked for {samples} samples of this site, agreed exactly {agreed}"
+            )
 
     def admit_images(self, images: AgreedImages) -> None:
         """Raise RequestRefusedError where the site's images are not the agreed ones."""
         if images != self.images:
             raise not_agreed(
                 "the site's images",
-                f"{images.training} for training and {images.test} for tests, agreed were {self.images.training} and "
-                f"{self.images.test}; agree again with: {COMMAND}",
+                f"{images.training} for training and {images.test} for tests, agreed were "
+                f"{self.images.training} and {self.images.test}; agree again with: {COMMAND}",
             )
 
     def rules(self) -> dict[str, str]:
@@ -213,7 +229,9 @@ class Agreement(_Part):
         ]
 
     def save(self, folder: Path) -> None:
-        """Write the file into the client's own folder; raises UserError where it cannot be written."""
+        """Write the file into the client's own folder; raises UserError where it cannot be
+        written.
+        """
         write_json(folder / AGREEMENT_FILE, json.loads(self.model_dump_json()), version=VERSION)
 
     @classmethod
@@ -231,7 +249,9 @@ class Agreement(_Part):
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             where = ".".join(map(str, problem["loc"]))
-            raise DamagedError(f"{path} is damaged: {where}: {problem['msg']}; agree again with: {COMMAND}") from error
+            raise DamagedError(
+                f"{path} is damaged: {where}: {problem['msg']}; agree again with: {COMMAND}"
+            ) from error
 
     def _broken(self, name: str, value: Any) -> str | None:
         """The rule that a value breaks, in words; None where it is as agreed."""
@@ -251,7 +271,9 @@ class Agreement(_Part):
         return None if kept else self.rules().get(name, "nothing: it is not mentioned")
 
     def _flat(self) -> dict[str, str]:
-        content = self.model_dump(mode="json", exclude={"agreed", "exactly", "at_most", "at_least", "free"})
+        content = self.model_dump(
+            mode="json", exclude={"agreed", "exactly", "at_most", "at_least", "free"}
+        )
         return {name: _shown(value) for name, value in _leaves(content)} | self.rules()
 
 
@@ -283,8 +305,14 @@ def weak_numbers(
         yield "training.batch_size", f"a minibatch of {smallest} images, {least.mean} is the least"
     if evaluation.ssim_images and (judged := min(evaluation.ssim_images, test)) < least.mean:
         yield "evaluation.ssim_images", f"SSIM over {judged} test images, {least.mean} is the least"
-    if evaluation.memorisation_quantile and (fewest := min(training, test, samples.final)) < least.mean:
-        yield "evaluation.memorisation_quantile", f"an audit of {fewest} images, {least.mean} is the least"
+    if (
+        evaluation.memorisation_quantile
+        and (fewest := min(training, test, samples.final)) < least.mean
+    ):
+        yield (
+            "evaluation.memorisation_quantile",
+            f"an audit of {fewest} images, {least.mean} is the least",
+        )
     if evaluation.mode == "samples":
         return
     counts = [("evaluation.samples", samples.final, "generated")]
@@ -296,7 +324,10 @@ def weak_numbers(
     counts += [("data.images_per_task", training, "training"), ("data.test_fraction", test, "test")]
     for name, count, what in counts:
         if count < least.statistics:
-            yield name, f"feature statistics of {count} {what} images, {least.statistics} is the least"
+            yield (
+                name,
+                f"feature statistics of {count} {what} images, {least.statistics} is the least",
+            )
 
 
 def smallest_minibatch(config: RunConfig, images: int) -> int:

@@ -1,7 +1,8 @@
-"""What a client may say: the bound of each of its numbers and texts, declared once, and what it is that is computed.
+"""What a client may say: the bound of each of its numbers and texts, declared once, and what it is
+that is computed.
 
-A number that follows from the configuration and from what a client said of itself at first is not believed: the
-reply must repeat it. Every other number has a range.
+A number that follows from the configuration and from what a client said of itself at first is not
+believed: the reply must repeat it. Every other number has a range.
 """
 
 import math
@@ -23,14 +24,18 @@ MOST_IMAGES = 10**9
 MOST_STEPS = 10**6
 """Of a round: the server counts them off one by one, in the decay of its moving average."""
 LARGEST_LOSS = 1e6
-"""The mean squared error of predicted noise is of the order of 1, of a network that diverges perhaps of thousands."""
+"""The mean squared error of predicted noise is of the order of 1, of a network that diverges
+perhaps of thousands.
+"""
 LARGEST_FEATURE = 1e9
-"""Feature networks give numbers of the order of 1; far larger ones would overflow in the score of everybody."""
+"""Feature networks give numbers of the order of 1; far larger ones would overflow in the score of
+everybody.
+"""
 MOST_ARRAYS = 16
 """Of a record: one for each dtype, and the layout."""
 SLACK = 2
-"""A record may take this many times the bytes of the one asked for before it is read, so that the refusal can say
-what is wrong with it; reading takes time and memory in proportion."""
+"""A record may take this many times the bytes of the one asked for before it is read, so that the
+refusal can say what is wrong with it; reading takes time and memory in proportion."""
 SLACK_BYTES = 4096
 
 
@@ -57,9 +62,13 @@ class Number:
         return self.low <= value <= self.high and (not self.whole or value == int(value))
 
     def fits(self, value: object) -> bool:
-        """Whether a value is one number, or a list of as many as there are to be; whatever they are."""
+        """Whether a value is one number, or a list of as many as there are to be; whatever they
+        are.
+        """
         members = [value] if self.count is None else value
-        if not isinstance(members, list) or len(members) != (1 if self.count is None else self.count):
+        if not isinstance(members, list) or len(members) != (
+            1 if self.count is None else self.count
+        ):
             return False
         return all(type(member) in (int, float) for member in members)
 
@@ -101,7 +110,9 @@ class TrainPlan:
     seconds: float
 
     @classmethod
-    def of(cls, config: RunConfig, partition: Partition, client: str, examples: int, before: int) -> "TrainPlan":
+    def of(
+        cls, config: RunConfig, partition: Partition, client: str, examples: int, before: int
+    ) -> "TrainPlan":
         """The plan of a client.
 
         Args:
@@ -131,7 +142,8 @@ class TrainPlan:
         return {
             "examples": exactly(self.examples),
             "shared_steps": exactly(self.shared_steps),
-            # Computed, and not compared: a checkpoint of earlier versions does not say where a pass began.
+            # Computed, and not compared: a checkpoint of earlier versions does not say where a pass
+            # began.
             "images": Number(1, MOST_IMAGES, whole=True),
             "loss": Number(0, LARGEST_LOSS),
             "loss_by_quarter": Number(0, LARGEST_LOSS, count=LOSS_QUARTERS, gaps=True),
@@ -172,7 +184,13 @@ class EvaluatePlan:
 
     @classmethod
     def of(
-        cls, config: RunConfig, shape: tuple[int, int, int], images: int, test_images: int, samples: int, final: bool
+        cls,
+        config: RunConfig,
+        shape: tuple[int, int, int],
+        images: int,
+        test_images: int,
+        samples: int,
+        final: bool,
     ) -> "EvaluatePlan":
         """The plan of a client with so many training and test images."""
         settings = config.evaluation
@@ -198,26 +216,36 @@ class EvaluatePlan:
         numbers = {"seconds": Number(0, self.seconds)}
         if self.timesteps:
             numbers |= {
-                "ssim_timesteps": Number(1, self.timesteps[-1], whole=True, count=len(self.timesteps)),
+                "ssim_timesteps": Number(
+                    1, self.timesteps[-1], whole=True, count=len(self.timesteps)
+                ),
                 "ssim": Number(-1, 1, count=len(self.timesteps)),
                 "ssim_images": exactly(self.judged),
                 "ssim_window": exactly(self.window),
             }
         if self.moments:
             counts = (self.samples, self.test_images, self.images)
-            numbers |= {f"{name}_count": exactly(count) for name, count in zip(SETS, counts, strict=True)}
+            numbers |= {
+                f"{name}_count": exactly(count) for name, count in zip(SETS, counts, strict=True)
+            }
         return numbers
 
     def audit_numbers(self) -> dict[str, Number]:
         """The numbers of the memorisation audit, all of which come or none."""
-        known = {"quantile": self.quantile, "generated": self.samples, "held_out": self.test_images,
-                 "training": self.images}  # fmt: skip
+        known = {
+            "quantile": self.quantile,
+            "generated": self.samples,
+            "held_out": self.test_images,
+            "training": self.images,
+        }
         shares = {name: Number(0, 1) for name in ("share", "tolerance")}
         numbers = {}
         # Pixels are of [0, 1], and so are root mean square differences of them.
         for space, farthest in (("pixels", 1.0), ("features", LARGEST_FEATURE)):
             for field in fields(Memorisation):
                 name = field.name
-                number = exactly(known[name]) if name in known else shares.get(name, Number(0, farthest))
+                number = (
+                    exactly(known[name]) if name in known else shares.get(name, Number(0, farthest))
+                )
                 numbers[f"{AUDIT}{space}_{name}"] = number
         return numbers

@@ -106,21 +106,32 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Generate samples through the averaged (φ, θ_i), and measure SSIM-rec on the own test images.
 
-    In ``samples`` mode the samples are the reply; in ``moments`` mode only statistics of their features are,
-    and the owner finds the pictures among its own files. Of the memorisation audit numbers leave; the suspicious
-    pairs stay beside them.
+    In ``samples`` mode the samples are the reply; in ``moments`` mode only statistics of their
+    features are, and the owner finds the pictures among its own files. Of the memorisation audit
+    numbers leave; the suspicious pairs stay beside them.
     """
     start = time.perf_counter()
     admitted = admit(message, context)
-    request, site, task, runtime = admitted.request, admitted.site, admitted.task, runtime_for(admitted)
+    request, site, task, runtime = (
+        admitted.request,
+        admitted.site,
+        admitted.task,
+        runtime_for(admitted),
+    )
     config, client = admitted.config, site.client
     network = features_for(admitted) if config.evaluation.mode == "moments" else None
     shared, state = _shared(message, runtime), runtime.state(site, request, training=False)
     if site.data is not None:
         save_site_model(
-            site.folder, config, request.lineage, request.round, task.train.shape[1:], shared,
-            state.exclusive_average, runtime.store(site, request).line(request.parent),
-        )  # fmt: skip
+            site.folder,
+            config,
+            request.lineage,
+            request.round,
+            task.train.shape[1:],
+            shared,
+            state.exclusive_average,
+            runtime.store(site, request).line(request.parent),
+        )
     load_tensors(runtime.model, shared, state.exclusive_average)
     evaluated = evaluate_task(
         runtime.noise_of(site),
@@ -171,7 +182,9 @@ def _ssim_metrics(evaluated: TaskEvaluation) -> dict[str, float | list[float]]:
 
 
 def _told_quarters(result: LocalResult, admitted: Admitted) -> list[float]:
-    """The mean loss of each quarter of the timesteps; NaN where too few images stand behind it to be told."""
+    """The mean loss of each quarter of the timesteps; NaN where too few images stand behind it to
+    be told.
+    """
     least = 1 if admitted.agreement is None else admitted.agreement.least_images.mean
     pairs = zip(result.loss_by_quarter, result.images_by_quarter, strict=True)
     return [loss if images >= least else math.nan for loss, images in pairs]
@@ -183,4 +196,7 @@ def _keep_pictures(admitted: Admitted, generated: Generated) -> None:
         admitted.task.name: generated.images[: admitted.config.evaluation.grid_columns],
         "x_T to x_0": generated.strip,
     }
-    write_png(admitted.site.folder / "samples" / f"round-{admitted.request.round:05d}.png", draw_grid(rows))
+    write_png(
+        admitted.site.folder / "samples" / f"round-{admitted.request.round:05d}.png",
+        draw_grid(rows),
+    )

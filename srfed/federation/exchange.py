@@ -74,8 +74,8 @@ def exchange(
         make: the request to a client, made anew whenever it is asked.
         timeout: seconds; a reply that comes later is ignored, now and for ever.
         ready: whether a client can be asked now; one that cannot is asked later.
-        again: whether a reply is to be forgotten and the client asked again; None stands for a request that
-            could not be delivered.
+        again: whether a reply is to be forgotten and the client asked again; None stands for a
+            request that could not be delivered.
         heard: told (replies so far, clients) after each reply.
         idle: called between two looks for replies.
         waits: told now and then (clients without a reply, seconds left) while there are any.
@@ -93,7 +93,11 @@ def exchange(
     while turns or waiting:
         if stop_requested.is_set():
             raise StoppedError
-        for client in [client for client, turn in turns.items() if turn.due <= time.monotonic() and ready(client)]:
+        for client in [
+            client
+            for client, turn in turns.items()
+            if turn.due <= time.monotonic() and ready(client)
+        ]:
             message = make(client)
             outcome.requests[client] = message
             # A message that the SuperLink does not take has no id.
@@ -109,8 +113,8 @@ def exchange(
         if time.monotonic() > start + timeout:
             break
         for reply in arrived:
-            # An error reply that a SuperLink makes does not come from the client's node, so replies are
-            # matched by the message they answer.
+            # An error reply that a SuperLink makes does not come from the client's node, so replies
+            # are matched by the message they answer.
             client_of_reply = waiting.pop(reply.metadata.reply_to_message_id, None)
             if client_of_reply is None:
                 continue

@@ -1,7 +1,7 @@
 """Who is behind a node: SuperNode keys, their fingerprints, and a run's roster file of them.
 
-A SuperLink verifies with every request of a SuperNode that it holds the private key of its node, and tells a
-ServerApp the public keys.
+A SuperLink verifies with every request of a SuperNode that it holds the private key of its node,
+and tells a ServerApp the public keys.
 """
 
 from datetime import datetime
@@ -22,10 +22,12 @@ SELF_REGISTRATION_SECONDS = 2.0
 
 
 def read_roster(path: Path) -> dict[str, str]:
-    """A roster file: client id to public key, as a site's ``site-<name>.pub`` holds it; gives fingerprints.
+    """A roster file: client id to public key, as a site's ``site-<name>.pub`` holds it; gives
+    fingerprints.
 
     Raises:
-        UserError: it cannot be read, is no such mapping, a key is none, or two clients have the same one.
+        UserError: it cannot be read, is no such mapping, a key is none, or two clients have the
+            same one.
     """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
@@ -35,15 +37,22 @@ def read_roster(path: Path) -> dict[str, str]:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path} is no roster; it must map client ids to public keys, one a line")
-    keys = {str(client): fingerprint_of_line(str(key).encode(), f"{path}: {client}") for client, key in content.items()}
+    keys = {
+        str(client): fingerprint_of_line(str(key).encode(), f"{path}: {client}")
+        for client, key in content.items()
+    }
     for client, key in keys.items():
         if list(keys.values()).count(key) > 1:
-            raise UserError(f"{path}: {client} has the key of another client; each site has a key of its own")
+            raise UserError(
+                f"{path}: {client} has the key of another client; each site has a key of its own"
+            )
     return keys
 
 
 def kept_roster(run: Path) -> dict[str, str] | None:
-    """The roster that a run's folder keeps, as fingerprints by client id; None where it was given none."""
+    """The roster that a run's folder keeps, as fingerprints by client id; None where it was given
+    none.
+    """
     path = run / ROSTER_FILE
     if not path.exists():
         return None
@@ -53,13 +62,15 @@ def kept_roster(run: Path) -> dict[str, str] | None:
 def registered_by_hand(node: NodeInfo) -> bool:
     """Whether a node's key was registered by somebody, so that it outlives the SuperNode's process.
 
-    SuperNodes without keys register a new one in each process (Flower's simulation likewise): those say nothing of
-    who it is. A SuperLink does not tell which is which, but for the name that ``srfed.deploy register`` gives, and
-    the time between registration and connection.
+    SuperNodes without keys register a new one in each process (Flower's simulation likewise): those
+    say nothing of who it is. A SuperLink does not tell which is which, but for the name that
+    ``srfed.deploy register`` gives, and the time between registration and connection.
     """
     if not node.public_key:
         return False
     if node.name or not node.registered_at or not node.last_activated_at:
         return True
-    registered, connected = (datetime.fromisoformat(at) for at in (node.registered_at, node.last_activated_at))
+    registered, connected = (
+        datetime.fromisoformat(at) for at in (node.registered_at, node.last_activated_at)
+    )
     return abs((connected - registered).total_seconds()) > SELF_REGISTRATION_SECONDS

@@ -20,8 +20,9 @@ from srfed.reporting.run_directory import RunDirectory
 class InlineGrid(Grid):
     """A Flower grid whose nodes are function calls.
 
-    A message waits until somebody pulls its reply; then its client runs, to the end, in the caller's
-    thread. So a debugger stops where it should, and a timeout is noticed only between two clients.
+    A message waits until somebody pulls its reply; then its client runs, to the end, in the
+    caller's thread. So a debugger stops where it should, and a timeout is noticed only between two
+    clients.
 
     Args:
         client_app: what every node runs.
@@ -75,14 +76,18 @@ class InlineGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Run the client of the first waiting message among ``message_ids``; its reply alone comes back."""
+        """Run the client of the first waiting message among ``message_ids``; its reply alone comes
+        back.
+        """
         wanted = set(message_ids)
         for message_id in list(self._waiting):
             if message_id in wanted:
                 return [self._run_client(self._waiting.pop(message_id))]
         return []
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
         ids = self.push_messages(messages)
         return [reply for _ in ids for reply in self.pull_messages(ids)]
 
@@ -91,7 +96,10 @@ class InlineGrid(Grid):
             return self._client_app(message, self._contexts[message.metadata.dst_node_id])
         except Exception:
             # As Flower answers for an app that raises.
-            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, traceback.format_exc()), reply_to=message)
+            return Message(
+                Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, traceback.format_exc()),
+                reply_to=message,
+            )
 
 
 def run_inline(run: RunDirectory, server_app: ServerApp, client_app: ClientApp) -> None:

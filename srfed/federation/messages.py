@@ -1,8 +1,8 @@
 """What the server and the clients say to each other: the one place that names a message's fields.
 
-Every request carries the run's configuration, so that a client needs nothing but its own data; every
-reply names its client and attempt, so that the server can tell what it got. Tensors travel as Flower
-arrays (``.npy`` bytes, never pickled).
+Every request carries the run's configuration, so that a client needs nothing but its own data;
+every reply names its client and attempt, so that the server can tell what it got. Tensors travel as
+Flower arrays (``.npy`` bytes, never pickled).
 """
 
 import json
@@ -32,20 +32,27 @@ SHARED_MOMENTS = "shared-moments"
 GENERATED = "generated"
 """Array record of generated images, client to server, uint8 N x H x W x C."""
 STATISTICS = "statistics"
-"""Array record of feature statistics, client to server, float64 mean (D,) and scatter (D, D) of each of SETS."""
+"""Array record of feature statistics, client to server, float64 mean (D,) and scatter (D, D) of
+each of SETS.
+"""
 SETS = ("generated", "test", "train")
 REQUEST = "request"
 REPLY = "reply"
 REFUSAL = "refusal"
-"""Record of a request that asks a refused node once more: why it was refused, for its owner to read."""
+"""Record of a request that asks a refused node once more: why it was refused, for its owner to
+read.
+"""
 METRICS = "metrics"
 AUDIT = "memorisation_"
 """How the names of a memorisation audit's numbers begin."""
 
 FAILED = 100
-"""Flower error code of a client that could not do what it was asked; the reason stays in its own log."""
+"""Flower error code of a client that could not do what it was asked; the reason stays in its own
+log.
+"""
 REFUSED = 101
-"""Flower error code of a client that does not do what it was asked; the reason is in its own words."""
+"""Flower error code of a client that does not do what it was asked; the reason is in its own words.
+"""
 
 LONGEST_CONFIG = 65_536
 """Characters of a configuration; ours have some 3,000."""
@@ -87,27 +94,38 @@ class Request:
 
     @classmethod
     def of(cls, content: RecordDict) -> Self:
-        """Read a request, the one door for all that it says: names become folders, numbers become work.
+        """Read a request, the one door for all that it says: names become folders, numbers become
+        work.
 
         Raises:
-            RequestRefusedError: it is of another protocol, a name is no plain file name, a number is out of range.
+            RequestRefusedError: it is of another protocol, a name is no plain file name, a number
+                is out of range.
         """
         try:
             request = cls(**_fields(cls, content, REQUEST))
         except ValueError as error:
-            raise RequestRefusedError("the request is of another protocol", str(error)[:200]) from error
+            raise RequestRefusedError(
+                "the request is of another protocol", str(error)[:200]
+            ) from error
         names = {"lineage": request.lineage, "attempt": request.attempt, "parent": request.parent}
         if request.client:
             names["client"] = request.client
         for field, name in names.items():
             if not PLAIN_NAME.fullmatch(name):
                 raise RequestRefusedError(f"the request's {field} is impossible", f"{name[:100]!a}")
-        numbers = {"round": (request.round, MOST_ROUNDS), "samples": (request.samples, MOST_SAMPLES)}
+        numbers = {
+            "round": (request.round, MOST_ROUNDS),
+            "samples": (request.samples, MOST_SAMPLES),
+        }
         for field, (number, most) in numbers.items():
             if not 0 <= number <= most:
-                raise RequestRefusedError(f"the request's {field} is impossible", f"{number}, allowed: 0 to {most}")
+                raise RequestRefusedError(
+                    f"the request's {field} is impossible", f"{number}, allowed: 0 to {most}"
+                )
         if len(request.config) > LONGEST_CONFIG:
-            raise RequestRefusedError("the request's config is impossible", f"{len(request.config)} characters")
+            raise RequestRefusedError(
+                "the request's config is impossible", f"{len(request.config)} characters"
+            )
         return request
 
 
@@ -163,7 +181,9 @@ class ReplyHeader:
 
     @classmethod
     def of(cls, content: RecordDict) -> Self:
-        """Read a reply's header; raises ValueError where a field is missing or of the wrong type."""
+        """Read a reply's header; raises ValueError where a field is missing or of the wrong
+        type.
+        """
         return cls(**_fields(cls, content, REPLY))
 
 
@@ -173,7 +193,9 @@ def add_refusal(content: RecordDict, reason: str) -> None:
 
 
 def read_refusal(content: RecordDict) -> str:
-    """Why the server refuses this node, in its words, which are not to be trusted; empty where it says nothing."""
+    """Why the server refuses this node, in its words, which are not to be trusted; empty where it
+    says nothing.
+    """
     record: Mapping[str, Any] = content.config_records.get(REFUSAL, {})
     reason = record.get("reason")
     return reason if isinstance(reason, str) else ""
@@ -205,32 +227,43 @@ def read_audit(metrics: Mapping[str, float | list[float]]) -> Audit | None:
     Raises:
         ValueError: it is incomplete or impossible.
     """
-    numbers = {name.removeprefix(AUDIT): value for name, value in metrics.items() if name.startswith(AUDIT)}
+    numbers = {
+        name.removeprefix(AUDIT): value for name, value in metrics.items() if name.startswith(AUDIT)
+    }
     if not numbers:
         return None
     plain = {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
     audit = Audit.from_numbers(plain)
     for space in (audit.pixels, audit.features):
         if not (0 <= space.share <= 1 and 0 <= space.tolerance <= 1 and space.generated >= 1):
-            raise ValueError(f"a share of {space.share:g} with a tolerance of {space.tolerance:g} is impossible")
+            raise ValueError(
+                f"a share of {space.share:g} with a tolerance of {space.tolerance:g} is impossible"
+            )
     return audit
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
     """Name, dtype and shape of tensors, in their order."""
-    return [(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in tensors.items()]
+    return [
+        (name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    ]
 
 
 def array_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Tensors as a Flower record: for each dtype one array with all their values, and an array that says whose.
+    """Tensors as a Flower record: for each dtype one array with all their values, and an array that
+    says whose.
 
-    Flower asks for every array of a message separately, which costs a SuperLink far more than the bytes do.
+    Flower asks for every array of a message separately, which costs a SuperLink far more than the
+    bytes do.
     """
     values: dict[str, list[NDArray[Any]]] = {}
     for (_, dtype, _), tensor in zip(layout_of(tensors), tensors.values(), strict=True):
         values.setdefault(dtype, []).append(np.asarray(tensor.detach().cpu()).ravel())
     packed = {dtype: Array(np.concatenate(parts)) for dtype, parts in values.items()}
-    return ArrayRecord({LAYOUT: Array(np.frombuffer(layout_bytes(layout_of(tensors)), np.uint8)), **packed})
+    return ArrayRecord(
+        {LAYOUT: Array(np.frombuffer(layout_bytes(layout_of(tensors)), np.uint8)), **packed}
+    )
 
 
 def layout_bytes(layout: Layout) -> bytes:
@@ -271,7 +304,12 @@ def read_tensors(content: RecordDict, name: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for key, dtype, shape in layout:
         size = math.prod(shape)
-        if key in tensors or dtype not in values or str(values[dtype].dtype) != dtype or values[dtype].ndim != 1:
+        if (
+            key in tensors
+            or dtype not in values
+            or str(values[dtype].dtype) != dtype
+            or values[dtype].ndim != 1
+        ):
             raise ValueError(f"array {key!r:.100} of {dtype!r:.20} is named twice or has no values")
         part = values[dtype][used[dtype] : used[dtype] + size]
         if len(part) != size:
@@ -279,14 +317,20 @@ def read_tensors(content: RecordDict, name: str) -> dict[str, Tensor]:
         used[dtype] += size
         # A copy, because tensors that share memory cannot be stored side by side.
         tensors[key] = torch.from_numpy(part.reshape(shape).copy())
-    spare = {dtype: len(values[dtype]) - count for dtype, count in used.items() if len(values[dtype]) != count}
+    spare = {
+        dtype: len(values[dtype]) - count
+        for dtype, count in used.items()
+        if len(values[dtype]) != count
+    }
     if spare:
         raise ValueError(f"there are values that no array claims: {spare}")
     return tensors
 
 
 def content_bytes(content: RecordDict) -> int:
-    """Bytes of a message's content: tensors with their names, and the other records as serialised."""
+    """Bytes of a message's content: tensors with their names, and the other records as
+    serialised.
+    """
     total = 0
     for record in content.values():
         total += record.count_bytes() if isinstance(record, ArrayRecord) else len(record.deflate())

@@ -24,7 +24,8 @@ INSTEAD = "resources.backend = inline (--backend inline) does without Ray"
 
 
 def run_on_ray(run: RunDirectory, server_app: ServerApp, client_app: ClientApp) -> None:
-    """Run both apps under Flower's Ray simulation until the server is done; raises what the server raises.
+    """Run both apps under Flower's Ray simulation until the server is done; raises what the server
+    raises.
 
     As many clients run at once as ``resources`` leaves room for, each on its own threads.
 
@@ -40,7 +41,9 @@ def run_on_ray(run: RunDirectory, server_app: ServerApp, client_app: ClientApp) 
     # What happens to a client is in the run's own lines, what ends the simulation in the error.
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     # Ray announces a change of what clients without a GPU see; here they are to see none.
-    warnings.filterwarnings("ignore", message=".*accelerator visible devices", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message=".*accelerator visible devices", category=FutureWarning
+    )
     with run.in_use():
         client_gpus = _start_ray(run.config)
         try:
@@ -48,18 +51,24 @@ def run_on_ray(run: RunDirectory, server_app: ServerApp, client_app: ClientApp) 
                 server_app,
                 client_app,
                 num_supernodes=clients,
-                backend_config={"client_resources": {"num_cpus": resources.client_cpus, "num_gpus": client_gpus}},
+                backend_config={
+                    "client_resources": {"num_cpus": resources.client_cpus, "num_gpus": client_gpus}
+                },
             )
         except RuntimeError as error:
-            # Flower's engine has ended, and the server, in its own thread, would go on waiting for clients.
+            # Flower's engine has ended, and the server, in its own thread, would go on waiting for
+            # clients.
             stop_requested.set()
             if not isinstance(error.__cause__, RuntimeError):
                 raise
-            raise UserError(f"the simulation under Ray has ended: {_first_reason(error)}; {INSTEAD}") from error
+            raise UserError(
+                f"the simulation under Ray has ended: {_first_reason(error)}; {INSTEAD}"
+            ) from error
 
 
 def _start_ray(config: RunConfig) -> float:
-    """Start a Ray of the simulation's own, here and now, whatever RAY_ADDRESS says; Flower then finds it.
+    """Start a Ray of the simulation's own, here and now, whatever RAY_ADDRESS says; Flower then
+    finds it.
 
     Returns:
         The share of a GPU of each client.
@@ -85,7 +94,8 @@ def _start_ray(config: RunConfig) -> float:
     except SystemExit:
         raise Interrupted(signal.SIGTERM) from None
     except Exception as error:
-        # Ray raises what its parts raise: OSError, ValueError, ConnectionError, RuntimeError and its own.
+        # Ray raises what its parts raise: OSError, ValueError, ConnectionError, RuntimeError and
+        # its own.
         reason = _first_reason(error)
         shorter = "; name a shorter folder in TMPDIR" if "AF_UNIX path length" in reason else ""
         raise UserError(f"Ray cannot start: {reason}{shorter}; {INSTEAD}") from error
@@ -96,7 +106,8 @@ def _start_ray(config: RunConfig) -> float:
 
 
 def client_share(config: RunConfig, gpus: float, cores: int) -> float:
-    """The share of a GPU of each client: what the run says, or equal ones for as many clients as the cores run at once.
+    """The share of a GPU of each client: what the run says, or equal ones for as many clients as
+    the cores run at once.
 
     Args:
         config: the run's configuration.
@@ -108,7 +119,9 @@ def client_share(config: RunConfig, gpus: float, cores: int) -> float:
     """
     resources, asked = config.resources, config.resources.client_gpus
     if asked is not None and asked > gpus:
-        raise UserError(f"resources.client_gpus = {asked} is above the {gpus:g} GPUs that Ray finds")
+        raise UserError(
+            f"resources.client_gpus = {asked} is above the {gpus:g} GPUs that Ray finds"
+        )
     if resources.device == "cpu":
         return 0.0
     if resources.device == "cuda" and not gpus:

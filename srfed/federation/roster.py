@@ -1,8 +1,8 @@
 """The roster: which clients take part, and at which node each of them is.
 
-A node that comes is asked who it is. One that does not fit is refused with a reason, and asked again
-when it has been away or some time has passed; the others are not held up. A client id belongs to the
-SuperNode key that first came with it, or to the one that the run's roster file names.
+A node that comes is asked who it is. One that does not fit is refused with a reason, and asked
+again when it has been away or some time has passed; the others are not held up. A client id belongs
+to the SuperNode key that first came with it, or to the one that the run's roster file names.
 """
 
 import time
@@ -53,7 +53,8 @@ class Expected:
         partition: fingerprint of the partition.
         clients: the only ids there can be; None where any will do.
         known: the clients that the run has had, who are held to what they said at first.
-        keys: the run's roster, fingerprint of the SuperNode key by client id; None where there is none.
+        keys: the run's roster, fingerprint of the SuperNode key by client id; None where there is
+            none.
     """
 
     shape: tuple[int, int, int]
@@ -103,7 +104,9 @@ class Roster:
 
     @property
     def members(self) -> dict[str, Member]:
-        """Every client that has taken part since the server started, by id, in the order of their ids."""
+        """Every client that has taken part since the server started, by id, in the order of their
+        ids.
+        """
         return dict(sorted(self._members.items()))
 
     @property
@@ -125,13 +128,17 @@ class Roster:
         return client in self._members and self._members[client].node in self._connected
 
     def doubt(self, client: str) -> None:
-        """Ask a client's node once more who it is: what it has sent was not to be expected of this client."""
+        """Ask a client's node once more who it is: what it has sent was not to be expected of this
+        client.
+        """
         # It may have been refused since it was asked for what it has sent.
         if client in self._members:
             self._doubted.add(self._members[client].node)
 
     def look(self) -> None:
-        """See who is connected, ask the new ones, hear those that have answered; never waits for anybody."""
+        """See who is connected, ask the new ones, hear those that have answered; never waits for
+        anybody.
+        """
         now = time.monotonic()
         if now - self._looked >= LOOK_SECONDS:
             self._looked = now
@@ -140,7 +147,9 @@ class Roster:
             # One key that somebody registered shows that nodes here have keys of their own.
             self._keyed = self._keyed or any(map(registered_by_hand, self._nodes.values()))
             self._bind()
-            self._refused = {node: why for node, why in self._refused.items() if node in self._connected}
+            self._refused = {
+                node: why for node, why in self._refused.items() if node in self._connected
+            }
             known = {member.node for member in self._members.values()} | set(self._asked.values())
             for node in sorted(self._connected - (known - self._doubted)):
                 if node in self._refused and now - self._refused[node][0] < ASK_AGAIN_SECONDS:
@@ -150,8 +159,12 @@ class Roster:
                 if reason != self._told.get(node, ""):
                     add_refusal(content, reason)
                     self._told[node] = reason
-                message = Message(content, node, DESCRIBE, ttl=self._config.federation.round_timeout)
-                self._asked.update({i: node for i in self._grid.push_messages([message]) if i is not None})
+                message = Message(
+                    content, node, DESCRIBE, ttl=self._config.federation.round_timeout
+                )
+                self._asked.update(
+                    {i: node for i in self._grid.push_messages([message]) if i is not None}
+                )
             self._doubted -= self._connected
         if self._asked:
             for reply in list(self._grid.pull_messages(list(self._asked))):
@@ -159,7 +172,12 @@ class Roster:
                     self._hear(self._asked.pop(reply.metadata.reply_to_message_id), reply)
 
     def gather(
-        self, enough: Callable[[], bool], acceptable: Callable[[], bool], *, fixed: bool, known: Collection[str] = ()
+        self,
+        enough: Callable[[], bool],
+        acceptable: Callable[[], bool],
+        *,
+        fixed: bool,
+        known: Collection[str] = (),
     ) -> None:
         """Wait for clients, at most ``federation.join_timeout`` seconds.
 
@@ -181,7 +199,9 @@ class Roster:
                 return
             if stop_requested.is_set():
                 raise StoppedError
-            heard_all = fixed and bool(self._connected) and not self._asked and len(self._refused) > 0
+            heard_all = (
+                fixed and bool(self._connected) and not self._asked and len(self._refused) > 0
+            )
             if heard_all or time.monotonic() - start > timeout:
                 if acceptable() and not heard_all:
                     return
@@ -196,7 +216,9 @@ class Roster:
         try:
             description = self._admit(node, reply)
         except UserError as error:
-            self._members = {client: member for client, member in self._members.items() if member.node != node}
+            self._members = {
+                client: member for client, member in self._members.items() if member.node != node
+            }
             reason = printable(str(error))
             if self._refused.get(node, (0.0, ""))[1] != reason:
                 self._notice(f"refused {reason}")
@@ -204,7 +226,9 @@ class Roster:
             return
         self._refused.pop(node, None)
         new = description.client not in self._members
-        self._members = {client: member for client, member in self._members.items() if member.node != node}
+        self._members = {
+            client: member for client, member in self._members.items() if member.node != node
+        }
         self._members[description.client] = member = Member(node, description)
         self._bind()
         if new:
@@ -216,17 +240,25 @@ class Roster:
         return key_fingerprint(info.public_key) if info is not None and info.public_key else ""
 
     def _bind(self) -> None:
-        """Hold the members to what they said first; an id without an owner becomes its key's, where nodes have keys."""
+        """Hold the members to what they said first; an id without an owner becomes its key's, where
+        nodes have keys.
+        """
         for client, member in self._members.items():
             description, info = member.description, self._nodes.get(member.node)
-            known = self._known.get(client, KnownClient(description.images, description.test_images))
+            known = self._known.get(
+                client, KnownClient(description.images, description.test_images)
+            )
             known = replace(known, node=member.node)
             if self._keyed and info is not None and not known.key:
-                known = replace(known, key=self._key(member.node), name=printable(info.name, LONGEST_TEXT))
+                known = replace(
+                    known, key=self._key(member.node), name=printable(info.name, LONGEST_TEXT)
+                )
             self._known[client] = known
 
     def _check_owner(self, node: int, client: str) -> None:
-        """Raise UserError unless the node's key is the one that the client id belongs to, or it belongs to none."""
+        """Raise UserError unless the node's key is the one that the client id belongs to, or it
+        belongs to none.
+        """
         listed, known, key = self._expected.keys, self._known.get(client), self._key(node)
         if listed is not None and client not in listed:
             raise UserError(f"node {node}: client {client!r} is not in the run's roster")
@@ -234,8 +266,9 @@ class Roster:
         if owner:
             if key != owner:
                 raise UserError(
-                    f"node {node}: client {client!r} belongs to another SuperNode key, {owner[:SHORT]}, not "
-                    f"{key[:SHORT] or 'none'}; for a new key: python -m srfed.deploy sites --run RUN --rebind {client}"
+                    f"node {node}: client {client!r} belongs to another SuperNode key, "
+                    f"{owner[:SHORT]}, not {key[:SHORT] or 'none'}; for a new key: python -m "
+                    f"srfed.deploy sites --run RUN --rebind {client}"
                 )
             return
         holder = self._members.get(client)
@@ -243,43 +276,58 @@ class Roster:
             raise UserError(f"node {node}: another node is client {client!r} already")
 
     def _check_images(self, description: Description) -> None:
-        """Raise UserError unless the client has the images that it had at first, and enough for a minibatch."""
+        """Raise UserError unless the client has the images that it had at first, and enough for a
+        minibatch.
+        """
         client, known = description.client, self._known.get(description.client)
         now = (description.images, description.test_images)
         if known is not None and now != (known.images, known.test_images):
             raise UserError(
-                f"client {client!r}: it has {now[0]} training and {now[1]} test images, and had {known.images} and "
-                f"{known.test_images} when it joined; if that is meant: "
-                f"python -m srfed.deploy sites --run RUN --rebind {client}"
+                f"client {client!r}: it has {now[0]} training and {now[1]} test images, and had "
+                f"{known.images} and {known.test_images} when it joined; if that is meant: python "
+                f"-m srfed.deploy sites --run RUN --rebind {client}"
             )
         training = self._config.training
         try:
-            order = MinibatchOrder.of(training, description.images, training.batch_size, self._config.seed, client)
+            order = MinibatchOrder.of(
+                training, description.images, training.batch_size, self._config.seed, client
+            )
         except UserError as error:
             raise UserError(f"client {client!r}: {error}") from error
         steps = (training.local_epochs or 0) * order.steps_per_pass
         if steps > MOST_STEPS:
-            raise UserError(f"client {client!r}: {now[0]} images make {steps} steps a round; allowed: {MOST_STEPS}")
+            raise UserError(
+                f"client {client!r}: {now[0]} images make {steps} steps a round; allowed: "
+                f"{MOST_STEPS}"
+            )
 
     def _admit(self, node: int, reply: Message) -> Description:
-        """The description of a client that may take part; raises UserError with the reason where it may not."""
+        """The description of a client that may take part; raises UserError with the reason where it
+        may not.
+        """
         try:
             description = screen_description(reply)
         except RefusedError as error:
             raise UserError(f"node {node}: {error}") from error
         client, expected = description.client, self._expected
         if description.version != __version__:
-            raise UserError(f"client {client!r}: it runs srfed {description.version!r}, this server {__version__!r}")
+            raise UserError(
+                f"client {client!r}: it runs srfed {description.version!r}, this server "
+                f"{__version__!r}"
+            )
         shape = (description.height, description.width, description.channels)
         if shape != expected.shape:
             theirs, ours = ("x".join(map(str, extents)) for extents in (shape, expected.shape))
             raise UserError(f"client {client!r}: its images are {theirs}, this run's are {ours}")
         if description.partition != expected.partition:
-            raise UserError(f"client {client!r}: it divides the model differently; is its srfed another version?")
+            raise UserError(
+                f"client {client!r}: it divides the model differently; is its srfed another "
+                "version?"
+            )
         if expected.clients is not None and client not in expected.clients:
             raise UserError(
-                f"client {client!r}: the server's reference images have no such task; "
-                "set evaluation.mode to moments, or name the client after its task"
+                f"client {client!r}: the server's reference images have no such task; set "
+                "evaluation.mode to moments, or name the client after its task"
             )
         self._check_owner(node, client)
         self._check_images(description)
@@ -298,8 +346,8 @@ class Roster:
         if not nodes:
             return ""
         return (
-            f"; connected and silent: node {', '.join(map(str, nodes[:3]))}, still at work for a run that was stopped, "
-            "or stuck: wait, or restart that site (flwr supernode list)"
+            f"; connected and silent: node {', '.join(map(str, nodes[:3]))}, still at work for a "
+            "run that was stopped, or stuck: wait, or restart that site (flwr supernode list)"
         )
 
     def _too_few(self, timeout: float) -> str:
@@ -307,5 +355,6 @@ class Roster:
         told = f" ({'; '.join(reasons[:3])})" if reasons else ""
         wanted = self._config.federation.clients
         return (
-            f"{len(self.present)} of {wanted} clients can take part after at most {timeout:g} s{told}{self._silent()}"
+            f"{len(self.present)} of {wanted} clients can take part after at most {timeout:g} "
+            f"s{told}{self._silent()}"
         )

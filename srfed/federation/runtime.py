@@ -1,4 +1,6 @@
-"""What a client process builds once and uses for every message: model, partition, forward process."""
+"""What a client process builds once and uses for every message: model, partition, forward
+process.
+"""
 
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
@@ -48,12 +50,21 @@ class Runtime:
         if site not in self._trainers:
             task = own_task(self.config.data, site)
             self._trainers[site] = LocalTrainer(
-                self.config, self.model, self.partition, self.diffusion, site.client, task.train, site.index, self._step
+                self.config,
+                self.model,
+                self.partition,
+                self.diffusion,
+                site.client,
+                task.train,
+                site.index,
+                self._step,
             )
         return self._trainers[site]
 
     def noise_of(self, site: Site) -> PredictNoise:
-        """ε of the weights that the model has, in evaluation mode, told the site's place where that is needed."""
+        """ε of the weights that the model has, in evaluation mode, told the site's place where that
+        is needed.
+        """
         self.model.eval()
         return noise_of_task(self.model, site.index, self._forward)
 
@@ -61,17 +72,22 @@ class Runtime:
     def feature_network(self) -> FeatureNetwork:
         """The run's feature network, which a client needs in ``moments`` mode only."""
         evaluation = self.config.evaluation
-        return load_feature_network(evaluation.feature_network, evaluation.inception_weights, self.device)
+        return load_feature_network(
+            evaluation.feature_network, evaluation.inception_weights, self.device
+        )
 
     def store(self, site: Site, request: Request) -> ClientStore:
         """The site's store for the request's lineage."""
-        return ClientStore(site.state_dir, site.client, request.lineage, self.config.federation.keep_attempts)
+        return ClientStore(
+            site.state_dir, site.client, request.lineage, self.config.federation.keep_attempts
+        )
 
     def state(self, site: Site, request: Request, *, training: bool) -> ClientState:
         """The state that the request tells the client to start from.
 
         Raises:
-            UserError: the store has no such attempt, or one of another partition; or the round does not follow it.
+            UserError: the store has no such attempt, or one of another partition; or the round does
+                not follow it.
         """
         store = self.store(site, request)
         store.check_descent(request.parent, request.round, training=training)
@@ -88,7 +104,9 @@ class Runtime:
         own = self.model.state_dict()
         for name, tensor in shared.items():
             if tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
-                raise UserError(f"the φ received has {name} as {tensor.dtype} {tuple(tensor.shape)}")
+                raise UserError(
+                    f"the φ received has {name} as {tensor.dtype} {tuple(tensor.shape)}"
+                )
 
 
 def runtime_for(admitted: Admitted) -> Runtime:
@@ -106,13 +124,16 @@ def runtime_for(admitted: Admitted) -> Runtime:
 
 
 def features_for(admitted: Admitted) -> FeatureNetwork:
-    """The feature network of what was admitted: loaded for an evaluation in ``moments`` mode, and for nothing else.
+    """The feature network of what was admitted: loaded for an evaluation in ``moments`` mode, and
+    for nothing else.
 
     Raises:
         RequestRefusedError: it is not the one whose features the owner has agreed to send.
     """
     network, agreement = runtime_for(admitted).feature_network, admitted.agreement
-    if agreement is not None and (agreement.features is None or network.fingerprint != agreement.features.fingerprint):
+    if agreement is not None and (
+        agreement.features is None or network.fingerprint != agreement.features.fingerprint
+    ):
         raise not_agreed("the feature network")
     return network
 
@@ -124,4 +145,6 @@ def _runtime(config: RunConfig, image_channels: int) -> Runtime:
 
 def _check_names(what: str, tensors: Mapping[str, Tensor], expected: tuple[str, ...]) -> None:
     if set(tensors) != set(expected):
-        raise UserError(f"{what} has {len(tensors)} tensors that are not the partition's {len(expected)}")
+        raise UserError(
+            f"{what} has {len(tensors)} tensors that are not the partition's {len(expected)}"
+        )

@@ -1,7 +1,7 @@
 """Screening: what a reply must be before it may touch φ. One bad reply is refused, never the round.
 
-What it may say is declared in :mod:`srfed.federation.bounds`; here every reply, description and error is held to it,
-the size of what is to be read before it is read.
+What it may say is declared in :mod:`srfed.federation.bounds`; here every reply, description and
+error is held to it, the size of what is to be read before it is read.
 """
 
 import math
@@ -67,7 +67,9 @@ MOMENT_ROUNDING = 1e-15
 
 
 class RefusedError(Exception):
-    """A reply is refused; the text says why, in the server's words, printable whatever it quotes."""
+    """A reply is refused; the text says why, in the server's words, printable whatever it
+    quotes.
+    """
 
     def __init__(self, reason: str) -> None:
         super().__init__(printable(reason))
@@ -113,7 +115,9 @@ class EvaluateReply:
 
 
 def screen_description(message: Message) -> Description:
-    """Check what a client says of itself: its fields, printable texts, possible numbers. Raises RefusedError."""
+    """Check what a client says of itself: its fields, printable texts, possible numbers. Raises
+    RefusedError.
+    """
     if message.has_error():
         if message.error.code == REFUSED:
             # The guard's own refusals say why; other errors may quote anything.
@@ -123,7 +127,9 @@ def screen_description(message: Message) -> Description:
         _check_records(message.content, {REPLY}, {field.name for field in fields(Description)})
         description = Description.of(message.content)
     except (ValueError, RefusedError) as error:
-        raise RefusedError(f"it describes itself in another way ({error}); is its srfed another version?") from error
+        raise RefusedError(
+            f"it describes itself in another way ({error}); is its srfed another version?"
+        ) from error
     try:
         check_name(description.client)
     except UserError as error:
@@ -141,7 +147,8 @@ def screen_train(
     received: Mapping[str, Tensor] | None,
     clip: float | None,
 ) -> TrainReply:
-    """Check an update against φ^r: who, which attempt, key set, shapes, dtypes, finite values, numbers, its length.
+    """Check an update against φ^r: who, which attempt, key set, shapes, dtypes, finite values,
+    numbers, its length.
 
     Args:
         message: the reply as it came.
@@ -149,7 +156,8 @@ def screen_train(
         plan: what the client was to do.
         reach: how far it can have moved φ; None where nothing bounds it.
         shared: φ^r, in the partition's order.
-        received: φ's moments as the client received them, empty in the first round; None where none are to come.
+        received: φ's moments as the client received them, empty in the first round; None where none
+            are to come.
         clip: the largest norm of a gradient, which bounds moments; None where there is none.
 
     Raises:
@@ -168,12 +176,16 @@ def screen_train(
         shortened = _shortening(update_norm(shared, update), reach)
     if shortened < 1:
         update = {
-            name: (shared[name].double() + shortened * (tensor.double() - shared[name].double())).to(tensor.dtype)
+            name: (
+                shared[name].double() + shortened * (tensor.double() - shared[name].double())
+            ).to(tensor.dtype)
             for name, tensor in update.items()
         }
     quarters = metrics["loss_by_quarter"]
     assert isinstance(quarters, list), "the numbers were checked"
-    return TrainReply(update, averaged, plan, _one(metrics, "loss"), [float(loss) for loss in quarters], shortened)
+    return TrainReply(
+        update, averaged, plan, _one(metrics, "loss"), [float(loss) for loss in quarters], shortened
+    )
 
 
 def screen_samples(message: Message, expected: ReplyHeader, plan: EvaluatePlan) -> EvaluateReply:
@@ -194,7 +206,8 @@ def screen_samples(message: Message, expected: ReplyHeader, plan: EvaluatePlan) 
 def screen_moments(
     message: Message, expected: ReplyHeader, plan: EvaluatePlan, dimension: int, features: str
 ) -> EvaluateReply:
-    """Check statistics: of this feature network, of so many samples, possible numbers; SSIM as for samples.
+    """Check statistics: of this feature network, of so many samples, possible numbers; SSIM as for
+    samples.
 
     Args:
         message: the reply as it came.
@@ -208,7 +221,9 @@ def screen_moments(
     """
     _check_header(message, expected, {STATISTICS})
     if ReplyHeader.of(message.content).features != features:
-        raise RefusedError("its features are of another network, other weights or another resize rule")
+        raise RefusedError(
+            "its features are of another network, other weights or another resize rule"
+        )
     shapes = {"mean": (dimension,), "scatter": (dimension, dimension)}
     templates = {
         f"{name}.{part}": torch.empty(shape, dtype=torch.float64, device="meta")
@@ -250,10 +265,13 @@ def reason_of_failure(message: Message) -> str:
 
 
 def _shortening(norm: float, reach: Reach) -> float:
-    """What to multiply an update of this norm by; raises RefusedError where no optimizer can have made it."""
+    """What to multiply an update of this norm by; raises RefusedError where no optimizer can have
+    made it.
+    """
     if norm > reach.largest:
         raise RefusedError(
-            f"its update has norm {norm:.3g}, and {reach.largest:.3g} is the most that a round can move φ"
+            f"its update has norm {norm:.3g}, and {reach.largest:.3g} is the most that a round can "
+            "move φ"
         )
     return min(1.0, reach.usual / norm) if norm else 1.0
 
@@ -267,7 +285,10 @@ def _check_moments(
         first, second, step = (moments[f"{moment}.{name}"].double() for moment in MOMENTS)
         before = received.get(f"step.{name}", torch.zeros(()))
         if abs(float(step) - float(before) - steps) > 0.01:
-            raise RefusedError(f"its moments of {name!r} claim {float(step):g} steps, not {float(before) + steps:g}")
+            raise RefusedError(
+                f"its moments of {name!r} claim {float(step):g} steps, not "
+                f"{float(before) + steps:g}"
+            )
         if bool((second < 0).any()) or float(second.amax()) > longest**2:
             raise RefusedError(f"its second moment of {name!r} is of no gradient")
         farthest = (1.01 * ADAM_REACH * second.sqrt() + MOMENT_ROUNDING).clamp(max=longest)
@@ -275,10 +296,15 @@ def _check_moments(
             raise RefusedError(f"its first moment of {name!r} is more than its second one allows")
 
 
-def _evaluation_numbers(message: Message, plan: EvaluatePlan) -> tuple[dict[int, float], Audit | None]:
-    """SSIM-rec by timestep, and the audit; raises RefusedError where a number is not what it can be."""
+def _evaluation_numbers(
+    message: Message, plan: EvaluatePlan
+) -> tuple[dict[int, float], Audit | None]:
+    """SSIM-rec by timestep, and the audit; raises RefusedError where a number is not what it can
+    be.
+    """
     metrics = read_metrics(message.content)
-    # The client knows whether its held-out images can be a measure; where they cannot there is no audit.
+    # The client knows whether its held-out images can be a measure; where they cannot there is no
+    # audit.
     audited = plan.audited and any(name.startswith(AUDIT) for name in metrics)
     _check_numbers(metrics, plan.numbers() | (plan.audit_numbers() if audited else {}))
     curve: dict[int, float] = {}
@@ -287,7 +313,9 @@ def _evaluation_numbers(message: Message, plan: EvaluatePlan) -> tuple[dict[int,
         assert isinstance(timesteps, list), "the numbers were checked"
         assert isinstance(values, list), "the numbers were checked"
         if tuple(timesteps) != plan.timesteps:
-            raise RefusedError(f"its SSIM curve is measured at {timesteps}, not at {list(plan.timesteps)}")
+            raise RefusedError(
+                f"its SSIM curve is measured at {timesteps}, not at {list(plan.timesteps)}"
+            )
         curve = dict(zip(plan.timesteps, map(float, values), strict=True))
     try:
         return curve, read_audit(metrics)
@@ -298,13 +326,17 @@ def _evaluation_numbers(message: Message, plan: EvaluatePlan) -> tuple[dict[int,
 def _check_header(message: Message, expected: ReplyHeader, arrays: Collection[str]) -> None:
     if message.has_error():
         raise RefusedError(reason_of_failure(message))
-    _check_records(message.content, {REPLY, METRICS, *arrays}, {field.name for field in fields(ReplyHeader)})
+    _check_records(
+        message.content, {REPLY, METRICS, *arrays}, {field.name for field in fields(ReplyHeader)}
+    )
     try:
         header = replace(ReplyHeader.of(message.content), features=expected.features)
     except ValueError as error:
         raise RefusedError(f"its header is malformed: {error}") from error
     if header != expected:
-        raise RefusedError(f"it answers as {header.client!r} for attempt {header.attempt!r}, not for this one")
+        raise RefusedError(
+            f"it answers as {header.client!r} for attempt {header.attempt!r}, not for this one"
+        )
 
 
 def _check_records(content: RecordDict, records: Collection[str], header: Collection[str]) -> None:
@@ -318,31 +350,42 @@ def _check_records(content: RecordDict, records: Collection[str], header: Collec
     for name, value in record.items():
         text = value if isinstance(value, str) else ""
         if len(text) > LONGEST_TEXT or text != printable(text, LONGEST_TEXT):
-            raise RefusedError(f"{name!r} is {printable(repr(text), 50)}: {len(text)} characters, or not printable")
+            raise RefusedError(
+                f"{name!r} is {printable(repr(text), 50)}: {len(text)} characters, or not printable"
+            )
 
 
 def _tensors(message: Message, name: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a record, which are to be like the expected ones; looks at its size before it reads it."""
+    """The tensors of a record, which are to be like the expected ones; looks at its size before it
+    reads it.
+    """
     if name in message.content.array_records:
         _check_size(message.content.array_records[name], expected)
     try:
         tensors = read_tensors(message.content, name)
     except Exception as error:
-        # numpy's reader of .npy headers raises what Python's tokenizer and parser raise, besides its own.
+        # numpy's reader of .npy headers raises what Python's tokenizer and parser raise, besides
+        # its own.
         raise RefusedError(f"its arrays {name!r} cannot be read: {error}") from error
     _check_like(tensors, expected)
     return tensors
 
 
 def _check_size(record: ArrayRecord, expected: Mapping[str, Tensor]) -> None:
-    """Number of arrays, bytes of the layout and of all others, of a record that has not been read yet."""
+    """Number of arrays, bytes of the layout and of all others, of a record that has not been read
+    yet.
+    """
     if len(record) > MOST_ARRAYS:
         raise RefusedError(f"it sent {len(record)} arrays, where {MOST_ARRAYS} are the most")
     layout = len(layout_bytes(layout_of(expected)))
     values = sum(tensor.nbytes for tensor in expected.values())
     for what, sent, asked in (
         ("its layout is", len(record[LAYOUT].data) if LAYOUT in record else 0, layout),
-        ("its values are", sum(len(array.data) for key, array in record.items() if key != LAYOUT), values),
+        (
+            "its values are",
+            sum(len(array.data) for key, array in record.items() if key != LAYOUT),
+            values,
+        ),
     ):
         if sent > SLACK * asked + SLACK_BYTES:
             raise RefusedError(f"{what} {sent} bytes long, where {asked} were asked for")
@@ -351,18 +394,22 @@ def _check_size(record: ArrayRecord, expected: Mapping[str, Tensor]) -> None:
 def _check_like(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or extra:
-        raise RefusedError(f"{len(missing)} tensors are missing {missing[:1]} and {len(extra)} unknown {extra[:1]}")
+        raise RefusedError(
+            f"{len(missing)} tensors are missing {missing[:1]} and {len(extra)} unknown {extra[:1]}"
+        )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
             raise RefusedError(
-                f"tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, "
-                f"not {expected[name].dtype} {tuple(expected[name].shape)}"
+                f"tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, not "
+                f"{expected[name].dtype} {tuple(expected[name].shape)}"
             )
         if not bool(tensor.isfinite().all()):
             raise RefusedError(f"tensor {name!r} has values that are not finite")
 
 
-def _check_numbers(values: Mapping[str, float | list[float]], declared: Mapping[str, Number]) -> None:
+def _check_numbers(
+    values: Mapping[str, float | list[float]], declared: Mapping[str, Number]
+) -> None:
     """Just the declared numbers, each within its bounds."""
     if unknown := [name for name in values if name not in declared]:
         raise RefusedError(f"{len(unknown)} numbers that nobody asked for: {unknown[0]!r:.100}")

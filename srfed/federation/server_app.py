@@ -65,18 +65,24 @@ def begin_or_go_on(context: Context) -> RunDirectory:
     """The run that ``flwr run --run-config`` names: new, or one that was stopped.
 
     ``run-dir`` is its folder, ``config`` a YAML file (absolute, or one of the app's own such as
-    "configs/mnist.yaml"; by default what the run was begun with, or the embedded digits), ``set`` holds
-    overrides, separated by spaces; ``roster`` is a file that maps client ids to public keys, which the run keeps.
+    "configs/mnist.yaml"; by default what the run was begun with, or the embedded digits), ``set``
+    holds overrides, separated by spaces; ``roster`` is a file that maps client ids to public keys,
+    which the run keeps.
 
     Raises:
-        UserError: the configuration is impossible, or not the one that the run was begun with; the roster is none.
+        UserError: the configuration is impossible, or not the one that the run was begun with; the
+            roster is none.
     """
     folder = run_folder(context)
-    named, overrides, roster = (str(context.run_config.get(key) or "") for key in ("config", "set", "roster"))
+    named, overrides, roster = (
+        str(context.run_config.get(key) or "") for key in ("config", "set", "roster")
+    )
     keys = read_roster(user_path(roster)) if roster else None
     if (folder / "run.json").exists():
         run = RunDirectory.open(folder)
-        run = run.reconfigure(load_config(_config_file(named) or run.config_file, shlex.split(overrides)))
+        run = run.reconfigure(
+            load_config(_config_file(named) or run.config_file, shlex.split(overrides))
+        )
     else:
         run = RunDirectory.create(folder, load_config(_config_file(named), shlex.split(overrides)))
     if keys is not None:
@@ -85,7 +91,9 @@ def begin_or_go_on(context: Context) -> RunDirectory:
 
 
 def _config_file(name: str) -> Path | None:
-    """A configuration file by its path, or by its name in the app's folder, which Flower puts on Python's path."""
+    """A configuration file by its path, or by its name in the app's folder, which Flower puts on
+    Python's path.
+    """
     if not name:
         return None
     candidates = [Path(folder) / name for folder in sys.path]
@@ -93,7 +101,9 @@ def _config_file(name: str) -> Path | None:
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Flower logs whatever ends a ServerApp with its traceback; what the user can mend takes one line."""
+    """Flower logs whatever ends a ServerApp with its traceback; what the user can mend takes one
+    line.
+    """
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, UserError | StoppedError):
         record.msg, record.args, record.exc_info = f"error: {error}", None, None
@@ -130,7 +140,9 @@ class _Server:
         self._tasks = []
         if config.data.dataset != "sites":
             remedy = ALLOW if fixed else "begin another run"
-            self._tasks = load_recorded_tasks(config.data, config.federation.clients, run.images, remedy=remedy)
+            self._tasks = load_recorded_tasks(
+                config.data, config.federation.clients, run.images, remedy=remedy
+            )
             record_tasks(run.images, self._tasks)
         shape = self._shape()
         model = build_model(config, shape[-1])
@@ -173,13 +185,19 @@ class _Server:
         training = config.training
         if training.optimizer == "sgd" and training.gradient_clip is None:
             reporter.on_notice(
-                "training.gradient_clip is null: plain SGD can move φ as far as it likes, so updates have no bound"
+                "training.gradient_clip is null: plain SGD can move φ as far as it likes, so "
+                "updates have no bound"
             )
         members = self._roster.members.values()
-        reporter.begin(self._state.round, [_info(m) for m in sorted(members, key=lambda m: m.description.index)])
+        reporter.begin(
+            self._state.round,
+            [_info(m) for m in sorted(members, key=lambda m: m.description.index)],
+        )
         self._began = True
         network = load_feature_network(
-            config.evaluation.feature_network, config.evaluation.inception_weights, resolve_device(config.resources)
+            config.evaluation.feature_network,
+            config.evaluation.inception_weights,
+            resolve_device(config.resources),
         )
         evaluation = CentralEvaluation(network, {task.name: task.test for task in self._tasks})
         strategy = SharedRepresentationStrategy(
@@ -193,7 +211,9 @@ class _Server:
             reporter,
         )
         timeout, last = config.federation.round_timeout, config.federation.rounds
-        if config.evaluation_due(self._state.round) and not reporter.has_evaluation(self._state.round):
+        if config.evaluation_due(self._state.round) and not reporter.has_evaluation(
+            self._state.round
+        ):
             strategy.evaluate(self._grid, self._state.round, timeout)
         strategy.start(self._grid, array_record(strategy.state.shared), last, timeout)
 
@@ -221,15 +241,21 @@ class _Server:
         return size, size, channels
 
     def _known_clients(self) -> dict[str, KnownClient]:
-        """What clients are held to; in a simulation their images are those on record, whatever they were before."""
+        """What clients are held to; in a simulation their images are those on record, whatever they
+        were before.
+        """
         known = dict(self._state.known)
         for task in self._tasks if self._fixed else ():
             if task.name in known:
-                known[task.name] = replace(known[task.name], images=len(task.train), test_images=len(task.test))
+                known[task.name] = replace(
+                    known[task.name], images=len(task.train), test_images=len(task.test)
+                )
         return known
 
     def _known_references(self) -> frozenset[str] | None:
-        """The clients whose samples this server can judge; None where they judge them themselves."""
+        """The clients whose samples this server can judge; None where they judge them
+        themselves.
+        """
         if self._config.evaluation.mode == "moments":
             return None
         return frozenset(task.name for task in self._tasks)
@@ -241,4 +267,6 @@ class _Server:
 
 def _info(member: Member) -> TaskInfo:
     description = member.description
-    return TaskInfo(description.client, description.task, description.images, description.test_images)
+    return TaskInfo(
+        description.client, description.task, description.images, description.test_images
+    )

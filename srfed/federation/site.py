@@ -1,6 +1,7 @@
 """Whose machine this is: the client's id, its task's images, and where it keeps its state.
 
-A deployed site says so itself, in its SuperNode's ``--node-config``; in a simulation, partition i owns task i.
+A deployed site says so itself, in its SuperNode's ``--node-config``; in a simulation, partition i
+owns task i.
 """
 
 import os
@@ -85,17 +86,24 @@ def site_of(context: Context, config: RunConfig) -> Site:
 
 def is_simulated(context: Context) -> bool:
     """Whether the node is one of a simulation's, which Flower numbers and nobody has configured."""
-    return isinstance(context.node_config.get("partition-id"), int) and "client-id" not in context.node_config
+    return (
+        isinstance(context.node_config.get("partition-id"), int)
+        and "client-id" not in context.node_config
+    )
 
 
 def deployed_site(node_config: Mapping[str, Any]) -> Site:
-    """The site that a SuperNode's ``--node-config`` describes; raises UserError as :func:`site_of`."""
+    """The site that a SuperNode's ``--node-config`` describes; raises UserError as
+    :func:`site_of`.
+    """
     unknown = sorted(set(node_config) - set(NODE_CONFIG))
     if unknown:
         raise UserError(f"node-config: {unknown[0]} is unknown; allowed: {', '.join(NODE_CONFIG)}")
     for key in NODE_CONFIG:
         if not isinstance(value := node_config.get(key), str) or not value:
-            raise UserError(f"node-config: {key} = {value!r} is impossible; allowed: a text in quotation marks")
+            raise UserError(
+                f"node-config: {key} = {value!r} is impossible; allowed: a text in quotation marks"
+            )
     client = str(node_config["client-id"])
     check_name(client)
     paths = [user_path(str(node_config[key])) for key in ("state-dir", "data")]
@@ -122,7 +130,9 @@ def run_folder(context: Context) -> Path:
 
 @lru_cache(maxsize=256)
 def own_task(config: DataConfig, site: Site) -> Task:
-    """The site's task, read once a process; raises UserError where its images are not what they should be."""
+    """The site's task, read once a process; raises UserError where its images are not what they
+    should be.
+    """
     if site.data is None:
         # A simulation's stores lie in its run's folder, beside the record that the server has made.
         return load_recorded_task(config, site.index, site.state_dir.parent / RECORD_FILE)

@@ -1,4 +1,5 @@
-"""A deployed site's own log, ``client.log``: what it refuses, what it cannot do, and why the server refuses it.
+"""A deployed site's own log, ``client.log``: what it refuses, what it cannot do, and why the server
+refuses it.
 
 Its owner reads it where the site runs; nothing of it travels.
 """
@@ -12,9 +13,11 @@ from srfed.federation.site import Site
 
 
 def write_to_log(site: Site | None, about: str, text: str) -> None:
-    """Append to a site's log; where that fails, or the site is unknown, all of it goes to standard error.
+    """Append to a site's log; where that fails, or the site is unknown, all of it goes to standard
+    error.
 
-    A deployed site says the last line there in any case, as that is what its owner's service manager shows.
+    A deployed site says the last line there in any case, as that is what its owner's service
+    manager shows.
 
     Args:
         site: whose log; None where a message has not come so far as to know.
@@ -26,7 +29,11 @@ def write_to_log(site: Site | None, about: str, text: str) -> None:
     if site is not None:
         with suppress(UserError):
             site.note(entry)
-            on_terminal = "" if site.data is None else f"{about}: {text.rstrip().splitlines()[-1]} (in {site.log})\n"
+            on_terminal = (
+                ""
+                if site.data is None
+                else f"{about}: {text.rstrip().splitlines()[-1]} (in {site.log})\n"
+            )
     with suppress(OSError, ValueError):
         sys.stderr.write(on_terminal)
         sys.stderr.flush()

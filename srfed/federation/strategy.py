@@ -152,7 +152,9 @@ class SharedRepresentationStrategy(Strategy):
         result = Result()
         result.arrays = initial_arrays
         for number in range(self.state.round + 1, num_rounds + 1):
-            requests = self.configure_train(number, result.arrays, train_config or ConfigRecord(), grid)
+            requests = self.configure_train(
+                number, result.arrays, train_config or ConfigRecord(), grid
+            )
             replies = self._ask(grid, requests, timeout, f"round {number}")
             arrays, metrics = self.aggregate_train(number, replies)
             if arrays is not None and metrics is not None:
@@ -161,7 +163,10 @@ class SharedRepresentationStrategy(Strategy):
                 metrics = self.evaluate(grid, number, timeout)
                 if metrics is not None:
                     result.evaluate_metrics_clientapp[number] = metrics
-            if evaluate_fn is not None and (metrics := evaluate_fn(number, result.arrays)) is not None:
+            if (
+                evaluate_fn is not None
+                and (metrics := evaluate_fn(number, result.arrays)) is not None
+            ):
                 result.evaluate_metrics_serverapp[number] = metrics
         return result
 
@@ -169,7 +174,9 @@ class SharedRepresentationStrategy(Strategy):
         """Evaluate the averaged φ of the state; None where no client sent samples."""
         arrays = array_record(self.state.shared_average)
         requests = self.configure_evaluate(number, arrays, ConfigRecord(), grid)
-        return self.aggregate_evaluate(number, self._ask(grid, requests, timeout, f"evaluation {number}"))
+        return self.aggregate_evaluate(
+            number, self._ask(grid, requests, timeout, f"evaluation {number}")
+        )
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -179,7 +186,10 @@ class SharedRepresentationStrategy(Strategy):
         records = {SHARED: arrays}
         if self.config.training.shared_moments == "average" and self.state.shared_moments:
             records[SHARED_MOMENTS] = array_record(self.state.shared_moments)
-        return [self._request(TRAIN, client, server_round, records) for client in self._choose(server_round)]
+        return [
+            self._request(TRAIN, client, server_round, records)
+            for client in self._choose(server_round)
+        ]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -195,7 +205,9 @@ class SharedRepresentationStrategy(Strategy):
         if len(accepted) < federation.min_clients:
             raise UserError(self._too_few(server_round, len(accepted), heard))
         weights = client_weights(
-            federation.weights, {c: reply.plan.examples for c, reply in accepted.items()}, federation.largest_weight
+            federation.weights,
+            {c: reply.plan.examples for c, reply in accepted.items()},
+            federation.largest_weight,
         )
         outcome = aggregate(
             federation,
@@ -206,7 +218,9 @@ class SharedRepresentationStrategy(Strategy):
         )
         steps = round(sum(weights[c] * accepted[c].plan.shared_steps for c in weights))
         decay = round_decay(training.ema_decay, training.ema_warmup, self.state.shared_steps, steps)
-        shared_average = {name: self.state.shared_average[name].clone() for name in self.state.shared}
+        shared_average = {
+            name: self.state.shared_average[name].clone() for name in self.state.shared
+        }
         update_average(shared_average, outcome.shared, decay)
         moments = {client: reply.shared_moments for client, reply in accepted.items()}
         self.state = replace(
@@ -217,18 +231,26 @@ class SharedRepresentationStrategy(Strategy):
             optimizer=outcome.optimizer,
             shared_moments={n: t.float() for n, t in weighted_mean(moments, weights).items()},
             shared_steps=self.state.shared_steps + steps,
-            attempts={**self.state.attempts, **{client: heard.attempts[client] for client in accepted}},
+            attempts={
+                **self.state.attempts,
+                **{client: heard.attempts[client] for client in accepted},
+            },
             known=self._roster.known,
             minibatches={
                 **self.state.minibatches,
-                **{c: self._minibatches(c) + reply.plan.minibatches for c, reply in accepted.items()},
+                **{
+                    c: self._minibatches(c) + reply.plan.minibatches
+                    for c, reply in accepted.items()
+                },
             },
         )
-        shortened = {client: reply.shortened for client, reply in accepted.items() if reply.shortened < 1}
+        shortened = {
+            client: reply.shortened for client, reply in accepted.items() if reply.shortened < 1
+        }
         for client, factor in shortened.items():
             self._observer.on_notice(
-                f"round {server_round}: {client}: its update is {1 / factor:.3g} times as long as {training.optimizer} "
-                "usually makes one in these steps; shortened to that"
+                f"round {server_round}: {client}: its update is {1 / factor:.3g} times as long as "
+                f"{training.optimizer} usually makes one in these steps; shortened to that"
             )
         seconds = time.perf_counter() - self._started
         images = sum(reply.plan.images for reply in accepted.values())
@@ -250,8 +272,8 @@ class SharedRepresentationStrategy(Strategy):
             disagreement=outcome.disagreement,
             seconds=seconds,
         )
-        # Recorded first: a resumed run drops records of rounds that have no checkpoint, but could not
-        # make up for one that is missing.
+        # Recorded first: a resumed run drops records of rounds that have no checkpoint, but could
+        # not make up for one that is missing.
         self._observer.on_round(record)
         self._checkpoints.save(self.state)
         return array_record(self.state.shared), MetricRecord({"loss": record.loss})
@@ -266,7 +288,9 @@ class SharedRepresentationStrategy(Strategy):
         plan = TrainPlan.of(self.config, self._partition, client, images, self._minibatches(client))
         reach = reach_of_round(self.config, request.round, plan.shared_steps, self.state.shared)
         received = self.state.shared_moments if training.shared_moments == "average" else None
-        return screen_train(reply, header, plan, reach, self.state.shared, received, training.gradient_clip)
+        return screen_train(
+            reply, header, plan, reach, self.state.shared, received, training.gradient_clip
+        )
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -279,9 +303,14 @@ class SharedRepresentationStrategy(Strategy):
         clients = self._available()
         self._away = [client for client in self.state.clients if client not in clients]
         share = share_of_samples(total, self.config.federation.clients)
-        return [self._request(EVALUATE, client, server_round, {SHARED: arrays}, share, final) for client in clients]
+        return [
+            self._request(EVALUATE, client, server_round, {SHARED: arrays}, share, final)
+            for client in clients
+        ]
 
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
         """Screen the samples and score them; None where no client sent any."""
         settings = self.config.evaluation
         heard = self._hear(replies, self._screen_evaluation)
@@ -301,16 +330,26 @@ class SharedRepresentationStrategy(Strategy):
             samples=scores.samples,
             references=scores.references,
             ssim_timestep=settings.ssim_timestep,
-            ssim={t: _mean([curve[t] for curve in curves.values() if t in curve]) for t in timesteps},
-            ssim_by_client={client: curve[settings.ssim_timestep] for client, curve in curves.items()},
+            ssim={
+                t: _mean([curve[t] for curve in curves.values() if t in curve]) for t in timesteps
+            },
+            ssim_by_client={
+                client: curve[settings.ssim_timestep] for client, curve in curves.items()
+            },
             ssim_window=ssim_window(*self.state.shape[:2]) if curves else 0,
-            audits={c: reply.audit for c, reply in heard.accepted.items() if reply.audit is not None},
+            audits={
+                c: reply.audit for c, reply in heard.accepted.items() if reply.audit is not None
+            },
             grids={
                 client: reply.images.numpy()[: settings.grid_columns]
                 for client, reply in heard.accepted.items()
                 if reply.images is not None
             },
-            strips={c: reply.strip.numpy() for c, reply in heard.accepted.items() if reply.strip is not None},
+            strips={
+                c: reply.strip.numpy()
+                for c, reply in heard.accepted.items()
+                if reply.strip is not None
+            },
             refused=heard.refused,
             missing=heard.missing,
             bytes_up=heard.bytes_up,
@@ -318,31 +357,56 @@ class SharedRepresentationStrategy(Strategy):
             seconds=time.perf_counter() - self._started,
         )
         self._observer.on_evaluation(record)
-        return MetricRecord({record.score_name: record.score, **{f"ssim@{t}": v for t, v in record.ssim.items()}})
+        return MetricRecord(
+            {record.score_name: record.score, **{f"ssim@{t}": v for t, v in record.ssim.items()}}
+        )
 
-    def _screen_evaluation(self, reply: Message, header: ReplyHeader, request: Request) -> EvaluateReply:
+    def _screen_evaluation(
+        self, reply: Message, header: ReplyHeader, request: Request
+    ) -> EvaluateReply:
         known, network = self._roster.known[request.client], self._evaluation.network
         plan = EvaluatePlan.of(
-            self.config, self.state.shape, known.images, known.test_images, request.samples, request.final
+            self.config,
+            self.state.shape,
+            known.images,
+            known.test_images,
+            request.samples,
+            request.final,
         )
         if not plan.moments:
             return screen_samples(reply, header, plan)
-        return screen_moments(reply, header, plan, network.dimension_of(plan.shape[-1]), network.fingerprint)
+        return screen_moments(
+            reply, header, plan, network.dimension_of(plan.shape[-1]), network.fingerprint
+        )
 
     def _score(self, accepted: Mapping[str, EvaluateReply]) -> tuple[Scores, float | None]:
         """The scores of the replies, and what the clients' real training images would score."""
-        moments = {client: reply.moments for client, reply in accepted.items() if reply.moments is not None}
+        moments = {
+            client: reply.moments for client, reply in accepted.items() if reply.moments is not None
+        }
         if moments:
-            generated, test, train = ({client: getattr(own, name) for client, own in moments.items()} for name in SETS)
+            generated, test, train = (
+                {client: getattr(own, name) for client, own in moments.items()} for name in SETS
+            )
             name = self._evaluation.network.score_name
-            return score_statistics(name, generated, test), score_statistics(name, train, test).overall
-        images = {client: reply.images.numpy() for client, reply in accepted.items() if reply.images is not None}
+            return score_statistics(name, generated, test), score_statistics(
+                name, train, test
+            ).overall
+        images = {
+            client: reply.images.numpy()
+            for client, reply in accepted.items()
+            if reply.images is not None
+        }
         return self._evaluation.score(images), self._floor(images)
 
     def _available(self) -> list[str]:
-        """Whom to ask: under ``wait`` every client of the run, as all are waited for; else those that are there."""
+        """Whom to ask: under ``wait`` every client of the run, as all are waited for; else those
+        that are there.
+        """
         self._roster.look()
-        self.state = replace(self.state, clients=tuple(sorted({*self.state.clients, *self._roster.members})))
+        self.state = replace(
+            self.state, clients=tuple(sorted({*self.state.clients, *self._roster.members}))
+        )
         return list(self.state.clients) if self._waits else self._roster.present
 
     def _choose(self, server_round: int) -> list[str]:
@@ -360,7 +424,11 @@ class SharedRepresentationStrategy(Strategy):
         clients = self._available()
         count = min(federation.clients_per_round or len(clients), len(clients))
         # Where clients are drawn, one that is away is merely not drawn.
-        self._away = [client for client in self.state.clients if client not in clients and count == len(clients)]
+        self._away = [
+            client
+            for client in self.state.clients
+            if client not in clients and count == len(clients)
+        ]
         generator = derive_generator(self.config.seed, "clients of a round", server_round)
         drawn = torch.randperm(len(clients), generator=generator)[:count]
         return [clients[index] for index in sorted(drawn.tolist())]
@@ -394,26 +462,33 @@ class SharedRepresentationStrategy(Strategy):
         content = request.to_content()
         for name, record in records.items():
             content[name] = record
-        # A client that is waited for may have no node yet; its message is addressed when it is sent.
+        # A client that is waited for may have no node yet; its message is addressed when it is
+        # sent.
         node = self._roster.node_of(request.client) if request.client in self._roster.members else 0
         ttl = self.config.federation.round_timeout + TTL_MARGIN
         return Message(content, node, kind, ttl=ttl, group_id=str(request.round))
 
-    def _ask(self, grid: Grid, messages: Iterable[Message], timeout: float, what: str) -> list[Message]:
-        """Send the requests and collect the replies; under ``wait`` until every client has given one.
+    def _ask(
+        self, grid: Grid, messages: Iterable[Message], timeout: float, what: str
+    ) -> list[Message]:
+        """Send the requests and collect the replies; under ``wait`` until every client has given
+        one.
 
         Raises:
-            UserError: under ``wait``, a client has not replied, or only failed, in the time there is.
+            UserError: under ``wait``, a client has not replied, or only failed, in the time there
+                is.
         """
         first = {Request.of(message.content).client: message for message in messages}
         failures: dict[str, str] = {}
 
         def make(client: str) -> Message:
-            # An attempt's name is used once: what an earlier request has left at the client, or still does
-            # there, must not be taken for the answer to this one.
+            # An attempt's name is used once: what an earlier request has left at the client, or
+            # still does there, must not be taken for the answer to this one.
             request = Request.of(first[client].content)
             fresh = replace(request, attempt=_new_attempt(request.round))
-            return self._message(fresh, first[client].content.array_records, first[client].metadata.message_type)
+            return self._message(
+                fresh, first[client].content.array_records, first[client].metadata.message_type
+            )
 
         def again(client: str, reply: Message | None) -> bool:
             if not self._waits or (reply is not None and reply.has_content()):
@@ -435,14 +510,22 @@ class SharedRepresentationStrategy(Strategy):
         )
         silent = [client for client in first if client not in self._exchange.replies]
         if self._waits and silent:
-            reasons = [f"{client}: {failures.get(client, self._why_silent(client))}" for client in silent]
+            reasons = [
+                f"{client}: {failures.get(client, self._why_silent(client))}" for client in silent
+            ]
             raise UserError(f"{what} has waited {timeout:g} s for {'; '.join(reasons[:3])}")
         return list(self._exchange.replies.values())
 
     def _say_waiting(self, what: str, clients: list[str], left: float) -> None:
-        """Name the deployed sites without an answer; a simulation's clients are at work, and nobody can start them."""
+        """Name the deployed sites without an answer; a simulation's clients are at work, and nobody
+        can start them.
+        """
         members = self._roster.members
-        deployed = [client for client in clients if client not in members or members[client].description.index < 0]
+        deployed = [
+            client
+            for client in clients
+            if client not in members or members[client].description.index < 0
+        ]
         away = [client for client in deployed if not self._roster.is_present(client)]
         silent = [client for client in deployed if client not in away]
         parts = [
@@ -450,7 +533,9 @@ class SharedRepresentationStrategy(Strategy):
             *([f"{', '.join(silent)} (connected, no answer yet)"] if silent else []),
         ]
         if parts:
-            self._observer.on_notice(f"{what}: waiting for {' and '.join(parts)}, for {seconds_in_words(left)} more")
+            self._observer.on_notice(
+                f"{what}: waiting for {' and '.join(parts)}, for {seconds_in_words(left)} more"
+            )
 
     def _why_silent(self, client: str) -> str:
         if client not in self._exchange.requests or not self._roster.is_present(client):
@@ -465,7 +550,10 @@ class SharedRepresentationStrategy(Strategy):
         attempts: dict[str, str] = {}
         refused: dict[str, str] = {}
         missing = dict.fromkeys(self._away, "not connected")
-        asked = {message.metadata.message_id: client for client, message in self._exchange.requests.items()}
+        asked = {
+            message.metadata.message_id: client
+            for client, message in self._exchange.requests.items()
+        }
         for reply in replies:
             client = asked[reply.metadata.reply_to_message_id]
             message = self._exchange.requests[client]
@@ -494,10 +582,12 @@ class SharedRepresentationStrategy(Strategy):
         )
 
     def _too_few(self, server_round: int, accepted: int, heard: _Heard[TrainReply]) -> str:
-        reasons = [f"{client}: {reason}" for client, reason in {**heard.refused, **heard.missing}.items()]
+        reasons = [
+            f"{client}: {reason}" for client, reason in {**heard.refused, **heard.missing}.items()
+        ]
         return (
-            f"round {server_round} has {accepted} accepted updates, "
-            f"federation.min_clients = {self.config.federation.min_clients} are needed ({'; '.join(reasons[:3])})"
+            f"round {server_round} has {accepted} accepted updates, federation.min_clients = "
+            f"{self.config.federation.min_clients} are needed ({'; '.join(reasons[:3])})"
         )
 
 

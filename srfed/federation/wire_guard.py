@@ -54,8 +54,12 @@ class NotAllowedError(Exception):
     """A reply holds something that must not leave the client."""
 
 
-def wire_guard(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-    """Run the handler for what the owner has agreed to; pass its reply on only if every part of it is allowed."""
+def wire_guard(
+    message: Message, context: Context, call_next: Callable[[Message, Context], Message]
+) -> Message:
+    """Run the handler for what the owner has agreed to; pass its reply on only if every part of it
+    is allowed.
+    """
     try:
         admitted = admit(message, context)
         reply = call_next(message, context)
@@ -64,18 +68,25 @@ def wire_guard(message: Message, context: Context, call_next: Callable[[Message,
         check_outgoing(message.metadata.message_type, admitted, reply.content)
         return reply
     except RequestRefusedError as refusal:
-        _log(message, context, f"refused: {refusal}" + (f" ({refusal.detail})" if refusal.detail else ""))
+        _log(
+            message,
+            context,
+            f"refused: {refusal}" + (f" ({refusal.detail})" if refusal.detail else ""),
+        )
         return Message(Error(REFUSED, str(refusal)), reply_to=message)
     except UserError as error:
         _log(message, context, f"failed: {error}")
     except Exception:
         _log(message, context, traceback.format_exc())
-    # The text of an exception may quote data or paths, so the server learns only that there was one.
+    # The text of an exception may quote data or paths, so the server learns only that there was
+    # one.
     return Message(Error(FAILED, "failed; the reason is in the client's own log"), reply_to=message)
 
 
 def check_outgoing(kind: str, admitted: Admitted, content: RecordDict) -> None:
-    """Compare a reply with what was admitted; raises NotAllowedError naming what it must not hold."""
+    """Compare a reply with what was admitted; raises NotAllowedError naming what it must not
+    hold.
+    """
     arrays, numbers, header = _allowed(kind, admitted)
     for name, record in content.items():
         if isinstance(record, ArrayRecord):
@@ -87,38 +98,50 @@ def check_outgoing(kind: str, admitted: Admitted, content: RecordDict) -> None:
             if name != METRICS or extra:
                 raise NotAllowedError(f"number {extra[:1]} in record {name!r} of a reply to {kind}")
             if unlike := [key for key, sent in record.items() if not numbers[key].fits(sent)]:
-                raise NotAllowedError(f"another list or number as {unlike[0]!r} in a reply to {kind}")
+                raise NotAllowedError(
+                    f"another list or number as {unlike[0]!r} in a reply to {kind}"
+                )
         elif isinstance(record, ConfigRecord):
             extra = sorted(set(record) - header)
             if name != REPLY or extra:
                 raise NotAllowedError(f"field {extra[:1]} in record {name!r} of a reply to {kind}")
             for key, value in record.items():
                 if not isinstance(value, (int, str)) or len(str(value)) > LONGEST_TEXT:
-                    raise NotAllowedError(f"field {key!r} of a reply to {kind} is no short text or number")
+                    raise NotAllowedError(
+                        f"field {key!r} of a reply to {kind} is no short text or number"
+                    )
 
 
 def _check_arrays(name: str, record: ArrayRecord, expected: Layout, kind: str) -> None:
-    """Names, dtypes, shapes and their order must be the protocol's to the byte, so that only values are free."""
+    """Names, dtypes, shapes and their order must be the protocol's to the byte, so that only values
+    are free.
+    """
     layout = np.frombuffer(layout_bytes(expected), np.uint8)
     if LAYOUT not in record or not np.array_equal(record[LAYOUT].numpy(), layout):
         sent, known = read_layout(record), dict.fromkeys(expected)
         wrong = next((entry for entry in sent if entry not in known), None)
-        raise NotAllowedError(f"arrays {name!r} in a reply to {kind} are not those asked for: {wrong or sent[:1]}")
+        raise NotAllowedError(
+            f"arrays {name!r} in a reply to {kind} are not those asked for: {wrong or sent[:1]}"
+        )
     sizes = {LAYOUT: len(layout)}
     for _, dtype, shape in expected:
         sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape) * np.dtype(dtype).itemsize
     if set(record) != set(sizes):
-        raise NotAllowedError(f"arrays {sorted(set(record) ^ set(sizes))} among {name!r} in a reply to {kind}")
+        raise NotAllowedError(
+            f"arrays {sorted(set(record) ^ set(sizes))} among {name!r} in a reply to {kind}"
+        )
     for key, size in sizes.items():
         dtype = "uint8" if key == LAYOUT else key
         if record[key].dtype != dtype or len(record[key].data) > size + NPY_HEADER:
             raise NotAllowedError(
-                f"array {key!r} among {name!r} is {record[key].dtype} with {len(record[key].data)} bytes, "
-                f"where {dtype} with {size} were asked for"
+                f"array {key!r} among {name!r} is {record[key].dtype} with {len(record[key].data)} "
+                f"bytes, where {dtype} with {size} were asked for"
             )
 
 
-def _allowed(kind: str, admitted: Admitted) -> tuple[dict[str, Layout], dict[str, Number], frozenset[str]]:
+def _allowed(
+    kind: str, admitted: Admitted
+) -> tuple[dict[str, Layout], dict[str, Number], frozenset[str]]:
     """Arrays by record, numbers and header fields that a reply to this kind may hold."""
     config, request, task = admitted.config, admitted.request, admitted.task
     header = frozenset(field.name for field in fields(ReplyHeader))
@@ -133,7 +156,11 @@ def _allowed(kind: str, admitted: Admitted) -> tuple[dict[str, Layout], dict[str
         if evaluated.moments:
             dimension = features_for(admitted).dimension_of(channels)
             shapes = {"mean": (dimension,), "scatter": (dimension, dimension)}
-            layout = [(f"{name}.{part}", "float64", size) for name in SETS for part, size in shapes.items()]
+            layout = [
+                (f"{name}.{part}", "float64", size)
+                for name in SETS
+                for part, size in shapes.items()
+            ]
             return {STATISTICS: layout}, numbers, header
         counts = {"images": evaluated.samples, "strip": evaluated.strip}
         layout = [(name, "uint8", (count, *shape)) for name, count in counts.items()]

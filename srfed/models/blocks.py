@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 
 def sinusoidal_embedding(timesteps: Tensor, dimension: int) -> Tensor:
-    """Embed timesteps as sines and cosines of geometrically spaced frequencies (Vaswani et al., 2017).
+    """Embed timesteps as sines and cosines of geometrically spaced frequencies (Vaswani et al.,
+    2017).
 
     Args:
         timesteps: (N,), any numeric dtype.
@@ -40,12 +41,17 @@ class TimestepEmbedding(nn.Module):
 class ResidualBlock(nn.Module):
     """GroupNorm, SiLU, convolution, twice; the timestep scales and shifts the second normalisation.
 
-    The last convolution starts at zero, so that a fresh block is its own shortcut (Dhariwal & Nichol,
-    2021, where this conditioning is called adaptive group normalisation).
+    The last convolution starts at zero, so that a fresh block is its own shortcut (Dhariwal &
+    Nichol, 2021, where this conditioning is called adaptive group normalisation).
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, embedding_dimension: int, groups: int, dropout: float
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding_dimension: int,
+        groups: int,
+        dropout: float,
     ) -> None:
         super().__init__()
         self.norm_in = nn.GroupNorm(groups, in_channels)
@@ -57,7 +63,11 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
         assert self.conv_out.bias is not None
         nn.init.zeros_(self.conv_out.bias)
-        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.shortcut = (
+            nn.Identity()
+            if in_channels == out_channels
+            else nn.Conv2d(in_channels, out_channels, 1)
+        )
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         hidden = self.conv_in(F.silu(self.norm_in(x)))
@@ -67,7 +77,9 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over the pixels, added to its input; its last layer starts at zero."""
+    """Multi-head self-attention over the pixels, added to its input; its last layer starts at
+    zero.
+    """
 
     def __init__(self, channels: int, head_channels: int, groups: int) -> None:
         super().__init__()
@@ -85,8 +97,8 @@ class SelfAttention(nn.Module):
             self.query_key_value(self.norm(x))
             .reshape(count, 3, self.heads, channels // self.heads, height * width)
             .transpose(-1, -2)
-            # CUDA's fused kernels take no other layout. A copy even where it counts as contiguous: at a single pixel
-            # the strides left over make one of them fail.
+            # CUDA's fused kernels take no other layout. A copy even where it counts as contiguous:
+            # at a single pixel the strides left over make one of them fail.
             .clone(memory_format=torch.contiguous_format)
             .unbind(dim=1)
         )
@@ -106,7 +118,9 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour resize to exactly the size of the matching down stage, then a convolution."""
+    """Nearest-neighbour resize to exactly the size of the matching down stage, then a
+    convolution.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()

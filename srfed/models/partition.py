@@ -2,8 +2,8 @@
 
 A rule is a dial: ``none`` (everything shared), ``io`` (stem and head exclusive), k (also the k
 outermost down and up stages; k = 1 is the paper), ``all`` (everything exclusive), or a list of
-module-name patterns. A task's own vector (``task_vector``) is exclusive whatever the rule. Every tensor of
-the model is in exactly one part.
+module-name patterns. A task's own vector (``task_vector``) is exclusive whatever the rule. Every
+tensor of the model is in exactly one part.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,8 +36,12 @@ class Partition:
         return {name: tensors[name] for name in self.exclusive}
 
     def fingerprint(self, tensors: Mapping[str, Tensor]) -> str:
-        """SHA-256 over names, shapes and dtypes of φ: two parties with the same one can exchange φ."""
-        lines = [f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}" for name in self.shared]
+        """SHA-256 over names, shapes and dtypes of φ: two parties with the same one can exchange
+        φ.
+        """
+        lines = [
+            f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}" for name in self.shared
+        ]
         return sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -53,19 +57,27 @@ def divide(model: nn.Module, rule: Rule) -> Partition:
         ValueError: an impossible rule, or a pattern that matches no tensor.
     """
     names = list(model.state_dict())
-    exclusive = _exclusive_names(names, rule) | {name for name in names if name.startswith("task_vector.")}
+    exclusive = _exclusive_names(names, rule) | {
+        name for name in names if name.startswith("task_vector.")
+    }
     return Partition(
         shared=tuple(name for name in names if name not in exclusive),
         exclusive=tuple(name for name in names if name in exclusive),
     )
 
 
-def describe_modules(tensors: Mapping[str, Tensor], partition: Partition) -> list[tuple[str, str, int]]:
-    """(module, part, parameters) for the outermost modules that lie wholly in one part, in model order.
+def describe_modules(
+    tensors: Mapping[str, Tensor], partition: Partition
+) -> list[tuple[str, str, int]]:
+    """(module, part, parameters) for the outermost modules that lie wholly in one part, in model
+    order.
 
     A module that both parts share in is listed by its children.
     """
-    parts = {**dict.fromkeys(partition.shared, "shared"), **dict.fromkeys(partition.exclusive, "exclusive")}
+    parts = {
+        **dict.fromkeys(partition.shared, "shared"),
+        **dict.fromkeys(partition.exclusive, "exclusive"),
+    }
     rows: dict[str, tuple[str, int]] = {}
     for name, tensor in tensors.items():
         module = _widest_module(name, parts)
@@ -75,13 +87,17 @@ def describe_modules(tensors: Mapping[str, Tensor], partition: Partition) -> lis
 
 
 def _widest_module(name: str, parts: Mapping[str, str]) -> str:
-    """The shortest prefix of a tensor's name, list indices included, below which all is in its part."""
+    """The shortest prefix of a tensor's name, list indices included, below which all is in its
+    part.
+    """
     steps = name.split(".")
     for length in range(1, len(steps)):
         if steps[length].isdigit():
             continue
         prefix = ".".join(steps[:length])
-        if all(part == parts[name] for other, part in parts.items() if other.startswith(f"{prefix}.")):
+        if all(
+            part == parts[name] for other, part in parts.items() if other.startswith(f"{prefix}.")
+        ):
             return prefix
     return name
 
@@ -94,11 +110,15 @@ def _exclusive_names(names: Sequence[str], rule: Rule) -> set[str]:
     if rule == "io":
         return _matching(names, ("stem", "head"))
     if isinstance(rule, str):
-        raise ValueError(f"exclusive_stages {rule!r} is no rule; allowed: none, io, all, a number, or patterns")
+        raise ValueError(
+            f"exclusive_stages {rule!r} is no rule; allowed: none, io, all, a number, or patterns"
+        )
     if isinstance(rule, int):
         stages = {name.split(".")[1] for name in names if name.startswith("down.")}
         if not 1 <= rule <= len(stages):
-            raise ValueError(f"exclusive_stages {rule} is impossible; the model has stages 1 to {len(stages)}")
+            raise ValueError(
+                f"exclusive_stages {rule} is impossible; the model has stages 1 to {len(stages)}"
+            )
         outermost = [f"{side}.{stage}" for stage in range(rule) for side in ("down", "up")]
         return _matching(names, ("stem", "head", *outermost))
     if not rule:
@@ -109,7 +129,11 @@ def _exclusive_names(names: Sequence[str], rule: Rule) -> set[str]:
 def _matching(names: Sequence[str], patterns: Iterable[str]) -> set[str]:
     matched: set[str] = set()
     for pattern in patterns:
-        found = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
+        found = {
+            name
+            for name in names
+            if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+        }
         if not found:
             raise ValueError(f"exclusive_stages pattern {pattern!r} matches no tensor of the model")
         matched |= found

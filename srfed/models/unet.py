@@ -1,9 +1,10 @@
 """The denoising UNet: four stages whose borders are the borders of the partition.
 
-Stage k works at 1/2^k of the image's size (rounded up) with ``channels[k]`` channels. Everything that
-belongs to stage k lies in ``down.k`` or ``up.k``: its residual blocks, its attention, and the
-convolutions that lead to and from stage k + 1. Skip connections run from ``down.k`` to ``up.k`` only,
-so that no activation crosses from an exclusive to a shared stage but through those convolutions.
+Stage k works at 1/2^k of the image's size (rounded up) with ``channels[k]`` channels. Everything
+that belongs to stage k lies in ``down.k`` or ``up.k``: its residual blocks, its attention, and the
+convolutions that lead to and from stage k + 1. Skip connections run from ``down.k`` to ``up.k``
+only, so that no activation crosses from an exclusive to a shared stage but through those
+convolutions.
 """
 
 from collections.abc import Sequence
@@ -13,19 +14,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from srfed.models.blocks import Downsample, ResidualBlock, SelfAttention, TimestepEmbedding, Upsample
+from srfed.models.blocks import (
+    Downsample,
+    ResidualBlock,
+    SelfAttention,
+    TimestepEmbedding,
+    Upsample,
+)
 
 
 class DownStage(nn.Module):
     """Residual blocks of one resolution; returns what the next stage takes and the skips."""
 
     def __init__(
-        self, channels: int, next_channels: int | None, blocks: int, embedding_dimension: int,
-        attention_head_channels: int | None, groups: int, dropout: float,
-    ) -> None:  # fmt: skip
+        self,
+        channels: int,
+        next_channels: int | None,
+        blocks: int,
+        embedding_dimension: int,
+        attention_head_channels: int | None,
+        groups: int,
+        dropout: float,
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            ResidualBlock(channels, channels, embedding_dimension, groups, dropout) for _ in range(blocks)
+            ResidualBlock(channels, channels, embedding_dimension, groups, dropout)
+            for _ in range(blocks)
         )
         self.attentions = _attentions(blocks, channels, attention_head_channels, groups)
         self.downsample = None if next_channels is None else Downsample(channels, next_channels)
@@ -39,23 +53,34 @@ class DownStage(nn.Module):
 
 
 class UpStage(nn.Module):
-    """Residual blocks of one resolution, each fed with the skip of its mirror image in the down stage."""
+    """Residual blocks of one resolution, each fed with the skip of its mirror image in the down
+    stage.
+    """
 
     def __init__(
-        self, channels: int, next_channels: int | None, blocks: int, embedding_dimension: int,
-        attention_head_channels: int | None, groups: int, dropout: float,
-    ) -> None:  # fmt: skip
+        self,
+        channels: int,
+        next_channels: int | None,
+        blocks: int,
+        embedding_dimension: int,
+        attention_head_channels: int | None,
+        groups: int,
+        dropout: float,
+    ) -> None:
         super().__init__()
         self.upsample = None if next_channels is None else Upsample(next_channels, channels)
         self.blocks = nn.ModuleList(
-            ResidualBlock(2 * channels, channels, embedding_dimension, groups, dropout) for _ in range(blocks)
+            ResidualBlock(2 * channels, channels, embedding_dimension, groups, dropout)
+            for _ in range(blocks)
         )
         self.attentions = _attentions(blocks, channels, attention_head_channels, groups)
 
     def forward(self, x: Tensor, skips: Sequence[Tensor], embedding: Tensor) -> Tensor:
         if self.upsample is not None:
             x = self.upsample(x, skips[-1].shape[-2], skips[-1].shape[-1])
-        for block, attention, skip in zip(self.blocks, self.attentions, reversed(skips), strict=True):
+        for block, attention, skip in zip(
+            self.blocks, self.attentions, reversed(skips), strict=True
+        ):
             x = attention(block(torch.cat([x, skip], dim=1), embedding))
         return x
 
@@ -64,7 +89,12 @@ class Bottleneck(nn.Module):
     """Residual block, self-attention, residual block at the lowest resolution."""
 
     def __init__(
-        self, channels: int, embedding_dimension: int, head_channels: int, groups: int, dropout: float
+        self,
+        channels: int,
+        embedding_dimension: int,
+        head_channels: int,
+        groups: int,
+        dropout: float,
     ) -> None:
         super().__init__()
         self.first = ResidualBlock(channels, channels, embedding_dimension, groups, dropout)
@@ -101,9 +131,9 @@ class TaskVector(nn.Module):
 class UNet(nn.Module):
     """Noise prediction ε(x_t, t) for images of any size from 5 px and any number of channels.
 
-    Modules, in the order of the forward pass: ``stem``, ``timestep``, ``task_table`` or ``task_vector`` if any,
-    ``down.0`` to ``down.3``, ``bottleneck``, ``up.3`` to ``up.0``, ``head``. ``srfed.models.partition`` divides
-    them by name.
+    Modules, in the order of the forward pass: ``stem``, ``timestep``, ``task_table`` or
+    ``task_vector`` if any, ``down.0`` to ``down.3``, ``bottleneck``, ``up.3`` to ``up.0``,
+    ``head``. ``srfed.models.partition`` divides them by name.
 
     Args:
         image_channels: channels of the images.
@@ -113,11 +143,12 @@ class UNet(nn.Module):
         attention_head_channels: channels of one attention head.
         groups: groups of each GroupNorm; divides every entry of ``channels``.
         dropout: rate inside the residual blocks.
-        task_embedding: "shared" adds a learned vector for each of ``tasks`` tasks to the timestep's embedding
-            (class conditioning as in Nichol & Dhariwal, 2021), and the forward pass then needs the tasks;
-            "exclusive" adds one vector, the task's own.
+        task_embedding: "shared" adds a learned vector for each of ``tasks`` tasks to the timestep's
+            embedding (class conditioning as in Nichol & Dhariwal, 2021), and the forward pass then
+            needs the tasks; "exclusive" adds one vector, the task's own.
         tasks: number of tasks of a shared embedding.
-        zero_head: start the last convolution at zero, so that a fresh network predicts no noise at all.
+        zero_head: start the last convolution at zero, so that a fresh network predicts no noise at
+            all.
     """
 
     def __init__(
@@ -141,18 +172,32 @@ class UNet(nn.Module):
             next_channels = channels[stage + 1] if stage + 1 < len(channels) else None
             head_channels = attention_head_channels if stage in attention_stages else None
             return (
-                channels[stage], next_channels, blocks_per_stage, embedding_dimension, head_channels, groups, dropout,
-            )  # fmt: skip
+                channels[stage],
+                next_channels,
+                blocks_per_stage,
+                embedding_dimension,
+                head_channels,
+                groups,
+                dropout,
+            )
 
         self.stem = nn.Conv2d(image_channels, channels[0], 3, padding=1)
         self.timestep = TimestepEmbedding(channels[0], embedding_dimension)
-        self.down = nn.ModuleList(DownStage(*stage_arguments(stage)) for stage in range(len(channels)))
-        self.bottleneck = Bottleneck(channels[-1], embedding_dimension, attention_head_channels, groups, dropout)
+        self.down = nn.ModuleList(
+            DownStage(*stage_arguments(stage)) for stage in range(len(channels))
+        )
+        self.bottleneck = Bottleneck(
+            channels[-1], embedding_dimension, attention_head_channels, groups, dropout
+        )
         self.up = nn.ModuleList(UpStage(*stage_arguments(stage)) for stage in range(len(channels)))
         self.head = Head(channels[0], image_channels, groups)
         # Last, so that the other tensors' initial values are those of a network without.
-        self.task_table = nn.Embedding(tasks, embedding_dimension) if task_embedding == "shared" else None
-        self.task_vector = TaskVector(embedding_dimension) if task_embedding == "exclusive" else None
+        self.task_table = (
+            nn.Embedding(tasks, embedding_dimension) if task_embedding == "shared" else None
+        )
+        self.task_vector = (
+            TaskVector(embedding_dimension) if task_embedding == "exclusive" else None
+        )
         if zero_head:
             for parameter in self.head.conv.parameters():
                 nn.init.zeros_(parameter)
@@ -163,7 +208,8 @@ class UNet(nn.Module):
         Args:
             x: N x C x H x W, float.
             timesteps: (N,) in 1..T.
-            tasks: (N,) int64, positions of the images' tasks; for a network with a shared task embedding only.
+            tasks: (N,) int64, positions of the images' tasks; for a network with a shared task
+                embedding only.
 
         Returns:
             N x C x H x W, the dtype of ``x`` outside autocast.
@@ -173,12 +219,18 @@ class UNet(nn.Module):
         """
         if x.ndim != 4 or x.shape[1] != self.image_channels or min(x.shape[-2:]) < 5:
             raise ValueError(
-                f"the UNet takes N x {self.image_channels} x H x W images of at least 5 px, not {tuple(x.shape)}"
+                f"the UNet takes N x {self.image_channels} x H x W images of at least 5 px, not "
+                f"{tuple(x.shape)}"
             )
         if timesteps.shape != x.shape[:1]:
-            raise ValueError(f"{x.shape[0]} images need as many timesteps, not {tuple(timesteps.shape)}")
+            raise ValueError(
+                f"{x.shape[0]} images need as many timesteps, not {tuple(timesteps.shape)}"
+            )
         if (tasks is None) != (self.task_table is None):
-            raise ValueError("the images' tasks are for a UNet with a shared task embedding, which cannot do without")
+            raise ValueError(
+                "the images' tasks are for a UNet with a shared task embedding, which cannot do "
+                "without"
+            )
         embedding = self.timestep(timesteps)
         if self.task_table is not None:
             embedding = embedding + self.task_table(tasks)
@@ -197,5 +249,6 @@ class UNet(nn.Module):
 
 def _attentions(count: int, channels: int, head_channels: int | None, groups: int) -> nn.ModuleList:
     return nn.ModuleList(
-        nn.Identity() if head_channels is None else SelfAttention(channels, head_channels, groups) for _ in range(count)
+        nn.Identity() if head_channels is None else SelfAttention(channels, head_channels, groups)
+        for _ in range(count)
     )

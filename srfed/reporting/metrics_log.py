@@ -30,8 +30,12 @@ class MetricsLog:
 
     def begin(self, last_round: int, tasks: list[TaskInfo]) -> None:
         """Keep the lines up to a round, drop later ones: a resumed run writes those again."""
-        kept = [line for line in self.lines() if line["kind"] != "tasks" and line["round"] <= last_round]
-        write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in [_head(tasks), *kept]).encode())
+        kept = [
+            line for line in self.lines() if line["kind"] != "tasks" and line["round"] <= last_round
+        ]
+        write_bytes(
+            self.path, "".join(json.dumps(line) + "\n" for line in [_head(tasks), *kept]).encode()
+        )
 
     def add_task(self, task: TaskInfo) -> None:
         """A client that joins later."""
@@ -41,8 +45,12 @@ class MetricsLog:
         self._append({"kind": "round", **asdict(record)})
 
     def add_evaluation(self, record: EvaluationRecord) -> None:
-        fields = {name: value for name, value in vars(record).items() if name not in (*PICTURES, "audits")}
-        fields["audits"] = {c: {**audit.to_numbers(), "fires": audit.fires} for c, audit in record.audits.items()}
+        fields = {
+            name: value for name, value in vars(record).items() if name not in (*PICTURES, "audits")
+        }
+        fields["audits"] = {
+            c: {**audit.to_numbers(), "fires": audit.fires} for c, audit in record.audits.items()
+        }
         self._append({"kind": "evaluation", **fields})
 
     def lines(self) -> Iterator[Line]:
@@ -59,7 +67,9 @@ class MetricsLog:
             try:
                 yield self._line(json.loads(text.decode()))
             except ValueError as error:
-                raise DamagedError(f"{self.path} is damaged in line {number}; remove that line") from error
+                raise DamagedError(
+                    f"{self.path} is damaged in line {number}; remove that line"
+                ) from error
         # What a crash in the middle of an append has left is no line yet; the run writes it again.
         with suppress(ValueError):
             yield self._line(json.loads(rest.decode()))
@@ -79,7 +89,9 @@ class MetricsLog:
             raise DamagedError(f"{self.path} is damaged: {error}") from error
 
     def _line(self, line: Any) -> Line:
-        """What was read, if it is a line of ours; raises ValueError for anything else, UserError for a newer one."""
+        """What was read, if it is a line of ours; raises ValueError for anything else, UserError
+        for a newer one.
+        """
         kinds = _KINDS.get(str(line.get("kind"))) if isinstance(line, dict) else None
         if kinds is None or not all(isinstance(line.get(key), kind) for key, kind in kinds.items()):
             raise ValueError("no line of a run")

@@ -6,7 +6,9 @@ from srfed.config import RunConfig
 from srfed.reporting.records import EvaluationRecord, RoundRecord
 
 STEP_TO_PASS = 3.0
-"""A training step on an image (forward, backward) against a forward pass: until an evaluation has been measured."""
+"""A training step on an image (forward, backward) against a forward pass: until an evaluation has
+been measured.
+"""
 
 
 class Pace:
@@ -36,7 +38,8 @@ class Pace:
     def seconds_left(self, record: RoundRecord, *, clients: int) -> float:
         """Seconds from the end of a round to the end of the run, its last evaluation included.
 
-        Until one evaluation has been measured, its time is put at so many forward passes of the round's speed.
+        Until one evaluation has been measured, its time is put at so many forward passes of the
+        round's speed.
         """
         last = self._config.federation.rounds
         spent = time.monotonic() - self._began - self._evaluating
@@ -55,7 +58,9 @@ class Pace:
 
 
 def evaluation_passes(config: RunConfig, clients: int, *, final: bool) -> int:
-    """Forward passes of an evaluation, of one image each: samples, and reconstructions for SSIM-rec."""
+    """Forward passes of an evaluation, of one image each: samples, and reconstructions for
+    SSIM-rec.
+    """
     evaluation, sampling = config.evaluation, config.sampling
     steps = sampling.steps if sampling.sampler == "ddim" else config.diffusion.timesteps
     samples = evaluation.samples if final else evaluation.samples_between

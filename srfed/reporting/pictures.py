@@ -39,7 +39,12 @@ def draw_grid(rows: Mapping[str, Images], titles: Sequence[str] = ()) -> Images:
     for column, title in enumerate(titles):
         pen.text((label_width + column * step_x, 0), title, fill="black", font=font)
     for row, (label, images) in enumerate(rows.items()):
-        pen.text((4, top + row * step_y + (height * factor - LABEL_SIZE) // 2), label, fill="black", font=font)
+        pen.text(
+            (4, top + row * step_y + (height * factor - LABEL_SIZE) // 2),
+            label,
+            fill="black",
+            font=font,
+        )
         for column, image in enumerate(images):
             pixels = image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, axis=-1)
             tile = Image.fromarray(np.ascontiguousarray(pixels)).resize(
@@ -50,7 +55,9 @@ def draw_grid(rows: Mapping[str, Images], titles: Sequence[str] = ()) -> Images:
 
 
 def write_png(path: Path, picture: Images, *, private: bool = True) -> None:
-    """Write a picture atomically, as :func:`~srfed.files.write_bytes` does; raises UserError where it cannot."""
+    """Write a picture atomically, as :func:`~srfed.files.write_bytes` does; raises UserError where
+    it cannot.
+    """
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG")
     write_bytes(path, buffer.getvalue(), private=private)

@@ -44,9 +44,14 @@ def line_plot(
     axes = figure.add_subplot()
     for label, (x, y) in series.items():
         bars = (spread or {}).get(label)
-        axes.errorbar(x, y, yerr=bars, marker="o", markersize=4, capsize=2, linewidth=1.4, label=label)
+        axes.errorbar(
+            x, y, yerr=bars, marker="o", markersize=4, capsize=2, linewidth=1.4, label=label
+        )
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
-    for axis, set_scale, logarithmic in ((axes.xaxis, axes.set_xscale, log_x), (axes.yaxis, axes.set_yscale, log_y)):
+    for axis, set_scale, logarithmic in (
+        (axes.xaxis, axes.set_xscale, log_x),
+        (axes.yaxis, axes.set_yscale, log_y),
+    ):
         if logarithmic:
             set_scale("log")
             # matplotlib would write 20 as 2 × 10¹.
@@ -82,8 +87,14 @@ def heat_map(
     """
     matrix = np.asarray(values, dtype=float)
     if matrix.shape != (len(rows), len(columns)):
-        raise ValueError(f"a matrix {matrix.shape} does not fit {len(rows)} rows and {len(columns)} columns")
-    figure = Figure(figsize=(2.4 + 0.55 * len(columns), 1.8 + 0.45 * len(rows)), dpi=RESOLUTION, layout="constrained")
+        raise ValueError(
+            f"a matrix {matrix.shape} does not fit {len(rows)} rows and {len(columns)} columns"
+        )
+    figure = Figure(
+        figsize=(2.4 + 0.55 * len(columns), 1.8 + 0.45 * len(rows)),
+        dpi=RESOLUTION,
+        layout="constrained",
+    )
     axes = figure.add_subplot()
     axes.imshow(matrix, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8)
@@ -93,7 +104,9 @@ def heat_map(
     for (row, column), value in np.ndenumerate(matrix):
         if np.isfinite(value):
             colour = "white" if value <= middle else "black"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)
+            axes.text(
+                column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour
+            )
     _write(path, figure)
 
 

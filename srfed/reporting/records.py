@@ -71,7 +71,8 @@ class EvaluationRecord:
         final: whether it ends the run.
         score_name: what the Fréchet distance is called.
         score, score_by_client: over all tasks, and for each.
-        floor: the same distance of the real training images, of the evaluated tasks; None if not known.
+        floor: the same distance of the real training images, of the evaluated tasks; None if not
+            known.
         samples, references: images generated and compared with.
         ssim_timestep: t* of the headline.
         ssim: SSIM-rec by timestep, mean over clients.

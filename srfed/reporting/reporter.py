@@ -1,4 +1,6 @@
-"""The reporter: what the server tells goes to the terminal, metrics.jsonl, TensorBoard and pictures."""
+"""The reporter: what the server tells goes to the terminal, metrics.jsonl, TensorBoard and
+pictures.
+"""
 
 import re
 import sys
@@ -20,8 +22,8 @@ from srfed.reporting.words import bytes_in_words, seconds_in_words
 class Reporter:
     """Observes one run (see srfed.federation.strategy.Observer).
 
-    On a terminal a bar counts the clients' replies of the current exchange; elsewhere there is one plain
-    line for each round and each evaluation, and nothing between.
+    On a terminal a bar counts the clients' replies of the current exchange; elsewhere there is one
+    plain line for each round and each evaluation, and nothing between.
     """
 
     def __init__(self, run: RunDirectory) -> None:
@@ -33,19 +35,32 @@ class Reporter:
         self._pace = Pace(run.config)
 
     def begin(self, last_round: int, tasks: list[TaskInfo]) -> None:
-        """Start, or go on after ``last_round``; ``tasks`` in the order of display, before those that are away."""
+        """Start, or go on after ``last_round``; ``tasks`` in the order of display, before those
+        that are away.
+        """
         here = {task.client for task in tasks}
-        tasks = [*tasks, *(task for task in self._log.tasks() if last_round and task.client not in here)]
+        tasks = [
+            *tasks,
+            *(task for task in self._log.tasks() if last_round and task.client not in here),
+        ]
         if last_round and not self._log.rounds():
-            self.on_notice(f"{self._run.metrics} has nothing of rounds 1 to {last_round}; it begins anew")
+            self.on_notice(
+                f"{self._run.metrics} has nothing of rounds 1 to {last_round}; it begins anew"
+            )
         self._log.begin(last_round, tasks)
         self._drop_pictures(last_round)
-        self._tensorboard = TensorBoard(self._run.tensorboard, self._run.config, last_round, self.on_notice)
+        self._tensorboard = TensorBoard(
+            self._run.tensorboard, self._run.config, last_round, self.on_notice
+        )
         self._order = [task.client for task in tasks]
         self._pace.begin(last_round)
         if last_round:
             over = last_round >= self._run.config.federation.rounds
-            print(f"going on after round {last_round}{', the last: nothing is trained' if over else ''}", flush=True)
+            print(
+                "going on after round "
+                f"{last_round}{', the last: nothing is trained' if over else ''}",
+                flush=True,
+            )
 
     def on_join(self, task: TaskInfo) -> None:
         if task.client not in self._order:
@@ -56,12 +71,16 @@ class Reporter:
     def has_evaluation(self, number: int) -> bool:
         """Whether the evaluation after this round is on record, as the one it has to be."""
         final = number == self._run.config.federation.rounds
-        return any(line["round"] == number and line["final"] >= final for line in self._log.evaluations())
+        return any(
+            line["round"] == number and line["final"] >= final for line in self._log.evaluations()
+        )
 
     def on_reply(self, what: str, done: int, total: int) -> None:
         if not sys.stderr.isatty():
             return
-        bar = self._bar or tqdm(total=total, desc=what, unit="client", leave=False, dynamic_ncols=True)
+        bar = self._bar or tqdm(
+            total=total, desc=what, unit="client", leave=False, dynamic_ncols=True
+        )
         bar.update(done - bar.n)
         self._bar = bar
 
@@ -74,9 +93,8 @@ class Reporter:
         left = self._pace.seconds_left(record, clients=len(self._order))
         print(
             f"round {record.round:>{len(str(last))}}/{last}  loss {record.loss:.4f}  "
-            f"{record.images_per_second:,.0f} images/s  "
-            f"up {bytes_in_words(record.bytes_up)}  down {bytes_in_words(record.bytes_down)}  "
-            f"left {seconds_in_words(left)}",
+            f"{record.images_per_second:,.0f} images/s  up {bytes_in_words(record.bytes_up)}  down "
+            f"{bytes_in_words(record.bytes_down)}  left {seconds_in_words(left)}",
             flush=True,
         )
         self._tell_absent(record.refused, record.missing)
@@ -87,9 +105,14 @@ class Reporter:
         pictures = {}
         if shown:
             pictures["samples"] = draw_grid({client: record.grids[client] for client in shown})
-            pictures["reverse_process"] = draw_grid({client: record.strips[client] for client in shown})
+            pictures["reverse_process"] = draw_grid(
+                {client: record.strips[client] for client in shown}
+            )
             write_png(self._run.samples / f"round-{record.round:05d}.png", pictures["samples"])
-            write_png(self._run.samples / f"reverse-process-{record.round:05d}.png", pictures["reverse_process"])
+            write_png(
+                self._run.samples / f"reverse-process-{record.round:05d}.png",
+                pictures["reverse_process"],
+            )
         self._log.add_evaluation(record)
         self._pace.count(record, clients=len(self._order))
         if self._tensorboard is not None:
@@ -103,14 +126,17 @@ class Reporter:
         for client, audit in record.audits.items():
             if audit.fires:
                 print(
-                    f"  {client} has memorised: {audit.pixels.share:.1%} (pixels) and {audit.features.share:.1%} "
-                    f"(features) of its samples are nearer to a training image than {audit.pixels.quantile:.1%} of "
-                    "held-out images",
+                    f"  {client} has memorised: {audit.pixels.share:.1%} (pixels) and "
+                    f"{audit.features.share:.1%} (features) of its samples are nearer to a "
+                    f"training image than {audit.pixels.quantile:.1%} of held-out images",
                     flush=True,
                 )
         unaudited = [client for client in record.score_by_client if client not in record.audits]
         if record.final and unaudited and self._run.config.evaluation.memorisation_quantile:
-            print(f"  no memorisation audit: {', '.join(unaudited)}; a client's own log says why", flush=True)
+            print(
+                f"  no memorisation audit: {', '.join(unaudited)}; a client's own log says why",
+                flush=True,
+            )
         self._tell_absent(record.refused, record.missing)
 
     def on_notice(self, text: str) -> None:

@@ -45,15 +45,17 @@ from srfed.files import (
 LOCK = "lock"
 README = """The folder of a run of srfed; docs/run_folder.md says what each file is.
 
-Who may see it? Not everybody. Where all parties are simulated on one machine, clients/ holds what no party of a
-real federation gives away: every exclusive part, and in memorisation/ crops of real training images. The folder is
-therefore its owner's alone (mode 0700); whoever passes it on passes on those images too. config.yaml, run.json,
-metrics.jsonl and summary.txt are settings and numbers, samples/ and tensorboard/ hold generated images besides.
-server/ holds the shared part, which every party has seen.
+Who may see it? Not everybody. Where all parties are simulated on one machine, clients/ holds what
+no party of a real federation gives away: every exclusive part, and in memorisation/ crops of real
+training images. The folder is therefore its owner's alone (mode 0700); whoever passes it on passes
+on those images too. config.yaml, run.json, metrics.jsonl and summary.txt are settings and numbers,
+samples/ and tensorboard/ hold generated images besides. server/ holds the shared part, which every
+party has seen.
 """
 _KINDS = {"lineage": str, "fingerprint": str}
 _REMOVED = {"federation.largest_update": 100.0}
-"""What settings that are no more were unless somebody set them: old fingerprints are of them too."""
+"""What settings that are no more were unless somebody set them: old fingerprints are of them too.
+"""
 _held: set[Path] = set()
 """The runs that this process has."""
 
@@ -68,13 +70,17 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path | None, config: RunConfig) -> "RunDirectory":
-        """Begin a run in a new or empty folder; None takes runs/<name>-<time>, which no other run has.
+        """Begin a run in a new or empty folder; None takes runs/<name>-<time>, which no other run
+        has.
 
         Raises:
-            UserError: the folder holds something already, another process begins a run there, or it cannot be written.
+            UserError: the folder holds something already, another process begins a run there, or it
+                cannot be written.
         """
         if path is None:
-            path = new_folder(Path("runs") / f"{config.name}-{datetime.now().strftime('%Y%m%d-%H%M%S')}")
+            path = new_folder(
+                Path("runs") / f"{config.name}-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
+            )
         path = path.absolute()
         _refuse_used(path)
         with held(path / LOCK, wait=False):
@@ -99,7 +105,8 @@ class RunDirectory:
         """Open a run's folder.
 
         Raises:
-            UserError: it is none, its files are damaged, or its config.yaml is not what the run was begun with.
+            UserError: it is none, its files are damaged, or its config.yaml is not what the run was
+                begun with.
         """
         path = path.absolute()
         if not exists(path / "run.json"):
@@ -116,7 +123,8 @@ class RunDirectory:
         Nothing is written before somebody has the run to himself, see :meth:`in_use`.
 
         Raises:
-            UserError: it differs in something else, or ends before what there is already; the text names it.
+            UserError: it differs in something else, or ends before what there is already; the text
+                names it.
         """
         if config.fingerprint() != self.config.fingerprint():
             changed = ", ".join(self.config.decisive_differences(config))
@@ -127,12 +135,14 @@ class RunDirectory:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Hold the run for this process, then write down its configuration; a process that has it may enter again.
+        """Hold the run for this process, then write down its configuration; a process that has it
+        may enter again.
 
         Whatever is made meanwhile, by libraries too, is for the owner alone.
 
         Raises:
-            UserError: another process has it, or the configuration no longer fits what that has left.
+            UserError: another process has it, or the configuration no longer fits what that has
+                left.
         """
         if self.path in _held:
             yield
@@ -184,7 +194,9 @@ class RunDirectory:
 
     @property
     def last_round(self) -> int | None:
-        """The round of the last checkpoint, None before the first; raises UserError where that cannot be read."""
+        """The round of the last checkpoint, None before the first; raises UserError where that
+        cannot be read.
+        """
         # Importing torch takes seconds, and beginning a run needs none of it.
         from srfed.checkpoints.server_state import ServerCheckpoints
 
@@ -212,14 +224,17 @@ class RunDirectory:
             )
         if changed:
             raise UserError(
-                f"{self.config_file} is not what the run was begun with ({changed}): put it back; what may change is "
-                "changed with --resume and --set"
+                f"{self.config_file} is not what the run was begun with ({changed}): put it back; "
+                "what may change is changed with --resume and --set"
             )
 
     def _refuse_fewer_rounds(self) -> None:
         done, asked = self.last_round, self.config.federation.rounds
         if done is not None and asked < done:
-            raise UserError(f"federation.rounds = {asked}, and {self.path} has {done} already; allowed: {done} or more")
+            raise UserError(
+                f"federation.rounds = {asked}, and {self.path} has {done} already; allowed: {done} "
+                "or more"
+            )
 
     def _write_configuration(self) -> None:
         if _load(self.config_file)[0] == self.config:
@@ -237,13 +252,16 @@ def _of_configuration(config: RunConfig) -> dict[str, Any]:
 
 def _refuse_used(path: Path) -> None:
     if exists(path / "run.json"):
-        raise UserError(f"{path} holds a run already; continue it with --resume {path}, or name another folder")
+        raise UserError(
+            f"{path} holds a run already; continue it with --resume {path}, or name another folder"
+        )
     if exists(path) and (not path.is_dir() or set(list_folder(path)) - {LOCK}):
         raise UserError(f"{path} is not an empty folder; name another one with --run-dir")
 
 
 def _load(file: Path) -> tuple[RunConfig, dict[str, Any]]:
-    """A run's own configuration without settings that there are no more, and all that the file names.
+    """A run's own configuration without settings that there are no more, and all that the file
+    names.
 
     Raises:
         UserError: it cannot be read, or is no configuration.
@@ -256,7 +274,11 @@ def _load(file: Path) -> tuple[RunConfig, dict[str, Any]]:
         raise DamagedError(f"{file} is damaged: it names no settings")
     sections = {name: value for name, value in content.items() if isinstance(value, dict)}
     named = {name: value for name, value in content.items() if name not in sections}
-    named |= {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    named |= {
+        f"{section}.{key}": value
+        for section, keys in sections.items()
+        for key, value in keys.items()
+    }
     for section, _, key in (name.partition(".") for name in REMOVED):
         sections.get(section, {}).pop(key, None)
     return parse_config(content, str(file)), named

@@ -46,10 +46,12 @@ def summarise(log: MetricsLog, wall_seconds: float) -> str:
     sums = totals(log)
     lines += [
         "",
-        f"{sums.rounds} rounds, {sums.images:,} images; training {seconds_in_words(sums.training_seconds)}, "
-        f"evaluation {seconds_in_words(sums.evaluation_seconds)}, "
-        f"this command {seconds_in_words(wall_seconds)} in all",
-        f"traffic: {bytes_in_words(sums.bytes_up)} from the clients, {bytes_in_words(sums.bytes_down)} to them",
+        f"{sums.rounds} rounds, {sums.images:,} images; training "
+        f"{seconds_in_words(sums.training_seconds)}, evaluation "
+        f"{seconds_in_words(sums.evaluation_seconds)}, this command "
+        f"{seconds_in_words(wall_seconds)} in all",
+        f"traffic: {bytes_in_words(sums.bytes_up)} from the clients, "
+        f"{bytes_in_words(sums.bytes_down)} to them",
     ]
     return "\n".join(lines)
 
@@ -77,23 +79,29 @@ def _table(log: MetricsLog, evaluation: dict[str, Any]) -> list[str]:
     floor = evaluation["floor"]
     real = "" if floor is None else f"; the real training images score {floor:.3f}"
     lines.append(
-        f"{score}: Fréchet distance of {evaluation['samples']} samples to {evaluation['references']} held-out "
-        f"images (0 is best{real}); by task it rests on few images and is biased upwards"
+        f"{score}: Fréchet distance of {evaluation['samples']} samples to "
+        f"{evaluation['references']} held-out images (0 is best{real}); by task it rests on few "
+        "images and is biased upwards"
     )
-    curve = ", ".join(f"t={timestep}: {value:.3f}" for timestep, value in evaluation["ssim"].items())
+    curve = ", ".join(
+        f"t={timestep}: {value:.3f}" for timestep, value in evaluation["ssim"].items()
+    )
     if curve:
         window = evaluation["ssim_window"]
-        lines.append(f"SSIM-rec: test images brought back from x_t (window {window} px; 1 is best): {curve}")
+        lines.append(
+            f"SSIM-rec: test images brought back from x_t (window {window} px; 1 is best): {curve}"
+        )
     audits = evaluation.get("audits", {})
     if audits:
         fired = [task.task for task in tasks if audits.get(task.client, {}).get("fires")]
         pixels, features = (
-            sum(one[f"{space}_share"] for one in audits.values()) / len(audits) for space in ("pixels", "features")
+            sum(one[f"{space}_share"] for one in audits.values()) / len(audits)
+            for space in ("pixels", "features")
         )
         quantile = next(iter(audits.values()))["pixels_quantile"]
         lines.append(
-            f"memorisation audit: {pixels:.1%} (pixels) and {features:.1%} (features) of the samples are nearer to a "
-            f"training image than {quantile:.1%} of held-out images; "
+            f"memorisation audit: {pixels:.1%} (pixels) and {features:.1%} (features) of the "
+            f"samples are nearer to a training image than {quantile:.1%} of held-out images; "
             + (f"it fires for {', '.join(fired)}" if fired else "it fires for no task")
         )
     return lines

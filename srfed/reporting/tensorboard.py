@@ -14,7 +14,8 @@ from srfed.reporting.records import EvaluationRecord, RoundRecord
 
 
 class TensorBoard:
-    """Event files of one run. Where they cannot be written any more, that is told once, and the run goes on.
+    """Event files of one run. Where they cannot be written any more, that is told once, and the run
+    goes on.
 
     Args:
         folder: where they lie.
@@ -26,7 +27,9 @@ class TensorBoard:
         UserError: they cannot even be begun.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, last_round: int, notice: Callable[[str], object]) -> None:
+    def __init__(
+        self, folder: Path, config: RunConfig, last_round: int, notice: Callable[[str], object]
+    ) -> None:
         self._folder, self._notice = folder, notice
         _hush_writing_threads()
         try:
@@ -42,7 +45,10 @@ class TensorBoard:
         values = {
             "loss/mean": record.loss,
             **{f"loss_by_client/{client}": loss for client, loss in record.loss_by_client.items()},
-            **{f"loss_by_timestep/quarter_{n}": loss for n, loss in enumerate(record.loss_by_quarter, 1)},
+            **{
+                f"loss_by_timestep/quarter_{n}": loss
+                for n, loss in enumerate(record.loss_by_quarter, 1)
+            },
             "speed/images_per_second": record.images_per_second,
             "speed/seconds_per_round": record.seconds,
             "traffic/bytes_up": record.bytes_up,
@@ -61,11 +67,23 @@ class TensorBoard:
     def add_evaluation(self, record: EvaluationRecord, pictures: Mapping[str, Images]) -> None:
         values = {
             f"{record.score_name}/all": record.score,
-            **{f"{record.score_name}_by_client/{c}": score for c, score in record.score_by_client.items()},
+            **{
+                f"{record.score_name}_by_client/{c}": score
+                for c, score in record.score_by_client.items()
+            },
             **{f"ssim_rec/t={timestep}": value for timestep, value in record.ssim.items()},
-            **{f"ssim_rec_by_client/{client}": value for client, value in record.ssim_by_client.items()},
-            **{f"memorisation_pixels/{client}": audit.pixels.share for client, audit in record.audits.items()},
-            **{f"memorisation_features/{client}": audit.features.share for client, audit in record.audits.items()},
+            **{
+                f"ssim_rec_by_client/{client}": value
+                for client, value in record.ssim_by_client.items()
+            },
+            **{
+                f"memorisation_pixels/{client}": audit.pixels.share
+                for client, audit in record.audits.items()
+            },
+            **{
+                f"memorisation_features/{client}": audit.features.share
+                for client, audit in record.audits.items()
+            },
             "traffic/evaluation_bytes_up": record.bytes_up,
             "traffic/evaluation_bytes_down": record.bytes_down,
             "speed/seconds_per_evaluation": record.seconds,
@@ -85,12 +103,15 @@ class TensorBoard:
         except OSError as error:
             self._writer = None
             self._notice(
-                f"cannot write {self._folder}: {error.strerror or error}; its curves end here, and the run goes on"
+                f"cannot write {self._folder}: {error.strerror or error}; its curves end here, and "
+                "the run goes on"
             )
 
 
 def _hush_writing_threads() -> None:
-    """A thread of TensorBoard's that fails is told of by the next call; its traceback says nothing more."""
+    """A thread of TensorBoard's that fails is told of by the next call; its traceback says nothing
+    more.
+    """
     others = threading.excepthook
 
     def hook(arguments: threading.ExceptHookArgs) -> None:
@@ -102,7 +123,9 @@ def _hush_writing_threads() -> None:
         threading.excepthook = hook
 
 
-def _add(writer: SummaryWriter, values: Mapping[str, float], pictures: Mapping[str, Images], step: int) -> None:
+def _add(
+    writer: SummaryWriter, values: Mapping[str, float], pictures: Mapping[str, Images], step: int
+) -> None:
     for name, value in values.items():
         writer.add_scalar(name, value, step)
     for name, picture in pictures.items():

@@ -23,8 +23,9 @@ def seconds_in_words(seconds: float) -> str:
 
 
 def printable(text: str, longest: int = 200) -> str:
-    """A text that anybody may have written, as it may reach a terminal, a log or a curve's name: one line, cut to
-    length, without what is not printed (escapes, control characters, marks that turn the direction of writing)."""
+    """A text that anybody may have written, as it may reach a terminal, a log or a curve's name:
+    one line, cut to length, without what is not printed (escapes, control characters, marks that
+    turn the direction of writing)."""
     begin = text[: 4 * longest]
     words = "".join(letter if letter.isprintable() else " " for letter in begin).split()
     line = " ".join(words)

@@ -1,8 +1,8 @@
 """An unseen task joins after training: θ_new is fitted on its images, and nobody else takes part.
 
-Three ways, to be compared at equal steps: φ stays as it is (``frozen``), so that what the task adds to the run is
-θ_new alone; φ is where the task starts from, and moves here and nowhere else (``thawed``); nothing is taken over
-from the run but its initialisation (``scratch``).
+Three ways, to be compared at equal steps: φ stays as it is (``frozen``), so that what the task adds
+to the run is θ_new alone; φ is where the task starts from, and moves here and nowhere else
+(``thawed``); nothing is taken over from the run but its initialisation (``scratch``).
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,13 +26,15 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 @dataclass(frozen=True, eq=False)
 class Adapted:
-    """The model of the new task after some steps (CPU tensors by name, as the run's partition divides them).
+    """The model of the new task after some steps (CPU tensors by name, as the run's partition
+    divides them).
 
     Attributes:
         chunk: number of the chunk of steps that has just ended, from 1.
         steps: local steps so far.
         loss: mean loss, eq. (7), over the images of this chunk.
-        shared: φ; under ``frozen`` the bits that were given, otherwise the moving average of this task's own.
+        shared: φ; under ``frozen`` the bits that were given, otherwise the moving average of this
+            task's own.
         exclusive: the moving average of θ_new.
     """
 
@@ -46,14 +48,17 @@ class Adapted:
 def adaptation_config(
     config: RunConfig, mode: Mode, *, images: int, steps: int, every: int, seed: int | None = None
 ) -> RunConfig:
-    """A run's configuration, changed to what one adaptation is: ``every`` steps a round, a constant rate.
+    """A run's configuration, changed to what one adaptation is: ``every`` steps a round, a constant
+    rate.
 
-    Without a schedule the first steps do not depend on how many follow, so a curve over steps is one of budgets.
+    Without a schedule the first steps do not depend on how many follow, so a curve over steps is
+    one of budgets.
 
     Args:
         config: the run's.
         mode: how to adapt.
-        images: training images; where a minibatch has more, it runs on into the next pass over them.
+        images: training images; where a minibatch has more, it runs on into the next pass over
+            them.
         steps: local steps in all.
         every: local steps of one chunk.
         seed: of minibatches, noise and timesteps; None takes the run's.
@@ -62,7 +67,9 @@ def adaptation_config(
         UserError: a value is impossible.
     """
     if not 1 <= every <= steps:
-        raise UserError(f"{every} steps between two scores are impossible; allowed: 1 to {steps}, all steps")
+        raise UserError(
+            f"{every} steps between two scores are impossible; allowed: 1 to {steps}, all steps"
+        )
     training = config.training
     content = config.model_dump(mode="json")
     if seed is not None:
@@ -70,7 +77,8 @@ def adaptation_config(
     content["resources"] |= {"channels_last": False}
     content["federation"] |= {"rounds": -(-steps // every)}
     content["training"] |= {
-        # A centralised run's model is adapted by a client as well, as nobody has the other tasks' images.
+        # A centralised run's model is adapted by a client as well, as nobody has the other tasks'
+        # images.
         "method": "federated",
         "central_batch_size": None,
         "local_steps": every,
@@ -83,7 +91,8 @@ def adaptation_config(
         "across_passes": training.across_passes or training.batch_size > images,
     }
     if mode != "frozen":
-        # All tensors move as one part, at φ's rate, which is θ's too unless the run sets that apart.
+        # All tensors move as one part, at φ's rate, which is θ's too unless the run sets that
+        # apart.
         content["training"]["exclusive_learning_rate"] = None
     return parse_config(content, "the adaptation")
 
@@ -99,27 +108,30 @@ def adapt(
     every: int,
     seed: int | None = None,
 ) -> Iterator[Adapted]:
-    """Fit a model to an unseen task, starting from the initialisation that all tasks of the run had.
+    """Fit a model to an unseen task, starting from the initialisation that all tasks of the run
+    had.
 
-    The training is a client's (:class:`~srfed.training.local.LocalTrainer`), in chunks of ``every`` steps; Adam's
-    moments and the moving averages go on from one chunk to the next.
+    The training is a client's (:class:`~srfed.training.local.LocalTrainer`), in chunks of ``every``
+    steps; Adam's moments and the moving averages go on from one chunk to the next.
 
     Args:
-        config: the run's configuration; its settings for training hold where :func:`adaptation_config` is silent.
+        config: the run's configuration; its settings for training hold where
+            :func:`adaptation_config` is silent.
         shared: the run's averaged φ; ``scratch`` takes its shapes alone.
         images: the task's training images, uint8 N x H x W x C, N at least 1.
         task: its name, part of every seed.
         mode: what moves, and from where.
         steps: local steps in all.
         every: local steps between two results; the last chunk may have fewer.
-        seed: of the adaptation's draws; None takes the run's. The initialisation is the run's in any case.
+        seed: of the adaptation's draws; None takes the run's. The initialisation is the run's in
+            any case.
 
     Returns:
         The model after every chunk.
 
     Raises:
-        UserError: the run has no exclusive layers or no shared ones, or tells its tasks apart by a table in φ;
-            or a value is impossible.
+        UserError: the run has no exclusive layers or no shared ones, or tells its tasks apart by a
+            table in φ; or a value is impossible.
     """
     own = adaptation_config(config, mode, images=len(images), steps=steps, every=every, seed=seed)
     model = build_model(config, images.shape[-1])
@@ -127,10 +139,15 @@ def adapt(
     _check(config, model, parts)
     if mode != "scratch":
         load_tensors(model, shared)
-    # The moving average of a client covers what is exclusive to it. Where φ moves too, all of the model is.
+    # The moving average of a client covers what is exclusive to it. Where φ moves too, all of the
+    # model is.
     trained = parts if mode == "frozen" else divide(model, "all")
-    start = {name: tensor.clone() for name, tensor in trained.take_shared(model.state_dict()).items()}
-    return _chunks(own, model, parts, trained, start, initial_state(model, trained), task, images, steps)
+    start = {
+        name: tensor.clone() for name, tensor in trained.take_shared(model.state_dict()).items()
+    }
+    return _chunks(
+        own, model, parts, trained, start, initial_state(model, trained), task, images, steps
+    )
 
 
 def _chunks(
@@ -152,12 +169,19 @@ def _chunks(
         count = min(every, steps - first)
         training = config.training.model_copy(update={"local_steps": count})
         trainer = LocalTrainer(
-            config.model_copy(update={"training": training}), model, trained, diffusion, task, images
+            config.model_copy(update={"training": training}),
+            model,
+            trained,
+            diffusion,
+            task,
+            images,
         )
         result = trainer.train(chunk, shared, state)
         state = result.state
         whole = {**result.shared, **state.exclusive_average}
-        yield Adapted(chunk, first + count, result.loss, parts.take_shared(whole), parts.take_exclusive(whole))
+        yield Adapted(
+            chunk, first + count, result.loss, parts.take_shared(whole), parts.take_exclusive(whole)
+        )
 
 
 def _check(config: RunConfig, model: UNet, parts: Partition) -> None:
@@ -167,5 +191,6 @@ def _check(config: RunConfig, model: UNet, parts: Partition) -> None:
         raise UserError(f"the run has no {lacks}: its model.exclusive_stages is {stages}")
     if model.task_table is not None:
         raise UserError(
-            "the run's core has a table of its tasks (model.task_embedding shared), with no row for a new one"
+            "the run's core has a table of its tasks (model.task_embedding shared), with no row "
+            "for a new one"
         )

@@ -1,4 +1,6 @@
-"""Minibatches: which images each step sees, and what it draws for them; pure functions of (seed, task, step)."""
+"""Minibatches: which images each step sees, and what it draws for them; pure functions of (seed,
+task, step).
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +17,15 @@ from srfed.randomness import derive_generator, derive_seed
 
 
 class MinibatchOrder:
-    """Which images each local step sees: one pass after another over the task, each in its own order.
+    """Which images each local step sees: one pass after another over the task, each in its own
+    order.
 
     Args:
         images: number of training images n.
         batch_size: images in a minibatch.
         drop_last: leave out the last, smaller minibatch of each pass.
-        across_passes: let a minibatch run on into the next pass, so that each has ``batch_size`` images.
+        across_passes: let a minibatch run on into the next pass, so that each has ``batch_size``
+            images.
         seed: the run's seed.
         task: the task's name.
 
@@ -30,12 +34,20 @@ class MinibatchOrder:
     """
 
     def __init__(
-        self, images: int, batch_size: int, drop_last: bool, seed: int, task: str, *, across_passes: bool = False
+        self,
+        images: int,
+        batch_size: int,
+        drop_last: bool,
+        seed: int,
+        task: str,
+        *,
+        across_passes: bool = False,
     ) -> None:
         if drop_last and not across_passes and batch_size > images:
             raise UserError(
-                f"training.batch_size = {batch_size} is above the {images} training images of task {task!r}; "
-                f"allowed: up to {images}, or training.drop_last = false, or training.across_passes = true"
+                f"training.batch_size = {batch_size} is above the {images} training images of task "
+                f"{task!r}; allowed: up to {images}, or training.drop_last = false, or "
+                "training.across_passes = true"
             )
         self.images = images
         self.batch_size = batch_size
@@ -48,15 +60,21 @@ class MinibatchOrder:
         self._order = torch.empty(0, dtype=torch.long)
 
     @classmethod
-    def of(cls, training: TrainingConfig, images: int, batch_size: int, seed: int, task: str) -> "MinibatchOrder":
+    def of(
+        cls, training: TrainingConfig, images: int, batch_size: int, seed: int, task: str
+    ) -> "MinibatchOrder":
         """The order that a run's settings ask for."""
-        return cls(images, batch_size, training.drop_last, seed, task, across_passes=training.across_passes)
+        return cls(
+            images, batch_size, training.drop_last, seed, task, across_passes=training.across_passes
+        )
 
     def indices(self, step: int) -> Tensor:
         """Indices of the images of a step: (batch_size,) int64, fewer at the end of a pass."""
         if not self.across_passes:
             number, position = divmod(step, self.steps_per_pass)
-            return self._in_pass(number)[position * self.batch_size : (position + 1) * self.batch_size]
+            return self._in_pass(number)[
+                position * self.batch_size : (position + 1) * self.batch_size
+            ]
         first, wanted = step * self.batch_size, self.batch_size
         parts = []
         while wanted:
@@ -82,7 +100,9 @@ class MinibatchOrder:
 
 
 class Minibatch(NamedTuple):
-    """What one step trains on: images in [-1, 1] (N x C x H x W), timesteps in 1..T (N,), noise as the images."""
+    """What one step trains on: images in [-1, 1] (N x C x H x W), timesteps in 1..T (N,), noise as
+    the images.
+    """
 
     images: Tensor
     timesteps: Tensor
@@ -92,7 +112,9 @@ class Minibatch(NamedTuple):
 def draw_minibatch(
     config: RunConfig, diffusion: Diffusion, images: Tensor, task: str, round_number: int, step: int
 ) -> Minibatch:
-    """Timesteps and noise for images, which are mirrored where the run asks for it (lines 3 to 5 of Algorithm 1)."""
+    """Timesteps and noise for images, which are mirrored where the run asks for it (lines 3 to 5 of
+    Algorithm 1).
+    """
     device = images.device
     # On the CPU, whose generator gives the same draws wherever the images are.
     generator = derive_generator(config.seed, "training", task, round_number, step)
@@ -105,7 +127,9 @@ def draw_minibatch(
 
 
 @contextmanager
-def seeded_dropout(config: RunConfig, device: torch.device, task: str, round_number: int, step: int) -> Iterator[None]:
+def seeded_dropout(
+    config: RunConfig, device: torch.device, task: str, round_number: int, step: int
+) -> Iterator[None]:
     """Dropout takes no generator of its own; lend it the process's, seeded for this step."""
     if not config.model.dropout:
         yield

@@ -1,8 +1,9 @@
-"""Centralised training: one party has all tasks' images. The baselines that a federation is compared with.
+"""Centralised training: one party has all tasks' images. The baselines that a federation is
+compared with.
 
-Three ways to fill a minibatch: ``pooled`` from all images alike (DDPM, and C-DDPM with a shared task
-embedding), ``one_task`` from one task drawn uniformly (Algorithm 1), ``balanced`` from every task alike.
-A round has as many images as a federated one, so that equal rounds are equal budgets.
+Three ways to fill a minibatch: ``pooled`` from all images alike (DDPM, and C-DDPM with a shared
+task embedding), ``one_task`` from one task drawn uniformly (Algorithm 1), ``balanced`` from every
+task alike. A round has as many images as a federated one, so that equal rounds are equal budgets.
 """
 
 import time
@@ -40,7 +41,8 @@ class CentralState:
         shared_average: its moving average.
         shared_moments: Adam's moments of φ.
         steps: optimizer steps so far, all of them on φ.
-        tasks: what belongs to each task, by name: θ_i, its average, its moments, and how many minibatches it had.
+        tasks: what belongs to each task, by name: θ_i, its average, its moments, and how many
+            minibatches it had.
     """
 
     shared: dict[str, Tensor]
@@ -74,9 +76,9 @@ class _Share:
 class CentralTrainer:
     """Trains φ and every θ_i round by round; holds nothing that a round's result depends on.
 
-    φ descends the mean of the tasks' losses, eq. (8), and each θ_i its own task's loss, as in the federation;
-    the norm of the gradient of φ, and of each θ_i, is clipped by itself. A task's share goes through the
-    network by itself, which changes nothing: no layer mixes images.
+    φ descends the mean of the tasks' losses, eq. (8), and each θ_i its own task's loss, as in the
+    federation; the norm of the gradient of φ, and of each θ_i, is clipped by itself. A task's share
+    goes through the network by itself, which changes nothing: no layer mixes images.
 
     Args:
         config: the run's configuration; ``training.method`` is not federated.
@@ -90,13 +92,26 @@ class CentralTrainer:
     """
 
     def __init__(
-        self, config: RunConfig, model: UNet, partition: Partition, diffusion: Diffusion, tasks: Sequence[Task]
+        self,
+        config: RunConfig,
+        model: UNet,
+        partition: Partition,
+        diffusion: Diffusion,
+        tasks: Sequence[Task],
     ) -> None:
-        self._config, self._model, self._partition, self._diffusion = config, model, partition, diffusion
+        self._config, self._model, self._partition, self._diffusion = (
+            config,
+            model,
+            partition,
+            diffusion,
+        )
         self._device = next(model.parameters()).device
         self._names = [task.name for task in tasks]
         self._layout = memory_layout(config.resources)
-        images = [to_model_range(t.train).to(self._device).contiguous(memory_format=self._layout) for t in tasks]
+        images = [
+            to_model_range(t.train).to(self._device).contiguous(memory_format=self._layout)
+            for t in tasks
+        ]
         self._orders = central_orders(config, {task.name: len(task.train) for task in tasks})
         training = config.training
         size = training.central_batch_size or training.batch_size
@@ -153,10 +168,14 @@ class CentralTrainer:
             on_shared.clear_gradients()
             for share in shares:
                 own = exclusive.get(share.name, {})
-                batch = draw_minibatch(self._config, self._diffusion, share.images, share.name, round_number, step)
+                batch = draw_minibatch(
+                    self._config, self._diffusion, share.images, share.name, round_number, step
+                )
                 dropout = seeded_dropout(self._config, device, share.name, round_number, step)
                 with autocast(self._config.resources, device), dropout:
-                    losses = self._diffusion.loss_per_image(self._predict_noise({**shared, **own}, share.tasks), *batch)
+                    losses = self._diffusion.loss_per_image(
+                        self._predict_noise({**shared, **own}, share.tasks), *batch
+                    )
                 if own:
                     on_exclusive[share.name].clear_gradients()
                 losses.mean().backward()
@@ -194,7 +213,9 @@ class CentralTrainer:
                 steps=state.steps + self._steps,
             ),
             loss=loss,
-            loss_by_task={name: meter.read()[0] for name, meter in task_losses.items() if meter.images},
+            loss_by_task={
+                name: meter.read()[0] for name, meter in task_losses.items() if meter.images
+            },
             loss_by_quarter=loss_by_quarter,
             images=all_losses.images,
             seconds=seconds,
@@ -213,11 +234,14 @@ class CentralTrainer:
 
     def _predict_noise(self, weights: Mapping[str, Tensor], tasks: Tensor) -> PredictNoise:
         further = () if self._model.task_table is None else (tasks,)
-        return lambda x, timesteps: functional_call(self._model, dict(weights), (x, timesteps, *further))
+        return lambda x, timesteps: functional_call(
+            self._model, dict(weights), (x, timesteps, *further)
+        )
 
 
 def central_orders(config: RunConfig, images: Mapping[str, int]) -> dict[str, MinibatchOrder]:
-    """The order of minibatches of each task, or of the pool, from the tasks' numbers of training images.
+    """The order of minibatches of each task, or of the pool, from the tasks' numbers of training
+    images.
 
     Raises:
         UserError: a batch size does not fit a task's images.
@@ -230,8 +254,9 @@ def central_orders(config: RunConfig, images: Mapping[str, int]) -> dict[str, Mi
     for name, count in groups.items():
         if training.drop_last and not training.across_passes and size // tasks_in_batch > count:
             raise UserError(
-                f"training.{key} = {size} asks for {size // tasks_in_batch} images of {name!r} at once, which has "
-                f"{count} training images; allowed: up to {count * tasks_in_batch}, or training.drop_last = false, or "
+                f"training.{key} = {size} asks for {size // tasks_in_batch} images of {name!r} at "
+                f"once, which has {count} training images; allowed: up to "
+                f"{count * tasks_in_batch}, or training.drop_last = false, or "
                 "training.across_passes = true"
             )
     return {
@@ -241,7 +266,10 @@ def central_orders(config: RunConfig, images: Mapping[str, int]) -> dict[str, Mi
 
 
 def _parameters(
-    tensors: Mapping[str, Tensor], names: Sequence[str], device: torch.device, layout: torch.memory_format
+    tensors: Mapping[str, Tensor],
+    names: Sequence[str],
+    device: torch.device,
+    layout: torch.memory_format,
 ) -> dict[str, nn.Parameter]:
     copies_there = {name: tensors[name].to(device, copy=True) for name in names}
     return {

@@ -1,4 +1,6 @@
-"""Exponential moving averages of weights, per local step at a client and per round at the server."""
+"""Exponential moving averages of weights, per local step at a client and per round at the
+server.
+"""
 
 from collections.abc import Mapping
 
@@ -7,7 +9,9 @@ from torch import Tensor
 
 
 def step_decay(decay: float, warmup: bool, step: int) -> float:
-    """The decay of the step that follows ``step`` earlier ones; warm-up caps it at (1 + step) / (10 + step)."""
+    """The decay of the step that follows ``step`` earlier ones; warm-up caps it at (1 + step) / (10
+    + step).
+    """
     return min(decay, (1 + step) / (10 + step)) if warmup else decay
 
 
@@ -20,7 +24,11 @@ def round_decay(decay: float, warmup: bool, first_step: int, steps: int) -> floa
 
 
 @torch.no_grad()
-def update_average(average: Mapping[str, Tensor], weights: Mapping[str, Tensor], decay: float) -> None:
-    """average ← decay · average + (1 - decay) · weights, in place, tensor by tensor of the same name."""
+def update_average(
+    average: Mapping[str, Tensor], weights: Mapping[str, Tensor], decay: float
+) -> None:
+    """average ← decay · average + (1 - decay) · weights, in place, tensor by tensor of the same
+    name.
+    """
     if average:
         torch._foreach_lerp_(list(average.values()), [weights[name] for name in average], 1 - decay)

@@ -72,7 +72,8 @@ class LocalResult:
 def initial_state(model: UNet, partition: Partition) -> ClientState:
     """The state before a client's first round: θ_i as the model was initialised, no moments."""
     exclusive = {
-        name: tensor.detach().cpu().clone() for name, tensor in partition.take_exclusive(model.state_dict()).items()
+        name: tensor.detach().cpu().clone()
+        for name, tensor in partition.take_exclusive(model.state_dict()).items()
     }
     return ClientState(exclusive, {name: tensor.clone() for name, tensor in exclusive.items()})
 
@@ -124,7 +125,9 @@ class LocalTrainer:
         layout = memory_layout(config.resources)
         self._images = to_model_range(images).to(self._device).contiguous(memory_format=layout)
         training = config.training
-        self._order = MinibatchOrder.of(training, len(images), training.batch_size, config.seed, task)
+        self._order = MinibatchOrder.of(
+            training, len(images), training.batch_size, config.seed, task
+        )
 
     def train(
         self,
@@ -136,7 +139,8 @@ class LocalTrainer:
         """Train for one round from (φ, θ_i).
 
         Args:
-            round_number: part of the seeds of noise and timesteps; the place in the rates' schedule.
+            round_number: part of the seeds of noise and timesteps; the place in the rates'
+                schedule.
             shared: φ as the server sent it.
             state: the client's state after its last accepted round.
             shared_moments: φ's averaged moments, under ``training.shared_moments: average``.
@@ -155,22 +159,32 @@ class LocalTrainer:
         self._model.train()
         steps = [
             parts
-            for count, parts in phases(training, self._order.steps_per_pass, trained.exclusive, trained.shared)
+            for count, parts in phases(
+                training, self._order.steps_per_pass, trained.exclusive, trained.shared
+            )
             for _ in range(count)
         ]
         orders = [self._order.indices(state.steps + step) for step in range(len(steps))]
         if trained.captures:
             for parts, indices in {
-                (parts, len(order)): (parts, order) for parts, order in zip(steps, orders, strict=True)
+                (parts, len(order)): (parts, order)
+                for parts, order in zip(steps, orders, strict=True)
             }.values():
-                trained.prepare(parts, self._draw(indices, round_number, 0), self._tasks(len(indices)))
+                trained.prepare(
+                    parts, self._draw(indices, round_number, 0), self._tasks(len(indices))
+                )
         load_tensors(self._model, shared, state.exclusive)
         factor = learning_rate_factor(self._config, round_number)
         trained.begin(
             (factor * training.learning_rate, self._kept(state, shared_moments)),
-            (factor * (training.exclusive_learning_rate or training.learning_rate), state.exclusive_moments),
+            (
+                factor * (training.exclusive_learning_rate or training.learning_rate),
+                state.exclusive_moments,
+            ),
         )
-        average = {name: t.to(self._device, copy=True) for name, t in state.exclusive_average.items()}
+        average = {
+            name: t.to(self._device, copy=True) for name, t in state.exclusive_average.items()
+        }
         exclusive_step = state.exclusive_steps
         meter = LossMeter(self._diffusion.timesteps)
         start = time.perf_counter()
@@ -211,16 +225,24 @@ class LocalTrainer:
         return draw_minibatch(self._config, self._diffusion, images, self._task, round_number, step)
 
     def _tasks(self, count: int) -> Tensor | None:
-        return None if self._index is None else torch.full((count,), self._index, device=self._device)
+        return (
+            None if self._index is None else torch.full((count,), self._index, device=self._device)
+        )
 
-    def _kept(self, state: ClientState, averaged: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+    def _kept(
+        self, state: ClientState, averaged: Mapping[str, Tensor] | None
+    ) -> Mapping[str, Tensor] | None:
         return state.shared_moments if self._config.training.shared_moments == "keep" else averaged
 
 
 def phases(
-    training: TrainingConfig, steps_per_pass: int, exclusive: Collection[str], shared: Collection[str]
+    training: TrainingConfig,
+    steps_per_pass: int,
+    exclusive: Collection[str],
+    shared: Collection[str],
 ) -> list[tuple[int, tuple[str, ...]]]:
-    """A round in (steps, parts trained), in order; a part that the partition leaves empty is never trained.
+    """A round in (steps, parts trained), in order; a part that the partition leaves empty is never
+    trained.
 
     Args:
         training: the run's settings.

@@ -18,10 +18,11 @@ BETA1, BETA2 = 0.9, 0.999
 ADAM_REACH = (1 - BETA1) / math.sqrt((1 - BETA2) * (1 - BETA1**2 / BETA2))
 """What Adam's step can be at most, in learning rates, of any value after any gradients: 7.27.
 
-By Cauchy and Schwarz (Σ β1^k |g_k|)² ≤ Σ (β1² / β2)^k · Σ β2^k g_k², so that |m| ≤ 7.27 √v; for a mean of several
-clients' moments too, as the root is concave. The correction √(1 - β2^t) / (1 - β1^t) is below 1 and approaches it, so
-a gradient that grows by β2 / β1 a step comes as near as one likes. A single gradient after none for long, the case
-that is named most often, moves (1 - β1) / √(1 - β2) = 3.16.
+By Cauchy and Schwarz (Σ β1^k |g_k|)² ≤ Σ (β1² / β2)^k · Σ β2^k g_k², so that |m| ≤ 7.27 √v; for a
+mean of several clients' moments too, as the root is concave. The correction √(1 - β2^t) / (1 -
+β1^t) is below 1 and approaches it, so a gradient that grows by β2 / β1 a step comes as near as one
+likes. A single gradient after none for long, the case that is named most often, moves (1 - β1) /
+√(1 - β2) = 3.16.
 """
 ROUNDING = 2.0**-23
 """What one float32 step may be off, in units of the value: twice half a last place."""
@@ -34,7 +35,8 @@ class Reach:
     """How far φ can come from where it was in a round, as Euclidean norms.
 
     Attributes:
-        usual: one learning rate a step for every value; honest clients with Adam come 0.13 to 0.42 of it far.
+        usual: one learning rate a step for every value; honest clients with Adam come 0.13 to 0.42
+            of it far.
         largest: more than the optimizer can do, whatever the images.
     """
 
@@ -42,8 +44,11 @@ class Reach:
     largest: float
 
 
-def reach_of_round(config: RunConfig, round_number: int, steps: int, shared: Mapping[str, Tensor]) -> Reach | None:
-    """How far φ can be moved by so many optimizer steps; None where nothing bounds it: SGD without clipping.
+def reach_of_round(
+    config: RunConfig, round_number: int, steps: int, shared: Mapping[str, Tensor]
+) -> Reach | None:
+    """How far φ can be moved by so many optimizer steps; None where nothing bounds it: SGD without
+    clipping.
 
     FedProx's pull is a gradient like any other, and clipped with it.
 
@@ -55,7 +60,9 @@ def reach_of_round(config: RunConfig, round_number: int, steps: int, shared: Map
     """
     training = config.training
     rate = training.learning_rate * learning_rate_factor(config, round_number)
-    rounding = ROUNDING * math.sqrt(sum(float(tensor.double().square().sum()) for tensor in shared.values()))
+    rounding = ROUNDING * math.sqrt(
+        sum(float(tensor.double().square().sum()) for tensor in shared.values())
+    )
     if training.optimizer == "adam":
         step = MARGIN * rate * math.sqrt(sum(tensor.numel() for tensor in shared.values()))
         return Reach(steps * (step + rounding), steps * (ADAM_REACH * step + rounding))
@@ -66,12 +73,15 @@ def reach_of_round(config: RunConfig, round_number: int, steps: int, shared: Map
 
 
 class PartOptimizer:
-    """Adam (fused, torch's defaults) or plain SGD over one part, with the bits of ``torch.optim``'s own classes.
+    """Adam (fused, torch's defaults) or plain SGD over one part, with the bits of ``torch.optim``'s
+    own classes.
 
-    Those are not used because the first of them in a process imports torch._dynamo, which takes over a
-    second, and a deployed client is a fresh process for every message. Their functional forms import nothing.
+    Those are not used because the first of them in a process imports torch._dynamo, which takes
+    over a second, and a deployed client is a fresh process for every message. Their functional
+    forms import nothing.
 
-    Adam's moments stay where they are in memory, so that a captured step goes on working after :meth:`begin`.
+    Adam's moments stay where they are in memory, so that a captured step goes on working after
+    :meth:`begin`.
 
     Args:
         config: says which of the two.
@@ -94,7 +104,9 @@ class PartOptimizer:
         self._parameters = dict(parameters)
         self._buffers: dict[str, dict[str, Tensor]] = {}
         self._started: set[str] = set()
-        device = next((parameter.device for parameter in self._parameters.values()), torch.device("cpu"))
+        device = next(
+            (parameter.device for parameter in self._parameters.values()), torch.device("cpu")
+        )
         # A tensor, because a captured step would keep the number that it was captured with.
         self._captured_rate = torch.zeros((), device=device) if device.type == "cuda" else None
         self.begin(learning_rate, moments)
@@ -104,8 +116,8 @@ class PartOptimizer:
 
         Args:
             learning_rate: the rate of every step.
-            moments: what :meth:`export_moments` gave, on any device; it is copied. Parameters that are not in it
-                start afresh.
+            moments: what :meth:`export_moments` gave, on any device; it is copied. Parameters that
+                are not in it start afresh.
 
         Raises:
             KeyError: ``moments`` has a parameter's "exp_avg" without the others.
@@ -113,7 +125,9 @@ class PartOptimizer:
         self._learning_rate = learning_rate
         if self._captured_rate is not None:
             self._captured_rate.fill_(learning_rate)
-        self._started = {name for name in self._parameters if moments and f"exp_avg.{name}" in moments}
+        self._started = {
+            name for name in self._parameters if moments and f"exp_avg.{name}" in moments
+        }
         for name in self._parameters:
             if name in self._started:
                 assert moments is not None
@@ -130,36 +144,64 @@ class PartOptimizer:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step on the parameters that have a gradient; others, and their moments, stay as they are."""
+        """One step on the parameters that have a gradient; others, and their moments, stay as they
+        are.
+        """
         names = [name for name, parameter in self._parameters.items() if parameter.grad is not None]
         parameters: list[Tensor] = [self._parameters[name] for name in names]
-        gradients = [gradient for name in names if (gradient := self._parameters[name].grad) is not None]
+        gradients = [
+            gradient for name in names if (gradient := self._parameters[name].grad) is not None
+        ]
         if self._kind == "sgd":
             sgd(
-                parameters, gradients, [None] * len(parameters), lr=self._learning_rate,
-                weight_decay=0, momentum=0, dampening=0, nesterov=False, maximize=False,
-            )  # fmt: skip
+                parameters,
+                gradients,
+                [None] * len(parameters),
+                lr=self._learning_rate,
+                weight_decay=0,
+                momentum=0,
+                dampening=0,
+                nesterov=False,
+                maximize=False,
+            )
             return
         averages, squares, steps = ([self._buffer(name)[key] for name in names] for key in MOMENTS)
         rate = self._learning_rate if self._captured_rate is None else self._captured_rate
         adam(
-            parameters, gradients, averages, squares, [], steps, fused=True, lr=rate,
-            beta1=BETA1, beta2=BETA2, eps=1e-8, weight_decay=0, amsgrad=False, maximize=False,
-        )  # fmt: skip
+            parameters,
+            gradients,
+            averages,
+            squares,
+            [],
+            steps,
+            fused=True,
+            lr=rate,
+            beta1=BETA1,
+            beta2=BETA2,
+            eps=1e-8,
+            weight_decay=0,
+            amsgrad=False,
+            maximize=False,
+        )
         self.mark_started(names)
 
     def mark_started(self, names: Iterable[str]) -> None:
-        """Say that these parameters have had a step, which a captured step cannot say for itself."""
+        """Say that these parameters have had a step, which a captured step cannot say for
+        itself.
+        """
         self._started.update(names)
 
     def export_moments(self) -> dict[str, Tensor]:
         """Adam's moments as contiguous CPU tensors of their own; empty for SGD.
 
-        "exp_avg.<parameter>" and "exp_avg_sq.<parameter>" have the parameter's shape, "step.<parameter>" has
-        none; all three are missing for a parameter that never had a gradient.
+        "exp_avg.<parameter>" and "exp_avg_sq.<parameter>" have the parameter's shape,
+        "step.<parameter>" has none; all three are missing for a parameter that never had a
+        gradient.
         """
         return {
-            f"{key}.{name}": self._buffers[name][key].cpu().clone(memory_format=torch.contiguous_format)
+            f"{key}.{name}": self._buffers[name][key]
+            .cpu()
+            .clone(memory_format=torch.contiguous_format)
             for key in MOMENTS
             for name in self._parameters
             if name in self._started
@@ -172,15 +214,17 @@ class PartOptimizer:
 
 
 def learning_rate_factor(config: RunConfig, round_number: int) -> float:
-    """What the learning rates of a round, from 1, are multiplied by: 1, or a half cosine over the rounds."""
+    """What the learning rates of a round, from 1, are multiplied by: 1, or a half cosine over the
+    rounds.
+    """
     if config.training.learning_rate_schedule == "constant":
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (round_number - 1) / config.federation.rounds))
 
 
 def _fresh_state(parameter: nn.Parameter) -> dict[str, Tensor]:
-    # In the parameter's own memory layout, which moments that come from a file do not have: the fused
-    # kernel pairs elements by their place in memory.
+    # In the parameter's own memory layout, which moments that come from a file do not have: the
+    # fused kernel pairs elements by their place in memory.
     return {
         "exp_avg": torch.zeros_like(parameter, requires_grad=False),
         "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),

@@ -15,7 +15,9 @@ from srfed.randomness import derive_seed
 
 
 def build_model(config: RunConfig, image_channels: int) -> UNet:
-    """The UNet with the run's common initialisation: the same bits for every party (CPU, float32)."""
+    """The UNet with the run's common initialisation: the same bits for every party (CPU,
+    float32).
+    """
     model = config.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "initialisation"))
@@ -34,15 +36,20 @@ def build_model(config: RunConfig, image_channels: int) -> UNet:
 
 
 def build_partition(config: RunConfig, model: UNet) -> Partition:
-    """The run's partition of the model's tensors; raises UserError for a pattern that matches nothing."""
+    """The run's partition of the model's tensors; raises UserError for a pattern that matches
+    nothing.
+    """
     try:
         return divide(model, config.model.exclusive_stages)
     except ValueError as error:
         raise UserError(f"model.{error}") from error
 
 
-def noise_of_task(model: UNet, task: int, forward: Callable[..., Tensor] | None = None) -> PredictNoise:
-    """ε(x_t, t) of one task: the model, told the task's position in every call if it has a table of tasks.
+def noise_of_task(
+    model: UNet, task: int, forward: Callable[..., Tensor] | None = None
+) -> PredictNoise:
+    """ε(x_t, t) of one task: the model, told the task's position in every call if it has a table of
+    tasks.
 
     Args:
         model: the network.
@@ -56,7 +63,9 @@ def noise_of_task(model: UNet, task: int, forward: Callable[..., Tensor] | None 
     position = task_of_table(model, task)
     if position is None:
         return called
-    return lambda x, timesteps: called(x, timesteps, torch.full_like(timesteps, position, dtype=torch.long))
+    return lambda x, timesteps: called(
+        x, timesteps, torch.full_like(timesteps, position, dtype=torch.long)
+    )
 
 
 def task_of_table(model: UNet, task: int) -> int | None:
@@ -69,8 +78,8 @@ def task_of_table(model: UNet, task: int) -> int | None:
         return None
     if not 0 <= task < model.task_table.num_embeddings:
         raise UserError(
-            f"model.task_embedding = shared has tasks 0 to {model.task_table.num_embeddings - 1}, and no {task}; a "
-            "deployed site has no number"
+            f"model.task_embedding = shared has tasks 0 to {model.task_table.num_embeddings - 1}, "
+            f"and no {task}; a deployed site has no number"
         )
     return task
 

@@ -17,9 +17,11 @@ LOSS_QUARTERS = 4
 
 
 class LocalStep:
-    """A minibatch's loss, its gradient and one step of the optimizers; captured as a CUDA graph where there is CUDA.
+    """A minibatch's loss, its gradient and one step of the optimizers; captured as a CUDA graph
+    where there is CUDA.
 
-    One for each model, whichever client trains it: weights and moments are overwritten in place between clients.
+    One for each model, whichever client trains it: weights and moments are overwritten in place
+    between clients.
 
     Args:
         config: the run's configuration.
@@ -32,7 +34,9 @@ class LocalStep:
         shared, exclusive: the model's parameters of φ and of θ_i, by name.
     """
 
-    def __init__(self, config: RunConfig, model: UNet, partition: Partition, diffusion: Diffusion) -> None:
+    def __init__(
+        self, config: RunConfig, model: UNet, partition: Partition, diffusion: Diffusion
+    ) -> None:
         self._config, self._model, self._diffusion = config, model, diffusion
         self._device = next(model.parameters()).device
         parameters = dict(model.named_parameters())
@@ -43,13 +47,18 @@ class LocalStep:
             "exclusive": PartOptimizer(config.training, self.exclusive, 0.0),
         }
         proximal = config.training.proximal
-        self._anchor = {name: tensor.detach().clone() for name, tensor in self.shared.items()} if proximal else {}
+        self._anchor = (
+            {name: tensor.detach().clone() for name, tensor in self.shared.items()}
+            if proximal
+            else {}
+        )
         self._captured: dict[tuple[str, ...], Captured] = {}
         # A captured step of SGD would keep the rate that it was captured with.
         self.captures = self._device.type == "cuda" and config.training.optimizer == "adam"
 
     def prepare(self, parts: tuple[str, ...], batch: Minibatch, tasks: Tensor | None) -> None:
-        """Capture the step for a minibatch of this shape, if not done yet; it spoils the weights and the moments.
+        """Capture the step for a minibatch of this shape, if not done yet; it spoils the weights
+        and the moments.
 
         To be called before :meth:`begin`, where ``captures`` is true.
         """
@@ -62,7 +71,9 @@ class LocalStep:
         shared: tuple[float, Mapping[str, Tensor] | None],
         exclusive: tuple[float, Mapping[str, Tensor] | None],
     ) -> None:
-        """Begin a round from the weights that the model has now; each part with its rate and Adam's moments."""
+        """Begin a round from the weights that the model has now; each part with its rate and Adam's
+        moments.
+        """
         self._optimizers["shared"].begin(*shared)
         self._optimizers["exclusive"].begin(*exclusive)
         for name, tensor in self._anchor.items():
@@ -83,7 +94,14 @@ class LocalStep:
         """Adam's moments of a part; see :meth:`PartOptimizer.export_moments`."""
         return self._optimizers[part].export_moments()
 
-    def _step(self, parts: tuple[str, ...], images: Tensor, timesteps: Tensor, noise: Tensor, *tasks: Tensor) -> Tensor:
+    def _step(
+        self,
+        parts: tuple[str, ...],
+        images: Tensor,
+        timesteps: Tensor,
+        noise: Tensor,
+        *tasks: Tensor,
+    ) -> Tensor:
         training = self._config.training
         predict_noise = (lambda x, t: self._model(x, t, *tasks)) if tasks else self._model
         with autocast(self._config.resources, self._device):
@@ -102,7 +120,9 @@ class LocalStep:
 
     def _of(self, parts: tuple[str, ...]) -> Captured:
         if parts not in self._captured:
-            self._captured[parts] = Captured(lambda *tensors: self._step(parts, *tensors), self._device)
+            self._captured[parts] = Captured(
+                lambda *tensors: self._step(parts, *tensors), self._device
+            )
         return self._captured[parts]
 
     def _tensors(self, part: str) -> Mapping[str, nn.Parameter]:
@@ -115,7 +135,9 @@ class LocalStep:
 
 
 class LossMeter:
-    """Collects losses on the device, in all and by quarter of the timestep range; read once, at the end."""
+    """Collects losses on the device, in all and by quarter of the timestep range; read once, at the
+    end.
+    """
 
     def __init__(self, timesteps: int) -> None:
         self._timesteps = timesteps
@@ -139,11 +161,17 @@ class LossMeter:
         quarters = (torch.cat(self._drawn).cpu() - 1) * LOSS_QUARTERS // self._timesteps
         sums = torch.zeros(LOSS_QUARTERS, dtype=torch.float64).index_add_(0, quarters, losses)
         counts = torch.bincount(quarters, minlength=LOSS_QUARTERS)
-        return float(sums.sum() / len(losses)), tuple((sums / counts).tolist()), tuple(counts.tolist())
+        return (
+            float(sums.sum() / len(losses)),
+            tuple((sums / counts).tolist()),
+            tuple(counts.tolist()),
+        )
 
 
 @torch.no_grad()
-def _pull_towards(parameters: Mapping[str, nn.Parameter], anchor: Mapping[str, Tensor], strength: float) -> None:
+def _pull_towards(
+    parameters: Mapping[str, nn.Parameter], anchor: Mapping[str, Tensor], strength: float
+) -> None:
     """Add the gradient of FedProx's term, strength / 2 · ‖φ - anchor‖² (Li et al. 2020, eq. 2)."""
     for name, parameter in parameters.items():
         assert parameter.grad is not None
