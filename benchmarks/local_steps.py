@@ -18,8 +18,8 @@ from torch import Tensor
 
 from srfed.config import RunConfig, load_config
 from srfed.device import arithmetic, autocast, memory_layout, resolve_device
+from srfed.model import build_diffusion, build_model, build_partition
 from srfed.training.local import LocalResult, LocalTrainer, initial_state
-from srfed.training.setup import build_diffusion, build_model, build_partition
 from srfed.training.step import LocalStep
 
 NETWORKS = {"digits": (1, 8), "mnist": (1, 28), "mnist_paper": (3, 32)}

@@ -22,10 +22,10 @@ from srfed.federation.client_app import app as client_app
 from srfed.federation.inline_grid import run_inline
 from srfed.federation.ray_grid import run_on_ray
 from srfed.federation.server_app import app as server_app
+from srfed.model import build_diffusion, build_model
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import RunDirectory
 from srfed.requested_config import requested_config
-from srfed.training.setup import build_diffusion, build_model
 
 
 def main() -> None:

@@ -16,10 +16,10 @@ from srfed.data import load_task
 from srfed.federation.client_app import app as client_app
 from srfed.federation.inline_grid import run_inline
 from srfed.federation.server_app import app as server_app
+from srfed.model import build_model, build_partition
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import RunDirectory
 from srfed.requested_config import requested_config
-from srfed.training.setup import build_model, build_partition
 
 SETTINGS = ("none", "io", "1", "2", "3", "4", "all")
 

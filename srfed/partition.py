@@ -55,8 +55,8 @@ def _show(options: argparse.Namespace) -> None:
     if channels is None:
         channels = load_task(config.data, 0).train.shape[-1]
     # Importing torch takes seconds: what is wrong with settings and images is said before.
-    from srfed.models.partition import describe_modules
-    from srfed.training.setup import build_model, build_partition
+    from srfed.model import build_model, build_partition
+    from srfed.networks.partition import describe_modules
 
     model = build_model(config, channels)
     partition = build_partition(config, model)

@@ -170,9 +170,9 @@ def check_training(
             )
     from srfed.device import resolve_device
     from srfed.evaluation.features import load_feature_network
-    from srfed.training.batches import MinibatchOrder
-    from srfed.training.central import central_orders
-    from srfed.training.setup import build_model, build_partition
+    from srfed.model import build_model, build_partition
+    from srfed.training.centralised import central_orders
+    from srfed.training.minibatches import MinibatchOrder
 
     device = resolve_device(config.resources)
     if training.method != "federated":

@@ -25,11 +25,11 @@ from srfed.errors import UserError
 from srfed.evaluation.embedded import EmbeddedFeatures
 from srfed.evaluation.frechet import FeatureStatistics, frechet_distance
 from srfed.evaluation.generation import generate
-from srfed.models.partition import divide
+from srfed.model import build_diffusion, build_model, build_partition
+from srfed.networks.partition import divide
 from srfed.reporting.run_directory import RunDirectory
 from srfed.training.adaptation import MODES, Adapted, Mode, adapt, adaptation_config
 from srfed.training.local import LocalTrainer, initial_state, load_tensors
-from srfed.training.setup import build_diffusion, build_model, build_partition
 
 CPU = ResourcesConfig(backend="inline", device="cpu")
 NEW = "digit-7"

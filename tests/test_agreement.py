@@ -44,7 +44,7 @@ from srfed.federation.messages import (
     read_metrics,
 )
 from srfed.federation.site import own_task
-from srfed.training.setup import build_model, build_partition
+from srfed.model import build_model, build_partition
 
 CLIENT = "clinic-a"
 MOMENTS = {"evaluation.mode": "moments", "evaluation.samples": 60, "evaluation.samples_between": 60}

@@ -36,13 +36,13 @@ from srfed.errors import UserError
 from srfed.evaluation.central import CentralEvaluation
 from srfed.evaluation.features import load_feature_network
 from srfed.evaluation.generation import generate
-from srfed.models.partition import divide
-from srfed.models.unet import UNet
+from srfed.model import build_diffusion, build_model, build_partition, noise_of_task
+from srfed.networks.partition import divide
+from srfed.networks.unet import UNet
 from srfed.reporting.run_directory import RunDirectory
-from srfed.training.batches import MinibatchOrder
-from srfed.training.central import CentralResult, CentralState, CentralTrainer
+from srfed.training.centralised import CentralResult, CentralState, CentralTrainer
 from srfed.training.local import ClientState, LocalResult, LocalTrainer
-from srfed.training.setup import build_diffusion, build_model, build_partition, noise_of_task
+from srfed.training.minibatches import MinibatchOrder
 
 torch.set_num_threads(1)
 

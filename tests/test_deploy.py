@@ -40,12 +40,12 @@ from srfed.deployment.flower import FOLDER_VARIABLE
 from srfed.deployment.processes import Deployment
 from srfed.errors import UserError
 from srfed.files import held
-from srfed.models.partition import divide
+from srfed.model import build_diffusion, build_model, build_partition
+from srfed.networks.partition import divide
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import RunDirectory
 from srfed.tensors import read_manifest
 from srfed.training.local import LocalTrainer, initial_state
-from srfed.training.setup import build_diffusion, build_model, build_partition
 
 HOSTS = ("fed.example.org", "10.0.0.5")
 

@@ -19,10 +19,10 @@ from srfed.device import Captured, arithmetic, resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.generation import generate
 from srfed.federation.ray_grid import client_share
-from srfed.models.blocks import SelfAttention
+from srfed.model import build_diffusion, build_model, build_partition
+from srfed.networks.blocks import SelfAttention
 from srfed.training.local import LocalResult, LocalTrainer, initial_state
-from srfed.training.optimizers import PartOptimizer
-from srfed.training.setup import build_diffusion, build_model, build_partition
+from srfed.training.optimizer import PartOptimizer
 from srfed.training.step import LocalStep
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")

@@ -29,9 +29,9 @@ from tiny_run import (
 
 from srfed.federation.aggregation import aggregate, client_weights, weighted_mean
 from srfed.federation.inline_grid import InlineGrid
+from srfed.model import build_model, build_partition
 from srfed.reporting.run_directory import RunDirectory
 from srfed.tensors import read_checkpoint
-from srfed.training.setup import build_model, build_partition
 
 # --- Ray ----------------------------------------------------------------------------------------
 

@@ -55,7 +55,7 @@ from flwr.serverapp import ServerApp
 
 from srfed.config import parse_config
 from srfed.federation.messages import SHARED, Description, Request
-from srfed.training.setup import build_model, build_partition
+from srfed.model import build_model, build_partition
 
 app = ServerApp()
 

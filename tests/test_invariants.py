@@ -26,10 +26,10 @@ from torch.func import functional_call
 from srfed.config import FederationConfig, RunConfig, parse_config
 from srfed.diffusion.process import Diffusion
 from srfed.federation.aggregation import aggregate, client_weights, weighted_mean
-from srfed.models.partition import Partition
-from srfed.models.unet import UNet
+from srfed.model import build_diffusion, build_model, build_partition
+from srfed.networks.partition import Partition
+from srfed.networks.unet import UNet
 from srfed.training.local import ClientState, LocalResult, LocalTrainer
-from srfed.training.setup import build_diffusion, build_model, build_partition
 
 torch.set_num_threads(1)
 

@@ -28,8 +28,8 @@ from srfed.evaluation.memorisation import (
     merge_audits,
     nearest_distances,
 )
+from srfed.model import build_diffusion, build_model, build_partition
 from srfed.training.local import LocalTrainer, initial_state, load_tensors
-from srfed.training.setup import build_diffusion, build_model, build_partition
 
 torch.set_num_threads(1)
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from srfed.config import parse_config
 from srfed.errors import UserError
-from srfed.models.blocks import (
+from srfed.model import build_model, build_partition
+from srfed.networks.blocks import (
     Downsample,
     ResidualBlock,
     SelfAttention,
@@ -23,9 +24,8 @@ from srfed.models.blocks import (
     Upsample,
     sinusoidal_embedding,
 )
-from srfed.models.partition import Rule, divide
-from srfed.models.unet import UNet
-from srfed.training.setup import build_model, build_partition
+from srfed.networks.partition import Rule, divide
+from srfed.networks.unet import UNet
 
 torch.set_num_threads(1)
 

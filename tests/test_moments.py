@@ -55,11 +55,11 @@ from srfed.federation.screening import RefusedError, screen_moments
 from srfed.federation.server_app import run_federation
 from srfed.federation.site import STATE_DIR_VARIABLE
 from srfed.federation.wire_guard import wire_guard
+from srfed.model import build_model, build_partition
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.pictures import draw_grid
 from srfed.reporting.run_directory import RunDirectory
 from srfed.tensors import MANIFEST_FILE, STATE_FILE
-from srfed.training.setup import build_model, build_partition
 
 MOMENTS = {"evaluation.mode": "moments"}
 SETTINGS: dict[str, Any] = {"data.images_per_task": 16, "training.local_steps": 1}

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from srfed.config import load_config
+from srfed.model import build_model
 from srfed.partition import main
-from srfed.training.setup import build_model
 
 
 @pytest.mark.parametrize(

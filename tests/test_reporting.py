@@ -14,6 +14,7 @@ from tiny_run import begin, files_of_at_most, round_lines, tiny_config
 
 from srfed.errors import DamagedError, UserError
 from srfed.evaluation.task import evaluate_task
+from srfed.model import build_diffusion
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.pace import Pace, evaluation_passes
 from srfed.reporting.pictures import GAP, SMALLEST_CELL, draw_grid, write_png
@@ -22,7 +23,6 @@ from srfed.reporting.reporter import Reporter
 from srfed.reporting.run_directory import RunDirectory
 from srfed.reporting.summary import summarise, totals
 from srfed.reporting.words import bytes_in_words, seconds_in_words
-from srfed.training.setup import build_diffusion
 
 TASKS = [TaskInfo("client-b", "zebra", 1200, 40), TaskInfo("client-a", "ant", 30, 10)]
 

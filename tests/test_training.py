@@ -25,11 +25,11 @@ from srfed.device import resolve_device
 from srfed.diffusion.process import Diffusion
 from srfed.errors import UserError
 from srfed.federation.aggregation import aggregate, weighted_mean
-from srfed.training.batches import MinibatchOrder
+from srfed.model import build_diffusion, build_model, build_partition
 from srfed.training.ema import round_decay, step_decay, update_average
 from srfed.training.local import LocalResult, LocalTrainer, initial_state, load_tensors
-from srfed.training.optimizers import MOMENTS, PartOptimizer, learning_rate_factor
-from srfed.training.setup import build_diffusion, build_model, build_partition
+from srfed.training.minibatches import MinibatchOrder
+from srfed.training.optimizer import MOMENTS, PartOptimizer, learning_rate_factor
 
 torch.set_num_threads(1)
 
@@ -561,7 +561,7 @@ SAMPLE_IN_MANY_WAYS = """
 import torch
 from srfed.config import SamplingConfig
 from srfed.evaluation.generation import generate
-from srfed.training.setup import build_diffusion, build_model
+from srfed.model import build_diffusion, build_model
 from test_training import run_config
 config = run_config()
 model = build_model(config, 1).eval()

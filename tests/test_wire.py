@@ -38,10 +38,10 @@ from srfed.federation.messages import (
 )
 from srfed.federation.site import STATE_DIR_VARIABLE
 from srfed.federation.wire_guard import wire_guard
+from srfed.model import build_model, build_partition
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.run_directory import RunDirectory
 from srfed.tensors import read_checkpoint
-from srfed.training.setup import build_model, build_partition
 
 # --- A whole run, every message recorded ---------------------------------------------------------
 

@@ -14,14 +14,14 @@ from srfed.evaluation.central import CentralEvaluation, RealFloor
 from srfed.evaluation.features import load_feature_network
 from srfed.evaluation.shares import share_of_samples
 from srfed.evaluation.task import evaluate_task
+from srfed.model import build_diffusion, build_model, build_partition, noise_of_task
 from srfed.reporting.records import EvaluationRecord, RoundRecord, TaskInfo
 from srfed.reporting.reporter import Reporter
 from srfed.reporting.run_directory import RunDirectory
 from srfed.tensors import check_tensors
-from srfed.training.central import CentralResult, CentralState, CentralTrainer
+from srfed.training.centralised import CentralResult, CentralState, CentralTrainer
 from srfed.training.local import initial_state, load_tensors
-from srfed.training.optimizers import learning_rate_factor
-from srfed.training.setup import build_diffusion, build_model, build_partition, noise_of_task
+from srfed.training.optimizer import learning_rate_factor
 
 
 def train_centrally(run: RunDirectory) -> None:

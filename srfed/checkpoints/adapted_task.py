@@ -30,9 +30,9 @@ from srfed.evaluation.frechet import FeatureStatistics, frechet_distance
 from srfed.evaluation.generation import generate
 from srfed.evaluation.network import FeatureNetwork
 from srfed.files import exists, held, list_folder, read_json, try_output, write_bytes, write_json
+from srfed.model import build_diffusion, build_model
 from srfed.training.adaptation import Adapted, Mode, adapt
 from srfed.training.local import load_tensors
-from srfed.training.setup import build_diffusion, build_model
 
 IDENTITY, LOCK = "adaptation.json", "lock"
 DIGITS = 16

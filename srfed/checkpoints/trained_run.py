@@ -15,12 +15,12 @@ from srfed.device import captured_forward, resolve_device
 from srfed.diffusion.process import PredictNoise
 from srfed.errors import UserError
 from srfed.files import exists
+from srfed.model import build_diffusion, build_model, build_partition, noise_of_task
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.records import TaskInfo
 from srfed.reporting.run_directory import RunDirectory
 from srfed.tensors import check_tensors
 from srfed.training.local import initial_state, load_tensors
-from srfed.training.setup import build_diffusion, build_model, build_partition, noise_of_task
 
 
 class TrainedSite:

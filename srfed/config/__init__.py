@@ -2,6 +2,7 @@
 out.
 """
 
+from srfed.config.explain import describe
 from srfed.config.loading import load_config, parse_config, parse_config_json, read_settings
 from srfed.config.sections import (
     NOT_DECISIVE,
@@ -18,7 +19,6 @@ from srfed.config.sections import (
     Section,
     TrainingConfig,
 )
-from srfed.config.words import describe
 
 __all__ = [
     "NOT_DECISIVE",

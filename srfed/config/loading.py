@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from srfed.config.explain import explain
 from srfed.config.sections import REMOVED, RunConfig
-from srfed.config.words import explain
-from srfed.config.yaml_rules import Loader, read_value
+from srfed.config.yaml import Loader, read_value
 from srfed.errors import UserError
 
 

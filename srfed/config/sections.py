@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from srfed.config.yaml_rules import Dumper
+from srfed.config.yaml import Dumper
 
 DatasetName = Literal[
     "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "npz", "folder", "sites"

@@ -26,9 +26,9 @@ from srfed.federation.agreement import (
     weak_numbers,
 )
 from srfed.files import exists
+from srfed.model import build_model, build_partition
 from srfed.reporting.words import bytes_in_words
-from srfed.training.batches import MinibatchOrder
-from srfed.training.setup import build_model, build_partition
+from srfed.training.minibatches import MinibatchOrder
 
 
 def propose(

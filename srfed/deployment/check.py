@@ -21,10 +21,10 @@ from srfed.evaluation.features import load_feature_network
 from srfed.evaluation.shares import share_of_samples
 from srfed.federation.agreement import COMMAND
 from srfed.files import make_folder, open_to_others
+from srfed.model import build_model, build_partition
 from srfed.reporting.pictures import draw_grid, write_png
 from srfed.reporting.words import bytes_in_words
-from srfed.training.batches import MinibatchOrder
-from srfed.training.setup import build_model, build_partition
+from srfed.training.minibatches import MinibatchOrder
 
 TRAINING_ROWS, TEST_ROWS, COLUMNS = 4, 2, 12
 """Of the picture: at most so many rows of either kind, and images in a row."""

@@ -91,7 +91,8 @@ class AgreedShared(_Part):
     tensors: _Count
     bytes: _Count
     fingerprint: str
-    """Of their names, shapes and dtypes; see :meth:`srfed.models.partition.Partition.fingerprint`.
+    """Of their names, shapes and dtypes; see
+    :meth:`srfed.networks.partition.Partition.fingerprint`.
     """
 
 

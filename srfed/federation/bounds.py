@@ -13,9 +13,9 @@ from srfed.config import RunConfig
 from srfed.evaluation.memorisation import Memorisation
 from srfed.evaluation.ssim import ssim_window
 from srfed.federation.messages import AUDIT, SETS
-from srfed.models.partition import Partition
-from srfed.training.batches import MinibatchOrder
+from srfed.networks.partition import Partition
 from srfed.training.local import phases
+from srfed.training.minibatches import MinibatchOrder
 from srfed.training.step import LOSS_QUARTERS
 
 LONGEST_TEXT = 100

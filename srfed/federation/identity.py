@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from flwr.proto.node_pb2 import NodeInfo
 
-from srfed.config.yaml_rules import Loader
+from srfed.config.yaml import Loader
 from srfed.errors import UserError
 from srfed.files import read_json
 from srfed.keys import fingerprint_of_line

@@ -24,7 +24,7 @@ from srfed.federation.messages import DESCRIBE, Description, Request, add_refusa
 from srfed.federation.screening import RefusedError, screen_description
 from srfed.keys import key_fingerprint
 from srfed.reporting.words import printable, seconds_in_words
-from srfed.training.batches import MinibatchOrder
+from srfed.training.minibatches import MinibatchOrder
 
 LOOK_SECONDS = 1.0
 """Least time between two looks at who is connected."""

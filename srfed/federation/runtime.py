@@ -18,9 +18,9 @@ from srfed.federation.admission import Admitted
 from srfed.federation.agreement import not_agreed
 from srfed.federation.messages import Request
 from srfed.federation.site import Site, own_task
+from srfed.model import build_diffusion, build_model, build_partition, noise_of_task
 from srfed.tensors import check_tensors
 from srfed.training.local import ClientState, LocalTrainer, initial_state
-from srfed.training.setup import build_diffusion, build_model, build_partition, noise_of_task
 from srfed.training.step import LocalStep
 
 

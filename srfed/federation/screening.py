@@ -51,7 +51,7 @@ from srfed.federation.messages import (
     read_tensors,
 )
 from srfed.reporting.words import printable
-from srfed.training.optimizers import ADAM_REACH, MARGIN, MOMENTS, Reach
+from srfed.training.optimizer import ADAM_REACH, MARGIN, MOMENTS, Reach
 
 LOST = frozenset(
     {

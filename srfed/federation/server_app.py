@@ -27,13 +27,13 @@ from srfed.federation.roster import Expected, Member, Roster
 from srfed.federation.site import run_folder
 from srfed.federation.strategy import SharedRepresentationStrategy
 from srfed.files import write_bytes, write_json
+from srfed.model import build_model, build_partition
 from srfed.paths import user_path
 from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.records import TaskInfo
 from srfed.reporting.reporter import Reporter
 from srfed.reporting.run_directory import RunDirectory
 from srfed.reporting.summary import summarise
-from srfed.training.setup import build_model, build_partition
 
 RUN_DIR_VARIABLE = "SRFED_RUN_DIR"
 """Environment variable that tells a simulation's ServerApp which run directory is its own."""

@@ -47,12 +47,12 @@ from srfed.federation.screening import (
     screen_samples,
     screen_train,
 )
-from srfed.models.partition import Partition
+from srfed.networks.partition import Partition
 from srfed.randomness import derive_generator
 from srfed.reporting.records import EvaluationRecord, RoundRecord
 from srfed.reporting.words import seconds_in_words
 from srfed.training.ema import round_decay, update_average
-from srfed.training.optimizers import learning_rate_factor, reach_of_round
+from srfed.training.optimizer import learning_rate_factor, reach_of_round
 
 TTL_MARGIN = 60.0
 """Seconds that a message outlives the wait for its reply, for the way back through a SuperLink."""

@@ -15,10 +15,10 @@ from torch import Tensor
 from srfed.config import RunConfig, parse_config
 from srfed.device import resolve_device
 from srfed.errors import UserError
-from srfed.models.partition import Partition, divide
-from srfed.models.unet import UNet
+from srfed.model import build_diffusion, build_model, build_partition
+from srfed.networks.partition import Partition, divide
+from srfed.networks.unet import UNet
 from srfed.training.local import ClientState, LocalTrainer, initial_state, load_tensors
-from srfed.training.setup import build_diffusion, build_model, build_partition
 
 Mode = Literal["frozen", "thawed", "scratch"]
 MODES: tuple[Mode, ...] = get_args(Mode)

@@ -12,12 +12,12 @@ from srfed.config import RunConfig, TrainingConfig
 from srfed.data import to_model_range
 from srfed.device import arithmetic, memory_layout, to_device
 from srfed.diffusion.process import Diffusion
-from srfed.models.partition import Partition
-from srfed.models.unet import UNet
-from srfed.training.batches import Minibatch, MinibatchOrder, draw_minibatch, seeded_dropout
+from srfed.model import task_of_table
+from srfed.networks.partition import Partition
+from srfed.networks.unet import UNet
 from srfed.training.ema import step_decay, update_average
-from srfed.training.optimizers import learning_rate_factor
-from srfed.training.setup import task_of_table
+from srfed.training.minibatches import Minibatch, MinibatchOrder, draw_minibatch, seeded_dropout
+from srfed.training.optimizer import learning_rate_factor
 from srfed.training.step import LocalStep, LossMeter
 
 

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from srfed.config import RunConfig
 from srfed.device import Captured, autocast
 from srfed.diffusion.process import Diffusion
-from srfed.models.partition import Partition
-from srfed.models.unet import UNet
-from srfed.training.batches import Minibatch
-from srfed.training.optimizers import PartOptimizer
+from srfed.networks.partition import Partition
+from srfed.networks.unet import UNet
+from srfed.training.minibatches import Minibatch
+from srfed.training.optimizer import PartOptimizer
 
 LOSS_QUARTERS = 4
 

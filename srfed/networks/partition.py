@@ -49,7 +49,7 @@ def divide(model: nn.Module, rule: Rule) -> Partition:
     """Divide a UNet's tensors by a rule.
 
     Args:
-        model: a :class:`~srfed.models.unet.UNet` (or, for patterns, any module).
+        model: a :class:`~srfed.networks.unet.UNet` (or, for patterns, any module).
         rule: the dial's position. A pattern is a glob over tensor names; a pattern without a final
             ``*`` that names a module takes everything below it (``up.0`` is ``up.0.*``).
 

@@ -19,13 +19,13 @@ from srfed.data import Task, to_model_range
 from srfed.device import arithmetic, autocast, memory_layout, to_device
 from srfed.diffusion.process import Diffusion, PredictNoise
 from srfed.errors import UserError
-from srfed.models.partition import Partition
-from srfed.models.unet import UNet
+from srfed.networks.partition import Partition
+from srfed.networks.unet import UNet
 from srfed.randomness import derive_generator
-from srfed.training.batches import MinibatchOrder, draw_minibatch, seeded_dropout
 from srfed.training.ema import step_decay, update_average
 from srfed.training.local import ClientState, copies
-from srfed.training.optimizers import PartOptimizer, learning_rate_factor
+from srfed.training.minibatches import MinibatchOrder, draw_minibatch, seeded_dropout
+from srfed.training.optimizer import PartOptimizer, learning_rate_factor
 from srfed.training.step import LossMeter
 
 POOL = "all tasks"

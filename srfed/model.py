@@ -9,8 +9,8 @@ from srfed.config import RunConfig
 from srfed.diffusion.process import Diffusion, PredictNoise
 from srfed.diffusion.schedule import build_schedule
 from srfed.errors import UserError
-from srfed.models.partition import Partition, divide
-from srfed.models.unet import UNet
+from srfed.networks.partition import Partition, divide
+from srfed.networks.unet import UNet
 from srfed.randomness import derive_seed
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from srfed.models.blocks import (
+from srfed.networks.blocks import (
     Downsample,
     ResidualBlock,
     SelfAttention,
@@ -133,7 +133,7 @@ class UNet(nn.Module):
 
     Modules, in the order of the forward pass: ``stem``, ``timestep``, ``task_table`` or
     ``task_vector`` if any, ``down.0`` to ``down.3``, ``bottleneck``, ``up.3`` to ``up.0``,
-    ``head``. ``srfed.models.partition`` divides them by name.
+    ``head``. ``srfed.networks.partition`` divides them by name.
 
     Args:
         image_channels: channels of the images.
