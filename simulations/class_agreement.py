@@ -1,7 +1,7 @@
 """Do the samples belong to their tasks? ``python -m simulations.class_agreement --run RUN``.
 
-The judge is srfed.evaluation.agreement's. Its own accuracy on held-out real images is printed
-first.
+The judge is srfed.evaluation.metrics.nearest_neighbour's. Its own accuracy on held-out real
+images is printed first.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from srfed.checkpoints.trained_run import TrainedRun
 from srfed.command import Parser, run_command
 from srfed.config import ResourcesConfig
 from srfed.data import load_tasks
-from srfed.evaluation.agreement import accuracy_on_real_images, class_agreement
 from srfed.evaluation.generation import generate
+from srfed.evaluation.metrics.nearest_neighbour import accuracy_on_real_images, class_agreement
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -29,8 +29,8 @@ from srfed.command import Parser, run_command
 from srfed.config import RunConfig
 from srfed.data import Task, load_tasks, task_names
 from srfed.errors import UserError
-from srfed.evaluation.agreement import accuracy_on_real_images, class_agreement
-from srfed.evaluation.features import load_feature_network
+from srfed.evaluation.features.load import load_feature_network
+from srfed.evaluation.metrics.nearest_neighbour import accuracy_on_real_images, class_agreement
 from srfed.files import read_json, write_bytes, write_json
 from srfed.reporting.plots import line_plot
 from srfed.training.adaptation import MODES, Mode

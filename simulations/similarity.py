@@ -31,11 +31,12 @@ from srfed.config import load_config
 from srfed.data import Task, load_tasks
 from srfed.data.images import Images
 from srfed.errors import UserError
-from srfed.evaluation.agreement import accuracy_on_real_images, judged_as
-from srfed.evaluation.features import load_feature_network
-from srfed.evaluation.frechet import FeatureStatistics, frechet_distance
+from srfed.evaluation.features.load import load_feature_network
+from srfed.evaluation.features.network import FeatureNetwork
+from srfed.evaluation.features.statistics import FeatureStatistics
 from srfed.evaluation.generation import generate
-from srfed.evaluation.network import FeatureNetwork
+from srfed.evaluation.metrics.frechet import frechet_distance
+from srfed.evaluation.metrics.nearest_neighbour import accuracy_on_real_images, judged_as
 from srfed.files import write_bytes
 from srfed.reporting.plots import heat_map
 

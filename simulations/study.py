@@ -29,7 +29,7 @@ from srfed.config import RunConfig, parse_config
 from srfed.cores import usable_cores
 from srfed.data.images import Images
 from srfed.errors import UserError
-from srfed.evaluation.features import load_feature_network
+from srfed.evaluation.features.load import load_feature_network
 from srfed.files import held, read_json, write_bytes
 
 LAST_WORDS = 3

@@ -13,7 +13,7 @@ from srfed.checkpoints.trained_run import TrainedRun
 from srfed.command import run_command
 from srfed.config import parse_config_json
 from srfed.errors import UserError
-from srfed.evaluation.features import load_feature_network
+from srfed.evaluation.features.load import load_feature_network
 from srfed.files import write_json
 from srfed.reporting.run_directory import RunDirectory
 from srfed.train_command import check_training, finished

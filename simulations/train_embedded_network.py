@@ -1,9 +1,9 @@
 """Train the small feature network that ships with srfed, or check the shipped one.
 
-    python simulations/train_embedded_network.py --data-dir DIR --out
-    srfed/evaluation/embedded.safetensors python simulations/train_embedded_network.py --data-dir
-    DIR --check
+    python simulations/train_embedded_network.py --data-dir DIR --out FILE
+    python simulations/train_embedded_network.py --data-dir DIR --check
 
+FILE is srfed/evaluation/features/embedded.safetensors for the one that ships.
 DIR holds MNIST/raw/*.gz and FashionMNIST/raw/*.gz, as torchvision keeps them. Training takes ten
 to fifteen minutes on one core. Equal seed, machine type and thread count give an equal file.
 """
@@ -23,14 +23,15 @@ from srfed.command import Parser
 from srfed.config import DataConfig, DatasetName
 from srfed.data import Task, load_tasks
 from srfed.errors import UserError
-from srfed.evaluation.embedded import (
+from srfed.evaluation.features.embedded import (
     EMBEDDED_FILE,
     INPUT_SIZE,
     EmbeddedNetwork,
     network_input,
     read_embedded_network,
 )
-from srfed.evaluation.frechet import FeatureStatistics, frechet_distance
+from srfed.evaluation.features.statistics import FeatureStatistics
+from srfed.evaluation.metrics.frechet import frechet_distance
 from srfed.files import write_bytes
 from srfed.randomness import derive_generator, derive_seed
 

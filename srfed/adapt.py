@@ -92,7 +92,7 @@ def _adapt(options: argparse.Namespace) -> None:
         tensors_hash,
     )
     from srfed.checkpoints.trained_run import TrainedRun, TrainedSite
-    from srfed.evaluation.features import load_feature_network
+    from srfed.evaluation.features.load import load_feature_network
     from srfed.reporting.pictures import draw_grid, write_png
     from srfed.training.adaptation import MODES, adaptation_config
 

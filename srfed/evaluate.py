@@ -93,7 +93,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     from srfed.checkpoints.evaluate_run import Wanted, evaluate_run
     from srfed.checkpoints.trained_run import TrainedRun
-    from srfed.evaluation.features import load_feature_network
+    from srfed.evaluation.features.load import load_feature_network
 
     if not RunDirectory.open(options.run).images.exists():
         _note(
@@ -132,7 +132,7 @@ def _note(text: str) -> None:
 
 
 def _words(record: dict[str, Any], headline: int) -> str:
-    from srfed.evaluation.scoring import Score, describe_score
+    from srfed.evaluation.scores import Score, describe_score
 
     lines = [
         f"{record['run']} after round {record['round']}; configuration "

@@ -169,7 +169,7 @@ def check_training(
                 f"task {task.name!r} has {len(task.test)} test images; evaluation needs at least 2"
             )
     from srfed.device import resolve_device
-    from srfed.evaluation.features import load_feature_network
+    from srfed.evaluation.features.load import load_feature_network
     from srfed.model import build_model, build_partition
     from srfed.training.centralised import central_orders
     from srfed.training.minibatches import MinibatchOrder

@@ -22,9 +22,10 @@ from srfed.checkpoints.trained_run import TrainedRun, TrainedSite
 from srfed.config import ResourcesConfig, parse_config
 from srfed.data import load_task, to_model_range
 from srfed.errors import UserError
-from srfed.evaluation.embedded import EmbeddedFeatures
-from srfed.evaluation.frechet import FeatureStatistics, frechet_distance
+from srfed.evaluation.features.embedded import EmbeddedFeatures
+from srfed.evaluation.features.statistics import FeatureStatistics
 from srfed.evaluation.generation import generate
+from srfed.evaluation.metrics.frechet import frechet_distance
 from srfed.model import build_diffusion, build_model, build_partition
 from srfed.networks.partition import divide
 from srfed.reporting.run_directory import RunDirectory

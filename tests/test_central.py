@@ -33,9 +33,9 @@ from srfed.config import RunConfig, parse_config
 from srfed.data import Task, load_tasks
 from srfed.diffusion.process import Diffusion
 from srfed.errors import UserError
-from srfed.evaluation.central import CentralEvaluation
-from srfed.evaluation.features import load_feature_network
+from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.generation import generate
+from srfed.evaluation.references import CentralEvaluation
 from srfed.model import build_diffusion, build_model, build_partition, noise_of_task
 from srfed.networks.partition import divide
 from srfed.networks.unet import UNet

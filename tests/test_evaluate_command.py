@@ -17,7 +17,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from srfed import evaluate
 from srfed.checkpoints.trained_run import TrainedRun
 from srfed.data import load_tasks
-from srfed.evaluation.embedded import EmbeddedFeatures
+from srfed.evaluation.features.embedded import EmbeddedFeatures
 from srfed.evaluation.generation import generate
 from srfed.reporting.run_directory import RunDirectory
 

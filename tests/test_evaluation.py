@@ -21,10 +21,11 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
 from srfed.errors import UserError
 from srfed.evaluation import embedded, weights
-from srfed.evaluation.features import FeatureNetwork, load_feature_network
-from srfed.evaluation.frechet import FeatureStatistics, frechet_distance, merge_statistics
-from srfed.evaluation.ssim import ssim, ssim_window
-from srfed.evaluation.statistics import load_statistics, save_statistics
+from srfed.evaluation.features.load import FeatureNetwork, load_feature_network
+from srfed.evaluation.features.statistics import FeatureStatistics, merge_statistics
+from srfed.evaluation.features.statistics_file import load_statistics, save_statistics
+from srfed.evaluation.metrics.frechet import frechet_distance
+from srfed.evaluation.metrics.ssim import ssim, ssim_window
 
 Array = npt.NDArray[Any]
 
@@ -373,7 +374,7 @@ def test_inception_with_other_weights_does_not_score_an_fid(
     digest = hashlib.sha256(inception_file.read_bytes()).hexdigest()
     assert inception.sha256 == digest
     assert (inception.name, inception.score_name) == ("inception", f"fd_inception_{digest[:8]}")
-    monkeypatch.setattr("srfed.evaluation.inception.INCEPTION_SHA256", digest)
+    monkeypatch.setattr("srfed.evaluation.features.inception.INCEPTION_SHA256", digest)
     assert load_feature_network("inception", str(inception_file)).score_name == "fid"
 
 

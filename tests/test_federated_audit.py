@@ -14,9 +14,9 @@ from srfed import evaluate
 from srfed.centralised.run import train_centrally
 from srfed.checkpoints.trained_run import TrainedRun
 from srfed.data import load_tasks
-from srfed.evaluation.embedded import EmbeddedFeatures
+from srfed.evaluation.features.embedded import EmbeddedFeatures
 from srfed.evaluation.generation import generate
-from srfed.evaluation.memorisation import audit
+from srfed.evaluation.metrics.memorisation import audit
 from srfed.federation import client_app
 from srfed.federation.messages import EVALUATE, METRICS, read_metrics
 from srfed.reporting.metrics_log import MetricsLog

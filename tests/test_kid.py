@@ -16,7 +16,7 @@ from torch_fidelity.metric_kid import (
 )
 
 from srfed.errors import UserError
-from srfed.evaluation.kid import kernel_distance, kernel_score_name
+from srfed.evaluation.metrics.kernel import kernel_distance, kernel_score_name
 
 Array = npt.NDArray[Any]
 

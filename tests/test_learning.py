@@ -5,8 +5,8 @@ from pathlib import Path
 from srfed.checkpoints.trained_run import TrainedRun
 from srfed.config import ResourcesConfig, load_config
 from srfed.data import load_tasks
-from srfed.evaluation.agreement import accuracy_on_real_images, class_agreement
 from srfed.evaluation.generation import generate
+from srfed.evaluation.metrics.nearest_neighbour import accuracy_on_real_images, class_agreement
 from srfed.federation.client_app import app as client_app
 from srfed.federation.inline_grid import run_inline
 from srfed.federation.server_app import app as server_app

@@ -16,10 +16,10 @@ from srfed.config import DataConfig, parse_config
 from srfed.data import Task, load_tasks
 from srfed.data.images import Images
 from srfed.errors import UserError
-from srfed.evaluation import memorisation
-from srfed.evaluation.features import FeatureNetwork, load_feature_network
+from srfed.evaluation.features.load import FeatureNetwork, load_feature_network
 from srfed.evaluation.generation import generate
-from srfed.evaluation.memorisation import (
+from srfed.evaluation.metrics import memorisation
+from srfed.evaluation.metrics.memorisation import (
     Audit,
     Memorisation,
     audit,

@@ -32,7 +32,7 @@ from srfed.config import ResourcesConfig, RunConfig
 from srfed.data import Task, load_tasks, to_model_range
 from srfed.deployment.agree import agree_as_rehearsed
 from srfed.errors import UserError
-from srfed.evaluation.features import FeatureNetwork, load_feature_network
+from srfed.evaluation.features.load import FeatureNetwork, load_feature_network
 from srfed.evaluation.generation import generate
 from srfed.federation import client_app
 from srfed.federation.bounds import EvaluatePlan

@@ -19,9 +19,10 @@ from srfed.config import ResourcesConfig, RunConfig
 from srfed.data import Task, load_tasks, to_uint8
 from srfed.diffusion.sampling import ancestral_sample
 from srfed.errors import UserError
-from srfed.evaluation.embedded import EmbeddedFeatures
-from srfed.evaluation.frechet import FeatureStatistics, frechet_distance
+from srfed.evaluation.features.embedded import EmbeddedFeatures
+from srfed.evaluation.features.statistics import FeatureStatistics
 from srfed.evaluation.generation import generate
+from srfed.evaluation.metrics.frechet import frechet_distance
 from srfed.randomness import derive_generator
 from srfed.reporting.pictures import GAP, LABEL_SIZE, SMALLEST_CELL
 from srfed.reporting.plots import heat_map, line_plot

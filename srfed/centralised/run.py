@@ -10,8 +10,8 @@ from srfed.checkpoints.client_store import NO_PARENT, ClientStore
 from srfed.checkpoints.server_state import ServerCheckpoints, ServerState
 from srfed.data import Task, load_recorded_tasks, record_tasks
 from srfed.device import captured_forward, memory_layout, resolve_device
-from srfed.evaluation.central import CentralEvaluation, RealFloor
-from srfed.evaluation.features import load_feature_network
+from srfed.evaluation.features.load import load_feature_network
+from srfed.evaluation.references import CentralEvaluation, RealFloor
 from srfed.evaluation.shares import share_of_samples
 from srfed.evaluation.task import evaluate_task
 from srfed.model import build_diffusion, build_model, build_partition, noise_of_task

@@ -3,8 +3,7 @@ writes.
 
 <out>/adaptation.json             what was adapted to what, and how: the same for all modes
 <out>/scores.csv                  one line for every mode and number of steps
-<out>/<mode>/<task>/models/...    the model, in a store such as a deployed site has (``srfed.sample
---store``)
+<out>/<mode>/<task>/models/...    the model, in a store such as a deployed site has
 """
 
 import csv
@@ -26,9 +25,10 @@ from srfed.data import Task
 from srfed.data.images import Images
 from srfed.device import resolve_device
 from srfed.errors import UserError
-from srfed.evaluation.frechet import FeatureStatistics, frechet_distance
+from srfed.evaluation.features.network import FeatureNetwork
+from srfed.evaluation.features.statistics import FeatureStatistics
 from srfed.evaluation.generation import generate
-from srfed.evaluation.network import FeatureNetwork
+from srfed.evaluation.metrics.frechet import frechet_distance
 from srfed.files import exists, held, list_folder, read_json, try_output, write_bytes, write_json
 from srfed.model import build_diffusion, build_model
 from srfed.training.adaptation import Adapted, Mode, adapt

@@ -23,12 +23,12 @@ from srfed.data import ImageRecord, load_recorded_tasks, load_tasks
 from srfed.data.images import Images
 from srfed.data.record import read_records
 from srfed.errors import DamagedError
+from srfed.evaluation.features.network import FeatureNetwork
 from srfed.evaluation.generation import generate
-from srfed.evaluation.memorisation import merge_audits
-from srfed.evaluation.network import FeatureNetwork
-from srfed.evaluation.scoring import ReferenceStatistics, audit_numbers, score_samples
+from srfed.evaluation.metrics.memorisation import merge_audits
+from srfed.evaluation.metrics.ssim import ssim_window
+from srfed.evaluation.scores import ReferenceStatistics, audit_numbers, score_samples
 from srfed.evaluation.shares import share_of_samples
-from srfed.evaluation.ssim import ssim_window
 from srfed.evaluation.task import ssim_curve
 from srfed.files import exists, read_json, try_output, write_json
 from srfed.reporting.metrics_log import MetricsLog

@@ -11,7 +11,7 @@ from srfed.data import accept_images, current_images
 from srfed.deployment.certificates import certificate_fingerprint
 from srfed.device import resolve_device
 from srfed.errors import UserError
-from srfed.evaluation.features import load_feature_network
+from srfed.evaluation.features.load import load_feature_network
 from srfed.federation.admission import images_of
 from srfed.federation.agreement import (
     AGREEMENT_FILE,

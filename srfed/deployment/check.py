@@ -17,7 +17,7 @@ from srfed.data.images import Images
 from srfed.deployment.agree import fits, standing
 from srfed.device import resolve_device
 from srfed.errors import UserError
-from srfed.evaluation.features import load_feature_network
+from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.shares import share_of_samples
 from srfed.federation.agreement import COMMAND
 from srfed.files import make_folder, open_to_others

@@ -9,11 +9,11 @@ from srfed.data import to_model_range
 from srfed.data.images import Images
 from srfed.diffusion.process import Diffusion, PredictNoise
 from srfed.errors import UserError
-from srfed.evaluation.embedded import EmbeddedFeatures
+from srfed.evaluation.features.embedded import EmbeddedFeatures
 from srfed.evaluation.generation import Generated, generate
-from srfed.evaluation.memorisation import Audit, audit
-from srfed.evaluation.reconstruction import ssim_of_reconstructions
-from srfed.evaluation.ssim import ssim_window
+from srfed.evaluation.metrics.memorisation import Audit, audit
+from srfed.evaluation.metrics.reconstruction import ssim_of_reconstructions
+from srfed.evaluation.metrics.ssim import ssim_window
 
 
 @dataclass(frozen=True, eq=False)

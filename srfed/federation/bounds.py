@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from srfed.config import RunConfig
-from srfed.evaluation.memorisation import Memorisation
-from srfed.evaluation.ssim import ssim_window
+from srfed.evaluation.metrics.memorisation import Memorisation
+from srfed.evaluation.metrics.ssim import ssim_window
 from srfed.federation.messages import AUDIT, SETS
 from srfed.networks.partition import Partition
 from srfed.training.local import phases

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from srfed import __version__
 from srfed.checkpoints.site_model import save_site_model
-from srfed.evaluation.frechet import FeatureStatistics
+from srfed.evaluation.features.statistics import FeatureStatistics
 from srfed.evaluation.generation import Generated
-from srfed.evaluation.memorisation import draw_nearest_pairs
+from srfed.evaluation.metrics.memorisation import draw_nearest_pairs
 from srfed.evaluation.task import TaskEvaluation, evaluate_task
 from srfed.federation.admission import Admitted, admit
 from srfed.federation.messages import (

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from srfed.checkpoints.client_store import PLAIN_NAME
-from srfed.evaluation.memorisation import Audit
+from srfed.evaluation.metrics.memorisation import Audit
 from srfed.federation.agreement import RequestRefusedError
 
 DESCRIBE = "query.describe"

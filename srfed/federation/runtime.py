@@ -13,7 +13,7 @@ from srfed.config import RunConfig
 from srfed.device import captured_forward, memory_layout, resolve_device
 from srfed.diffusion.process import PredictNoise
 from srfed.errors import UserError
-from srfed.evaluation.features import FeatureNetwork, load_feature_network
+from srfed.evaluation.features.load import FeatureNetwork, load_feature_network
 from srfed.federation.admission import Admitted
 from srfed.federation.agreement import not_agreed
 from srfed.federation.messages import Request

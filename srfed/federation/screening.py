@@ -15,9 +15,9 @@ from torch import Tensor
 
 from srfed.checkpoints.client_store import check_name
 from srfed.errors import UserError
-from srfed.evaluation.central import Moments
-from srfed.evaluation.frechet import FeatureStatistics
-from srfed.evaluation.memorisation import Audit
+from srfed.evaluation.features.statistics import FeatureStatistics
+from srfed.evaluation.metrics.memorisation import Audit
+from srfed.evaluation.references import Moments
 from srfed.federation.aggregation import update_norm
 from srfed.federation.bounds import (
     DESCRIPTION,

@@ -18,8 +18,8 @@ from srfed.data import load_recorded_tasks, record_tasks
 from srfed.data.tasks import ALLOW
 from srfed.device import resolve_device
 from srfed.errors import UserError
-from srfed.evaluation.central import CentralEvaluation, RealFloor
-from srfed.evaluation.features import load_feature_network
+from srfed.evaluation.features.load import load_feature_network
+from srfed.evaluation.references import CentralEvaluation, RealFloor
 from srfed.federation.exchange import StoppedError
 from srfed.federation.identity import ROSTER_FILE, kept_roster, read_roster
 from srfed.federation.messages import array_record

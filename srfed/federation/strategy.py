@@ -19,9 +19,9 @@ from flwr.serverapp.strategy import Result, Strategy
 from srfed.checkpoints.server_state import ServerCheckpoints, ServerState
 from srfed.config import RunConfig
 from srfed.errors import UserError
-from srfed.evaluation.central import CentralEvaluation, Scores, score_statistics
+from srfed.evaluation.metrics.ssim import ssim_window
+from srfed.evaluation.references import CentralEvaluation, Scores, score_statistics
 from srfed.evaluation.shares import share_of_samples
-from srfed.evaluation.ssim import ssim_window
 from srfed.federation.aggregation import aggregate, client_weights, weighted_mean
 from srfed.federation.bounds import EvaluatePlan, TrainPlan
 from srfed.federation.exchange import Exchange, exchange

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     # It imports torch, and a command says what is wrong with its options before that.
-    from srfed.evaluation.memorisation import Audit
+    from srfed.evaluation.metrics.memorisation import Audit
 
 Images = NDArray[np.uint8]
 

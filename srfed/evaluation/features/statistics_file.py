@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from srfed.errors import DamagedError, UserError
-from srfed.evaluation.frechet import FeatureStatistics
-from srfed.evaluation.network import FeatureNetwork, one_line
+from srfed.evaluation.features.network import FeatureNetwork, one_line
+from srfed.evaluation.features.statistics import FeatureStatistics
 from srfed.tensors import read_arrays, write_arrays
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from srfed.errors import UserError
-from srfed.evaluation.network import FeatureNetwork, one_line
-from srfed.evaluation.weights import INCEPTION_SHA256, read_inception_weights
+from srfed.evaluation.features.inception_file import INCEPTION_SHA256, read_inception_weights
+from srfed.evaluation.features.network import FeatureNetwork, one_line
 
 
 class InceptionFeatures(FeatureNetwork):

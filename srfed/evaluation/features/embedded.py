@@ -16,7 +16,7 @@ from safetensors.torch import load
 from torch import nn
 
 from srfed.errors import UserError
-from srfed.evaluation.network import FeatureNetwork, one_line
+from srfed.evaluation.features.network import FeatureNetwork, one_line
 
 EMBEDDED_FILE = Path(__file__).with_name("embedded.safetensors")
 EMBEDDED_SHA256 = "38d74968751fc74943a2cbbf8f1e63b891e6f1cee1243be2187aa66e5258ebe2"

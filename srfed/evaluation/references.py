@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from srfed.data import Task
 from srfed.data.images import Images
-from srfed.evaluation.features import FeatureNetwork
-from srfed.evaluation.frechet import FeatureStatistics, frechet_distance, merge_statistics
+from srfed.evaluation.features.load import FeatureNetwork
+from srfed.evaluation.features.statistics import FeatureStatistics, merge_statistics
+from srfed.evaluation.metrics.frechet import frechet_distance
 
 
 @dataclass(frozen=True)

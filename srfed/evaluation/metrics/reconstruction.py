@@ -7,7 +7,7 @@ from torch import Tensor
 
 from srfed.diffusion.process import Diffusion, PredictNoise
 from srfed.diffusion.sampling import ancestral_sample
-from srfed.evaluation.ssim import ssim
+from srfed.evaluation.metrics.ssim import ssim
 from srfed.randomness import derive_generator
 
 

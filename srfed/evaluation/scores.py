@@ -16,12 +16,13 @@ import numpy as np
 from srfed.data import Task
 from srfed.data.images import Images
 from srfed.errors import UserError
-from srfed.evaluation.agreement import class_agreement
-from srfed.evaluation.frechet import FeatureStatistics, frechet_distance, merge_statistics
-from srfed.evaluation.kid import kernel_distance, kernel_score_name
-from srfed.evaluation.memorisation import Audit, audit
-from srfed.evaluation.network import FeatureNetwork
-from srfed.evaluation.statistics import load_statistics, save_statistics
+from srfed.evaluation.features.network import FeatureNetwork
+from srfed.evaluation.features.statistics import FeatureStatistics, merge_statistics
+from srfed.evaluation.features.statistics_file import load_statistics, save_statistics
+from srfed.evaluation.metrics.frechet import frechet_distance
+from srfed.evaluation.metrics.kernel import kernel_distance, kernel_score_name
+from srfed.evaluation.metrics.memorisation import Audit, audit
+from srfed.evaluation.metrics.nearest_neighbour import class_agreement
 
 ReferenceName = Literal["test", "train", "subset"]
 REFERENCES: tuple[ReferenceName, ...] = ("test", "train", "subset")

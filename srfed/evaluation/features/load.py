@@ -4,9 +4,9 @@ from typing import Literal
 
 import torch
 
-from srfed.evaluation.embedded import EmbeddedFeatures
-from srfed.evaluation.inception import InceptionFeatures
-from srfed.evaluation.network import FeatureNetwork
+from srfed.evaluation.features.embedded import EmbeddedFeatures
+from srfed.evaluation.features.inception import InceptionFeatures
+from srfed.evaluation.features.network import FeatureNetwork
 
 __all__ = ["FeatureNetwork", "load_feature_network"]
 

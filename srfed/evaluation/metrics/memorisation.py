@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from srfed.data.images import Images
 from srfed.errors import UserError
-from srfed.evaluation.network import FeatureNetwork
+from srfed.evaluation.features.network import FeatureNetwork
 
 Distances = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
