@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from srfed.command import Parser
-from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.summary import totals
+from srfed.storage.metrics_log import MetricsLog
 
 POLL_SECONDS = 1.0
 

@@ -28,7 +28,7 @@ from srfed.config import load_config
 from srfed.data import load_tasks
 from srfed.deployment.agree import agree_as_rehearsed
 from srfed.deployment.processes import CONNECTION, Deployment, Role
-from srfed.reporting.metrics_log import MetricsLog
+from srfed.storage.metrics_log import MetricsLog
 
 SITES = 3
 ROLES: tuple[Role, ...] = ("superlink", "supernode", "serverapp", "client")

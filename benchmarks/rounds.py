@@ -23,9 +23,9 @@ from srfed.federation.inline_grid import run_inline
 from srfed.federation.ray_grid import run_on_ray
 from srfed.federation.server_app import app as server_app
 from srfed.model import build_diffusion, build_model
-from srfed.reporting.metrics_log import MetricsLog
-from srfed.reporting.run_directory import RunDirectory
 from srfed.requested_config import requested_config
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
         speeds[f"plain loop, {cores} threads"] = plain_loop(config, cores)
     with tempfile.TemporaryDirectory() as folder:
         for name, run in (("in-process grid", run_inline), ("Ray", run_on_ray)):
-            directory = RunDirectory.create(Path(folder) / name, config)
+            directory = RunFolder.create(Path(folder) / name, config)
             run(directory, server_app, client_app)
             rounds = MetricsLog(directory.metrics).rounds()[1:]
             speeds[name] = statistics.median(line["images"] / line["seconds"] for line in rounds)

@@ -26,8 +26,6 @@ from typing import Any
 
 import numpy as np
 
-from srfed.checkpoints.client_store import ClientStore
-from srfed.checkpoints.server_state import ServerCheckpoints
 from srfed.command import Parser
 from srfed.config import RunConfig, parse_config
 from srfed.data import load_tasks
@@ -36,9 +34,11 @@ from srfed.deployment.processes import Deployment, FlowerRun
 from srfed.federation.client_app import app as client_app
 from srfed.federation.inline_grid import run_inline
 from srfed.federation.server_app import app as server_app
-from srfed.reporting.metrics_log import MetricsLog
-from srfed.reporting.run_directory import RunDirectory
-from srfed.tensors import read_checkpoint, read_manifest
+from srfed.storage.checkpoint import read_checkpoint, read_manifest
+from srfed.storage.client_store import ClientStore
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
+from srfed.storage.server_checkpoints import ServerCheckpoints
 
 KINDS = ("client", "supernode", "serverapp", "superlink")
 LONGEST_EPISODE = 1500.0
@@ -78,7 +78,7 @@ def soak_config(clients: int, rounds: int, on_missing: str) -> RunConfig:
     return parse_config(content)
 
 
-def bits(run: RunDirectory, store_of: Callable[[str], Path]) -> dict[str, str]:
+def bits(run: RunFolder, store_of: Callable[[str], Path]) -> dict[str, str]:
     """The hash of the server's last checkpoint and of each client's accepted attempt; all are read
     and checked.
     """
@@ -96,7 +96,7 @@ def bits(run: RunDirectory, store_of: Callable[[str], Path]) -> dict[str, str]:
 
 def undisturbed(folder: Path, config: RunConfig) -> dict[str, str]:
     """The bits of an in-process run."""
-    run = RunDirectory.create(folder, config)
+    run = RunFolder.create(folder, config)
     run_inline(run, server_app, client_app)
     return bits(run, lambda client: run.clients)
 
@@ -134,7 +134,7 @@ class Episode:
         self._run: FlowerRun | None = None
         self._submitted = 0.0
 
-    def run(self) -> RunDirectory:
+    def run(self) -> RunFolder:
         """Run it to the end; raises RuntimeError where it does not get there."""
         tasks = load_tasks(self._config.data, self._config.federation.clients)
         self._folder.mkdir(parents=True)
@@ -167,7 +167,7 @@ class Episode:
                 ):
                     self._waiting.pop(0)
                     pause = time.monotonic() + self._random.uniform(1, self._longest_pause)
-        return RunDirectory.open(self._folder / "run")
+        return RunFolder.open(self._folder / "run")
 
     def state_dir(self, client: str) -> Path:
         """Where a site keeps its state."""

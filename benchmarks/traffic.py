@@ -17,9 +17,9 @@ from srfed.federation.client_app import app as client_app
 from srfed.federation.inline_grid import run_inline
 from srfed.federation.server_app import app as server_app
 from srfed.model import build_model, build_partition
-from srfed.reporting.metrics_log import MetricsLog
-from srfed.reporting.run_directory import RunDirectory
 from srfed.requested_config import requested_config
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
 
 SETTINGS = ("none", "io", "1", "2", "3", "4", "all")
 
@@ -50,7 +50,7 @@ def main() -> None:
             model.state_dict()[name].numel() for name in build_partition(config, model).shared
         )
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            run = RunDirectory.create(Path(folder) / "run", config)
+            run = RunFolder.create(Path(folder) / "run", config)
             run_inline(run, server_app, client_app)
             (line,) = MetricsLog(run.metrics).rounds()
         ratio = f"{line['bytes_up'] / (4 * shared):.4f}" if shared else "-"

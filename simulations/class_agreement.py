@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from srfed.checkpoints.trained_run import TrainedRun
 from srfed.command import Parser, run_command
 from srfed.config import ResourcesConfig
 from srfed.data import load_tasks
 from srfed.evaluation.generation import generate
 from srfed.evaluation.metrics.nearest_neighbour import accuracy_on_real_images, class_agreement
+from srfed.runs.run import TrainedRun
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

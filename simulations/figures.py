@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from srfed.checkpoints.trained_run import TrainedRun
 from srfed.command import Parser, run_command
 from srfed.config import load_config
 from srfed.data.images import Images
 from srfed.errors import UserError
 from srfed.evaluation.generation import generate, strip_timesteps
 from srfed.reporting.pictures import draw_grid, write_png
+from srfed.runs.run import TrainedRun
 
 STRIPS = 10
 """Samples in Figure 2."""

@@ -27,7 +27,7 @@ from srfed.command import Parser, run_command
 from srfed.errors import UserError
 from srfed.files import write_bytes
 from srfed.reporting.plots import line_plot
-from srfed.reporting.words import bytes_in_words
+from srfed.reporting.units import bytes_in_words
 
 DIAL = ("none", "io", 1, 2, 3, "all")
 FACTORS = (0.5, 1, 2, 4)

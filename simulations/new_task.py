@@ -23,8 +23,6 @@ from tqdm import tqdm
 from simulations.study import change, mean_and_spread
 from simulations.table1 import DATASETS, PRESETS, configuration
 from srfed import simulate
-from srfed.checkpoints.adapted_task import Point, read_points, score_adaptation, write_points
-from srfed.checkpoints.trained_run import TrainedRun
 from srfed.command import Parser, run_command
 from srfed.config import RunConfig
 from srfed.data import Task, load_tasks, task_names
@@ -33,6 +31,8 @@ from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.metrics.nearest_neighbour import accuracy_on_real_images, class_agreement
 from srfed.files import read_json, write_bytes, write_json
 from srfed.reporting.plots import line_plot
+from srfed.runs.adapting import Point, read_points, score_adaptation, write_points
+from srfed.runs.run import TrainedRun
 from srfed.training.adaptation import MODES, Mode
 
 NEW_TASKS = 2

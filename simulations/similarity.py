@@ -25,7 +25,6 @@ from scipy.stats import rankdata, spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
-from srfed.checkpoints.trained_run import TrainedRun
 from srfed.command import Parser, run_command
 from srfed.config import load_config
 from srfed.data import Task, load_tasks
@@ -39,6 +38,7 @@ from srfed.evaluation.metrics.frechet import frechet_distance
 from srfed.evaluation.metrics.nearest_neighbour import accuracy_on_real_images, judged_as
 from srfed.files import write_bytes
 from srfed.reporting.plots import heat_map
+from srfed.runs.run import TrainedRun
 
 ALL = "all"
 PERMUTATIONS = 9_999

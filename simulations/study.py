@@ -23,14 +23,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from srfed.checkpoints.evaluate_run import Wanted, read_samples
-from srfed.checkpoints.trained_run import TrainedRun
 from srfed.config import RunConfig, parse_config
 from srfed.cores import usable_cores
 from srfed.data.images import Images
 from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
 from srfed.files import held, read_json, write_bytes
+from srfed.runs.run import TrainedRun
+from srfed.runs.scoring import Wanted, read_samples
 
 LAST_WORDS = 3
 """Lines of a failed run's output that are shown."""
@@ -60,7 +60,7 @@ class Case:
 @dataclass(frozen=True)
 class Outcome:
     """A case with everything that was measured; see
-    :func:`srfed.checkpoints.evaluate_run.evaluate_run`.
+    :func:`srfed.runs.scoring.evaluate_run`.
     """
 
     case: Case

@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 from simulations.study import wanted_of
-from srfed.checkpoints.evaluate_run import evaluate_run
-from srfed.checkpoints.trained_run import TrainedRun
 from srfed.command import run_command
 from srfed.config import parse_config_json
 from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
 from srfed.files import write_json
-from srfed.reporting.run_directory import RunDirectory
+from srfed.runs.run import TrainedRun
+from srfed.runs.scoring import evaluate_run
+from srfed.storage.run_folder import RunFolder
 from srfed.train_command import check_training, finished
 
 
@@ -28,10 +28,10 @@ def main() -> int:
 def _do(folder: Path, samples: int, ssim_images: int, references: Path) -> None:
     config = parse_config_json(sys.stdin.read())
     if (folder / "run.json").exists():
-        run = RunDirectory.open(folder).reconfigure(config)
+        run = RunFolder.open(folder).reconfigure(config)
     else:
         check_training(config)
-        run = RunDirectory.create(folder, config)
+        run = RunFolder.create(folder, config)
     if not finished(run):
         _train(run)
     trained = TrainedRun(folder, config.resources)
@@ -54,9 +54,9 @@ def _do(folder: Path, samples: int, ssim_images: int, references: Path) -> None:
     write_json(folder / "outcome.json", record)
 
 
-def _train(run: RunDirectory) -> None:
+def _train(run: RunFolder) -> None:
     if run.config.training.method != "federated":
-        from srfed.centralised.run import train_centrally
+        from srfed.runs.centralised import train_centrally
 
         train_centrally(run)
         return

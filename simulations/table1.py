@@ -38,7 +38,7 @@ from srfed.errors import UserError
 from srfed.files import write_bytes
 from srfed.paths import absolute_path
 from srfed.reporting.pictures import draw_grid, write_png
-from srfed.reporting.words import bytes_in_words, seconds_in_words
+from srfed.reporting.units import bytes_in_words, seconds_in_words
 from srfed.requested_config import refuse_ignored_dir
 
 CONFIGS = Path(__file__).parent.parent / "configs"

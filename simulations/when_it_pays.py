@@ -29,8 +29,8 @@ from srfed.command import Parser, run_command
 from srfed.config import RunConfig
 from srfed.errors import UserError
 from srfed.files import write_bytes
-from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.plots import line_plot
+from srfed.storage.metrics_log import MetricsLog
 
 POOLED = {
     "training__method": "pooled",

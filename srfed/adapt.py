@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from srfed.command import Parser, run_command
 
 if TYPE_CHECKING:
-    from srfed.checkpoints.adapted_task import Point
-    from srfed.checkpoints.trained_run import TrainedRun, TrainedSite
     from srfed.config import RunConfig
     from srfed.data import Task
+    from srfed.runs.adapting import Point
+    from srfed.runs.run import TrainedRun, TrainedSite
 
 ROW = 10
 """Samples in one row of a picture."""
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _adapt(options: argparse.Namespace) -> None:
     from srfed.config import load_config
     from srfed.errors import UserError
-    from srfed.reporting.run_directory import RunDirectory
+    from srfed.storage.run_folder import RunFolder
 
     for name, least in (("steps", 1), ("every", 1), ("samples", 2), ("seed", 0)):
         value = getattr(options, name)
@@ -80,20 +80,20 @@ def _adapt(options: argparse.Namespace) -> None:
     every = options.every or -(-options.steps // 6)
     resources = load_config(None, [f"resources.device={options.device}"]).resources
     if options.run is not None:
-        RunDirectory.open(options.run)
+        RunFolder.open(options.run)
     # Importing torch takes seconds: what is wrong with the options is said before.
     import torch
     from tqdm import tqdm
 
-    from srfed.checkpoints.adapted_task import (
+    from srfed.evaluation.features.load import load_feature_network
+    from srfed.reporting.pictures import draw_grid, write_png
+    from srfed.runs.adapting import (
         AdaptationFolder,
         images_hash,
         score_adaptation,
         tensors_hash,
     )
-    from srfed.checkpoints.trained_run import TrainedRun, TrainedSite
-    from srfed.evaluation.features.load import load_feature_network
-    from srfed.reporting.pictures import draw_grid, write_png
+    from srfed.runs.run import TrainedRun, TrainedSite
     from srfed.training.adaptation import MODES, adaptation_config
 
     trained = (

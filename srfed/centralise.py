@@ -10,7 +10,7 @@ from pathlib import Path
 from srfed.command import run_command
 from srfed.config import RunConfig
 from srfed.errors import UserError
-from srfed.reporting.run_directory import RunDirectory
+from srfed.storage.run_folder import RunFolder
 from srfed.train_command import check_training, train_by_command, training_parser
 
 
@@ -36,8 +36,8 @@ def _check(
     check_training(config, record, allow_changed_images=allow_changed_images)
 
 
-def _run(run: RunDirectory) -> None:
-    from srfed.centralised.run import train_centrally
+def _run(run: RunFolder) -> None:
+    from srfed.runs.centralised import train_centrally
 
     train_centrally(run)
 

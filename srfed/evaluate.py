@@ -61,15 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _evaluate(options: argparse.Namespace) -> None:
     from srfed.config import load_config, parse_config
     from srfed.errors import UserError
-    from srfed.reporting.run_directory import RunDirectory
     from srfed.requested_config import requested_sampling, with_absolute_paths
+    from srfed.storage.run_folder import RunFolder
 
     if not 0 < options.quantile < 0.5:
         raise UserError(
             f"--quantile {options.quantile} is impossible; allowed: above 0 and below 0.5"
         )
     resources = load_config(None, [f"resources.device={options.device}"]).resources
-    own = RunDirectory.open(options.run).config
+    own = RunFolder.open(options.run).config
     given = {
         "samples": options.samples,
         "feature_network": options.network,
@@ -91,11 +91,11 @@ def _evaluate(options: argparse.Namespace) -> None:
     # Importing torch takes seconds: what is wrong with the options is said before.
     from tqdm import tqdm
 
-    from srfed.checkpoints.evaluate_run import Wanted, evaluate_run
-    from srfed.checkpoints.trained_run import TrainedRun
     from srfed.evaluation.features.load import load_feature_network
+    from srfed.runs.run import TrainedRun
+    from srfed.runs.scoring import Wanted, evaluate_run
 
-    if not RunDirectory.open(options.run).images.exists():
+    if not RunFolder.open(options.run).images.exists():
         _note(
             "the run has no record of its images, so nobody can tell whether it was begun with "
             "those that are there"

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _show(options: argparse.Namespace) -> None:
     from srfed.data import load_task
     from srfed.errors import UserError
-    from srfed.reporting.words import bytes_in_words
+    from srfed.reporting.units import bytes_in_words
     from srfed.requested_config import requested_config
 
     channels = options.image_channels

@@ -61,24 +61,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _sample(options: argparse.Namespace) -> None:
     from srfed.config import load_config
     from srfed.errors import UserError
-    from srfed.reporting.run_directory import RunDirectory
     from srfed.requested_config import requested_sampling
+    from srfed.storage.run_folder import RunFolder
 
     if options.n < 1:
         raise UserError(f"--n {options.n} is impossible; allowed: 1 or more")
     resources = load_config(None, [f"resources.device={options.device}"]).resources
     given = options.sampler, options.steps, options.eta
     if options.run is not None:
-        requested_sampling(RunDirectory.open(options.run).config, *given)
+        requested_sampling(RunFolder.open(options.run).config, *given)
     # Importing torch takes seconds: what is wrong with the options is said before.
     import numpy as np
     import torch
     from tqdm import tqdm
 
-    from srfed.checkpoints.trained_run import TrainedRun, TrainedSite
     from srfed.evaluation.generation import generate
     from srfed.files import try_output, write_bytes
     from srfed.reporting.pictures import draw_grid, write_png
+    from srfed.runs.run import TrainedRun, TrainedSite
 
     out = options.out or Path("samples.png")
     for output in (out, options.npz):

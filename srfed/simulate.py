@@ -6,7 +6,7 @@ from pathlib import Path
 from srfed.command import run_command, stopping_gently
 from srfed.config import RunConfig
 from srfed.errors import UserError
-from srfed.reporting.run_directory import RunDirectory
+from srfed.storage.run_folder import RunFolder
 from srfed.train_command import check_training, train_by_command, training_parser
 
 
@@ -35,7 +35,7 @@ def check(
     check_training(config, record, allow_changed_images=allow_changed_images)
 
 
-def _run(run: RunDirectory) -> None:
+def _run(run: RunFolder) -> None:
     """Start the apps on the configured backend; a signal stops between two replies."""
     from srfed.federation.client_app import app as client_app
     from srfed.federation.exchange import StoppedError, stop_requested

@@ -15,10 +15,10 @@ from srfed.config import RunConfig, describe
 from srfed.cores import check_resources
 from srfed.errors import UserError
 from srfed.files import held, write_bytes
-from srfed.reporting.metrics_log import MetricsLog
-from srfed.reporting.run_directory import LOCK, RunDirectory
 from srfed.reporting.summary import summarise
 from srfed.requested_config import requested_config
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import LOCK, RunFolder
 
 
 def training_parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -69,7 +69,7 @@ def train_by_command(
     options: argparse.Namespace,
     further: dict[str, str | None],
     check: Callable[..., None],
-    train: Callable[[RunDirectory], None],
+    train: Callable[[RunFolder], None],
 ) -> None:
     """Begin a run or go on with one, train it, and say how it went.
 
@@ -99,11 +99,11 @@ def train_by_command(
             )
         config = requested_config(options.config, options.overrides, named)
         check(config)
-        run = RunDirectory.create(options.run_dir, config)
+        run = RunFolder.create(options.run_dir, config)
     else:
         if options.run_dir is not None:
             raise UserError("--resume names the run's folder; leave --run-dir out")
-        run = RunDirectory.open(options.resume)
+        run = RunFolder.open(options.resume)
         config = requested_config(options.config or run.config_file, options.overrides, named)
         run = run.reconfigure(config)
         record = run.images if run.started or run.images.exists() else None
@@ -196,7 +196,7 @@ def check_training(
             record_tasks(record, tasks)
 
 
-def _last_reason(run: RunDirectory, since: float) -> str:
+def _last_reason(run: RunFolder, since: float) -> str:
     """What a simulated client has last put in its own log, as here the same person owns run and
     clients.
     """
@@ -222,7 +222,7 @@ def relative(path: Path) -> Path:
         return path
 
 
-def finished(run: RunDirectory) -> bool:
+def finished(run: RunFolder) -> bool:
     """Whether the run has its last evaluation, and so nothing is left to do."""
     last = run.config.federation.rounds
     # A checkpoint that was removed takes the run back, whatever its log says.
@@ -231,7 +231,7 @@ def finished(run: RunDirectory) -> bool:
     )
 
 
-def _announce(run: RunDirectory) -> None:
+def _announce(run: RunFolder) -> None:
     from srfed.data import describe_images
 
     config = run.config
@@ -250,7 +250,7 @@ def _announce(run: RunDirectory) -> None:
     print(f"follow it:  tensorboard --logdir {relative(run.tensorboard)}", flush=True)
 
 
-def _show_where(run: RunDirectory) -> None:
+def _show_where(run: RunFolder) -> None:
     path = relative(run.path)
     pictures = sorted(run.samples.glob("round-*.png"))
     print()

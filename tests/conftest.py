@@ -8,7 +8,7 @@ import pytest
 from tiny_run import begin, run_in_process, write_tiny_yaml
 
 from srfed.federation.exchange import stop_requested
-from srfed.reporting.run_directory import RunDirectory
+from srfed.storage.run_folder import RunFolder
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +18,7 @@ def tiny_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A whole tiny run; a test that changes its folder works on a copy."""
     return run_in_process(begin(tmp_path_factory.mktemp("finished") / "run"))
 

@@ -16,9 +16,6 @@ from tiny_run import tiny_config
 
 from srfed import adapt as command
 from srfed import sample
-from srfed.checkpoints.adapted_task import tensors_hash
-from srfed.checkpoints.site_model import SiteModel
-from srfed.checkpoints.trained_run import TrainedRun, TrainedSite
 from srfed.config import ResourcesConfig, parse_config
 from srfed.data import load_task, to_model_range
 from srfed.errors import UserError
@@ -28,7 +25,10 @@ from srfed.evaluation.generation import generate
 from srfed.evaluation.metrics.frechet import frechet_distance
 from srfed.model import build_diffusion, build_model, build_partition
 from srfed.networks.partition import divide
-from srfed.reporting.run_directory import RunDirectory
+from srfed.runs.adapting import tensors_hash
+from srfed.runs.run import TrainedRun, TrainedSite
+from srfed.storage.run_folder import RunFolder
+from srfed.storage.site_model import SiteModel
 from srfed.training.adaptation import MODES, Adapted, Mode, adapt, adaptation_config
 from srfed.training.local import LocalTrainer, initial_state, load_tensors
 
@@ -39,7 +39,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def trained(finished_run: RunDirectory) -> TrainedRun:
+def trained(finished_run: RunFolder) -> TrainedRun:
     return TrainedRun(finished_run.path, CPU)
 
 
@@ -225,7 +225,7 @@ def test_runs_that_no_task_can_be_added_to(
 
 
 @pytest.fixture
-def run_command(finished_run: RunDirectory, tmp_path: Path) -> Callable[..., tuple[int, Path]]:
+def run_command(finished_run: RunFolder, tmp_path: Path) -> Callable[..., tuple[int, Path]]:
     def call(*arguments: object, out: str = "out") -> tuple[int, Path]:
         given = ["--run", finished_run.path, *FEW, "--out", tmp_path / out, *arguments]
         return command.main([str(argument) for argument in given]), tmp_path / out
@@ -234,7 +234,7 @@ def run_command(finished_run: RunDirectory, tmp_path: Path) -> Callable[..., tup
 
 
 def test_the_command_keeps_scores_pictures_and_models(
-    finished_run: RunDirectory,
+    finished_run: RunFolder,
     trained: TrainedRun,
     run_command: Callable[..., tuple[int, Path]],
     capsys: pytest.CaptureFixture[str],

@@ -26,9 +26,6 @@ from torch import Tensor
 from torch.func import functional_call
 
 from srfed import centralise, simulate
-from srfed.checkpoints.client_store import ClientStore
-from srfed.checkpoints.server_state import ServerCheckpoints
-from srfed.checkpoints.trained_run import TrainedRun
 from srfed.config import RunConfig, parse_config
 from srfed.data import Task, load_tasks
 from srfed.diffusion.process import Diffusion
@@ -39,7 +36,10 @@ from srfed.evaluation.references import CentralEvaluation
 from srfed.model import build_diffusion, build_model, build_partition, noise_of_task
 from srfed.networks.partition import divide
 from srfed.networks.unet import UNet
-from srfed.reporting.run_directory import RunDirectory
+from srfed.runs.run import TrainedRun
+from srfed.storage.client_store import ClientStore
+from srfed.storage.run_folder import RunFolder
+from srfed.storage.server_checkpoints import ServerCheckpoints
 from srfed.training.centralised import CentralResult, CentralState, CentralTrainer
 from srfed.training.local import ClientState, LocalResult, LocalTrainer
 from srfed.training.minibatches import MinibatchOrder
@@ -875,13 +875,13 @@ def setting(*pairs: str) -> list[str]:
     return [word for pair in pairs for word in ("--set", pair)]
 
 
-def whole_run(tiny: Path, path: Path, method: str, rounds: int) -> RunDirectory:
+def whole_run(tiny: Path, path: Path, method: str, rounds: int) -> RunFolder:
     options = setting(*METHOD_OPTIONS[method], f"federation.rounds={rounds}")
     assert centralise.main(["--config", str(tiny), "--run-dir", str(path), *options]) == 0
-    return RunDirectory.open(path)
+    return RunFolder.open(path)
 
 
-def losses(run: RunDirectory) -> list[Any]:
+def losses(run: RunFolder) -> list[Any]:
     return [(line["round"], line["loss"]) for line in records(run) if line["kind"] == "round"]
 
 
@@ -909,7 +909,7 @@ def test_a_run_that_was_stopped_and_resumed_has_the_bits_of_one_that_was_not(
     task = "digit-0"
     assert (ClientStore(run.clients, task, run.lineage, 3).folder / "round-00002").exists()
     assert centralise.main(more) == 0
-    run = RunDirectory.open(run.path)
+    run = RunFolder.open(run.path)
     assert all_bits(run) == all_bits(undisturbed)
     assert losses(run) == losses(undisturbed)
     assert [number for number, _ in losses(run)] == [1, 2, 3]
@@ -925,11 +925,11 @@ def test_a_run_that_was_killed_goes_on_with_the_same_bits(tiny: Path, tmp_path: 
         [sys.executable, "-m", "srfed.centralise", *arguments], signal.SIGKILL
     )
     assert code == -signal.SIGKILL
-    run = RunDirectory.open(path)
+    run = RunFolder.open(path)
     rounds = ServerCheckpoints(run.server, 3).rounds()[-1] + 2
     assert centralise.main(["--resume", str(path), *setting(f"federation.rounds={rounds}")]) == 0
     undisturbed = whole_run(tiny, tmp_path / "whole", "one_task", rounds)
-    run = RunDirectory.open(path)
+    run = RunFolder.open(path)
     assert all_bits(run) == all_bits(undisturbed)
     assert losses(run) == losses(undisturbed)
 

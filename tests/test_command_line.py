@@ -20,8 +20,8 @@ from srfed.command import Parser
 from srfed.config import ResourcesConfig, RunConfig
 from srfed.cores import check_resources, quota_of_group, usable_cores
 from srfed.errors import UserError
-from srfed.reporting.run_directory import RunDirectory
 from srfed.requested_config import requested_config
+from srfed.storage.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 Completed = subprocess.CompletedProcess[str]
@@ -256,7 +256,7 @@ def test_a_run_of_own_data_has_all_tasks_and_their_name(
     given = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     assert simulate.main(["--data-dir", "photos", "--backend", "inline", *given]) == 0
     (folder,) = (tmp_path / "runs").glob("photos-*")
-    run = RunDirectory.open(folder)
+    run = RunFolder.open(folder)
     assert run.config.data.dir == str(tmp_path / "photos")
     assert [line["accepted"] for line in records(run) if line["kind"] == "round"] == [
         ["east", "west"]
@@ -302,7 +302,7 @@ def test_files_in_the_wrong_place_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_what_would_be_ignored_is_refused(
-    finished_run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished_run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = pictures(tmp_path / "photos", "a", "b")
     digits = [ROOT / "configs" / "digits.yaml", "--data-dir", folder]
@@ -469,7 +469,7 @@ def test_closed_and_full_streams_end_in_the_right_status_without_a_traceback(
 
 
 def test_a_run_without_any_stream_is_whole(
-    tiny_yaml: Path, tmp_path: Path, finished_run: RunDirectory
+    tiny_yaml: Path, tmp_path: Path, finished_run: RunFolder
 ) -> None:
     run = tmp_path / "run"
     assert (
@@ -478,7 +478,7 @@ def test_a_run_without_any_stream_is_whole(
         ).returncode
         == 0
     )
-    assert records(RunDirectory.open(run)) == records(finished_run)
+    assert records(RunFolder.open(run)) == records(finished_run)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

@@ -18,8 +18,8 @@ from tiny_run import all_bits, begin, records, run_in_process, stop_after_a_roun
 
 from srfed import sample, simulate
 from srfed.reporting.pictures import GAP, SMALLEST_CELL
-from srfed.reporting.run_directory import RunDirectory
-from srfed.tensors import STATE_FILE
+from srfed.storage.checkpoint import STATE_FILE
+from srfed.storage.run_folder import RunFolder
 
 
 def command(module: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
@@ -32,12 +32,12 @@ def command(module: str, *arguments: object) -> "subprocess.CompletedProcess[str
 
 
 def test_the_main_job_from_the_command_line(
-    tiny_yaml: Path, tmp_path: Path, finished_run: RunDirectory
+    tiny_yaml: Path, tmp_path: Path, finished_run: RunFolder
 ) -> None:
     done = command("simulate", "--config", tiny_yaml, "--clients", 3, "--run-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "no warnings, no progress bar where there is no terminal"
-    run = RunDirectory.open(tmp_path / "run")
+    run = RunFolder.open(tmp_path / "run")
     for name in ("config.yaml", "run.json", "metrics.jsonl", "summary.txt"):
         assert (run.path / name).stat().st_size > 0, name
     assert run.config.to_yaml() == (run.path / "config.yaml").read_text()
@@ -90,7 +90,7 @@ def test_ctrl_c_stops_with_code_130_says_how_to_go_on_and_that_works(
     assert code == 130
     assert "Traceback" not in message
     assert f"python -m srfed.simulate --resume {tmp_path / 'run'}" in message
-    run = RunDirectory.open(tmp_path / "run")
+    run = RunFolder.open(tmp_path / "run")
     rounds = len([line for line in records(run) if line["kind"] == "round"]) + 1
     assert simulate.main(["--resume", str(run.path), "--set", f"federation.rounds={rounds}"]) == 0
     whole = run_in_process(
@@ -103,7 +103,7 @@ def test_ctrl_c_stops_with_code_130_says_how_to_go_on_and_that_works(
 
 
 def test_resuming_a_finished_run_changes_nothing(
-    finished_run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished_run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = Path(shutil.copytree(finished_run.path, tmp_path / "copy"))
     before = (copy / "metrics.jsonl").read_bytes()
@@ -127,7 +127,7 @@ Sampled = tuple[bytes, np.ndarray, list[str]]
 
 
 @pytest.fixture
-def draw(finished_run: RunDirectory, tmp_path: Path) -> Callable[..., Sampled]:
+def draw(finished_run: RunFolder, tmp_path: Path) -> Callable[..., Sampled]:
     """Sample with some arguments; the picture, the images and their tasks."""
 
     def call(*arguments: object) -> Sampled:
@@ -153,7 +153,7 @@ def draw(finished_run: RunDirectory, tmp_path: Path) -> Callable[..., Sampled]:
 
 
 def test_sampling_from_the_command_line(
-    finished_run: RunDirectory, tmp_path: Path, draw: Callable[..., Sampled]
+    finished_run: RunFolder, tmp_path: Path, draw: Callable[..., Sampled]
 ) -> None:
     out, numbers = tmp_path / "grid.png", tmp_path / "images.npz"
     done = command(
@@ -330,7 +330,7 @@ def test_a_broken_configuration_file_is_named(
 
 
 def test_a_folder_that_cannot_hold_a_new_run_is_refused_and_left_alone(
-    tiny_yaml: Path, tmp_path: Path, finished_run: RunDirectory, capsys: pytest.CaptureFixture[str]
+    tiny_yaml: Path, tmp_path: Path, finished_run: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
@@ -368,7 +368,7 @@ def test_a_folder_that_cannot_hold_a_new_run_is_refused_and_left_alone(
     ],
 )
 def test_what_cannot_be_sampled_is_one_line(
-    finished_run: RunDirectory,
+    finished_run: RunFolder,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     arguments: str,
@@ -390,7 +390,7 @@ def test_what_cannot_be_sampled_is_one_line(
 
 
 def test_sampling_where_nothing_can_be_written_or_nothing_was_trained_is_one_line(
-    finished_run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished_run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
     common = ["--run", finished_run.path, "--n", 1, "--steps", 1, "--device", "cpu"]
@@ -414,7 +414,7 @@ def test_a_refusal_of_the_real_command_is_one_line_without_traceback(tmp_path: P
 
 
 def test_a_full_disk_ends_the_run_in_one_line_and_more_room_lets_it_go_on(
-    tiny_yaml: Path, tmp_path: Path, finished_run: RunDirectory
+    tiny_yaml: Path, tmp_path: Path, finished_run: RunFolder
 ) -> None:
     """The limit on a file's size stands for the disk: φ's checkpoint fits, the one with its moments
     does not.
@@ -432,4 +432,4 @@ def test_a_full_disk_ends_the_run_in_one_line_and_more_room_lets_it_go_on(
         f"error: cannot write {tmp_path / 'run' / 'server'}"
     )
     assert simulate.main(["--resume", str(tmp_path / "run")]) == 0
-    assert all_bits(RunDirectory.open(tmp_path / "run")) == all_bits(finished_run)
+    assert all_bits(RunFolder.open(tmp_path / "run")) == all_bits(finished_run)

@@ -42,9 +42,9 @@ from srfed.errors import UserError
 from srfed.files import held
 from srfed.model import build_diffusion, build_model, build_partition
 from srfed.networks.partition import divide
-from srfed.reporting.metrics_log import MetricsLog
-from srfed.reporting.run_directory import RunDirectory
-from srfed.tensors import read_manifest
+from srfed.storage.checkpoint import read_manifest
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
 from srfed.training.local import LocalTrainer, initial_state
 
 HOSTS = ("fed.example.org", "10.0.0.5")
@@ -629,7 +629,7 @@ class Rehearsal:
 
 def deployed_bits(folder: Path) -> dict[str, Any]:
     """As tiny_run.all_bits, from the sites' own stores."""
-    run = RunDirectory.open(folder / "run")
+    run = RunFolder.open(folder / "run")
     bits: dict[str, Any] = {"server": server_bits(run)}
     attempts = read_manifest(sorted(run.server.glob("round-*"))[-1])["attempts"]
     for client, attempt in attempts.items():
@@ -679,7 +679,7 @@ def test_a_rehearsal_stopped_and_resumed_has_the_bits_of_a_simulation(
     for path in (folder, *folder.rglob("*")):
         assert path.suffix in (".crt", ".pub") or not path.stat().st_mode & 0o077, path
 
-    run = RunDirectory.open(folder / "run")
+    run = RunFolder.open(folder / "run")
     assert (run.server / "round-00002" / "manifest.json").is_file()
     log = MetricsLog(run.metrics)
     assert [line["round"] for line in log.rounds()] == [1, 2]

@@ -29,7 +29,6 @@ from flwr.supercore.inflatable.inflatable_object import get_object_id
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from tiny_run import TINY, begin, run_in_process, server_bits, tiny_config
 
-from srfed.checkpoints.trained_run import TrainedSite
 from srfed.config import ResourcesConfig, load_config
 from srfed.data import Task, load_tasks, to_model_range
 from srfed.deployment.agree import agree_as_rehearsed
@@ -40,9 +39,10 @@ from srfed.deployment.sites import NOTES, sites_in_words
 from srfed.evaluation.generation import generate
 from srfed.federation.messages import DESCRIBE, EVALUATE, TRAIN
 from srfed.keys import read_key
-from srfed.reporting.metrics_log import MetricsLog
-from srfed.reporting.run_directory import RunDirectory
-from srfed.tensors import read_checkpoint, read_manifest
+from srfed.runs.run import TrainedSite
+from srfed.storage.checkpoint import read_checkpoint, read_manifest
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
 
 SITES = ["digit-0", "digit-1"]
 SAMPLES = 30
@@ -389,7 +389,7 @@ def test_nothing_private_crosses_the_wire_and_the_log_tells_how_much_does(
         for client in SITES:
             deployment.wait_for_site(client)
         assert_succeeded(deployment.run(tmp_path / "run", config))
-    run = RunDirectory.open(tmp_path / "run")
+    run = RunFolder.open(tmp_path / "run")
     traffic = Traffic.of(proxies)
     haystack = traffic.haystack
 
@@ -576,7 +576,7 @@ def test_strangers_are_refused_and_the_run_goes_on_without_them(tmp_path: Path) 
     assert "refused client 'digit-2': its images are 10x10x1, this run's are 8x8x1" in output
     assert not list((state / "digit-2").glob("lineages/*/round-*")), "it was never asked to train"
 
-    deployed = RunDirectory.open(tmp_path / "run")
+    deployed = RunFolder.open(tmp_path / "run")
     log = MetricsLog(deployed.metrics)
     assert [task.client for task in log.tasks()] == SITES
     assert [(line["round"], line["accepted"]) for line in log.rounds()] == [(1, SITES), (2, SITES)]
@@ -646,7 +646,7 @@ def test_a_stranger_with_a_registered_key_cannot_take_the_place_of_a_site_that_r
                 deployment.start_site("digit-1")
         assert_succeeded(run)
     assert refused == 1
-    deployed = RunDirectory.open(tmp_path / "run")
+    deployed = RunFolder.open(tmp_path / "run")
     assert [line["accepted"] for line in MetricsLog(deployed.metrics).rounds()] == [SITES] * 3
     simulated = run_in_process(begin(tmp_path / "simulated", {**TWO, **settings}))
     assert server_bits(deployed) == server_bits(simulated)
@@ -659,7 +659,7 @@ def test_a_stranger_with_a_registered_key_cannot_take_the_place_of_a_site_that_r
     assert "evaluation 3" in " ".join(row)
 
 
-def accepted_bits(run: RunDirectory, state: Path) -> dict[str, Any]:
+def accepted_bits(run: RunFolder, state: Path) -> dict[str, Any]:
     """The hashes of each site's accepted attempt."""
     attempts = read_manifest(sorted(run.server.glob("round-*"))[-1])["attempts"]
     return {

@@ -15,23 +15,23 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from srfed import evaluate
-from srfed.checkpoints.trained_run import TrainedRun
 from srfed.data import load_tasks
 from srfed.evaluation.features.embedded import EmbeddedFeatures
 from srfed.evaluation.generation import generate
-from srfed.reporting.run_directory import RunDirectory
+from srfed.runs.run import TrainedRun
+from srfed.storage.run_folder import RunFolder
 
 SAMPLES, SEED = 60, 3
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     settings = {"federation.rounds": 1, "data.images_per_task": 60}
     return run_in_process(begin(tmp_path_factory.mktemp("trained") / "run", settings))
 
 
 @pytest.fixture(scope="module")
-def record(run: RunDirectory) -> dict[str, Any]:
+def record(run: RunFolder) -> dict[str, Any]:
     assert (
         evaluate.main(["--run", str(run.path), "--samples", str(SAMPLES), "--seed", str(SEED)]) == 0
     )
@@ -41,7 +41,7 @@ def record(run: RunDirectory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def features(run: RunDirectory) -> dict[str, np.ndarray]:
+def features(run: RunFolder) -> dict[str, np.ndarray]:
     """Features of independently drawn samples and of real images, all tasks together."""
     network, trained = EmbeddedFeatures(), TrainedRun(run.path, run.config.resources)
     samples = [
@@ -105,7 +105,7 @@ def test_kernel_distance_equals_torch_fidelitys(
 
 
 def test_every_number_is_printed_with_what_it_depends_on(
-    run: RunDirectory, record: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    run: RunFolder, record: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     began = {path: path.stat().st_mtime_ns for path in run.path.glob("evaluations/*/*")}
     assert (
@@ -135,7 +135,7 @@ def test_every_number_is_printed_with_what_it_depends_on(
 
 
 def test_another_folder_of_the_same_run_gets_the_same_digits(
-    run: RunDirectory, record: dict[str, Any], tmp_path: Path
+    run: RunFolder, record: dict[str, Any], tmp_path: Path
 ) -> None:
     settings = {"federation.rounds": 1, "data.images_per_task": 60}
     again = run_in_process(begin(tmp_path / "again", settings))
@@ -158,7 +158,7 @@ def test_another_folder_of_the_same_run_gets_the_same_digits(
 
 
 def test_references_can_be_kept_in_files(
-    run: RunDirectory, record: dict[str, Any], tmp_path: Path
+    run: RunFolder, record: dict[str, Any], tmp_path: Path
 ) -> None:
     arguments = [
         "--run",
@@ -189,7 +189,7 @@ def test_references_can_be_kept_in_files(
     ],
 )
 def test_impossible_wishes_take_one_line(
-    run: RunDirectory, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+    run: RunFolder, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate.main(["--run", str(run.path), *arguments]) == 2
     err = capsys.readouterr().err

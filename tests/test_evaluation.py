@@ -20,7 +20,8 @@ from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
 from srfed.errors import UserError
-from srfed.evaluation import embedded, weights
+from srfed.evaluation.features import embedded
+from srfed.evaluation.features import inception_file as weights
 from srfed.evaluation.features.load import FeatureNetwork, load_feature_network
 from srfed.evaluation.features.statistics import FeatureStatistics, merge_statistics
 from srfed.evaluation.features.statistics_file import load_statistics, save_statistics

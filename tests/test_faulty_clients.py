@@ -28,8 +28,8 @@ from srfed.federation.messages import (
     array_record,
     read_tensors,
 )
-from srfed.reporting.metrics_log import MetricsLog
-from srfed.reporting.run_directory import RunDirectory
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
 
 Faults = list[Callable[[Message], Message | None]]
 """What becomes of a client's first, second, ... reply: changed in place, or another one."""
@@ -367,8 +367,8 @@ EVALUATE_FAULTS: dict[str, tuple[Callable[[Message], Message | None], str]] = {
 
 
 class Runs(NamedTuple):
-    faulty: RunDirectory
-    absent: RunDirectory
+    faulty: RunFolder
+    absent: RunFolder
 
 
 @pytest.fixture(scope="module")

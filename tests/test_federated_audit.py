@@ -11,25 +11,25 @@ from flwr.clientapp import ClientApp
 from tiny_run import CLIENTS, begin, run_in_process
 
 from srfed import evaluate
-from srfed.centralised.run import train_centrally
-from srfed.checkpoints.trained_run import TrainedRun
 from srfed.data import load_tasks
 from srfed.evaluation.features.embedded import EmbeddedFeatures
 from srfed.evaluation.generation import generate
 from srfed.evaluation.metrics.memorisation import audit
 from srfed.federation import client_app
 from srfed.federation.messages import EVALUATE, METRICS, read_metrics
-from srfed.reporting.metrics_log import MetricsLog
-from srfed.reporting.run_directory import RunDirectory
+from srfed.runs.centralised import train_centrally
+from srfed.runs.run import TrainedRun
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     settings = {"evaluation.memorisation_quantile": 0.2}
     return run_in_process(begin(tmp_path_factory.mktemp("audited") / "run", settings))
 
 
-def test_the_last_evaluation_reports_every_clients_audit(run: RunDirectory) -> None:
+def test_the_last_evaluation_reports_every_clients_audit(run: RunFolder) -> None:
     between, last = MetricsLog(run.metrics).evaluations()
     assert between["audits"] == {}
     assert sorted(last["audits"]) == CLIENTS
@@ -95,7 +95,7 @@ def test_an_audit_that_cannot_be_made_says_why_to_its_owner_and_that_there_is_no
     )
 
 
-def test_suspicious_pairs_stay_with_their_owner(run: RunDirectory) -> None:
+def test_suspicious_pairs_stay_with_their_owner(run: RunFolder) -> None:
     for client in CLIENTS:
         assert [path.name for path in (run.clients / client / "memorisation").iterdir()] == [
             "round-00003.png"

@@ -30,8 +30,8 @@ from tiny_run import (
 from srfed.federation.aggregation import aggregate, client_weights, weighted_mean
 from srfed.federation.inline_grid import InlineGrid
 from srfed.model import build_model, build_partition
-from srfed.reporting.run_directory import RunDirectory
-from srfed.tensors import read_checkpoint
+from srfed.storage.checkpoint import read_checkpoint
+from srfed.storage.run_folder import RunFolder
 
 # --- Ray ----------------------------------------------------------------------------------------
 
@@ -41,9 +41,9 @@ class RayRuns(NamedTuple):
     to have itself.
     """
 
-    whole: RunDirectory
+    whole: RunFolder
     output: str
-    stopped: RunDirectory
+    stopped: RunFolder
     stop_code: int
     stop_message: str
 
@@ -85,9 +85,9 @@ def ray_runs(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> RayRu
     )
     code, message = stop_after_a_round(endless, signal.SIGTERM)
     return RayRuns(
-        RunDirectory.open(folder / "whole"),
+        RunFolder.open(folder / "whole"),
         done.stdout,
-        RunDirectory.open(folder / "stopped"),
+        RunFolder.open(folder / "stopped"),
         code,
         message,
     )
@@ -166,9 +166,9 @@ def test_the_order_in_which_replies_arrive_changes_no_bit(tmp_path: Path, weight
     assert records(first) == records(run)
 
 
-def test_another_seed_gives_other_bits(finished_run: RunDirectory, tmp_path: Path) -> None:
+def test_another_seed_gives_other_bits(finished_run: RunFolder, tmp_path: Path) -> None:
     config = finished_run.config.model_copy(update={"seed": 1})
-    other = run_in_process(RunDirectory.create(tmp_path / "run", config))
+    other = run_in_process(RunFolder.create(tmp_path / "run", config))
     ours, theirs = all_bits(finished_run), all_bits(other)
     assert all(ours[name]["sha256"] != theirs[name]["sha256"] for name in ours)
 

@@ -15,7 +15,7 @@ from srfed.data import load_tasks
 from srfed.deployment.agree import agree_as_rehearsed
 from srfed.deployment.processes import CONNECTION, Deployment
 from srfed.federation.messages import REFUSED
-from srfed.reporting.metrics_log import MetricsLog
+from srfed.storage.metrics_log import MetricsLog
 
 HONEST, HOSTILE = "digit-0", "digit-1"
 SETTINGS: dict[str, Any] = {

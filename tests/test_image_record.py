@@ -16,7 +16,6 @@ from test_data import folder, held_out, message_of, random_images, save
 from tiny_run import all_bits, begin, run_in_process
 
 from srfed import centralise, evaluate, simulate
-from srfed.centralised.run import train_centrally
 from srfed.config import DataConfig
 from srfed.data import (
     ImageRecord,
@@ -35,8 +34,9 @@ from srfed.federation.inline_grid import InlineGrid
 from srfed.federation.messages import TRAIN
 from srfed.federation.server_app import run_federation
 from srfed.federation.site import STATE_DIR_VARIABLE, own_task
-from srfed.reporting.metrics_log import MetricsLog
-from srfed.reporting.run_directory import RunDirectory
+from srfed.runs.centralised import train_centrally
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
 
 NAME = "clinic-7"
 FRACTION = DataConfig().test_fraction
@@ -226,12 +226,12 @@ def pictures(original: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(pictures: Path) -> RunDirectory:
+def run(pictures: Path) -> RunFolder:
     """The copied run."""
-    return RunDirectory.open(pictures.parent / "run")
+    return RunFolder.open(pictures.parent / "run")
 
 
-def test_a_run_remembers_its_images_and_the_digits_too(finished_run: RunDirectory) -> None:
+def test_a_run_remembers_its_images_and_the_digits_too(finished_run: RunFolder) -> None:
     tasks = {
         f"digit-{index}": ImageRecord.of(load_task(finished_run.config.data, index))
         for index in range(3)
@@ -297,7 +297,7 @@ def refused(capsys: pytest.CaptureFixture[str], code: int) -> str:
 
 @pytest.mark.parametrize("what", ["replaced", "five more", "one less", "another split"])
 def test_changed_images_are_said_and_refused_and_nothing_goes_on(
-    pictures: Path, run: RunDirectory, capsys: pytest.CaptureFixture[str], what: str
+    pictures: Path, run: RunFolder, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:
     bits, record = all_bits(run), run.images.read_bytes()
     arguments = ["--run", str(run.path), "--samples", "6"]
@@ -308,7 +308,7 @@ def test_changed_images_are_said_and_refused_and_nothing_goes_on(
         refused(capsys, evaluate.main(arguments)),
         refused(capsys, evaluate.main([*arguments, "--seed", "9"])),
         refused(capsys, simulate.main(resume)),
-        message_of(run_in_process, RunDirectory.open(run.path)),
+        message_of(run_in_process, RunFolder.open(run.path)),
     ):
         assert told in text
         assert "--allow-changed-images" in text
@@ -317,7 +317,7 @@ def test_changed_images_are_said_and_refused_and_nothing_goes_on(
 
 
 def test_changed_images_that_are_allowed_are_said_and_measured_anew(
-    pictures: Path, run: RunDirectory, capsys: pytest.CaptureFixture[str]
+    pictures: Path, run: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--run", str(run.path), "--samples", "6"]
     assert evaluate.main(arguments) == 0
@@ -351,9 +351,7 @@ def test_changed_images_that_are_allowed_are_said_and_measured_anew(
     assert "note" not in capsys.readouterr().err
 
 
-def test_a_record_that_was_lost_is_said(
-    run: RunDirectory, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_record_that_was_lost_is_said(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     record = run.images.read_bytes()
     run.images.unlink()
     assert evaluate.main(["--run", str(run.path), "--samples", "6"]) == 0
@@ -387,7 +385,7 @@ def test_a_centralised_run_remembers_too(
         refused(
             capsys, centralise.main(["--resume", str(run.path), "--set", "federation.rounds=2"])
         ),
-        message_of(train_centrally, RunDirectory.open(run.path)),
+        message_of(train_centrally, RunFolder.open(run.path)),
     ):
         assert told in text
 
@@ -467,7 +465,7 @@ class ChangingSites(InlineGrid):
     begins anew.
     """
 
-    def __init__(self, run: RunDirectory, data: dict[str, Path], changes: Path) -> None:
+    def __init__(self, run: RunFolder, data: dict[str, Path], changes: Path) -> None:
         super().__init__(client_app, 0)
         self._changes = changes
         for node, (client, path) in enumerate(data.items(), 1):

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from srfed.checkpoints.trained_run import TrainedRun
 from srfed.config import ResourcesConfig, load_config
 from srfed.data import load_tasks
 from srfed.evaluation.generation import generate
@@ -10,8 +9,9 @@ from srfed.evaluation.metrics.nearest_neighbour import accuracy_on_real_images, 
 from srfed.federation.client_app import app as client_app
 from srfed.federation.inline_grid import run_inline
 from srfed.federation.server_app import app as server_app
-from srfed.reporting.metrics_log import MetricsLog
-from srfed.reporting.run_directory import RunDirectory
+from srfed.runs.run import TrainedRun
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
 
 
 def test_samples_belong_to_their_tasks(tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_samples_belong_to_their_tasks(tmp_path: Path) -> None:
         "sampling.steps=25",
     ]
     config = load_config(None, overrides)
-    directory = RunDirectory.create(tmp_path / "run", config)
+    directory = RunFolder.create(tmp_path / "run", config)
     run_inline(directory, server_app, client_app)
 
     run = TrainedRun(directory.path, ResourcesConfig())

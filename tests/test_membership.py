@@ -24,7 +24,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_faulty_clients import Faults, Tensors, app_with, fail, set_field
 from tiny_run import all_bits, begin, records, round_lines, server_bits, tiny_config
 
-from srfed.checkpoints.client_store import NO_PARENT, ClientStore
 from srfed.deployment.certificates import make_certificates
 from srfed.deployment.sites import rebind, sites_in_words
 from srfed.errors import UserError
@@ -46,9 +45,10 @@ from srfed.federation.server_app import RUN_DIR_VARIABLE, begin_or_go_on, run_fe
 from srfed.federation.site import STATE_DIR_VARIABLE
 from srfed.files import write_json
 from srfed.keys import key_fingerprint, read_key
-from srfed.reporting.metrics_log import MetricsLog
-from srfed.reporting.run_directory import RunDirectory
-from srfed.tensors import read_manifest
+from srfed.storage.checkpoint import read_manifest
+from srfed.storage.client_store import NO_PARENT, ClientStore
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
 
 ROUNDS = 3
 SETTINGS: dict[str, Any] = {
@@ -92,7 +92,7 @@ class ChangingGrid(InlineGrid):
 
     def __init__(
         self,
-        run: RunDirectory,
+        run: RunFolder,
         app: ClientApp = real_app,
         connected: Callable[[int], Collection[int]] = lambda _: ALL,
     ) -> None:
@@ -146,7 +146,7 @@ class ErrorGrid(ChangingGrid):
     replies.
     """
 
-    def __init__(self, run: RunDirectory, errors: dict[tuple[str, int], list[int]]) -> None:
+    def __init__(self, run: RunFolder, errors: dict[tuple[str, int], list[int]]) -> None:
         super().__init__(run)
         self._errors = errors
 
@@ -175,19 +175,19 @@ def away_for(
     return connected
 
 
-def start(run: RunDirectory, grid: InlineGrid | None = None) -> RunDirectory:
+def start(run: RunFolder, grid: InlineGrid | None = None) -> RunFolder:
     """The whole run on a grid, where further clients may come: nothing is fixed."""
     os.environ[RUN_DIR_VARIABLE], os.environ[STATE_DIR_VARIABLE] = str(run.path), str(run.clients)
     run_federation(grid or ChangingGrid(run), run)
     return run
 
 
-def reconfigured(run: RunDirectory, changes: dict[str, Any]) -> RunDirectory:
-    return RunDirectory.open(run.path).reconfigure(tiny_config({**SETTINGS, **changes}))
+def reconfigured(run: RunFolder, changes: dict[str, Any]) -> RunFolder:
+    return RunFolder.open(run.path).reconfigure(tiny_config({**SETTINGS, **changes}))
 
 
-def copy_of(run: RunDirectory, path: Path) -> RunDirectory:
-    return RunDirectory.open(Path(shutil.copytree(run.path, path)))
+def copy_of(run: RunFolder, path: Path) -> RunFolder:
+    return RunFolder.open(Path(shutil.copytree(run.path, path)))
 
 
 def failure(call: Callable[[], Any]) -> str:
@@ -207,16 +207,16 @@ def failing_in(*rounds: int) -> Faults:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return start(begin(tmp_path_factory.mktemp("undisturbed") / "run", SETTINGS))
 
 
 @pytest.fixture(scope="module")
-def without(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunDirectory]:
+def without(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunFolder]:
     """A run in which a client, by its position, is there but fails in some rounds."""
 
     @cache
-    def failed(index: int, *rounds: int) -> RunDirectory:
+    def failed(index: int, *rounds: int) -> RunFolder:
         run = begin(tmp_path_factory.mktemp("without") / "run", SETTINGS)
         return start(run, ChangingGrid(run, app_with(index, train=failing_in(*rounds))))
 
@@ -269,7 +269,7 @@ def test_a_client_that_joins_late_begins_as_one_that_has_failed_so_far(
 
 
 def test_a_client_that_leaves_is_missed_and_the_others_go_on(
-    tmp_path: Path, without: Callable[..., RunDirectory]
+    tmp_path: Path, without: Callable[..., RunFolder]
 ) -> None:
     run = begin(tmp_path / "run", SETTINGS)
     start(run, ChangingGrid(run, connected=lambda finished: {1, 2} if finished else ALL))
@@ -291,7 +291,7 @@ def test_a_client_that_leaves_is_missed_and_the_others_go_on(
 
 
 def test_too_few_clients_before_a_round_are_waited_for(
-    tmp_path: Path, undisturbed: RunDirectory
+    tmp_path: Path, undisturbed: RunFolder
 ) -> None:
     run = begin(tmp_path / "run", {**SETTINGS, "federation.min_clients": 3})
     start(run, ChangingGrid(run, connected=away_for(10, after=1)))
@@ -312,7 +312,7 @@ def test_too_few_clients_before_a_round_stop_the_run_when_the_time_is_up(tmp_pat
 # --- Waiting for those that fail -----------------------------------------------------------------
 
 
-def same_but_for_traffic(run: RunDirectory, reference: RunDirectory, last: int = 0) -> bool:
+def same_but_for_traffic(run: RunFolder, reference: RunFolder, last: int = 0) -> bool:
     """Whether two runs' records, all or the last ones, are equal but for the size of the
     messages.
     """
@@ -328,7 +328,7 @@ def same_but_for_traffic(run: RunDirectory, reference: RunDirectory, last: int =
 
 
 def test_a_handler_that_raises_is_asked_again_until_it_does_not(
-    tmp_path: Path, undisturbed: RunDirectory, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, undisturbed: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = begin(tmp_path / "run", {**SETTINGS, **WAIT})
     grid = ChangingGrid(run, app_with(MIDDLE, train=[keep, fail, fail], evaluate=[fail]))
@@ -346,7 +346,7 @@ def test_a_handler_that_raises_is_asked_again_until_it_does_not(
 
 
 def test_a_client_whose_work_is_lost_is_asked_again(
-    tmp_path: Path, undisturbed: RunDirectory, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, undisturbed: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gone, crashed = ErrorCode.NODE_UNAVAILABLE, ErrorCode.CLIENT_APP_CRASHED
     run = begin(tmp_path / "run", {**SETTINGS, **WAIT})
@@ -375,7 +375,7 @@ def test_a_client_whose_work_is_lost_is_asked_again(
 class MovingGrid(ChangingGrid):
     """Node 3 disappears with the request of round 2, and its client comes back at node 7."""
 
-    def __init__(self, run: RunDirectory) -> None:
+    def __init__(self, run: RunFolder) -> None:
         super().__init__(run, connected=lambda _: self._here)
         self.add_node(7, 2)
         self._here: Collection[int] = ALL
@@ -389,7 +389,7 @@ class MovingGrid(ChangingGrid):
 
 
 def test_a_client_that_comes_back_at_another_node_goes_on_from_there(
-    tmp_path: Path, undisturbed: RunDirectory, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, undisturbed: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = begin(tmp_path / "run", {**SETTINGS, **WAIT})
     grid = MovingGrid(run)
@@ -404,7 +404,7 @@ def test_a_client_that_comes_back_at_another_node_goes_on_from_there(
 
 
 def test_a_client_that_is_away_before_a_round_is_asked_when_it_is_back(
-    tmp_path: Path, undisturbed: RunDirectory
+    tmp_path: Path, undisturbed: RunFolder
 ) -> None:
     run = begin(tmp_path / "run", {**SETTINGS, **WAIT})
     grid = ChangingGrid(run, connected=away_for(10, after=1, back_as=9))
@@ -415,7 +415,7 @@ def test_a_client_that_is_away_before_a_round_is_asked_when_it_is_back(
 
 
 @pytest.fixture(scope="module")
-def given_up(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, str]:
+def given_up(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, str]:
     """A run that stopped in round 2, as one client had but failed until the time was up; and what
     it said.
     """
@@ -430,7 +430,7 @@ def given_up(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, st
 
 
 def test_a_client_that_only_fails_stops_the_run_in_one_line(
-    given_up: tuple[RunDirectory, str],
+    given_up: tuple[RunFolder, str],
 ) -> None:
     run, text = given_up
     assert text.startswith("round 2 has waited 2 s for digit-1: it failed: Flower's error 2, ")
@@ -441,7 +441,7 @@ def test_a_client_that_only_fails_stops_the_run_in_one_line(
 
 
 def test_once_it_is_mended_the_run_goes_on_with_the_bits_of_an_undisturbed_one(
-    given_up: tuple[RunDirectory, str], undisturbed: RunDirectory, tmp_path: Path
+    given_up: tuple[RunFolder, str], undisturbed: RunFolder, tmp_path: Path
 ) -> None:
     run = start(copy_of(given_up[0], tmp_path / "run"))
     assert all_bits(run) == all_bits(undisturbed)
@@ -449,7 +449,7 @@ def test_once_it_is_mended_the_run_goes_on_with_the_bits_of_an_undisturbed_one(
 
 
 def test_under_skip_the_run_goes_on_without_it(
-    given_up: tuple[RunDirectory, str], without: Callable[..., RunDirectory], tmp_path: Path
+    given_up: tuple[RunFolder, str], without: Callable[..., RunFolder], tmp_path: Path
 ) -> None:
     run = reconfigured(copy_of(given_up[0], tmp_path / "run"), {"federation.on_missing": "skip"})
     start(run, ChangingGrid(run, app_with(MIDDLE, train=[fail] * 9)))
@@ -510,7 +510,7 @@ class UntakenGrid(ChangingGrid):
             large, answer nothing.
     """
 
-    def __init__(self, run: RunDirectory, answer: list[Any]) -> None:
+    def __init__(self, run: RunFolder, answer: list[Any]) -> None:
         super().__init__(run, connected=lambda _: self._here)
         self._here: Collection[int] = ALL
         self._answer = answer
@@ -536,7 +536,7 @@ class UntakenGrid(ChangingGrid):
 
 @pytest.mark.parametrize("answer", [[""], []], ids=str)
 def test_a_client_to_which_no_message_can_be_sent_is_missing_and_nobody_waits_for_it(
-    tmp_path: Path, without: Callable[..., RunDirectory], answer: list[Any]
+    tmp_path: Path, without: Callable[..., RunFolder], answer: list[Any]
 ) -> None:
     run = begin(tmp_path / "run", {**SETTINGS, "federation.round_timeout": 3.0})
     start(run, UntakenGrid(run, answer))
@@ -551,20 +551,20 @@ def test_a_client_to_which_no_message_can_be_sent_is_missing_and_nobody_waits_fo
 
 
 @pytest.fixture(scope="module")
-def half(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def half(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run of three clients that ended after its first round."""
     return start(
         begin(tmp_path_factory.mktemp("half") / "run", {**SETTINGS, "federation.rounds": 1})
     )
 
 
-def resume(half: RunDirectory, path: Path, changes: dict[str, Any]) -> RunDirectory:
+def resume(half: RunFolder, path: Path, changes: dict[str, Any]) -> RunFolder:
     return reconfigured(copy_of(half, path), changes)
 
 
 @pytest.mark.parametrize("on_missing", ["wait", "skip"])
 def test_a_resumed_run_waits_for_the_clients_that_it_had(
-    half: RunDirectory, undisturbed: RunDirectory, tmp_path: Path, on_missing: str
+    half: RunFolder, undisturbed: RunFolder, tmp_path: Path, on_missing: str
 ) -> None:
     run = resume(
         half,
@@ -577,7 +577,7 @@ def test_a_resumed_run_waits_for_the_clients_that_it_had(
 
 
 def test_under_wait_a_run_does_not_go_on_without_a_client_that_it_had(
-    half: RunDirectory, tmp_path: Path
+    half: RunFolder, tmp_path: Path
 ) -> None:
     run = resume(half, tmp_path / "run", {**WAIT, "federation.join_timeout": SOON})
     grid = ChangingGrid(run, connected=lambda _: {1, 2})
@@ -587,7 +587,7 @@ def test_under_wait_a_run_does_not_go_on_without_a_client_that_it_had(
 
 
 def test_under_skip_a_run_goes_on_without_it_when_the_time_is_up(
-    half: RunDirectory, without: Callable[..., RunDirectory], tmp_path: Path
+    half: RunFolder, without: Callable[..., RunFolder], tmp_path: Path
 ) -> None:
     run = resume(half, tmp_path / "run", {"federation.join_timeout": SOON})
     start(run, ChangingGrid(run, connected=lambda _: {1, 2}))
@@ -629,7 +629,7 @@ def app_describing(change: Callable[[int, Message], None], app: ClientApp = real
 
 def test_a_second_node_of_a_client_is_refused_until_the_first_has_gone(
     tmp_path: Path,
-    undisturbed: RunDirectory,
+    undisturbed: RunFolder,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -655,7 +655,7 @@ def test_a_second_node_of_a_client_is_refused_until_the_first_has_gone(
 @pytest.mark.parametrize("insists", [True, False])
 def test_a_node_that_answers_as_another_client_is_refused_and_asked_again_who_it_is(
     tmp_path: Path,
-    without: Callable[..., RunDirectory],
+    without: Callable[..., RunFolder],
     capsys: pytest.CaptureFixture[str],
     insists: bool,
 ) -> None:
@@ -696,7 +696,7 @@ MISFITS: dict[int, tuple[str, Any, str]] = {
 
 
 def test_clients_that_do_not_fit_are_refused_one_by_one_and_the_others_run(
-    tmp_path: Path, undisturbed: RunDirectory, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, undisturbed: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def change(node: int, reply: Message) -> None:
         if node in MISFITS:
@@ -718,7 +718,7 @@ def test_clients_that_do_not_fit_are_refused_one_by_one_and_the_others_run(
 
 
 def test_a_misfit_that_is_mended_takes_part(
-    tmp_path: Path, undisturbed: RunDirectory, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, undisturbed: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("srfed.federation.roster.ASK_AGAIN_SECONDS", 0.3)
     asked: list[float] = []
@@ -755,7 +755,7 @@ class KeyedGrid(ChangingGrid):
 
     def __init__(
         self,
-        run: RunDirectory,
+        run: RunFolder,
         connected: Callable[[int], Collection[int]] = lambda _: {1, 2, 3, IMPOSTOR},
         activated: str = LATER,
         keys: dict[int, bytes] | None = None,
@@ -806,7 +806,7 @@ def asked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("asked_at_once")
 def test_a_client_id_belongs_to_the_key_that_first_held_it(
-    tmp_path: Path, undisturbed: RunDirectory, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, undisturbed: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = begin(tmp_path / "run", {**SETTINGS, **WAIT})
     grid = KeyedGrid(run, impostor_while_away(20))
@@ -819,7 +819,7 @@ def test_a_client_id_belongs_to_the_key_that_first_held_it(
 
 @pytest.mark.usefixtures("asked_at_once")
 def test_where_nodes_make_their_own_keys_a_client_may_come_back_with_another(
-    tmp_path: Path, undisturbed: RunDirectory
+    tmp_path: Path, undisturbed: RunFolder
 ) -> None:
     """A SuperNode without authentication has a new key in each process; that must not lock its
     owner out.
@@ -833,7 +833,7 @@ def test_where_nodes_make_their_own_keys_a_client_may_come_back_with_another(
 
 @pytest.mark.usefixtures("asked_at_once")
 def test_a_key_keeps_its_id_at_another_node_and_takes_it_back_from_nobody(
-    tmp_path: Path, undisturbed: RunDirectory
+    tmp_path: Path, undisturbed: RunFolder
 ) -> None:
     """A SuperLink that has lost its database gives the same key another node."""
     run = begin(tmp_path / "run", {**SETTINGS, **WAIT})
@@ -846,7 +846,7 @@ def test_a_key_keeps_its_id_at_another_node_and_takes_it_back_from_nobody(
 
 @pytest.mark.usefixtures("asked_at_once")
 def test_the_key_is_remembered_beyond_the_server_until_the_run_is_told_to_forget_it(
-    tmp_path: Path, undisturbed: RunDirectory
+    tmp_path: Path, undisturbed: RunFolder
 ) -> None:
     run = begin(tmp_path / "run", {**SETTINGS, **WAIT, "federation.rounds": 1})
     start(run, KeyedGrid(run, lambda _: ALL))
@@ -868,7 +868,7 @@ def test_the_key_is_remembered_beyond_the_server_until_the_run_is_told_to_forget
 
 
 @pytest.mark.usefixtures("asked_at_once")
-def test_a_roster_says_whose_the_ids_are(tmp_path: Path, undisturbed: RunDirectory) -> None:
+def test_a_roster_says_whose_the_ids_are(tmp_path: Path, undisturbed: RunFolder) -> None:
     """Also where the impostor is the first to come."""
     run = begin(tmp_path / "run", {**SETTINGS, **WAIT})
     keys = {f"digit-{index}": key_fingerprint(b"key %d" % (index + 1)) for index in range(3)}
@@ -964,7 +964,7 @@ def test_a_client_that_comes_back_with_other_images_is_refused_until_the_run_is_
 
 
 def test_a_checkpoint_of_an_earlier_version_is_gone_on_with(
-    half: RunDirectory, undisturbed: RunDirectory, tmp_path: Path
+    half: RunFolder, undisturbed: RunFolder, tmp_path: Path
 ) -> None:
     run = resume(half, tmp_path / "run", {})
     file = run.server / "round-00001" / "manifest.json"
@@ -978,7 +978,7 @@ def test_a_checkpoint_of_an_earlier_version_is_gone_on_with(
     assert all_bits(run) == all_bits(undisturbed)
 
 
-def test_a_manifest_without_a_key_is_a_sentence(half: RunDirectory, tmp_path: Path) -> None:
+def test_a_manifest_without_a_key_is_a_sentence(half: RunFolder, tmp_path: Path) -> None:
     run = resume(half, tmp_path / "run", {})
     file = run.server / "round-00001" / "manifest.json"
     manifest = json.loads(file.read_text())
@@ -1036,7 +1036,7 @@ def norm(before: Tensors, after: Tensors) -> float:
 
 
 def test_an_update_beyond_what_adam_can_move_is_refused_and_leaves_no_trace(
-    tmp_path: Path, without: Callable[..., RunDirectory]
+    tmp_path: Path, without: Callable[..., RunFolder]
 ) -> None:
     run = begin(tmp_path / "run", SETTINGS)
     start(run, ChangingGrid(run, enlarging({2: 1000.0})))
@@ -1047,7 +1047,7 @@ def test_an_update_beyond_what_adam_can_move_is_refused_and_leaves_no_trace(
 
 
 def test_a_client_that_is_alone_in_its_round_is_held_to_the_same(
-    half: RunDirectory, tmp_path: Path
+    half: RunFolder, tmp_path: Path
 ) -> None:
     run = resume(half, tmp_path / "run", {"federation.join_timeout": SOON})
     text = failure(
@@ -1130,13 +1130,13 @@ def test_a_run_in_use_is_left_alone_until_its_process_ends(tiny_yaml: Path, tmp_
         try:
             assert process.stdout is not None
             assert any(line.startswith("round") for line in process.stdout)
-            text = failure(lambda: start(RunDirectory.open(path)))
+            text = failure(lambda: start(RunFolder.open(path)))
             assert process.poll() is None
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait(60)
     assert text == f"{path} is in use by another process"
-    run = RunDirectory.open(path)
+    run = RunFolder.open(path)
     done = len(round_lines(run))
     config = run.config
     last = config.model_copy(
@@ -1150,7 +1150,7 @@ SAVER = """
 import sys, time
 from pathlib import Path
 import torch
-from srfed.checkpoints.client_store import ClientStore
+from srfed.storage.client_store import ClientStore
 from srfed.training.local import ClientState
 folder, name, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 store = ClientStore(folder / "state", "client", "lineage", 2 * count)

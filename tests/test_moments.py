@@ -25,9 +25,6 @@ from tiny_run import CLIENTS, all_bits, begin, run_in_process, run_on_grid, tiny
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
 from srfed import sample
-from srfed.checkpoints.client_store import NO_PARENT
-from srfed.checkpoints.site_model import SiteModel, save_site_model
-from srfed.checkpoints.trained_run import TrainedRun, TrainedSite
 from srfed.config import ResourcesConfig, RunConfig
 from srfed.data import Task, load_tasks, to_model_range
 from srfed.deployment.agree import agree_as_rehearsed
@@ -56,10 +53,13 @@ from srfed.federation.server_app import run_federation
 from srfed.federation.site import STATE_DIR_VARIABLE
 from srfed.federation.wire_guard import wire_guard
 from srfed.model import build_model, build_partition
-from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.pictures import draw_grid
-from srfed.reporting.run_directory import RunDirectory
-from srfed.tensors import MANIFEST_FILE, STATE_FILE
+from srfed.runs.run import TrainedRun, TrainedSite
+from srfed.storage.checkpoint import MANIFEST_FILE, STATE_FILE
+from srfed.storage.client_store import NO_PARENT
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
+from srfed.storage.site_model import SiteModel, save_site_model
 
 MOMENTS = {"evaluation.mode": "moments"}
 SETTINGS: dict[str, Any] = {"data.images_per_task": 16, "training.local_steps": 1}
@@ -67,7 +67,7 @@ CPU = ResourcesConfig(device="cpu")
 
 
 class Recorded(NamedTuple):
-    run: RunDirectory
+    run: RunFolder
     grid: RecordingGrid
 
     @property
@@ -526,7 +526,7 @@ def test_sites_cannot_be_simulated(tmp_path: Path) -> None:
 class Sites(InlineGrid):
     """Nodes that are told what a deployed site's SuperNode is told."""
 
-    def __init__(self, run: RunDirectory, data: dict[str, Path]) -> None:
+    def __init__(self, run: RunFolder, data: dict[str, Path]) -> None:
         super().__init__(real_app, 0)
         for node, (client, path) in enumerate(data.items(), 1):
             agree_as_rehearsed(run.config, path, run.clients, client)
@@ -535,7 +535,7 @@ class Sites(InlineGrid):
 
 
 @pytest.fixture(scope="module")
-def deployed(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """Three sites with the digits' images: two folders, whose splits are spelt in two ways, and an
     .npz file.
     """
@@ -554,7 +554,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 
 def test_sites_with_the_images_of_a_simulation_train_and_score_as_it_does(
-    deployed: RunDirectory, by_moments: Recorded
+    deployed: RunFolder, by_moments: Recorded
 ) -> None:
     assert all_bits(deployed) == all_bits(by_moments.run)
     for ours, theirs in zip(
@@ -588,7 +588,7 @@ def images_of(trained: TrainedRun | TrainedSite, client: str) -> np.ndarray:
 
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_sites_own_model_samples_as_the_runs_does(
-    deployed: RunDirectory, by_samples: Recorded, client: str
+    deployed: RunFolder, by_samples: Recorded, client: str
 ) -> None:
     site, run = TrainedSite(deployed.clients / client, CPU), TrainedRun(by_samples.run.path, CPU)
     assert (site.round, site.shape, site.tasks[0].client) == (3, (8, 8, 1), client)
@@ -603,7 +603,7 @@ def test_a_sites_own_model_samples_as_the_runs_does(
 
 
 def test_the_command_samples_from_a_sites_store(
-    deployed: RunDirectory, by_samples: Recorded, tmp_path: Path
+    deployed: RunFolder, by_samples: Recorded, tmp_path: Path
 ) -> None:
     options = [
         "--n",
@@ -627,7 +627,7 @@ def test_the_command_samples_from_a_sites_store(
         assert site["tasks"].tolist() == ["digit-2"] * 6
 
 
-def test_a_site_keeps_the_model_of_the_last_evaluation_only(deployed: RunDirectory) -> None:
+def test_a_site_keeps_the_model_of_the_last_evaluation_only(deployed: RunFolder) -> None:
     for client in CLIENTS:
         models = deployed.clients / client / "models"
         (model,) = models.glob("*/*")

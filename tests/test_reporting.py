@@ -15,14 +15,14 @@ from tiny_run import begin, files_of_at_most, round_lines, tiny_config
 from srfed.errors import DamagedError, UserError
 from srfed.evaluation.task import evaluate_task
 from srfed.model import build_diffusion
-from srfed.reporting.metrics_log import MetricsLog
+from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
+from srfed.reporting.console import Console
 from srfed.reporting.pace import Pace, evaluation_passes
 from srfed.reporting.pictures import GAP, SMALLEST_CELL, draw_grid, write_png
-from srfed.reporting.records import EvaluationRecord, RoundRecord, TaskInfo
-from srfed.reporting.reporter import Reporter
-from srfed.reporting.run_directory import RunDirectory
 from srfed.reporting.summary import summarise, totals
-from srfed.reporting.words import bytes_in_words, seconds_in_words
+from srfed.reporting.units import bytes_in_words, seconds_in_words
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
 
 TASKS = [TaskInfo("client-b", "zebra", 1200, 40), TaskInfo("client-a", "ant", 30, 10)]
 
@@ -217,7 +217,7 @@ def test_the_table_copes_with_switched_off_ssim_and_an_unknown_floor(tmp_path: P
     assert "brought back" not in text
 
 
-def test_a_finished_runs_table_is_made_of_its_metrics(finished_run: RunDirectory) -> None:
+def test_a_finished_runs_table_is_made_of_its_metrics(finished_run: RunFolder) -> None:
     log = MetricsLog(finished_run.metrics)
     text, last, evaluation = summarise(log, 1), log.rounds()[-1], log.evaluations()[-1]
     for task in log.tasks():
@@ -310,18 +310,18 @@ def test_seconds_in_words(seconds: float, words: str) -> None:
 # ------------------------------------------------------------------
 
 
-def accumulate(run: RunDirectory) -> EventAccumulator:
+def accumulate(run: RunFolder) -> EventAccumulator:
     events = EventAccumulator(str(run.tensorboard), size_guidance={"images": 0, "scalars": 0})
     events.Reload()
     return events
 
 
-def scalars(run: RunDirectory, tag: str) -> dict[int, float]:
+def scalars(run: RunFolder, tag: str) -> dict[int, float]:
     return {event.step: event.value for event in accumulate(run).Scalars(tag)}
 
 
 def test_every_number_of_a_run_is_a_curve_and_every_picture_is_there(
-    finished_run: RunDirectory,
+    finished_run: RunFolder,
 ) -> None:
     events = accumulate(finished_run)
     log = MetricsLog(finished_run.metrics)
@@ -361,13 +361,13 @@ def test_every_number_of_a_run_is_a_curve_and_every_picture_is_there(
 
 def test_going_on_takes_later_rounds_out_of_the_curves(tmp_path: Path) -> None:
     run = begin(tmp_path / "run")
-    first = Reporter(run)
+    first = Console(run)
     first.begin(0, TASKS)
     for number in (1, 2, 3):
         first.on_round(round_record(number, loss=1.0))
     first.on_evaluation(evaluation_record(3))
     first.close()
-    second = Reporter(run)
+    second = Console(run)
     second.begin(1, TASKS)
     second.on_round(round_record(2, loss=2.0))
     second.close()
@@ -379,7 +379,7 @@ def test_going_on_takes_later_rounds_out_of_the_curves(tmp_path: Path) -> None:
 def test_the_reporter_prints_one_plain_line_a_round_and_names_who_was_absent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reporter = Reporter(begin(tmp_path / "run", {"federation.rounds": 10}))
+    reporter = Console(begin(tmp_path / "run", {"federation.rounds": 10}))
     reporter.begin(0, TASKS)
     capsys.readouterr()
     reporter.on_reply("round 1", 1, 2)
@@ -403,7 +403,7 @@ def test_the_reporter_prints_one_plain_line_a_round_and_names_who_was_absent(
 
 def test_an_evaluation_counts_as_made_only_if_it_is_the_one_that_is_due(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", {"federation.rounds": 2})
-    reporter = Reporter(run)
+    reporter = Console(run)
     reporter.begin(0, TASKS)
     reporter.on_evaluation(evaluation_record(2, final=False))
     assert not reporter.has_evaluation(2), "the last round asks for the final one"
@@ -416,7 +416,7 @@ def test_an_evaluation_counts_as_made_only_if_it_is_the_one_that_is_due(tmp_path
 
 def test_a_run_directory_keeps_its_lineage_and_its_configuration(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", {"training.learning_rate": 1e-5})
-    again = RunDirectory.open(run.path)
+    again = RunFolder.open(run.path)
     assert (again.lineage, again.config) == (run.lineage, run.config)
     assert again.config == tiny_config({"training.learning_rate": 1e-5})
     assert begin(tmp_path / "other").lineage != run.lineage
@@ -427,7 +427,7 @@ def test_a_disk_that_is_full_for_the_curves_does_not_end_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = begin(tmp_path / "run")
-    reporter = Reporter(run)
+    reporter = Console(run)
     reporter.begin(0, TASKS)
     reporter.on_round(round_record(1))
     (events,) = run.tensorboard.iterdir()
@@ -447,7 +447,7 @@ def test_curves_that_cannot_be_begun_are_the_users_to_mend(tmp_path: Path) -> No
     run = begin(tmp_path / "run")
     run.tensorboard.write_text("in the way")
     with pytest.raises(UserError, match=f"^cannot write {run.tensorboard}: "):
-        Reporter(run).begin(0, TASKS)
+        Console(run).begin(0, TASKS)
 
 
 # --- The time left ------------------------------------------------------------------------------
@@ -515,7 +515,7 @@ def test_the_time_left_counts_every_evaluation_to_come(
 def test_the_last_round_says_that_an_evaluation_is_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reporter = Reporter(begin(tmp_path / "run", {"federation.rounds": 1}))
+    reporter = Console(begin(tmp_path / "run", {"federation.rounds": 1}))
     reporter.begin(0, TASKS)
     reporter.on_round(round_record(1, seconds=600.0))
     reporter.close()
@@ -525,7 +525,7 @@ def test_the_last_round_says_that_an_evaluation_is_left(
 def test_the_time_left_of_a_run_that_goes_on_is_that_of_its_own_rounds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reporter = Reporter(begin(tmp_path / "run", {"federation.rounds": 11}))
+    reporter = Console(begin(tmp_path / "run", {"federation.rounds": 11}))
     monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 0.0)
     reporter.begin(8, TASKS)
     monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 600.0)

@@ -30,10 +30,6 @@ from tiny_run import (
 
 import srfed
 from srfed import adapt, evaluate, sample, simulate
-from srfed.checkpoints import client_store
-from srfed.checkpoints.client_store import LONGEST_NAME, NO_PARENT, ClientStore, StoreBounds
-from srfed.checkpoints.server_state import ServerCheckpoints, ServerState
-from srfed.checkpoints.trained_run import TrainedRun
 from srfed.config.sections import fingerprint_of
 from srfed.errors import UserError
 from srfed.federation.exchange import StoppedError, stop_requested
@@ -42,10 +38,10 @@ from srfed.federation.messages import TRAIN, Request
 from srfed.federation.runtime import Runtime
 from srfed.federation.site import Site
 from srfed.files import held, list_folder
-from srfed.reporting.metrics_log import MetricsLog
-from srfed.reporting.reporter import Reporter
-from srfed.reporting.run_directory import RunDirectory
-from srfed.tensors import (
+from srfed.reporting.console import Console
+from srfed.runs.run import TrainedRun
+from srfed.storage import client_store
+from srfed.storage.checkpoint import (
     MANIFEST_FILE,
     STATE_FILE,
     Checkpoint,
@@ -53,6 +49,10 @@ from srfed.tensors import (
     read_manifest,
     write_checkpoint,
 )
+from srfed.storage.client_store import LONGEST_NAME, NO_PARENT, ClientStore, StoreBounds
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
+from srfed.storage.server_checkpoints import ServerCheckpoints, ServerState
 from srfed.training.local import ClientState
 
 PACKAGE = str(Path(srfed.__file__).parent.parent)
@@ -74,9 +74,9 @@ class StoppingGrid(InlineGrid):
         return reply
 
 
-def reopen(run: RunDirectory) -> RunDirectory:
+def reopen(run: RunFolder) -> RunFolder:
     stop_requested.clear()
-    return RunDirectory.open(run.path)
+    return RunFolder.open(run.path)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_killed_command_goes_on_with_the_same_bits(tiny_yaml: Path, tmp_path: 
     ]
     command += ["--set", "federation.rounds=9999", "--set", "evaluation.every=0"]
     stop_after_a_round(command, signal.SIGKILL)
-    run = RunDirectory.open(tmp_path / "run")
+    run = RunFolder.open(tmp_path / "run")
     done = len(round_lines(run))
     assert simulate.main(["--resume", str(run.path), "--set", f"federation.rounds={done + 1}"]) == 0
     whole = run_in_process(
@@ -148,7 +148,7 @@ def test_two_rounds_then_two_more_equal_four_at_once(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_lost_to_a_crash_is_made_up_for(
-    finished_run: RunDirectory, tmp_path: Path
+    finished_run: RunFolder, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished_run.path, folder)
@@ -156,10 +156,10 @@ def test_an_evaluation_lost_to_a_crash_is_made_up_for(
     lines = log.read_text().splitlines(keepends=True)
     assert json.loads(lines[-1])["kind"] == "evaluation"
     log.write_text("".join(lines[:-1]) + lines[-1][:40])
-    run_in_process(RunDirectory.open(folder))
-    assert records(RunDirectory.open(folder)) == records(finished_run)
+    run_in_process(RunFolder.open(folder))
+    assert records(RunFolder.open(folder)) == records(finished_run)
     before = log.read_bytes()
-    run_in_process(RunDirectory.open(folder))
+    run_in_process(RunFolder.open(folder))
     assert log.read_bytes() == before, "a finished run has nothing to do"
 
 
@@ -168,7 +168,7 @@ def test_an_evaluation_lost_to_a_crash_is_made_up_for(
 
 
 @pytest.fixture
-def copy(finished_run: RunDirectory, tmp_path: Path) -> Path:
+def copy(finished_run: RunFolder, tmp_path: Path) -> Path:
     """A finished run's folder, to be spoilt."""
     return Path(shutil.copytree(finished_run.path, tmp_path / "copy"))
 
@@ -194,8 +194,8 @@ def test_a_truncated_checkpoint_is_named_with_what_to_do(
     shutil.rmtree(last)
     assert simulate.main(go_on) == 0
     whole = run_in_process(begin(tmp_path / "whole", {"federation.rounds": 4}))
-    assert all_bits(RunDirectory.open(copy)) == all_bits(whole)
-    assert [line["round"] for line in round_lines(RunDirectory.open(copy))] == [1, 2, 3, 4]
+    assert all_bits(RunFolder.open(copy)) == all_bits(whole)
+    assert [line["round"] for line in round_lines(RunFolder.open(copy))] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("spoil", ["manifest", "bit", "missing"])
@@ -216,7 +216,7 @@ def test_a_checkpoint_damaged_in_another_way_is_refused_too(
 
 
 def test_a_lost_client_state_is_refused_by_the_client_and_never_started_afresh(copy: Path) -> None:
-    run = RunDirectory.open(copy)
+    run = RunFolder.open(copy)
     attempt = read_manifest(run.server / "round-00003")["attempts"]["digit-1"]
     shutil.rmtree(run.clients / "digit-1" / "lineages" / run.lineage / attempt)
     config = run.config
@@ -240,7 +240,7 @@ def test_a_lost_client_state_is_refused_by_the_client_and_never_started_afresh(c
     ],
 )
 def test_a_resumption_under_another_configuration_names_key_and_both_values(
-    finished_run: RunDirectory, capsys: pytest.CaptureFixture[str], setting: str, expected: str
+    finished_run: RunFolder, capsys: pytest.CaptureFixture[str], setting: str, expected: str
 ) -> None:
     before = (finished_run.path / "config.yaml").read_bytes()
     assert expected in one_error_line(
@@ -616,7 +616,7 @@ def test_a_round_follows_its_parents(
 def test_a_message_that_is_no_successor_is_refused_at_the_site_before_any_training(
     copy: Path,
 ) -> None:
-    run = RunDirectory.open(copy)
+    run = RunFolder.open(copy)
     attempt = read_manifest(run.server / "round-00003")["attempts"]["digit-1"]
     site, runtime = Site("digit-1", run.clients, index=1), Runtime(run.config, 1)
     request = Request(run.config.to_json(), run.lineage, "digit-1", 3, "new", attempt)
@@ -750,19 +750,19 @@ def test_a_resumption_that_trains_nothing_says_so(
     copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (copy / "metrics.jsonl").unlink()
-    before = all_bits(RunDirectory.open(copy))
+    before = all_bits(RunFolder.open(copy))
     assert simulate.main(["--resume", str(copy)]) == 0
     said = capsys.readouterr()
     assert "going on after round 3, the last: nothing is trained" in said.out
     assert f"{copy}/metrics.jsonl has nothing of rounds 1 to 3; it begins anew" in said.err
-    assert all_bits(RunDirectory.open(copy)) == before
+    assert all_bits(RunFolder.open(copy)) == before
     assert [line["final"] for line in MetricsLog(copy / "metrics.jsonl").evaluations()] == [True]
     assert simulate.main(["--resume", str(copy)]) == 0
     assert "is finished already" in capsys.readouterr().out
 
 
 def test_a_run_whose_last_checkpoint_was_removed_goes_on(
-    copy: Path, finished_run: RunDirectory, capsys: pytest.CaptureFixture[str]
+    copy: Path, finished_run: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As the message about a damaged checkpoint advises; nothing of the round that is gone is shown
     as if it stood.
@@ -774,16 +774,16 @@ def test_a_run_whose_last_checkpoint_was_removed_goes_on(
     said = capsys.readouterr().out
     assert "finished already" not in said
     assert "going on after round 2\n" in said
-    assert all_bits(RunDirectory.open(copy)) == all_bits(finished_run)
-    assert records(RunDirectory.open(copy)) == records(finished_run)
+    assert all_bits(RunFolder.open(copy)) == all_bits(finished_run)
+    assert records(RunFolder.open(copy)) == records(finished_run)
     for picture in finished_run.samples.iterdir():
         assert (copy / "samples" / picture.name).read_bytes() == picture.read_bytes()
 
 
 def test_pictures_of_rounds_to_come_are_dropped_at_once(copy: Path) -> None:
-    run = RunDirectory.open(copy)
+    run = RunFolder.open(copy)
     (run.samples / "mine.png").touch()
-    reporter = Reporter(run)
+    reporter = Console(run)
     reporter.begin(2, MetricsLog(run.metrics).tasks())
     reporter.close()
     assert sorted(path.name for path in run.samples.iterdir()) == [
@@ -853,7 +853,7 @@ def test_a_configuration_edited_by_hand_is_refused(
 
 @pytest.mark.parametrize("left_out", [False, True], ids=["as it was", "left out as advised"])
 def test_a_run_of_before_is_read_and_gets_what_its_run_json_lacked(
-    copy: Path, finished_run: RunDirectory, capsys: pytest.CaptureFixture[str], left_out: bool
+    copy: Path, finished_run: RunFolder, capsys: pytest.CaptureFixture[str], left_out: bool
 ) -> None:
     """Written before formats had versions, before a setting that there is now, and with one that is
     no more.
@@ -879,7 +879,7 @@ def test_a_run_of_before_is_read_and_gets_what_its_run_json_lacked(
     del lines[0]["format"]
     (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    run = RunDirectory.open(copy)
+    run = RunFolder.open(copy)
     assert run.config == finished_run.config
     trained = TrainedRun(copy, run.config.resources)
     assert trained.exclusive_of(trained.tasks[1])
@@ -888,7 +888,7 @@ def test_a_run_of_before_is_read_and_gets_what_its_run_json_lacked(
         assert "federation.largest_update is no setting any more" in one_error_line(capsys, go_on)
         return
     assert simulate.main(go_on) == 0
-    assert RunDirectory.open(copy).config.federation.rounds == 4
+    assert RunFolder.open(copy).config.federation.rounds == 4
     assert round_lines(run)[-1]["accepted"] == ["digit-0", "digit-1", "digit-2"]
 
 
@@ -979,7 +979,7 @@ def test_samples_that_are_damaged_are_a_sentence_and_made_again(
 
 
 def test_outputs_are_tried_before_any_sampling(
-    finished_run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished_run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
     run = str(finished_run.path)
@@ -999,7 +999,7 @@ def test_outputs_are_tried_before_any_sampling(
 
 
 def test_a_runs_folder_is_its_owners_alone_and_says_what_is_in_it(
-    finished_run: RunDirectory,
+    finished_run: RunFolder,
 ) -> None:
     paths = [finished_run.path, *finished_run.path.rglob("*")]
     assert {path.parent.name for path in paths} >= {
@@ -1034,7 +1034,7 @@ def test_a_client_whose_folder_others_can_read_says_so_in_its_own_log(tmp_path: 
 
 
 def test_an_adaptation_in_use_is_left_alone(
-    finished_run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished_run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with held(tmp_path / "out" / "lock", wait=False):
         assert (
@@ -1059,7 +1059,7 @@ import sys, time
 from pathlib import Path
 from srfed.errors import UserError
 from srfed.config import load_config
-from srfed.reporting.run_directory import RunDirectory
+from srfed.storage.run_folder import RunFolder
 folder, name = Path(sys.argv[1]), sys.argv[2]
 path = Path(sys.argv[3]) if len(sys.argv) > 3 else None
 config = load_config()
@@ -1067,7 +1067,7 @@ config = load_config()
 while len(list(folder.glob("*.ready"))) < 4:
     time.sleep(0.0001)
 try:
-    print(RunDirectory.create(path, config).path)
+    print(RunFolder.create(path, config).path)
 except UserError as error:
     print(f"refused: {error}")
 """
@@ -1097,4 +1097,4 @@ def test_of_processes_that_begin_a_run_at_once_each_has_its_own_or_is_refused(
             words in text
             for words in ("is in use by another process", "is not an empty folder", "holds a run")
         )
-    assert len({RunDirectory.open(Path(path)).lineage for path in won}) == len(won)
+    assert len({RunFolder.open(Path(path)).lineage for path in won}) == len(won)

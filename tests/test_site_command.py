@@ -38,7 +38,7 @@ from srfed.deployment.site_command import (
     check_before_start,
 )
 from srfed.errors import UserError
-from srfed.reporting.metrics_log import MetricsLog
+from srfed.storage.metrics_log import MetricsLog
 
 WAIT_SECONDS = 150.0
 """How long until a process on a busy machine does what is expected of it."""

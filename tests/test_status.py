@@ -14,7 +14,7 @@ from test_site_command import answering, at, wait_until
 from srfed import deploy
 from srfed.deployment.certificates import make_certificates
 from srfed.deployment.processes import CONNECTION, Deployment
-from srfed.reporting.run_directory import RunDirectory
+from srfed.storage.run_folder import RunFolder
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -23,7 +23,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def test_status_of_a_run_in_its_folder(
-    finished_run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished_run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "run"
     shutil.copytree(finished_run.path, path)
@@ -48,9 +48,9 @@ def test_status_of_a_run_in_its_folder(
     assert "round:      2 of 3, " in text
     assert "  digit-1  last answer in round 1; missing in round 2: gone [2J\n" in text
     assert "nobody is at work on it; go on with: flwr run" in text
-    with RunDirectory.open(path).in_use():
+    with RunFolder.open(path).in_use():
         assert "a ServerApp is at work on it" in told(capsys, "--run-dir", path)
-    with RunDirectory.open(path).in_use():
+    with RunFolder.open(path).in_use():
         pass  # looking holds nothing
 
 
@@ -65,7 +65,7 @@ def test_status_of_a_run_in_its_folder(
 def test_a_connection_that_is_not_there_takes_one_line(
     config: str | None,
     words: str,
-    finished_run: RunDirectory,
+    finished_run: RunFolder,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -83,7 +83,7 @@ def test_a_connection_that_is_not_there_takes_one_line(
 
 
 def test_an_expired_certificate_is_named(
-    finished_run: RunDirectory,
+    finished_run: RunFolder,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

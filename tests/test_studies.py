@@ -18,8 +18,8 @@ from simulations import study, table1
 from simulations.study import Case, change, mean_and_spread, run_cases
 from srfed.errors import UserError
 from srfed.files import held
-from srfed.reporting.metrics_log import MetricsLog
 from srfed.reporting.pictures import draw_grid
+from srfed.storage.metrics_log import MetricsLog
 
 
 def make_table(folder: Path) -> None:

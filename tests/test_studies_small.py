@@ -12,9 +12,6 @@ from scipy.stats import spearmanr
 from tiny_run import tiny_config
 
 from simulations import figures, new_task, similarity
-from srfed.centralised.run import train_centrally
-from srfed.checkpoints.adapted_task import read_points
-from srfed.checkpoints.trained_run import TrainedRun
 from srfed.config import ResourcesConfig, RunConfig
 from srfed.data import Task, load_tasks, to_uint8
 from srfed.diffusion.sampling import ancestral_sample
@@ -26,13 +23,16 @@ from srfed.evaluation.metrics.frechet import frechet_distance
 from srfed.randomness import derive_generator
 from srfed.reporting.pictures import GAP, LABEL_SIZE, SMALLEST_CELL
 from srfed.reporting.plots import heat_map, line_plot
-from srfed.reporting.run_directory import RunDirectory
+from srfed.runs.adapting import read_points
+from srfed.runs.centralised import train_centrally
+from srfed.runs.run import TrainedRun
+from srfed.storage.run_folder import RunFolder
 
 CPU = ResourcesConfig(backend="inline", device="cpu")
 
 
 @pytest.fixture(scope="module")
-def trained(finished_run: RunDirectory) -> TrainedRun:
+def trained(finished_run: RunFolder) -> TrainedRun:
     return TrainedRun(finished_run.path, CPU)
 
 
@@ -42,7 +42,7 @@ def tasks() -> list[Task]:
 
 
 @pytest.fixture(scope="module")
-def centralised(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def centralised(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A tiny DDPM on the pooled images, of few timesteps, because ancestral sampling takes them
     all.
     """
@@ -57,7 +57,7 @@ def centralised(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
             "evaluation.samples_between": 6,
         }
     )
-    run = RunDirectory.create(tmp_path_factory.mktemp("centralised") / "run", config)
+    run = RunFolder.create(tmp_path_factory.mktemp("centralised") / "run", config)
     train_centrally(run)
     return run
 
@@ -88,7 +88,7 @@ def test_distances_of_layers_by_hand(trained: TrainedRun) -> None:
 
 
 def test_the_two_matrices_of_samples_and_the_commands_files(
-    finished_run: RunDirectory,
+    finished_run: RunFolder,
     trained: TrainedRun,
     tasks: list[Task],
     tmp_path: Path,
@@ -163,7 +163,7 @@ def test_correlation_against_scipy_and_its_permutations_know_chance() -> None:
 
 
 def test_a_run_without_exclusive_layers_has_no_similarity(
-    centralised: RunDirectory, capsys: pytest.CaptureFixture[str]
+    centralised: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert similarity.main(["--run", str(centralised.path)]) == 2
     message = capsys.readouterr().err
@@ -189,7 +189,7 @@ def tile(
 
 
 def test_figure_2_holds_the_states_of_the_ancestral_sampler(
-    centralised: RunDirectory, tmp_path: Path
+    centralised: RunFolder, tmp_path: Path
 ) -> None:
     out = tmp_path / "figure.png"
     assert (
@@ -215,9 +215,9 @@ def test_figure_2_holds_the_states_of_the_ancestral_sampler(
 
 
 def test_twenty_samples_a_task_of_any_run(
-    finished_run: RunDirectory,
+    finished_run: RunFolder,
     trained: TrainedRun,
-    centralised: RunDirectory,
+    centralised: RunFolder,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

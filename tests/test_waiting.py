@@ -24,8 +24,8 @@ from tiny_run import begin, round_lines, tiny_config
 from srfed.federation.messages import DESCRIBE, REPLY
 from srfed.federation.site import Site
 from srfed.federation.site_log import write_to_log
-from srfed.reporting.run_directory import RunDirectory
-from srfed.reporting.words import printable
+from srfed.reporting.units import printable
+from srfed.storage.run_folder import RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A whole run, three rounds with all three clients."""
     return start(begin(tmp_path_factory.mktemp("undisturbed") / "run", SETTINGS))
 
@@ -75,7 +75,7 @@ class SilentGrid(ChangingGrid):
 
 
 def test_a_waiting_server_says_for_whom_and_how_long(
-    undisturbed: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    undisturbed: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = begin(
         tmp_path / "run", {**SETTINGS, "federation.min_clients": 3, "federation.join_timeout": SOON}
@@ -87,7 +87,7 @@ def test_a_waiting_server_says_for_whom_and_how_long(
     )
 
     # A run that goes on knows the names.
-    run = RunDirectory.open(Path(shutil.copytree(undisturbed.path, tmp_path / "other")))
+    run = RunFolder.open(Path(shutil.copytree(undisturbed.path, tmp_path / "other")))
     run = run.reconfigure(
         tiny_config(
             {

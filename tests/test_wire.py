@@ -39,9 +39,9 @@ from srfed.federation.messages import (
 from srfed.federation.site import STATE_DIR_VARIABLE
 from srfed.federation.wire_guard import wire_guard
 from srfed.model import build_model, build_partition
-from srfed.reporting.metrics_log import MetricsLog
-from srfed.reporting.run_directory import RunDirectory
-from srfed.tensors import read_checkpoint
+from srfed.storage.checkpoint import read_checkpoint
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
 
 # --- A whole run, every message recorded ---------------------------------------------------------
 
@@ -87,7 +87,7 @@ def contents(tensor: torch.Tensor) -> bytes | None:
     return data if len(data) > 16 and len(tensor.unique()) > 1 else None
 
 
-def private_tensors(run: RunDirectory) -> Iterator[tuple[str, torch.Tensor]]:
+def private_tensors(run: RunFolder) -> Iterator[tuple[str, torch.Tensor]]:
     """All that any kept attempt of any client holds, except its copy of φ's moments."""
     for folder in run.clients.glob(f"*/lineages/{run.lineage}/*"):
         checkpoint = read_checkpoint(folder)

@@ -19,9 +19,9 @@ from srfed.federation.inline_grid import InlineGrid, run_inline
 from srfed.federation.server_app import RUN_DIR_VARIABLE, run_federation
 from srfed.federation.server_app import app as server_app
 from srfed.federation.site import STATE_DIR_VARIABLE
-from srfed.reporting.metrics_log import MetricsLog
-from srfed.reporting.run_directory import RunDirectory
-from srfed.tensors import read_manifest
+from srfed.storage.checkpoint import read_manifest
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
 
 TINY: dict[str, dict[str, Any]] = {
     "model": {"channels": [8, 16, 16, 16], "groups": 4},
@@ -61,19 +61,19 @@ def write_tiny_yaml(path: Path) -> Path:
     return path
 
 
-def begin(path: Path, overrides: Mapping[str, Any] | None = None) -> RunDirectory:
+def begin(path: Path, overrides: Mapping[str, Any] | None = None) -> RunFolder:
     """A new run's folder."""
-    return RunDirectory.create(path, tiny_config(overrides))
+    return RunFolder.create(path, tiny_config(overrides))
 
 
-def run_in_process(run: RunDirectory, client_app: ClientApp = real_client_app) -> RunDirectory:
+def run_in_process(run: RunFolder, client_app: ClientApp = real_client_app) -> RunFolder:
     """The whole run through the real ServerApp and the in-process grid."""
     run_inline(run, server_app, client_app)
     return run
 
 
 def run_on_grid(
-    run: RunDirectory, grid_type: type[InlineGrid], client_app: ClientApp = real_client_app
+    run: RunFolder, grid_type: type[InlineGrid], client_app: ClientApp = real_client_app
 ) -> InlineGrid:
     """As :func:`run_in_process`, on a grid that does something besides."""
     os.environ[RUN_DIR_VARIABLE], os.environ[STATE_DIR_VARIABLE] = str(run.path), str(run.clients)
@@ -82,13 +82,13 @@ def run_on_grid(
     return grid
 
 
-def server_bits(run: RunDirectory) -> dict[str, Any]:
+def server_bits(run: RunFolder) -> dict[str, Any]:
     """What tells whether two servers ended in the same bits: φ, its average, optimizer, moments."""
     manifest = read_manifest(sorted(run.server.glob("round-*"))[-1])
     return {name: manifest[name] for name in ("round", "shared_steps", "sha256")}
 
 
-def accepted_attempts(run: RunDirectory) -> dict[str, Path]:
+def accepted_attempts(run: RunFolder) -> dict[str, Path]:
     """The folder of each client's last accepted attempt."""
     manifest = read_manifest(sorted(run.server.glob("round-*"))[-1])
     return {
@@ -96,12 +96,12 @@ def accepted_attempts(run: RunDirectory) -> dict[str, Path]:
     }
 
 
-def store_of(run: RunDirectory, client: str) -> Path:
+def store_of(run: RunFolder, client: str) -> Path:
     """Where a client keeps the attempts of a run."""
     return run.clients / client / "lineages" / run.lineage
 
 
-def all_bits(run: RunDirectory) -> dict[str, Any]:
+def all_bits(run: RunFolder) -> dict[str, Any]:
     """:func:`server_bits`, and the same of every client's θ_i, its average and its moments."""
     bits: dict[str, Any] = {"server": server_bits(run)}
     for client, folder in accepted_attempts(run).items():
@@ -112,7 +112,7 @@ def all_bits(run: RunDirectory) -> dict[str, Any]:
     return bits
 
 
-def records(run: RunDirectory) -> list[dict[str, Any]]:
+def records(run: RunFolder) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
     return [
         {key: value for key, value in line.items() if key not in TIMINGS}
@@ -120,7 +120,7 @@ def records(run: RunDirectory) -> list[dict[str, Any]]:
     ]
 
 
-def round_lines(run: RunDirectory) -> list[dict[str, Any]]:
+def round_lines(run: RunFolder) -> list[dict[str, Any]]:
     return MetricsLog(run.metrics).rounds()
 
 

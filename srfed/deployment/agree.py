@@ -5,7 +5,6 @@ site's own state.
 from datetime import UTC, datetime
 from pathlib import Path
 
-from srfed.checkpoints.client_store import check_name
 from srfed.config import RunConfig
 from srfed.data import accept_images, current_images
 from srfed.deployment.certificates import certificate_fingerprint
@@ -27,7 +26,8 @@ from srfed.federation.agreement import (
 )
 from srfed.files import exists
 from srfed.model import build_model, build_partition
-from srfed.reporting.words import bytes_in_words
+from srfed.reporting.units import bytes_in_words
+from srfed.storage.client_store import check_name
 from srfed.training.minibatches import MinibatchOrder
 
 

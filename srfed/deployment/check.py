@@ -10,7 +10,6 @@ from uuid import uuid4
 
 import numpy as np
 
-from srfed.checkpoints.client_store import check_name
 from srfed.config import RunConfig
 from srfed.data import Task, describe_own_images, load_own_task, recorded_images
 from srfed.data.images import Images
@@ -23,7 +22,8 @@ from srfed.federation.agreement import COMMAND
 from srfed.files import make_folder, open_to_others
 from srfed.model import build_model, build_partition
 from srfed.reporting.pictures import draw_grid, write_png
-from srfed.reporting.words import bytes_in_words
+from srfed.reporting.units import bytes_in_words
+from srfed.storage.client_store import check_name
 from srfed.training.minibatches import MinibatchOrder
 
 TRAINING_ROWS, TEST_ROWS, COLUMNS = 4, 2, 12

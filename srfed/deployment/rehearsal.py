@@ -20,7 +20,7 @@ from srfed.deployment.certificates import CA_CERTIFICATE
 from srfed.deployment.processes import Deployment
 from srfed.errors import UserError
 from srfed.files import held, list_folder, write_bytes
-from srfed.reporting.run_directory import RunDirectory
+from srfed.storage.run_folder import RunFolder
 
 _FLOWERS = re.compile(
     r"(\x1b\[\d+m)?(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) *(\x1b\[0m)?:|Successfully "
@@ -56,7 +56,7 @@ def rehearse(folder: Path, config: RunConfig) -> None:
     with held(folder / "lock", wait=False):
         if (folder / "run" / "run.json").exists():
             # Refused here, and not after everything has been started.
-            RunDirectory.open(folder / "run").reconfigure(config)
+            RunFolder.open(folder / "run").reconfigure(config)
         _rehearse(folder, config)
 
 

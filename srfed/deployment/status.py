@@ -15,9 +15,9 @@ from srfed.deployment.connection import check_superlink
 from srfed.deployment.flower import QUIET, plain, program
 from srfed.errors import UserError
 from srfed.paths import user_path
-from srfed.reporting.metrics_log import MetricsLog
-from srfed.reporting.run_directory import RunDirectory
-from srfed.reporting.words import printable, seconds_in_words
+from srfed.reporting.units import printable, seconds_in_words
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
 
 LATEST_RUNS = 5
 """Of Flower's runs so many are listed."""
@@ -35,7 +35,7 @@ def status(run_dir: Path, connection: str | None) -> str:
         UserError: it is no run's folder or cannot be read; the SuperLink's certificate is wrong, or
             it does not answer.
     """
-    run = RunDirectory.open(run_dir)
+    run = RunFolder.open(run_dir)
     log = MetricsLog(run.metrics)
     rounds, evaluations = log.rounds(), log.evaluations()
     at_work = _is_held(run.path / "lock")
@@ -101,7 +101,7 @@ def _of_flower(connection: str) -> tuple[list[dict[str, Any]], list[str]]:
     return runs, lines if runs else [*lines[:-1], "Flower's runs: none"]
 
 
-def _advice(run: RunDirectory, at_work: bool, finished: bool, runs: list[dict[str, Any]]) -> str:
+def _advice(run: RunFolder, at_work: bool, finished: bool, runs: list[dict[str, Any]]) -> str:
     if at_work:
         return "a ServerApp is at work on it"
     if finished:

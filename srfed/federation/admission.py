@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from flwr.app import Context, Message
 
-from srfed.checkpoints.client_store import NO_PARENT
 from srfed.config import RunConfig, parse_config_json
 from srfed.data import ImageRecord, Task
 from srfed.errors import UserError
@@ -21,6 +20,7 @@ from srfed.federation.agreement import (
 from srfed.federation.messages import DESCRIBE, EVALUATE, TRAIN, Request
 from srfed.federation.site import Site, deployed_site, is_simulated, own_task, site_of
 from srfed.files import exists
+from srfed.storage.client_store import NO_PARENT
 
 
 @dataclass(frozen=True)

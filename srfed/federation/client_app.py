@@ -10,7 +10,6 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from srfed import __version__
-from srfed.checkpoints.site_model import save_site_model
 from srfed.evaluation.features.statistics import FeatureStatistics
 from srfed.evaluation.generation import Generated
 from srfed.evaluation.metrics.memorisation import draw_nearest_pairs
@@ -33,7 +32,8 @@ from srfed.federation.runtime import Runtime, features_for, runtime_for
 from srfed.federation.site_log import write_to_log
 from srfed.federation.wire_guard import wire_guard
 from srfed.reporting.pictures import draw_grid, write_png
-from srfed.reporting.words import printable
+from srfed.reporting.units import printable
+from srfed.storage.site_model import save_site_model
 from srfed.training.local import LocalResult, load_tensors
 
 app = ClientApp(mods=[wire_guard])

@@ -14,7 +14,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from srfed.federation.server_app import RUN_DIR_VARIABLE
 from srfed.federation.site import STATE_DIR_VARIABLE
-from srfed.reporting.run_directory import RunDirectory
+from srfed.storage.run_folder import RunFolder
 
 
 class InlineGrid(Grid):
@@ -102,7 +102,7 @@ class InlineGrid(Grid):
             )
 
 
-def run_inline(run: RunDirectory, server_app: ServerApp, client_app: ClientApp) -> None:
+def run_inline(run: RunFolder, server_app: ServerApp, client_app: ClientApp) -> None:
     """Run both apps in this process until the server is done; raises what the server raises."""
     os.environ[RUN_DIR_VARIABLE] = str(run.path)
     os.environ[STATE_DIR_VARIABLE] = str(run.clients)

@@ -17,9 +17,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from numpy.typing import NDArray
 from torch import Tensor
 
-from srfed.checkpoints.client_store import PLAIN_NAME
 from srfed.evaluation.metrics.memorisation import Audit
 from srfed.federation.agreement import RequestRefusedError
+from srfed.storage.client_store import PLAIN_NAME
 
 DESCRIBE = "query.describe"
 TRAIN = "train"

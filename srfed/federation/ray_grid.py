@@ -18,12 +18,12 @@ from srfed.errors import UserError
 from srfed.federation.exchange import stop_requested
 from srfed.federation.server_app import RUN_DIR_VARIABLE
 from srfed.federation.site import STATE_DIR_VARIABLE
-from srfed.reporting.run_directory import RunDirectory
+from srfed.storage.run_folder import RunFolder
 
 INSTEAD = "resources.backend = inline (--backend inline) does without Ray"
 
 
-def run_on_ray(run: RunDirectory, server_app: ServerApp, client_app: ClientApp) -> None:
+def run_on_ray(run: RunFolder, server_app: ServerApp, client_app: ClientApp) -> None:
     """Run both apps under Flower's Ray simulation until the server is done; raises what the server
     raises.
 

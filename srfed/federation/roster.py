@@ -14,7 +14,6 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from srfed import __version__
-from srfed.checkpoints.server_state import KnownClient
 from srfed.config import RunConfig
 from srfed.errors import UserError
 from srfed.federation.bounds import LONGEST_TEXT, MOST_STEPS
@@ -23,7 +22,8 @@ from srfed.federation.identity import registered_by_hand
 from srfed.federation.messages import DESCRIBE, Description, Request, add_refusal
 from srfed.federation.screening import RefusedError, screen_description
 from srfed.keys import key_fingerprint
-from srfed.reporting.words import printable, seconds_in_words
+from srfed.reporting.units import printable, seconds_in_words
+from srfed.storage.server_checkpoints import KnownClient
 from srfed.training.minibatches import MinibatchOrder
 
 LOOK_SECONDS = 1.0

@@ -8,7 +8,6 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from srfed.checkpoints.client_store import NO_PARENT, ClientStore
 from srfed.config import RunConfig
 from srfed.device import captured_forward, memory_layout, resolve_device
 from srfed.diffusion.process import PredictNoise
@@ -19,7 +18,8 @@ from srfed.federation.agreement import not_agreed
 from srfed.federation.messages import Request
 from srfed.federation.site import Site, own_task
 from srfed.model import build_diffusion, build_model, build_partition, noise_of_task
-from srfed.tensors import check_tensors
+from srfed.storage.checkpoint import check_tensors
+from srfed.storage.client_store import NO_PARENT, ClientStore
 from srfed.training.local import ClientState, LocalTrainer, initial_state
 from srfed.training.step import LocalStep
 

@@ -13,7 +13,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from torch import Tensor
 
-from srfed.checkpoints.client_store import check_name
 from srfed.errors import UserError
 from srfed.evaluation.features.statistics import FeatureStatistics
 from srfed.evaluation.metrics.memorisation import Audit
@@ -50,7 +49,8 @@ from srfed.federation.messages import (
     read_metrics,
     read_tensors,
 )
-from srfed.reporting.words import printable
+from srfed.reporting.units import printable
+from srfed.storage.client_store import check_name
 from srfed.training.optimizer import ADAM_REACH, MARGIN, MOMENTS, Reach
 
 LOST = frozenset(

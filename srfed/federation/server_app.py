@@ -12,7 +12,6 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from srfed.checkpoints.server_state import KnownClient, ServerCheckpoints, ServerState
 from srfed.config import load_config
 from srfed.data import load_recorded_tasks, record_tasks
 from srfed.data.tasks import ALLOW
@@ -29,11 +28,12 @@ from srfed.federation.strategy import SharedRepresentationStrategy
 from srfed.files import write_bytes, write_json
 from srfed.model import build_model, build_partition
 from srfed.paths import user_path
-from srfed.reporting.metrics_log import MetricsLog
-from srfed.reporting.records import TaskInfo
-from srfed.reporting.reporter import Reporter
-from srfed.reporting.run_directory import RunDirectory
+from srfed.records import TaskInfo
+from srfed.reporting.console import Console
 from srfed.reporting.summary import summarise
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
+from srfed.storage.server_checkpoints import KnownClient, ServerCheckpoints, ServerState
 
 RUN_DIR_VARIABLE = "SRFED_RUN_DIR"
 """Environment variable that tells a simulation's ServerApp which run directory is its own."""
@@ -50,7 +50,7 @@ def main(grid: Grid, context: Context) -> None:
     """
     simulated = os.environ.get(RUN_DIR_VARIABLE)
     if simulated:
-        run_federation(grid, RunDirectory.open(Path(simulated)), fixed=True)
+        run_federation(grid, RunFolder.open(Path(simulated)), fixed=True)
         return
     logging.getLogger("flwr").addFilter(_without_traceback)
     began = time.monotonic()
@@ -61,7 +61,7 @@ def main(grid: Grid, context: Context) -> None:
     print(f"\n{summary}", flush=True)
 
 
-def begin_or_go_on(context: Context) -> RunDirectory:
+def begin_or_go_on(context: Context) -> RunFolder:
     """The run that ``flwr run --run-config`` names: new, or one that was stopped.
 
     ``run-dir`` is its folder, ``config`` a YAML file (absolute, or one of the app's own such as
@@ -79,12 +79,12 @@ def begin_or_go_on(context: Context) -> RunDirectory:
     )
     keys = read_roster(user_path(roster)) if roster else None
     if (folder / "run.json").exists():
-        run = RunDirectory.open(folder)
+        run = RunFolder.open(folder)
         run = run.reconfigure(
             load_config(_config_file(named) or run.config_file, shlex.split(overrides))
         )
     else:
-        run = RunDirectory.create(folder, load_config(_config_file(named), shlex.split(overrides)))
+        run = RunFolder.create(folder, load_config(_config_file(named), shlex.split(overrides)))
     if keys is not None:
         write_json(folder / ROSTER_FILE, {"keys": keys})
     return run
@@ -110,7 +110,7 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     return True
 
 
-def run_federation(grid: Grid, run: RunDirectory, *, fixed: bool = False) -> None:
+def run_federation(grid: Grid, run: RunFolder, *, fixed: bool = False) -> None:
     """Train and evaluate until the last round.
 
     Args:
@@ -123,7 +123,7 @@ def run_federation(grid: Grid, run: RunDirectory, *, fixed: bool = False) -> Non
         StoppedError: the user asked to stop.
     """
     with run.in_use():
-        reporter = Reporter(run)
+        reporter = Console(run)
         try:
             _Server(grid, run, reporter, fixed).run()
         finally:
@@ -133,7 +133,7 @@ def run_federation(grid: Grid, run: RunDirectory, *, fixed: bool = False) -> Non
 class _Server:
     """One execution of a run, from its last checkpoint on."""
 
-    def __init__(self, grid: Grid, run: RunDirectory, reporter: Reporter, fixed: bool) -> None:
+    def __init__(self, grid: Grid, run: RunFolder, reporter: Console, fixed: bool) -> None:
         self._grid, self._run, self._reporter, self._fixed = grid, run, reporter, fixed
         self._config = config = run.config
         torch.set_num_threads(config.resources.client_cpus)

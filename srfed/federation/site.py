@@ -14,7 +14,6 @@ from typing import Any
 
 from flwr.app import Context
 
-from srfed.checkpoints.client_store import check_name
 from srfed.config import DataConfig, RunConfig
 from srfed.data import (
     RECORD_FILE,
@@ -26,6 +25,7 @@ from srfed.data import (
 from srfed.errors import UserError
 from srfed.files import append_text, open_to_others
 from srfed.paths import user_path
+from srfed.storage.client_store import check_name
 
 STATE_DIR_VARIABLE = "SRFED_STATE_DIR"
 """Environment variable that tells a simulation's clients where the run keeps their stores."""

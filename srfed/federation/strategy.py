@@ -16,7 +16,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from srfed.checkpoints.server_state import ServerCheckpoints, ServerState
 from srfed.config import RunConfig
 from srfed.errors import UserError
 from srfed.evaluation.metrics.ssim import ssim_window
@@ -49,8 +48,9 @@ from srfed.federation.screening import (
 )
 from srfed.networks.partition import Partition
 from srfed.randomness import derive_generator
-from srfed.reporting.records import EvaluationRecord, RoundRecord
-from srfed.reporting.words import seconds_in_words
+from srfed.records import EvaluationRecord, RoundRecord
+from srfed.reporting.units import seconds_in_words
+from srfed.storage.server_checkpoints import ServerCheckpoints, ServerState
 from srfed.training.ema import round_decay, update_average
 from srfed.training.optimizer import learning_rate_factor, reach_of_round
 

@@ -3,7 +3,7 @@
 import time
 
 from srfed.config import RunConfig
-from srfed.reporting.records import EvaluationRecord, RoundRecord
+from srfed.records import EvaluationRecord, RoundRecord
 
 STEP_TO_PASS = 3.0
 """A training step on an image (forward, backward) against a forward pass: until an evaluation has

@@ -9,8 +9,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from srfed.config import RunConfig
 from srfed.errors import UserError
+from srfed.records import EvaluationRecord, RoundRecord
 from srfed.reporting.pictures import Images
-from srfed.reporting.records import EvaluationRecord, RoundRecord
 
 
 class TensorBoard:

@@ -8,7 +8,7 @@ from pathlib import Path
 from srfed.errors import DamagedError, UserError
 from srfed.evaluation.features.network import FeatureNetwork, one_line
 from srfed.evaluation.features.statistics import FeatureStatistics
-from srfed.tensors import read_arrays, write_arrays
+from srfed.storage.checkpoint import read_arrays, write_arrays
 
 
 def save_statistics(path: Path, statistics: FeatureStatistics, network: FeatureNetwork) -> None:

@@ -13,11 +13,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from srfed.checkpoints.client_store import NO_PARENT, StoreBounds, check_bounds, check_name
 from srfed.config import RunConfig, parse_config_json
 from srfed.errors import DamagedError, UserError
 from srfed.files import held, list_folder
-from srfed.tensors import (
+from srfed.storage.checkpoint import (
     Checkpoint,
     find_checkpoints,
     image_shape,
@@ -27,6 +26,7 @@ from srfed.tensors import (
     remove_remains,
     write_checkpoint,
 )
+from srfed.storage.client_store import NO_PARENT, StoreBounds, check_bounds, check_name
 
 MODELS = "models"
 _KINDS = {"config": str, "round": int, "shape": list, "client": str}

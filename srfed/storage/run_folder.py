@@ -61,7 +61,7 @@ _held: set[Path] = set()
 
 
 @dataclass(frozen=True)
-class RunDirectory:
+class RunFolder:
     """One run's folder, its configuration and its identity."""
 
     path: Path
@@ -69,7 +69,7 @@ class RunDirectory:
     lineage: str
 
     @classmethod
-    def create(cls, path: Path | None, config: RunConfig) -> "RunDirectory":
+    def create(cls, path: Path | None, config: RunConfig) -> "RunFolder":
         """Begin a run in a new or empty folder; None takes runs/<name>-<time>, which no other run
         has.
 
@@ -101,7 +101,7 @@ class RunDirectory:
         return run
 
     @classmethod
-    def open(cls, path: Path) -> "RunDirectory":
+    def open(cls, path: Path) -> "RunFolder":
         """Open a run's folder.
 
         Raises:
@@ -117,7 +117,7 @@ class RunDirectory:
         run._refuse_edited(identity, named)
         return run
 
-    def reconfigure(self, config: RunConfig) -> "RunDirectory":
+    def reconfigure(self, config: RunConfig) -> "RunFolder":
         """The same run under a configuration that may differ in what does not decide its result.
 
         Nothing is written before somebody has the run to himself, see :meth:`in_use`.
@@ -129,7 +129,7 @@ class RunDirectory:
         if config.fingerprint() != self.config.fingerprint():
             changed = ", ".join(self.config.decisive_differences(config))
             raise UserError(f"{self.path} was begun with another configuration: {changed}")
-        run = RunDirectory(self.path, config, self.lineage)
+        run = RunFolder(self.path, config, self.lineage)
         run._refuse_fewer_rounds()
         return run
 
@@ -198,7 +198,7 @@ class RunDirectory:
         cannot be read.
         """
         # Importing torch takes seconds, and beginning a run needs none of it.
-        from srfed.checkpoints.server_state import ServerCheckpoints
+        from srfed.storage.server_checkpoints import ServerCheckpoints
 
         return max(ServerCheckpoints(self.server, 1).rounds(), default=None)
 

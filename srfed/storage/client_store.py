@@ -18,8 +18,8 @@ from typing import Any
 
 from srfed.errors import UserError
 from srfed.files import exists, held, list_folder, make_folder
-from srfed.reporting.words import bytes_in_words
-from srfed.tensors import (
+from srfed.reporting.units import bytes_in_words
+from srfed.storage.checkpoint import (
     Checkpoint,
     find_checkpoints,
     read_checkpoint,

@@ -10,7 +10,7 @@ from typing import Any
 
 from srfed.errors import DamagedError
 from srfed.files import FORMAT, append_text, check_format, exists, read_bytes, write_bytes
-from srfed.reporting.records import EvaluationRecord, RoundRecord, TaskInfo
+from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
 
 Line = dict[str, Any]
 PICTURES = ("grids", "strips")

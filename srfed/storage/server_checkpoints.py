@@ -6,9 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from srfed.checkpoints.client_store import NO_PARENT
 from srfed.errors import DamagedError, UserError
-from srfed.tensors import (
+from srfed.storage.checkpoint import (
     Checkpoint,
     check_tensors,
     find_checkpoints,
@@ -18,6 +17,7 @@ from srfed.tensors import (
     remove_remains,
     write_checkpoint,
 )
+from srfed.storage.client_store import NO_PARENT
 
 _GROUPS = ("shared", "shared_average", "optimizer", "shared_moments")
 _KINDS = {

@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import torch
 
-from srfed.checkpoints.client_store import NO_PARENT, ClientStore
-from srfed.checkpoints.server_state import ServerCheckpoints, ServerState
 from srfed.data import Task, load_recorded_tasks, record_tasks
 from srfed.device import captured_forward, memory_layout, resolve_device
 from srfed.evaluation.features.load import load_feature_network
@@ -15,16 +13,18 @@ from srfed.evaluation.references import CentralEvaluation, RealFloor
 from srfed.evaluation.shares import share_of_samples
 from srfed.evaluation.task import evaluate_task
 from srfed.model import build_diffusion, build_model, build_partition, noise_of_task
-from srfed.reporting.records import EvaluationRecord, RoundRecord, TaskInfo
-from srfed.reporting.reporter import Reporter
-from srfed.reporting.run_directory import RunDirectory
-from srfed.tensors import check_tensors
+from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
+from srfed.reporting.console import Console
+from srfed.storage.checkpoint import check_tensors
+from srfed.storage.client_store import NO_PARENT, ClientStore
+from srfed.storage.run_folder import RunFolder
+from srfed.storage.server_checkpoints import ServerCheckpoints, ServerState
 from srfed.training.centralised import CentralResult, CentralState, CentralTrainer
 from srfed.training.local import initial_state, load_tensors
 from srfed.training.optimizer import learning_rate_factor
 
 
-def train_centrally(run: RunDirectory) -> None:
+def train_centrally(run: RunFolder) -> None:
     """Train and evaluate until the last round.
 
     Args:
@@ -35,7 +35,7 @@ def train_centrally(run: RunDirectory) -> None:
         KeyboardInterrupt: the last finished round is on disk.
     """
     with run.in_use():
-        reporter = Reporter(run)
+        reporter = Console(run)
         try:
             _CentralRun(run, reporter).run()
         finally:
@@ -47,7 +47,7 @@ class _CentralRun:
     task's store.
     """
 
-    def __init__(self, run: RunDirectory, reporter: Reporter) -> None:
+    def __init__(self, run: RunFolder, reporter: Console) -> None:
         self._run, self._reporter = run, reporter
         self._config = config = run.config
         torch.set_num_threads(config.resources.client_cpus)

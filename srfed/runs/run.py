@@ -7,19 +7,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from srfed.checkpoints.client_store import ClientStore
-from srfed.checkpoints.server_state import ServerCheckpoints
-from srfed.checkpoints.site_model import SiteModel
 from srfed.config import ResourcesConfig
 from srfed.device import captured_forward, resolve_device
 from srfed.diffusion.process import PredictNoise
 from srfed.errors import UserError
 from srfed.files import exists
 from srfed.model import build_diffusion, build_model, build_partition, noise_of_task
-from srfed.reporting.metrics_log import MetricsLog
-from srfed.reporting.records import TaskInfo
-from srfed.reporting.run_directory import RunDirectory
-from srfed.tensors import check_tensors
+from srfed.records import TaskInfo
+from srfed.storage.checkpoint import check_tensors
+from srfed.storage.client_store import ClientStore
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
+from srfed.storage.server_checkpoints import ServerCheckpoints
+from srfed.storage.site_model import SiteModel
 from srfed.training.local import initial_state, load_tensors
 
 
@@ -75,7 +75,7 @@ class TrainedRun:
     """
 
     def __init__(self, path: Path, resources: ResourcesConfig) -> None:
-        self._run = RunDirectory.open(path)
+        self._run = RunFolder.open(path)
         self.config = self._run.config
         checkpoints = ServerCheckpoints(self._run.server, 1)
         self._state = checkpoints.load_last()

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from srfed.checkpoints.trained_run import TrainedRun
 from srfed.config import SamplingConfig
 from srfed.data import ImageRecord, load_recorded_tasks, load_tasks
 from srfed.data.images import Images
@@ -31,10 +30,11 @@ from srfed.evaluation.scores import ReferenceStatistics, audit_numbers, score_sa
 from srfed.evaluation.shares import share_of_samples
 from srfed.evaluation.task import ssim_curve
 from srfed.files import exists, read_json, try_output, write_json
-from srfed.reporting.metrics_log import MetricsLog
-from srfed.reporting.run_directory import RunDirectory
 from srfed.reporting.summary import totals
-from srfed.tensors import read_arrays, write_arrays
+from srfed.runs.run import TrainedRun
+from srfed.storage.checkpoint import read_arrays, write_arrays
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
 
 SAMPLES_FILE = "samples.safetensors"
 SCORES_FILE = "scores.json"
@@ -91,7 +91,7 @@ def evaluate_run(
         UserError: the data are not where the run's configuration says, or have changed, or a file
             is damaged.
     """
-    config, run = trained.config, RunDirectory.open(path)
+    config, run = trained.config, RunFolder.open(path)
     changes: list[str] = []
     tasks = load_recorded_tasks(
         config.data,

@@ -10,23 +10,23 @@ from typing import Never
 from tqdm import tqdm
 
 from srfed.files import list_folder
-from srfed.reporting.metrics_log import MetricsLog
+from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
 from srfed.reporting.pace import Pace
 from srfed.reporting.pictures import draw_grid, write_png
-from srfed.reporting.records import EvaluationRecord, RoundRecord, TaskInfo
-from srfed.reporting.run_directory import RunDirectory
 from srfed.reporting.tensorboard import TensorBoard
-from srfed.reporting.words import bytes_in_words, seconds_in_words
+from srfed.reporting.units import bytes_in_words, seconds_in_words
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
 
 
-class Reporter:
+class Console:
     """Observes one run (see srfed.federation.strategy.Observer).
 
     On a terminal a bar counts the clients' replies of the current exchange; elsewhere there is one
     plain line for each round and each evaluation, and nothing between.
     """
 
-    def __init__(self, run: RunDirectory) -> None:
+    def __init__(self, run: RunFolder) -> None:
         self._run = run
         self._log = MetricsLog(run.metrics)
         self._tensorboard: TensorBoard | None = None

@@ -19,7 +19,6 @@ import numpy as np
 import safetensors.torch
 from torch import Tensor
 
-from srfed.checkpoints.site_model import MODELS, save_site_model
 from srfed.config import RunConfig
 from srfed.data import Task
 from srfed.data.images import Images
@@ -31,6 +30,7 @@ from srfed.evaluation.generation import generate
 from srfed.evaluation.metrics.frechet import frechet_distance
 from srfed.files import exists, held, list_folder, read_json, try_output, write_bytes, write_json
 from srfed.model import build_diffusion, build_model
+from srfed.storage.site_model import MODELS, save_site_model
 from srfed.training.adaptation import Adapted, Mode, adapt
 from srfed.training.local import load_tensors
 
