@@ -39,7 +39,7 @@ PARTS = {
     "Flower's program": "import flwr.supernode.runtime.run_clientapp",
     "the same, torch": "import flwr.supernode.runtime.run_clientapp, torch",
     "the same, torch, "
-    "srfed": "import flwr.supernode.runtime.run_clientapp, srfed.federation.client_app",
+    "srfed": "import flwr.supernode.runtime.run_clientapp, srfed.federation.flower.client_app",
 }
 """What a ClientApp's process imports, each with what comes before it."""
 PART_REPEATS = 7

@@ -18,10 +18,10 @@ from srfed.command import Parser
 from srfed.config import RunConfig
 from srfed.cores import usable_cores
 from srfed.data import load_tasks, to_model_range
-from srfed.federation.client_app import app as client_app
-from srfed.federation.inline_grid import run_inline
-from srfed.federation.ray_grid import run_on_ray
-from srfed.federation.server_app import app as server_app
+from srfed.federation.flower.client_app import app as client_app
+from srfed.federation.flower.in_process import run_inline
+from srfed.federation.flower.ray import run_on_ray
+from srfed.federation.flower.server_app import app as server_app
 from srfed.model import build_diffusion, build_model
 from srfed.requested_config import requested_config
 from srfed.storage.metrics_log import MetricsLog

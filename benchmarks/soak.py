@@ -31,9 +31,9 @@ from srfed.config import RunConfig, parse_config
 from srfed.data import load_tasks
 from srfed.deployment.agree import agree_as_rehearsed
 from srfed.deployment.processes import Deployment, FlowerRun
-from srfed.federation.client_app import app as client_app
-from srfed.federation.inline_grid import run_inline
-from srfed.federation.server_app import app as server_app
+from srfed.federation.flower.client_app import app as client_app
+from srfed.federation.flower.in_process import run_inline
+from srfed.federation.flower.server_app import app as server_app
 from srfed.storage.checkpoint import read_checkpoint, read_manifest
 from srfed.storage.client_store import ClientStore
 from srfed.storage.metrics_log import MetricsLog

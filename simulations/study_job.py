@@ -60,9 +60,9 @@ def _train(run: RunFolder) -> None:
 
         train_centrally(run)
         return
-    from srfed.federation.client_app import app as client_app
-    from srfed.federation.inline_grid import run_inline
-    from srfed.federation.server_app import app as server_app
+    from srfed.federation.flower.client_app import app as client_app
+    from srfed.federation.flower.in_process import run_inline
+    from srfed.federation.flower.server_app import app as server_app
 
     run_inline(run, server_app, client_app)
 

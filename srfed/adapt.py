@@ -24,8 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m srfed.adapt",
         description="Fit exclusive layers θ to a task that took no part in a run, on its owner's "
-        "images alone. The "
-        "run stays as it is. A second call goes on with the modes that are missing.",
+        "images alone. The run stays as it is. A second call goes on with the modes that are "
+        "missing.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -47,8 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=("frozen", "thawed", "scratch", "all"),
         default="frozen",
         help="frozen: θ alone (default); thawed: φ too, here only; scratch: everything, from the "
-        "initialisation; "
-        "all: one after the other",
+        "initialisation; all: one after the other",
     )
     parser.add_argument(
         "--steps", type=int, default=600, metavar="N", help="local steps (default 600)"

@@ -29,10 +29,9 @@ def _parser() -> argparse.ArgumentParser:
         "certificates",
         help="make or renew TLS certificates for the SuperLink, and keys for sites",
         description="With --host: a certificate authority and the SuperLink's certificate. With "
-        "--site: that site's "
-        "key pair; a site can also make its own. With --renew: a new certificate of the SuperLink "
-        "from the authority "
-        "that the sites know, for the names of the old one or those of --host.",
+        "--site: that site's key pair; a site can also make its own. With --renew: a new "
+        "certificate of the SuperLink from the authority that the sites know, for the names of the "
+        "old one or those of --host.",
     )
     certificates.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="where the files go"
@@ -101,8 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         "agree",
         help="what a site's owner allows, written down; without it a site answers nothing",
         description="Show in words what would leave this site and what may be asked of it, ask, "
-        "and write it into the "
-        "state folder. Called again it shows what would change.",
+        "and write it into the state folder. Called again it shows what would change.",
     )
     agree.add_argument(
         "--data",
@@ -225,8 +223,7 @@ def _parser() -> argparse.ArgumentParser:
         "rehearse",
         help="run a whole federation on this machine as separate processes",
         description="SuperLink, SuperNodes, TLS and keys as in a real federation, on loopback; "
-        "given --dir of an "
-        "earlier rehearsal it goes on with that.",
+        "given --dir of an earlier rehearsal it goes on with that.",
     )
     rehearse.add_argument(
         "--clients",

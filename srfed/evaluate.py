@@ -14,9 +14,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m srfed.evaluate",
         description="Sample a simulated or centralised run's last checkpoint, and score the "
-        "samples in every way "
-        "there is. Each number is printed with what it depends on. A second call reads what the "
-        "first has left.",
+        "samples in every way there is. Each number is printed with what it depends on. A second "
+        "call reads what the first has left.",
     )
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="the run's folder")
     parser.add_argument(

@@ -37,14 +37,14 @@ def check(
 
 def _run(run: RunFolder) -> None:
     """Start the apps on the configured backend; a signal stops between two replies."""
-    from srfed.federation.client_app import app as client_app
-    from srfed.federation.exchange import StoppedError, stop_requested
-    from srfed.federation.inline_grid import run_inline
-    from srfed.federation.server_app import app as server_app
+    from srfed.federation.flower.client_app import app as client_app
+    from srfed.federation.flower.exchange import StoppedError, stop_requested
+    from srfed.federation.flower.in_process import run_inline
+    from srfed.federation.flower.server_app import app as server_app
 
     with stopping_gently(stop_requested, StoppedError):
         if run.config.resources.backend == "ray":
-            from srfed.federation.ray_grid import run_on_ray
+            from srfed.federation.flower.ray import run_on_ray
 
             run_on_ray(run, server_app, client_app)
         else:

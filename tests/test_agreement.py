@@ -32,8 +32,8 @@ from srfed.federation.agreement import (
     samples_of,
     weak_numbers,
 )
-from srfed.federation.client_app import app
-from srfed.federation.inline_grid import InlineGrid
+from srfed.federation.flower.client_app import app
+from srfed.federation.flower.in_process import InlineGrid
 from srfed.federation.messages import (
     DESCRIBE,
     EVALUATE,

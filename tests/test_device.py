@@ -18,7 +18,7 @@ from srfed.config import ResourcesConfig
 from srfed.device import Captured, arithmetic, resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.generation import generate
-from srfed.federation.ray_grid import client_share
+from srfed.federation.flower.ray import client_share
 from srfed.model import build_diffusion, build_model, build_partition
 from srfed.networks.blocks import SelfAttention
 from srfed.training.local import LocalResult, LocalTrainer, initial_state

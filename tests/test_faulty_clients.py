@@ -17,8 +17,8 @@ from flwr.common.constant import SType
 from tiny_run import all_bits, begin, records, round_lines, run_in_process, run_on_grid, server_bits
 
 from srfed.errors import UserError
-from srfed.federation import client_app
-from srfed.federation.inline_grid import InlineGrid
+from srfed.federation.flower import client_app
+from srfed.federation.flower.in_process import InlineGrid
 from srfed.federation.messages import (
     GENERATED,
     LAYOUT,

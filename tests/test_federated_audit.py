@@ -15,7 +15,7 @@ from srfed.data import load_tasks
 from srfed.evaluation.features.embedded import EmbeddedFeatures
 from srfed.evaluation.generation import generate
 from srfed.evaluation.metrics.memorisation import audit
-from srfed.federation import client_app
+from srfed.federation.flower import client_app
 from srfed.federation.messages import EVALUATE, METRICS, read_metrics
 from srfed.runs.centralised import train_centrally
 from srfed.runs.run import TrainedRun

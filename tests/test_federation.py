@@ -28,7 +28,7 @@ from tiny_run import (
 )
 
 from srfed.federation.aggregation import aggregate, client_weights, weighted_mean
-from srfed.federation.inline_grid import InlineGrid
+from srfed.federation.flower.in_process import InlineGrid
 from srfed.model import build_model, build_partition
 from srfed.storage.checkpoint import read_checkpoint
 from srfed.storage.run_folder import RunFolder

@@ -38,7 +38,7 @@ publisher = "nobody"
 
 [tool.flwr.app.components]
 serverapp = "hostile.server:app"
-clientapp = "srfed.federation.client_app:app"
+clientapp = "srfed.federation.flower.client_app:app"
 
 [tool.flwr.app.config]
 orders = ""

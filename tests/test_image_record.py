@@ -29,10 +29,10 @@ from srfed.data import (
 from srfed.data.record import read_records, write_records
 from srfed.data.source import split_by_content
 from srfed.deployment.agree import agree_as_rehearsed
-from srfed.federation.client_app import app as client_app
-from srfed.federation.inline_grid import InlineGrid
+from srfed.federation.flower.client_app import app as client_app
+from srfed.federation.flower.in_process import InlineGrid
+from srfed.federation.flower.server_app import run_federation
 from srfed.federation.messages import TRAIN
-from srfed.federation.server_app import run_federation
 from srfed.federation.site import STATE_DIR_VARIABLE, own_task
 from srfed.runs.centralised import train_centrally
 from srfed.storage.metrics_log import MetricsLog

@@ -6,9 +6,9 @@ from srfed.config import ResourcesConfig, load_config
 from srfed.data import load_tasks
 from srfed.evaluation.generation import generate
 from srfed.evaluation.metrics.nearest_neighbour import accuracy_on_real_images, class_agreement
-from srfed.federation.client_app import app as client_app
-from srfed.federation.inline_grid import run_inline
-from srfed.federation.server_app import app as server_app
+from srfed.federation.flower.client_app import app as client_app
+from srfed.federation.flower.in_process import run_inline
+from srfed.federation.flower.server_app import app as server_app
 from srfed.runs.run import TrainedRun
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder

@@ -27,9 +27,11 @@ from tiny_run import all_bits, begin, records, round_lines, server_bits, tiny_co
 from srfed.deployment.certificates import make_certificates
 from srfed.deployment.sites import rebind, sites_in_words
 from srfed.errors import UserError
-from srfed.federation.client_app import app as real_app
-from srfed.federation.identity import ROSTER_FILE, kept_roster, read_roster
-from srfed.federation.inline_grid import InlineGrid
+from srfed.federation.flower.client_app import app as real_app
+from srfed.federation.flower.identity import ROSTER_FILE, kept_roster, read_roster
+from srfed.federation.flower.in_process import InlineGrid
+from srfed.federation.flower.roster import Expected, Roster
+from srfed.federation.flower.server_app import RUN_DIR_VARIABLE, begin_or_go_on, run_federation
 from srfed.federation.messages import (
     DESCRIBE,
     EVALUATE,
@@ -40,8 +42,6 @@ from srfed.federation.messages import (
     array_record,
     read_tensors,
 )
-from srfed.federation.roster import Expected, Roster
-from srfed.federation.server_app import RUN_DIR_VARIABLE, begin_or_go_on, run_federation
 from srfed.federation.site import STATE_DIR_VARIABLE
 from srfed.files import write_json
 from srfed.keys import key_fingerprint, read_key
@@ -76,9 +76,9 @@ MIDDLE = 1
 
 @pytest.fixture(autouse=True)
 def _without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("srfed.federation.roster.LOOK_SECONDS", 0.0)
-    monkeypatch.setattr("srfed.federation.roster.POLL_SECONDS", 0.01)
-    monkeypatch.setattr("srfed.federation.exchange.LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr("srfed.federation.flower.roster.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("srfed.federation.flower.roster.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("srfed.federation.flower.exchange.LONGEST_PAUSE", 0.05)
 
 
 class ChangingGrid(InlineGrid):
@@ -425,7 +425,7 @@ def given_up(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, str]:
     )
     app = app_with(MIDDLE, train=[keep, *[fail] * 999])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("srfed.federation.exchange.LONGEST_PAUSE", 0.2)
+        patch.setattr("srfed.federation.flower.exchange.LONGEST_PAUSE", 0.2)
         return run, failure(lambda: start(run, ChangingGrid(run, app)))
 
 
@@ -633,7 +633,7 @@ def test_a_second_node_of_a_client_is_refused_until_the_first_has_gone(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("srfed.federation.roster.ASK_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr("srfed.federation.flower.roster.ASK_AGAIN_SECONDS", 0.0)
     run = begin(tmp_path / "run", SETTINGS)
     grid = ChangingGrid(
         run, connected=lambda finished: {2, 3, 9} if finished == 2 else {1, 2, 3, 9}
@@ -720,7 +720,7 @@ def test_clients_that_do_not_fit_are_refused_one_by_one_and_the_others_run(
 def test_a_misfit_that_is_mended_takes_part(
     tmp_path: Path, undisturbed: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("srfed.federation.roster.ASK_AGAIN_SECONDS", 0.3)
+    monkeypatch.setattr("srfed.federation.flower.roster.ASK_AGAIN_SECONDS", 0.3)
     asked: list[float] = []
 
     def change(node: int, reply: Message) -> None:
@@ -801,7 +801,7 @@ def away_then_back(
 
 @pytest.fixture
 def asked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("srfed.federation.roster.ASK_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr("srfed.federation.flower.roster.ASK_AGAIN_SECONDS", 0.0)
 
 
 @pytest.mark.usefixtures("asked_at_once")

@@ -31,10 +31,12 @@ from srfed.deployment.agree import agree_as_rehearsed
 from srfed.errors import UserError
 from srfed.evaluation.features.load import FeatureNetwork, load_feature_network
 from srfed.evaluation.generation import generate
-from srfed.federation import client_app
 from srfed.federation.bounds import EvaluatePlan
-from srfed.federation.client_app import app as real_app
-from srfed.federation.inline_grid import InlineGrid
+from srfed.federation.flower import client_app
+from srfed.federation.flower.client_app import app as real_app
+from srfed.federation.flower.guard import wire_guard
+from srfed.federation.flower.in_process import InlineGrid
+from srfed.federation.flower.server_app import run_federation
 from srfed.federation.messages import (
     EVALUATE,
     GENERATED,
@@ -49,9 +51,7 @@ from srfed.federation.messages import (
     read_tensors,
 )
 from srfed.federation.screening import RefusedError, screen_moments
-from srfed.federation.server_app import run_federation
 from srfed.federation.site import STATE_DIR_VARIABLE
-from srfed.federation.wire_guard import wire_guard
 from srfed.model import build_model, build_partition
 from srfed.reporting.pictures import draw_grid
 from srfed.runs.run import TrainedRun, TrainedSite

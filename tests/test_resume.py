@@ -32,11 +32,11 @@ import srfed
 from srfed import adapt, evaluate, sample, simulate
 from srfed.config.sections import fingerprint_of
 from srfed.errors import UserError
-from srfed.federation.exchange import StoppedError, stop_requested
-from srfed.federation.inline_grid import InlineGrid
+from srfed.federation.flower.exchange import StoppedError, stop_requested
+from srfed.federation.flower.in_process import InlineGrid
 from srfed.federation.messages import TRAIN, Request
-from srfed.federation.runtime import Runtime
 from srfed.federation.site import Site
+from srfed.federation.worker import Runtime
 from srfed.files import held, list_folder
 from srfed.reporting.console import Console
 from srfed.runs.run import TrainedRun

@@ -31,9 +31,9 @@ from srfed.storage.run_folder import RunFolder
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LOOK_SECONDS", "ASK_AGAIN_SECONDS"):
-        monkeypatch.setattr(f"srfed.federation.roster.{name}", 0.0)
+        monkeypatch.setattr(f"srfed.federation.flower.roster.{name}", 0.0)
     for room in ("roster", "exchange"):
-        monkeypatch.setattr(f"srfed.federation.{room}.TELL_SECONDS", 0.1)
+        monkeypatch.setattr(f"srfed.federation.flower.{room}.TELL_SECONDS", 0.1)
 
 
 @pytest.fixture(scope="module")

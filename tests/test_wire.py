@@ -16,8 +16,9 @@ from tiny_run import accepted_attempts, begin, round_lines, run_on_grid, tiny_co
 
 from srfed.config import RunConfig
 from srfed.data import load_tasks, to_model_range
-from srfed.federation import client_app
-from srfed.federation.inline_grid import InlineGrid
+from srfed.federation.flower import client_app
+from srfed.federation.flower.guard import wire_guard
+from srfed.federation.flower.in_process import InlineGrid
 from srfed.federation.messages import (
     DESCRIBE,
     EVALUATE,
@@ -37,7 +38,6 @@ from srfed.federation.messages import (
     read_tensors,
 )
 from srfed.federation.site import STATE_DIR_VARIABLE
-from srfed.federation.wire_guard import wire_guard
 from srfed.model import build_model, build_partition
 from srfed.storage.checkpoint import read_checkpoint
 from srfed.storage.metrics_log import MetricsLog

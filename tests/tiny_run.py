@@ -14,10 +14,10 @@ import yaml
 from flwr.clientapp import ClientApp
 
 from srfed.config import RunConfig, parse_config
-from srfed.federation.client_app import app as real_client_app
-from srfed.federation.inline_grid import InlineGrid, run_inline
-from srfed.federation.server_app import RUN_DIR_VARIABLE, run_federation
-from srfed.federation.server_app import app as server_app
+from srfed.federation.flower.client_app import app as real_client_app
+from srfed.federation.flower.in_process import InlineGrid, run_inline
+from srfed.federation.flower.server_app import RUN_DIR_VARIABLE, run_federation
+from srfed.federation.flower.server_app import app as server_app
 from srfed.federation.site import STATE_DIR_VARIABLE
 from srfed.storage.checkpoint import read_manifest
 from srfed.storage.metrics_log import MetricsLog

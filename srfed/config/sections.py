@@ -31,14 +31,12 @@ class DataConfig(Section):
     dataset: DatasetName = Field(
         "digits",
         description="where a simulation's tasks, and the server's reference images, come from; "
-        "`sites`: nobody but "
-        "the deployed sites has images",
+        "`sites`: nobody but the deployed sites has images",
     )
     dir: str = Field(
         "",
         description="root of the torchvision sets (or of cifar10_500.npz / cifar100_500.npz); the "
-        ".npz file "
-        "of `npz`; the folder of task folders of `folder`",
+        ".npz file of `npz`; the folder of task folders of `folder`",
     )
     images_per_task: int | None = Field(
         None,
@@ -58,17 +56,15 @@ class DataConfig(Section):
     intensity: Literal["per_image"] | tuple[float, float] = Field(
         "per_image",
         description="what becomes black and white in grey pictures of 16 bits, 32 bits or floats: "
-        "per_image, each "
-        "picture's own least and greatest value; or one range for all, [low, high], which keeps "
-        "what a value means",
+        "per_image, each picture's own least and greatest value; or one range for all, [low, "
+        "high], which keeps what a value means",
     )
     test_fraction: float = Field(
         0.2,
         gt=0,
         lt=1,
         description="share held out as test images where there is no test split: of published sets "
-        "the end, of "
-        "`npz`, `folder` and sites those images whose content says so, about so many",
+        "the end, of `npz`, `folder` and sites those images whose content says so, about so many",
     )
     horizontal_flip: bool = Field(False, description="mirror half of the training images at random")
 
@@ -152,18 +148,15 @@ class ModelConfig(Section):
     ) = Field(
         2,
         description="the partition: none shares all (FedAvg), io keeps stem and head at the "
-        "client, k in "
-        "1..4 the k outermost stages too, all shares nothing; or a list of module-name patterns "
-        "such as "
-        "'up.0.*'",
+        "client, k in 1..4 the k outermost stages too, all shares nothing; or a list of "
+        "module-name patterns such as 'up.0.*'",
     )
 
     task_embedding: Literal["none", "shared", "exclusive"] = Field(
         "none",
         description="tell the network its task beside the timestep: shared, a table over all tasks "
-        "in φ (C-DDPM, "
-        "conditional FedAvg); exclusive, one vector in each θ_i, which scales and shifts the "
-        "core's features",
+        "in φ (C-DDPM, conditional FedAvg); exclusive, one vector in each θ_i, which scales and "
+        "shifts the core's features",
     )
     zero_head: bool = Field(
         False, description="start the output convolution at zero, as many networks of the field do"
@@ -199,18 +192,16 @@ class TrainingConfig(Section):
     method: Literal["federated", "pooled", "one_task", "balanced"] = Field(
         "federated",
         description="federated: srfed.simulate and deployed sites; the others are for "
-        "srfed.centralise, where one "
-        "party has all images: pooled draws minibatches from all of them (DDPM, C-DDPM), one_task "
-        "from one task at "
-        "a time (SR-DDPM's Algorithm 1), balanced from every task alike",
+        "srfed.centralise, where one party has all images: pooled draws minibatches from all of "
+        "them (DDPM, C-DDPM), one_task from one task at a time (SR-DDPM's Algorithm 1), balanced "
+        "from every task alike",
     )
     batch_size: int = Field(32, ge=1, description="images in one local step")
     central_batch_size: int | None = Field(
         None,
         ge=1,
         description="images in one centralised step, over all tasks; null takes batch_size. A "
-        "round has as many "
-        "images as a federated one: clients times local_steps times batch_size",
+        "round has as many images as a federated one: clients times local_steps times batch_size",
     )
     drop_last: bool = Field(
         True, description="leave out the last, smaller batch of each pass over the images"
@@ -218,8 +209,7 @@ class TrainingConfig(Section):
     across_passes: bool = Field(
         False,
         description="let a batch run on into the next pass over the images, so that each has "
-        "batch_size of them, "
-        "even at a client with fewer; drop_last then has no meaning",
+        "batch_size of them, even at a client with fewer; drop_last then has no meaning",
     )
     local_steps: int | None = Field(
         12, ge=1, description="optimizer steps a round; null when local_epochs is set"
@@ -230,8 +220,7 @@ class TrainingConfig(Section):
     update: Literal["joint", "alternating", "exclusive"] = Field(
         "joint",
         description="joint: φ and θ_i in every step; alternating: first θ_i alone, then φ alone; "
-        "exclusive: θ_i "
-        "alone, φ stays as it is",
+        "exclusive: θ_i alone, φ stays as it is",
     )
     exclusive_steps: int | None = Field(
         None,
@@ -317,8 +306,7 @@ class FederationConfig(Section):
     on_missing: Literal["wait", "skip"] = Field(
         "skip",
         description="a client that is away or fails: skip goes on without it, wait asks it again "
-        "until "
-        "round_timeout, and then stops the run",
+        "until round_timeout, and then stops the run",
     )
     weights: Literal["uniform", "examples"] = Field(
         "uniform",
@@ -329,14 +317,13 @@ class FederationConfig(Section):
         gt=0,
         le=1,
         description="weights `examples`: the largest share that one client may have, since the "
-        "number of its images "
-        "is its own word; the rest goes to the others. Of n clients each can always have 1/n",
+        "number of its images is its own word; the rest goes to the others. Of n clients each can "
+        "always have 1/n",
     )
     server_optimizer: Literal["average", "momentum", "adam", "extrapolate"] = Field(
         "extrapolate",
         description="what the server does with the mean update: FedAvg, FedAvgM, FedAdam, or "
-        "FedExP, whose step is "
-        "longer the less the clients agree",
+        "FedExP, whose step is longer the less the clients agree",
     )
     server_learning_rate: float = Field(1.0, gt=0, description="factor on the mean update")
     server_momentum: float = Field(0.9, ge=0, lt=1, description="of FedAvgM; β1 of FedAdam")
@@ -386,9 +373,8 @@ class EvaluationConfig(Section):
     mode: Literal["samples", "moments"] = Field(
         "samples",
         description="samples: generated images go to the server, which scores them; moments: each "
-        "client sends "
-        "mean and scatter of their features and of its own images' features, and no image leaves "
-        "it",
+        "client sends mean and scatter of their features and of its own images' features, and no "
+        "image leaves it",
     )
     every: int = Field(
         10, ge=0, description="rounds between evaluations; 0 evaluates at the end only"
@@ -422,8 +408,7 @@ class EvaluationConfig(Section):
         ge=0,
         lt=0.5,
         description="q of the memorisation audit at the last evaluation: how many held-out images "
-        "may be closer to a "
-        "training image; 0 switches it off",
+        "may be closer to a training image; 0 switches it off",
     )
     grid_columns: int = Field(12, ge=1, le=100, description="samples a task in the pictures")
     strip_steps: int = Field(

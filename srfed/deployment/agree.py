@@ -11,7 +11,6 @@ from srfed.deployment.certificates import certificate_fingerprint
 from srfed.device import resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
-from srfed.federation.admission import images_of
 from srfed.federation.agreement import (
     AGREEMENT_FILE,
     AgreedFeatures,
@@ -24,6 +23,7 @@ from srfed.federation.agreement import (
     samples_of,
     weak_numbers,
 )
+from srfed.federation.flower.admission import images_of
 from srfed.files import exists
 from srfed.model import build_model, build_partition
 from srfed.reporting.units import bytes_in_words

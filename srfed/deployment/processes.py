@@ -411,8 +411,8 @@ class Deployment:
             },
             "tool.flwr.app": {"publisher": "srfed"},
             "tool.flwr.app.components": {
-                "serverapp": "srfed.federation.server_app:app",
-                "clientapp": "srfed.federation.client_app:app",
+                "serverapp": "srfed.federation.flower.server_app:app",
+                "clientapp": "srfed.federation.flower.client_app:app",
             },
             "tool.flwr.app.config": {"run-dir": "", "config": "", "set": "", "roster": ""},
         }

@@ -151,7 +151,7 @@ def rebind(run: Path, client: str) -> str:
         UserError: the folder is no run's or in use, there is no such client, the roster file
             decides instead, or the checkpoint cannot be written.
     """
-    from srfed.federation.identity import kept_roster
+    from srfed.federation.flower.identity import kept_roster
 
     run = run.absolute()
     with held(run / "lock", wait=False):

@@ -20,7 +20,7 @@ from srfed.storage.run_folder import RunFolder
 
 
 class Console:
-    """Observes one run (see srfed.federation.strategy.Observer).
+    """Observes one run (see srfed.federation.flower.strategy.Observer).
 
     On a terminal a bar counts the clients' replies of the current exchange; elsewhere there is one
     plain line for each round and each evaluation, and nothing between.

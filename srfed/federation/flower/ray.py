@@ -15,8 +15,8 @@ from srfed.command import SIGNALS, Interrupted
 from srfed.config import RunConfig
 from srfed.cores import usable_cores
 from srfed.errors import UserError
-from srfed.federation.exchange import stop_requested
-from srfed.federation.server_app import RUN_DIR_VARIABLE
+from srfed.federation.flower.exchange import stop_requested
+from srfed.federation.flower.server_app import RUN_DIR_VARIABLE
 from srfed.federation.site import STATE_DIR_VARIABLE
 from srfed.storage.run_folder import RunFolder
 

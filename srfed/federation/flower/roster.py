@@ -17,8 +17,8 @@ from srfed import __version__
 from srfed.config import RunConfig
 from srfed.errors import UserError
 from srfed.federation.bounds import LONGEST_TEXT, MOST_STEPS
-from srfed.federation.exchange import POLL_SECONDS, StoppedError, stop_requested
-from srfed.federation.identity import registered_by_hand
+from srfed.federation.flower.exchange import POLL_SECONDS, StoppedError, stop_requested
+from srfed.federation.flower.identity import registered_by_hand
 from srfed.federation.messages import DESCRIBE, Description, Request, add_refusal
 from srfed.federation.screening import RefusedError, screen_description
 from srfed.keys import key_fingerprint

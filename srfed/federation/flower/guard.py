@@ -16,9 +16,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 
 from srfed.config import parse_config_json
 from srfed.errors import UserError
-from srfed.federation.admission import Admitted, admit
 from srfed.federation.agreement import RequestRefusedError
 from srfed.federation.bounds import EvaluatePlan, Number, TrainPlan
+from srfed.federation.flower.admission import Admitted, admit
 from srfed.federation.messages import (
     DESCRIBE,
     EVALUATE,
@@ -40,10 +40,10 @@ from srfed.federation.messages import (
     layout_of,
     read_layout,
 )
-from srfed.federation.runtime import features_for, runtime_for
 from srfed.federation.screening import moment_templates
 from srfed.federation.site import Site, deployed_site, is_simulated, site_of
 from srfed.federation.site_log import write_to_log
+from srfed.federation.worker import features_for, runtime_for
 
 LONGEST_TEXT = 200
 NPY_HEADER = 256

@@ -14,7 +14,8 @@ from srfed.evaluation.features.statistics import FeatureStatistics
 from srfed.evaluation.generation import Generated
 from srfed.evaluation.metrics.memorisation import draw_nearest_pairs
 from srfed.evaluation.task import TaskEvaluation, evaluate_task
-from srfed.federation.admission import Admitted, admit
+from srfed.federation.flower.admission import Admitted, admit
+from srfed.federation.flower.guard import wire_guard
 from srfed.federation.messages import (
     GENERATED,
     SETS,
@@ -28,9 +29,8 @@ from srfed.federation.messages import (
     read_tensors,
     reply_content,
 )
-from srfed.federation.runtime import Runtime, features_for, runtime_for
 from srfed.federation.site_log import write_to_log
-from srfed.federation.wire_guard import wire_guard
+from srfed.federation.worker import Runtime, features_for, runtime_for
 from srfed.reporting.pictures import draw_grid, write_png
 from srfed.reporting.units import printable
 from srfed.storage.site_model import save_site_model

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from srfed.federation.server_app import RUN_DIR_VARIABLE
+from srfed.federation.flower.server_app import RUN_DIR_VARIABLE
 from srfed.federation.site import STATE_DIR_VARIABLE
 from srfed.storage.run_folder import RunFolder
 

@@ -19,12 +19,12 @@ from srfed.device import resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.references import CentralEvaluation, RealFloor
-from srfed.federation.exchange import StoppedError
-from srfed.federation.identity import ROSTER_FILE, kept_roster, read_roster
+from srfed.federation.flower.exchange import StoppedError
+from srfed.federation.flower.identity import ROSTER_FILE, kept_roster, read_roster
+from srfed.federation.flower.roster import Expected, Member, Roster
+from srfed.federation.flower.strategy import SharedRepresentationStrategy
 from srfed.federation.messages import array_record
-from srfed.federation.roster import Expected, Member, Roster
 from srfed.federation.site import run_folder
-from srfed.federation.strategy import SharedRepresentationStrategy
 from srfed.files import write_bytes, write_json
 from srfed.model import build_model, build_partition
 from srfed.paths import user_path

@@ -13,8 +13,8 @@ from srfed.device import captured_forward, memory_layout, resolve_device
 from srfed.diffusion.process import PredictNoise
 from srfed.errors import UserError
 from srfed.evaluation.features.load import FeatureNetwork, load_feature_network
-from srfed.federation.admission import Admitted
 from srfed.federation.agreement import not_agreed
+from srfed.federation.flower.admission import Admitted
 from srfed.federation.messages import Request
 from srfed.federation.site import Site, own_task
 from srfed.model import build_diffusion, build_model, build_partition, noise_of_task

@@ -23,7 +23,8 @@ from srfed.evaluation.references import CentralEvaluation, Scores, score_statist
 from srfed.evaluation.shares import share_of_samples
 from srfed.federation.aggregation import aggregate, client_weights, weighted_mean
 from srfed.federation.bounds import EvaluatePlan, TrainPlan
-from srfed.federation.exchange import Exchange, exchange
+from srfed.federation.flower.exchange import Exchange, exchange
+from srfed.federation.flower.roster import Roster
 from srfed.federation.messages import (
     EVALUATE,
     SETS,
@@ -35,7 +36,6 @@ from srfed.federation.messages import (
     array_record,
     message_bytes,
 )
-from srfed.federation.roster import Roster
 from srfed.federation.screening import (
     LOST,
     EvaluateReply,

@@ -1,0 +1,1 @@
+"""Flower: its messages, its grids, its apps. Nothing outside this folder imports Flower or Ray."""
