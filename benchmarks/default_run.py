@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from srfed.command import Parser
+from srfed.commands.options import Parser
 from srfed.reporting.summary import totals
 from srfed.storage.metrics_log import MetricsLog
 
@@ -31,7 +31,8 @@ def main() -> None:
         command = [
             sys.executable,
             "-m",
-            "srfed.simulate",
+            "srfed",
+            "simulate",
             "--run-dir",
             str(run),
             *options.arguments,

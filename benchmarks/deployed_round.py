@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from srfed.command import Parser
+from srfed.commands.options import Parser
 from srfed.config import load_config
 from srfed.data import load_tasks
 from srfed.deployment.agree import agree_as_rehearsed

@@ -4,7 +4,6 @@ diffusers' UNet.
 ``python -m benchmarks.local_steps --device cuda``
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from srfed.commands.options import Parser
 from srfed.config import RunConfig, load_config
 from srfed.device import arithmetic, autocast, memory_layout, resolve_device
 from srfed.model import build_diffusion, build_model, build_partition
@@ -28,7 +28,7 @@ IMAGES, ROUNDS = 500, 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--steps", type=int, default=20, help="local steps in a round")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from srfed.command import Parser
+from srfed.commands.options import Parser
 from srfed.config import RunConfig
+from srfed.config.requested import requested_config
 from srfed.cores import usable_cores
 from srfed.data import load_tasks, to_model_range
 from srfed.federation.flower.client_app import app as client_app
@@ -23,7 +24,6 @@ from srfed.federation.flower.in_process import run_inline
 from srfed.federation.flower.ray import run_on_ray
 from srfed.federation.flower.server_app import app as server_app
 from srfed.model import build_diffusion, build_model
-from srfed.requested_config import requested_config
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from srfed.command import Parser
+from srfed.commands.options import Parser
 from srfed.config import RunConfig, parse_config
 from srfed.data import load_tasks
 from srfed.deployment.agree import agree_as_rehearsed

@@ -11,13 +11,13 @@ import json
 import tempfile
 from pathlib import Path
 
-from srfed.command import Parser
+from srfed.commands.options import Parser
+from srfed.config.requested import requested_config
 from srfed.data import load_task
 from srfed.federation.flower.client_app import app as client_app
 from srfed.federation.flower.in_process import run_inline
 from srfed.federation.flower.server_app import app as server_app
 from srfed.model import build_model, build_partition
-from srfed.requested_config import requested_config
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from srfed.command import Parser, run_command
+from srfed.commands.options import Parser
 from srfed.config import ResourcesConfig
 from srfed.data import load_tasks
 from srfed.evaluation.generation import generate
 from srfed.evaluation.metrics.nearest_neighbour import accuracy_on_real_images, class_agreement
+from srfed.interrupts import run_command
 from srfed.runs.run import TrainedRun
 
 

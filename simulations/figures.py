@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from srfed.command import Parser, run_command
+from srfed.commands.options import Parser
 from srfed.config import load_config
 from srfed.data.images import Images
 from srfed.errors import UserError
 from srfed.evaluation.generation import generate, strip_timesteps
+from srfed.interrupts import run_command
 from srfed.reporting.pictures import draw_grid, write_png
 from srfed.runs.run import TrainedRun
 

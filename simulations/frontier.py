@@ -23,9 +23,10 @@ from simulations.study import (
 )
 from simulations.table1 import DATASETS, PRESETS
 from simulations.when_it_pays import study_configuration
-from srfed.command import Parser, run_command
+from srfed.commands.options import Parser
 from srfed.errors import UserError
 from srfed.files import write_bytes
+from srfed.interrupts import run_command
 from srfed.reporting.plots import line_plot
 from srfed.reporting.units import bytes_in_words
 

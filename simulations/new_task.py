@@ -23,13 +23,14 @@ from tqdm import tqdm
 from simulations.study import change, mean_and_spread
 from simulations.table1 import DATASETS, PRESETS, configuration
 from srfed import simulate
-from srfed.command import Parser, run_command
+from srfed.commands.options import Parser
 from srfed.config import RunConfig
 from srfed.data import Task, load_tasks, task_names
 from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.metrics.nearest_neighbour import accuracy_on_real_images, class_agreement
 from srfed.files import read_json, write_bytes, write_json
+from srfed.interrupts import run_command
 from srfed.reporting.plots import line_plot
 from srfed.runs.adapting import Point, read_points, score_adaptation, write_points
 from srfed.runs.run import TrainedRun

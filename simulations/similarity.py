@@ -25,7 +25,7 @@ from scipy.stats import rankdata, spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
-from srfed.command import Parser, run_command
+from srfed.commands.options import Parser
 from srfed.config import load_config
 from srfed.data import Task, load_tasks
 from srfed.data.images import Images
@@ -37,6 +37,7 @@ from srfed.evaluation.generation import generate
 from srfed.evaluation.metrics.frechet import frechet_distance
 from srfed.evaluation.metrics.nearest_neighbour import accuracy_on_real_images, judged_as
 from srfed.files import write_bytes
+from srfed.interrupts import run_command
 from srfed.reporting.plots import heat_map
 from srfed.runs.run import TrainedRun
 

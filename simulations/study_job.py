@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 
 from simulations.study import wanted_of
-from srfed.command import run_command
 from srfed.config import parse_config_json
 from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
 from srfed.files import write_json
+from srfed.interrupts import run_command
+from srfed.runs.checks import check_training, finished
 from srfed.runs.run import TrainedRun
 from srfed.runs.scoring import evaluate_run
 from srfed.storage.run_folder import RunFolder
-from srfed.train_command import check_training, finished
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save
 
-from srfed.command import Parser
+from srfed.commands.options import Parser
 from srfed.config import DataConfig, DatasetName
 from srfed.data import Task, load_tasks
 from srfed.errors import UserError

@@ -25,10 +25,11 @@ from simulations.study import (
     write_csv,
 )
 from simulations.table1 import DATASETS, PRESETS, configuration
-from srfed.command import Parser, run_command
+from srfed.commands.options import Parser
 from srfed.config import RunConfig
 from srfed.errors import UserError
 from srfed.files import write_bytes
+from srfed.interrupts import run_command
 from srfed.reporting.plots import line_plot
 from srfed.storage.metrics_log import MetricsLog
 

@@ -14,8 +14,8 @@ from PIL import Image
 from test_data import save
 from tiny_run import tiny_config
 
-from srfed import adapt as command
-from srfed import sample
+from srfed.commands import adapt as command
+from srfed.commands import sample
 from srfed.config import ResourcesConfig, parse_config
 from srfed.data import load_task, to_model_range
 from srfed.errors import UserError

@@ -545,7 +545,7 @@ def test_the_number_of_samples_depends_on_nobodys_presence(tmp_path: Path) -> No
 def command(*arguments: object) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     return subprocess.run(
-        [sys.executable, "-m", "srfed.deploy", *map(str, arguments)],
+        [sys.executable, "-m", "srfed", "deploy", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=300,

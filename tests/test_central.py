@@ -25,7 +25,8 @@ from tiny_run import TINY, all_bits, records, stop_after_a_round
 from torch import Tensor
 from torch.func import functional_call
 
-from srfed import centralise, simulate
+from srfed import simulate
+from srfed.commands.train import centralise
 from srfed.config import RunConfig, parse_config
 from srfed.data import Task, load_tasks
 from srfed.diffusion.process import Diffusion
@@ -877,7 +878,7 @@ def setting(*pairs: str) -> list[str]:
 
 def whole_run(tiny: Path, path: Path, method: str, rounds: int) -> RunFolder:
     options = setting(*METHOD_OPTIONS[method], f"federation.rounds={rounds}")
-    assert centralise.main(["--config", str(tiny), "--run-dir", str(path), *options]) == 0
+    assert centralise(["--config", str(tiny), "--run-dir", str(path), *options]) == 0
     return RunFolder.open(path)
 
 
@@ -903,12 +904,12 @@ def test_a_run_that_was_stopped_and_resumed_has_the_bits_of_one_that_was_not(
     with monkeypatch.context() as patch:
         patch.setattr(ServerCheckpoints, "save", crash)
         with pytest.raises(SystemExit) as stopped:
-            centralise.main(more)
+            centralise(more)
     assert stopped.value.code == 130
     assert ServerCheckpoints(run.server, 3).rounds() == [0, 1]
     task = "digit-0"
     assert (ClientStore(run.clients, task, run.lineage, 3).folder / "round-00002").exists()
-    assert centralise.main(more) == 0
+    assert centralise(more) == 0
     run = RunFolder.open(run.path)
     assert all_bits(run) == all_bits(undisturbed)
     assert losses(run) == losses(undisturbed)
@@ -922,12 +923,12 @@ def test_a_run_that_was_killed_goes_on_with_the_same_bits(tiny: Path, tmp_path: 
     options = setting(*METHOD_OPTIONS["one_task"], "federation.rounds=9999")
     arguments = ["--config", str(tiny), "--run-dir", str(path), *options]
     code, _ = stop_after_a_round(
-        [sys.executable, "-m", "srfed.centralise", *arguments], signal.SIGKILL
+        [sys.executable, "-m", "srfed", "centralise", *arguments], signal.SIGKILL
     )
     assert code == -signal.SIGKILL
     run = RunFolder.open(path)
     rounds = ServerCheckpoints(run.server, 3).rounds()[-1] + 2
-    assert centralise.main(["--resume", str(path), *setting(f"federation.rounds={rounds}")]) == 0
+    assert centralise(["--resume", str(path), *setting(f"federation.rounds={rounds}")]) == 0
     undisturbed = whole_run(tiny, tmp_path / "whole", "one_task", rounds)
     run = RunFolder.open(path)
     assert all_bits(run) == all_bits(undisturbed)
@@ -972,20 +973,20 @@ def test_a_conditional_run_draws_each_task_with_its_own_row(tiny: Path, tmp_path
 @pytest.mark.parametrize(
     ("main", "options", "words"),
     [
-        (simulate.main, METHOD_OPTIONS["pooled"], ["training.method = pooled", "srfed.centralise"]),
+        (simulate.main, METHOD_OPTIONS["pooled"], ["training.method = pooled", "srfed centralise"]),
         (
             simulate.main,
             METHOD_OPTIONS["balanced"],
-            ["training.method = balanced", "srfed.centralise"],
+            ["training.method = balanced", "srfed centralise"],
         ),
         (
-            centralise.main,
+            centralise,
             [],
             ["training.method = federated", "srfed.simulate", "pooled, one_task, balanced"],
         ),
-        (centralise.main, ["training.method=pooled"], ["exclusive_stages", "2", "none"]),
+        (centralise, ["training.method=pooled"], ["exclusive_stages", "2", "none"]),
         (
-            centralise.main,
+            centralise,
             ["training.method=one_task", "training.batch_size=400"],
             ["training.batch_size = 400", "'digit-0'", "allowed: up to"],
         ),
@@ -1012,9 +1013,7 @@ def test_what_a_command_does_not_do_it_refuses_in_one_line(
 def test_pooled_batches_may_be_larger_than_a_task(tiny: Path, tmp_path: Path) -> None:
     options = [*METHOD_OPTIONS["pooled"], "data.images_per_task=10", "federation.rounds=1"]
     assert (
-        centralise.main(
-            ["--config", str(tiny), "--run-dir", str(tmp_path / "run"), *setting(*options)]
-        )
+        centralise(["--config", str(tiny), "--run-dir", str(tmp_path / "run"), *setting(*options)])
         == 0
     )
 
@@ -1023,7 +1022,8 @@ def test_a_refusal_in_a_process_of_its_own_has_no_traceback(tiny: Path, tmp_path
     arguments = [
         sys.executable,
         "-m",
-        "srfed.centralise",
+        "srfed",
+        "centralise",
         "--config",
         str(tiny),
         "--run-dir",

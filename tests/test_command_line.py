@@ -4,10 +4,12 @@ options are sound.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +17,20 @@ import pytest
 from PIL import Image
 from tiny_run import records
 
-from srfed import evaluate, partition, sample, simulate
-from srfed.command import Parser
+from srfed import simulate
+from srfed.__main__ import COMMANDS
+from srfed.commands import evaluate, partition, sample
+from srfed.commands.options import Parser
+from srfed.commands.train import CENTRALISE, SIMULATE
 from srfed.config import ResourcesConfig, RunConfig
+from srfed.config.requested import requested_config
 from srfed.cores import check_resources, quota_of_group, usable_cores
 from srfed.errors import UserError
-from srfed.requested_config import requested_config
 from srfed.storage.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 Completed = subprocess.CompletedProcess[str]
+PROGRAMS = {"simulate": SIMULATE, "centralise": CENTRALISE}
 ENDLESS = ["--set", "federation.rounds=9999", "--set", "evaluation.every=0"]
 
 
@@ -100,9 +106,24 @@ EARLY: dict[str, list[list[str]]] = {
 
 
 def test_every_command_is_in_the_table() -> None:
-    assert {
-        path.stem for path in (ROOT / "srfed").glob("*.py") if "\ndef main(" in path.read_text()
-    } == set(EARLY)
+    assert set(COMMANDS) == set(EARLY)
+    for where, _ in COMMANDS.values():
+        module, function = where.split(":")
+        assert callable(getattr(import_module(module), function))
+
+
+def test_srfed_is_on_the_path_and_knows_its_commands() -> None:
+    """As installed: the script that pip has made of the project's own entry."""
+    program = Path(sys.executable).with_name("srfed")
+    done = subprocess.run([program, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert all(re.search(rf"^ +{name}\s+\w", done.stdout, re.MULTILINE) for name in COMMANDS)
+    none = subprocess.run([program, "trian"], capture_output=True, text=True, timeout=60)
+    assert none.returncode == 2
+    assert "'trian'" in none.stderr
+    assert "simulate" in none.stderr
+    nothing = subprocess.run([program], capture_output=True, text=True, timeout=60)
+    assert nothing.returncode == 2
 
 
 @pytest.mark.parametrize("module", EARLY)
@@ -111,10 +132,10 @@ def test_help_and_what_is_wrong_with_options_and_settings_load_no_torch(
 ) -> None:
     program = f"""
 import json, sys
-from srfed.{module} import main
+from srfed.__main__ import main
 for arguments in json.loads(sys.argv[1]):
     try:
-        status = main(arguments)
+        status = main(["{module}", *arguments])
     except SystemExit as end:
         status = end.code
     print("status", status, "torch" in sys.modules)
@@ -148,7 +169,7 @@ def test_there_is_one_parser() -> None:
     others = [
         path
         for path in files
-        if "ArgumentParser(" in path.read_text() and path.name != "command.py"
+        if "ArgumentParser(" in path.read_text() and path.name != "options.py"
     ]
     assert len(files) > 100
     assert others == []
@@ -158,7 +179,7 @@ def test_there_is_one_parser() -> None:
     ("module", "arguments", "unknown"),
     [
         ("srfed.simulate", ["--data", "folder"], "--data folder"),
-        ("srfed.partition", ["--image", "3"], "--image 3"),
+        ("srfed", ["partition", "--image", "3"], "--image 3"),
         ("srfed.deploy", ["rehearse", "--client", "3"], "--client 3"),
         ("benchmarks.default_run", ["--arg"], "--arg"),
     ],
@@ -358,20 +379,18 @@ def test_a_signal_stops_a_run_with_its_status_and_the_way_to_go_on(
 ) -> None:
     path = tmp_path / "a run"
     with started(
-        "-m", f"srfed.{module}", "--config", tiny_yaml, "--run-dir", path, *ENDLESS, *more
+        "-m", "srfed", module, "--config", tiny_yaml, "--run-dir", path, *ENDLESS, *more
     ) as process:
         wait_for_line(process, "round")
         process.send_signal(number)
         _, said = process.communicate(timeout=100)
     assert process.returncode == 128 + number
-    assert (
-        said.splitlines()[-1] == f"stopped; go on with: python -m srfed.{module} --resume '{path}'"
-    )
+    assert said.splitlines()[-1] == f"stopped; go on with: {PROGRAMS[module]} --resume '{path}'"
     assert "Traceback" not in said
 
 
 WAITING = (
-    "import time; from srfed.command import run_command; raise SystemExit(run_command(lambda: "
+    "import time; from srfed.interrupts import run_command; raise SystemExit(run_command(lambda: "
     "({})))"
 )
 
@@ -408,7 +427,7 @@ def test_a_run_whose_output_nobody_reads_ends_and_says_so(
 ) -> None:
     more = [*ENDLESS, "--set", f"training.method={method}"]
     with started(
-        "-m", f"srfed.{module}", "--config", tiny_yaml, "--run-dir", tmp_path / "run", *more
+        "-m", "srfed", module, "--config", tiny_yaml, "--run-dir", tmp_path / "run", *more
     ) as process:
         wait_for_line(process, "round")
         assert process.stdout is not None
@@ -416,17 +435,17 @@ def test_a_run_whose_output_nobody_reads_ends_and_says_so(
         process.stdout = None
         _, said = process.communicate(timeout=100)
     assert process.returncode == 128 + signal.SIGPIPE
-    assert said == f"stopped; go on with: python -m srfed.{module} --resume {tmp_path / 'run'}\n"
+    assert said == f"stopped; go on with: {PROGRAMS[module]} --resume {tmp_path / 'run'}\n"
 
 
-PRINTS = """'from srfed.command import run_command
+PRINTS = """'from srfed.interrupts import run_command
 raise SystemExit(run_command(lambda: print("φ " * 9999)))'"""
-FAILS = """'from srfed.command import run_command; from srfed.config import load_config
+FAILS = """'from srfed.interrupts import run_command; from srfed.config import load_config
 raise SystemExit(run_command(lambda: load_config(None, ["a=1"])))'"""
 
 
 @pytest.mark.parametrize(
-    "arguments", [["-c", PRINTS.strip("'")], ["-m", "srfed.simulate", "--help"]]
+    "arguments", [["-c", PRINTS.strip("'")], ["-m", "srfed", "simulate", "--help"]]
 )
 @pytest.mark.parametrize("both", [False, True])
 def test_a_command_whose_output_nobody_reads_ends_as_others_do(
@@ -447,8 +466,8 @@ def test_a_command_whose_output_nobody_reads_ends_as_others_do(
     ("line", "status"),
     [
         # there is no standard error, or it is full
-        ("$PYTHON -m srfed.partition --no-such-option 2>&-", 2),
-        ("$PYTHON -m srfed.partition --no-such-option 2>/dev/full", 2),
+        ("$PYTHON -m srfed partition --no-such-option 2>&-", 2),
+        ("$PYTHON -m srfed partition --no-such-option 2>/dev/full", 2),
         (f"$PYTHON -c {FAILS} 2>&-", 2),
         (f"$PYTHON -c {FAILS} 2>/dev/full", 2),
         (f"$PYTHON -c {PRINTS} 2>&-", 0),

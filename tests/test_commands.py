@@ -16,7 +16,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import all_bits, begin, records, run_in_process, stop_after_a_round
 
-from srfed import sample, simulate
+from srfed import simulate
+from srfed.commands import sample
 from srfed.reporting.pictures import GAP, SMALLEST_CELL
 from srfed.storage.checkpoint import STATE_FILE
 from srfed.storage.run_folder import RunFolder
@@ -24,7 +25,7 @@ from srfed.storage.run_folder import RunFolder
 
 def command(module: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
     """A command in a process of its own."""
-    whole = [sys.executable, "-m", f"srfed.{module}", *map(str, arguments)]
+    whole = [sys.executable, "-m", "srfed", module, *map(str, arguments)]
     return subprocess.run(whole, capture_output=True, text=True, timeout=300)
 
 
@@ -79,7 +80,8 @@ def test_ctrl_c_stops_with_code_130_says_how_to_go_on_and_that_works(
     arguments = [
         sys.executable,
         "-m",
-        "srfed.simulate",
+        "srfed",
+        "simulate",
         "--config",
         str(tiny_yaml),
         "--run-dir",

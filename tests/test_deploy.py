@@ -52,7 +52,7 @@ HOSTS = ("fed.example.org", "10.0.0.5")
 
 def command(*arguments: object, folder: Path | None = None) -> "subprocess.CompletedProcess[str]":
     """The command in a process of its own, standing in a folder."""
-    whole = [sys.executable, "-m", "srfed.deploy", *map(str, arguments)]
+    whole = [sys.executable, "-m", "srfed", "deploy", *map(str, arguments)]
     # The package that is tested here, wherever the process stands.
     environment = {**os.environ, "PYTHONPATH": str(Path(deploy.__file__).parent.parent)}
     return subprocess.run(
@@ -606,7 +606,7 @@ class Rehearsal:
     """The command in a process of its own, its lines as they come."""
 
     def __init__(self, *arguments: object) -> None:
-        whole = [sys.executable, "-m", "srfed.deploy", "rehearse", *map(str, arguments)]
+        whole = [sys.executable, "-m", "srfed", "deploy", "rehearse", *map(str, arguments)]
         self.process = subprocess.Popen(
             whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

@@ -605,7 +605,8 @@ def test_a_stranger_with_a_registered_key_cannot_take_the_place_of_a_site_that_r
         command = [
             sys.executable,
             "-m",
-            "srfed.deploy",
+            "srfed",
+            "deploy",
             "register",
             "--site",
             "stranger",

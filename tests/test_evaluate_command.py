@@ -1,4 +1,4 @@
-"""``python -m srfed.evaluate``: the same digits for everybody, equal to other libraries' on the
+"""``srfed evaluate``: the same digits for everybody, equal to other libraries' on the
 same samples.
 """
 
@@ -14,7 +14,7 @@ from tiny_run import begin, run_in_process
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
-from srfed import evaluate
+from srfed.commands import evaluate
 from srfed.data import load_tasks
 from srfed.evaluation.features.embedded import EmbeddedFeatures
 from srfed.evaluation.generation import generate

@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.clientapp import ClientApp
 from tiny_run import CLIENTS, begin, run_in_process
 
-from srfed import evaluate
+from srfed.commands import evaluate
 from srfed.data import load_tasks
 from srfed.evaluation.features.embedded import EmbeddedFeatures
 from srfed.evaluation.generation import generate

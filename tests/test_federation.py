@@ -52,7 +52,8 @@ def ray_command(tiny_yaml: Path, folder: Path, *settings: str) -> list[str]:
     command = [
         sys.executable,
         "-m",
-        "srfed.simulate",
+        "srfed",
+        "simulate",
         "--config",
         str(tiny_yaml),
         "--backend",

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from test_data import folder, held_out, message_of, random_images, save
 from tiny_run import all_bits, begin, run_in_process
 
-from srfed import centralise, evaluate, simulate
+from srfed import simulate
+from srfed.commands import evaluate
+from srfed.commands.train import centralise
 from srfed.config import DataConfig
 from srfed.data import (
     ImageRecord,
@@ -382,9 +384,7 @@ def test_a_centralised_run_remembers_too(
     assert sorted(read_records(run.images)) == ["task-0", "task-1", "task-2"]
     told = changed(pictures, "one less")
     for text in (
-        refused(
-            capsys, centralise.main(["--resume", str(run.path), "--set", "federation.rounds=2"])
-        ),
+        refused(capsys, centralise(["--resume", str(run.path), "--set", "federation.rounds=2"])),
         message_of(train_centrally, RunFolder.open(run.path)),
     ):
         assert told in text

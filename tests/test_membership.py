@@ -1117,7 +1117,8 @@ def test_a_run_in_use_is_left_alone_until_its_process_ends(tiny_yaml: Path, tmp_
     command = [
         sys.executable,
         "-m",
-        "srfed.simulate",
+        "srfed",
+        "simulate",
         "--config",
         str(tiny_yaml),
         "--run-dir",

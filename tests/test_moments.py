@@ -24,7 +24,7 @@ from test_wire import RecordingGrid, is_bare_error, log_of
 from tiny_run import CLIENTS, all_bits, begin, run_in_process, run_on_grid, tiny_config
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-from srfed import sample
+from srfed.commands import sample
 from srfed.config import ResourcesConfig, RunConfig
 from srfed.data import Task, load_tasks, to_model_range
 from srfed.deployment.agree import agree_as_rehearsed
@@ -512,7 +512,7 @@ def test_a_run_of_sites_needs_one_shape_and_moments(
 
 
 def test_sites_cannot_be_simulated(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "srfed.simulate", "--run-dir", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "srfed", "simulate", "--run-dir", str(tmp_path / "run")]
     for key, value in SITES.items():
         command += ["--set", f"{key}={value}"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
+from srfed.commands.partition import main
 from srfed.config import load_config
 from srfed.model import build_model
-from srfed.partition import main
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ from tiny_run import (
 )
 
 import srfed
-from srfed import adapt, evaluate, sample, simulate
+from srfed import simulate
+from srfed.commands import adapt, evaluate, sample
 from srfed.config.sections import fingerprint_of
 from srfed.errors import UserError
 from srfed.federation.flower.exchange import StoppedError, stop_requested
@@ -119,7 +120,8 @@ def test_a_killed_command_goes_on_with_the_same_bits(tiny_yaml: Path, tmp_path: 
     command = [
         sys.executable,
         "-m",
-        "srfed.simulate",
+        "srfed",
+        "simulate",
         "--config",
         str(tiny_yaml),
         "--run-dir",

@@ -69,7 +69,7 @@ class SiteProcess:
             "--state-dir": self.state,
             "--port": free_ports(1)[0],
         }
-        self.command = [sys.executable, "-m", "srfed.deploy", "site"]
+        self.command = [sys.executable, "-m", "srfed", "deploy", "site"]
         self.command += [str(word) for option in options.items() for word in option]
         self.start()
 

@@ -113,7 +113,7 @@ def test_a_study_that_is_told_to_stop_stops_its_runs(tmp_path: Path) -> None:
 from pathlib import Path
 from simulations.study import Case, change, run_cases
 from simulations.table1 import configuration
-from srfed.command import run_command
+from srfed.interrupts import run_command
 base = configuration("digits", "tiny", None, "auto")
 config = change(base, training__learning_rate_schedule="constant", federation__rounds=99999)
 case, out = Case("endless", config, 20), Path({str(tmp_path)!r})

@@ -192,7 +192,7 @@ class TrainingConfig(Section):
     method: Literal["federated", "pooled", "one_task", "balanced"] = Field(
         "federated",
         description="federated: srfed.simulate and deployed sites; the others are for "
-        "srfed.centralise, where one party has all images: pooled draws minibatches from all of "
+        "srfed centralise, where one party has all images: pooled draws minibatches from all of "
         "them (DDPM, C-DDPM), one_task from one task at a time (SR-DDPM's Algorithm 1), balanced "
         "from every task alike",
     )

@@ -12,7 +12,6 @@ from types import FrameType
 
 import numpy as np
 
-from srfed.command import SIGNALS, Interrupted, signals_to, tell
 from srfed.config import RunConfig
 from srfed.data import RECORD_FILE, load_recorded_tasks
 from srfed.deployment.agree import agree_as_rehearsed
@@ -20,6 +19,7 @@ from srfed.deployment.certificates import CA_CERTIFICATE
 from srfed.deployment.processes import Deployment
 from srfed.errors import UserError
 from srfed.files import held, list_folder, write_bytes
+from srfed.interrupts import SIGNALS, Interrupted, signals_to, tell
 from srfed.storage.run_folder import RunFolder
 
 _FLOWERS = re.compile(

@@ -1,4 +1,4 @@
-"""A new task's adaptation, scored on the way and kept: the folder that ``python -m srfed.adapt``
+"""A new task's adaptation, scored on the way and kept: the folder that ``srfed adapt``
 writes.
 
 <out>/adaptation.json             what was adapted to what, and how: the same for all modes

@@ -11,13 +11,13 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.simulation import run_simulation
 
-from srfed.command import SIGNALS, Interrupted
 from srfed.config import RunConfig
 from srfed.cores import usable_cores
 from srfed.errors import UserError
 from srfed.federation.flower.exchange import stop_requested
 from srfed.federation.flower.server_app import RUN_DIR_VARIABLE
 from srfed.federation.site import STATE_DIR_VARIABLE
+from srfed.interrupts import SIGNALS, Interrupted
 from srfed.storage.run_folder import RunFolder
 
 INSTEAD = "resources.backend = inline (--backend inline) does without Ray"

@@ -1,17 +1,18 @@
-"""Show a configuration's partition: ``python -m srfed.partition --config configs/mnist.yaml``."""
+"""Show a configuration's partition: ``srfed partition --config configs/mnist.yaml``."""
 
 import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from srfed.command import Parser, run_command
+from srfed.commands.options import Parser
+from srfed.interrupts import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = Parser(
-        prog="python -m srfed.partition",
+        prog="srfed partition",
         description="Print which of the UNet's modules are shared and which exclusive, with "
         "parameters and bytes.",
     )
@@ -38,10 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show(options: argparse.Namespace) -> None:
+    from srfed.config.requested import requested_config
     from srfed.data import load_task
     from srfed.errors import UserError
     from srfed.reporting.units import bytes_in_words
-    from srfed.requested_config import requested_config
 
     channels = options.image_channels
     if channels is not None and channels < 1:
@@ -81,7 +82,3 @@ def _show(options: argparse.Namespace) -> None:
         f"a round carries {bytes_in_words(both_ways * moments)} to each client and as much back; "
         f"with {clients} clients {bytes_in_words(2 * both_ways * moments * clients)} in all"
     )
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

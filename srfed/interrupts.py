@@ -1,11 +1,9 @@
-"""What every command has in common: its options, its output, the signals that end it, its exit
-status.
+"""What every command has in common: its output, the signals that end it, its exit status.
 
 0 done; 2 after one line about what the user can mend; 129, 130 or 143 on SIGHUP, SIGINT or SIGTERM;
 141 where nobody reads the output any more.
 """
 
-import argparse
 import errno
 import io
 import os
@@ -14,12 +12,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
-from typing import Any, Never
 
 from srfed.errors import UserError
-from srfed.paths import user_path
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What ends a command: Ctrl-C, a service manager or a scheduler, a terminal that closes."""
@@ -33,36 +28,6 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.status = 128 + number
-
-
-class Parser(argparse.ArgumentParser):
-    """The parser of every command and sub-command.
-
-    An option is known by its whole name only (``--data`` is no ``--data-dir``), and ``type=Path``
-    knows ``~``.
-    """
-
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **{"allow_abbrev": False, **settings})
-        self.register("type", Path, _path)
-
-    def print_help(self, file: Any = None) -> None:
-        mend_streams()
-        try:
-            print(self.format_help(), end="", file=file, flush=True)
-        except OSError as error:
-            _flushed()
-            raise SystemExit(CLOSED_PIPE if isinstance(error, BrokenPipeError) else 2) from None
-
-    def error(self, message: str) -> Never:
-        mend_streams()
-        tell(self.format_usage().rstrip("\n"))
-        self.exit(2, f"{self.prog}: error: {message}")
-
-    def exit(self, status: int = 0, message: str | None = None) -> Never:
-        if message:
-            tell(message.rstrip("\n"))
-        raise SystemExit(status if _flushed() else status or CLOSED_PIPE)
 
 
 def run_command(command: Callable[[], None]) -> int:
@@ -90,7 +55,7 @@ def run_command(command: Callable[[], None]) -> int:
         tell(f"error: cannot write the output: {error.strerror}")
         return 2
     finally:
-        _flushed()
+        flushed()
     return 0
 
 
@@ -171,7 +136,7 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
     raise Interrupted(number)
 
 
-def _flushed() -> bool:
+def flushed() -> bool:
     """Whether all output is out; what cannot be written goes to the null device, lest Python
     complains at its end.
     """
@@ -184,10 +149,3 @@ def _flushed() -> bool:
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return sound
-
-
-def _path(text: str) -> Path:
-    try:
-        return user_path(text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error

@@ -1,4 +1,4 @@
-"""Score a trained run again: ``python -m srfed.evaluate --run RUN --samples 10000``."""
+"""Score a trained run again: ``srfed evaluate --run RUN --samples 10000``."""
 
 import argparse
 import sys
@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from srfed.command import Parser, run_command
+from srfed.commands.options import Parser
+from srfed.interrupts import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = Parser(
-        prog="python -m srfed.evaluate",
+        prog="srfed evaluate",
         description="Sample a simulated or centralised run's last checkpoint, and score the "
         "samples in every way there is. Each number is printed with what it depends on. A second "
         "call reads what the first has left.",
@@ -59,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from srfed.config import load_config, parse_config
+    from srfed.config.requested import requested_sampling, with_absolute_paths
     from srfed.errors import UserError
-    from srfed.requested_config import requested_sampling, with_absolute_paths
     from srfed.storage.run_folder import RunFolder
 
     if not 0 < options.quantile < 0.5:
@@ -173,7 +174,3 @@ def _audit_words(memorisation: dict[str, Any]) -> list[str]:
         f"{merged['quantile']:.4f} of held-out images; {verdict}",
         *missing,
     ]
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

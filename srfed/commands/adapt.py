@@ -1,4 +1,4 @@
-"""Add an unseen task to a trained run: ``python -m srfed.adapt --run RUN --data FOLDER --images
+"""Add an unseen task to a trained run: ``srfed adapt --run RUN --data FOLDER --images
 500``.
 """
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from srfed.command import Parser, run_command
+from srfed.commands.options import Parser
+from srfed.interrupts import run_command
 
 if TYPE_CHECKING:
     from srfed.config import RunConfig
@@ -22,7 +23,7 @@ ROW = 10
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = Parser(
-        prog="python -m srfed.adapt",
+        prog="srfed adapt",
         description="Fit exclusive layers θ to a task that took no part in a run, on its owner's "
         "images alone. The run stays as it is. A second call goes on with the modes that are "
         "missing.",
@@ -173,7 +174,7 @@ def _adapt(options: argparse.Namespace) -> None:
             write_png(out / f"samples-{mode}.png", draw_grid(rows))
             print(f"{mode}: {_core_words(mode, core, tensors_hash(last.adapted.shared))}")
             print(
-                f"  sample it: python -m srfed.sample --store {folder.store(mode, task.name)} --n "
+                f"  sample it: srfed sample --store {folder.store(mode, task.name)} --n "
                 "64 --out grid.png"
             )
         _plot(out / "scores.png", folder.points, task.name)
@@ -283,7 +284,3 @@ def _plot(path: Path, points: "Sequence[Point]", task: str) -> None:
         "samples)",
         title=f"{task}, {some.images} training images",
     )
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""Sample from a trained run: ``python -m srfed.sample --run RUN --task 3 --n 64 --out
+"""Sample from a trained run: ``srfed sample --run RUN --task 3 --n 64 --out
 grid.png``.
 """
 
@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from srfed.command import Parser, run_command
+from srfed.commands.options import Parser
+from srfed.interrupts import run_command
 
 if TYPE_CHECKING:
     from srfed.reporting.pictures import Images
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = Parser(
-        prog="python -m srfed.sample",
+        prog="srfed sample",
         description="Generate images through the averaged weights of a run's last checkpoint.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
@@ -60,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _sample(options: argparse.Namespace) -> None:
     from srfed.config import load_config
+    from srfed.config.requested import requested_sampling
     from srfed.errors import UserError
-    from srfed.requested_config import requested_sampling
     from srfed.storage.run_folder import RunFolder
 
     if options.n < 1:
@@ -126,7 +127,3 @@ def _rows(images: "Mapping[str, Images]") -> "Mapping[str, Images]":
         f"{name}  {first}": group[first : first + columns]
         for first in range(0, len(group), columns)
     }
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

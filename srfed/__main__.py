@@ -1,0 +1,37 @@
+"""Every command: ``srfed COMMAND``, or ``python -m srfed COMMAND``."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "simulate": ("srfed.commands.train:simulate", "train over n simulated clients"),
+    "centralise": ("srfed.commands.train:centralise", "train a baseline with all images"),
+    "sample": ("srfed.commands.sample:main", "generate images with a trained run"),
+    "evaluate": ("srfed.commands.evaluate:main", "score a trained run in every way there is"),
+    "adapt": ("srfed.commands.adapt:main", "fit a new task to a trained run"),
+    "partition": ("srfed.commands.partition:main", "show what is shared and what is exclusive"),
+    "deploy": ("srfed.commands.deploy:main", "run a federation on real machines"),
+}
+"""What each command is, and where."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command that the first argument names; returns its exit code."""
+    from srfed.commands.options import Parser
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = Parser(
+        prog="srfed", description="Train diffusion models together without pooling images."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for name, (_, about) in COMMANDS.items():
+        commands.add_parser(name, help=about, add_help=False)
+    # The command's own parser reads the rest, its --help too.
+    name = parser.parse_args(given[:1]).command
+    module, function = COMMANDS[name][0].split(":")
+    return int(getattr(import_module(module), function)(given[1:]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

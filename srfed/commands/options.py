@@ -1,0 +1,90 @@
+"""The options of every command, and of those that train."""
+
+import argparse
+from pathlib import Path
+from typing import Any, Never
+
+from srfed.config import describe
+from srfed.errors import UserError
+from srfed.interrupts import CLOSED_PIPE, flushed, mend_streams, tell
+from srfed.paths import user_path
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of every command and sub-command.
+
+    An option is known by its whole name only (``--data`` is no ``--data-dir``), and ``type=Path``
+    knows ``~``.
+    """
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **settings})
+        self.register("type", Path, _path)
+
+    def print_help(self, file: Any = None) -> None:
+        mend_streams()
+        try:
+            print(self.format_help(), end="", file=file, flush=True)
+        except OSError as error:
+            flushed()
+            raise SystemExit(CLOSED_PIPE if isinstance(error, BrokenPipeError) else 2) from None
+
+    def error(self, message: str) -> Never:
+        mend_streams()
+        tell(self.format_usage().rstrip("\n"))
+        self.exit(2, f"{self.prog}: error: {message}")
+
+    def exit(self, status: int = 0, message: str | None = None) -> Never:
+        if message:
+            tell(message.rstrip("\n"))
+        raise SystemExit(status if flushed() else status or CLOSED_PIPE)
+
+
+def training_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """Options of a command that trains; the settings are listed in its help."""
+    parser = Parser(
+        prog=program,
+        description=description,
+        epilog="settings (name = default):\n" + describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="a YAML file; default: the embedded digits"
+    )
+    parser.add_argument(
+        "--clients",
+        metavar="N",
+        help="the first N tasks (federation.clients); default: all of own data, or 10",
+    )
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="where the images are (data.dir); what they are is looked up",
+    )
+    parser.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help="the run's folder; default runs/<name>-<time>"
+    )
+    parser.add_argument(
+        "--resume", type=Path, metavar="RUN", help="go on with the run in this folder"
+    )
+    parser.add_argument(
+        "--allow-changed-images",
+        action="store_true",
+        help="with --resume: go on although the images are not those that the run was begun with",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override a setting, e.g. training.batch_size=32; repeatable",
+    )
+    return parser
+
+
+def _path(text: str) -> Path:
+    try:
+        return user_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

@@ -1,0 +1,188 @@
+"""Commands that train: ``srfed simulate`` and ``srfed centralise``."""
+
+import argparse
+import json
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from srfed.commands.options import training_parser
+from srfed.config.requested import requested_config
+from srfed.errors import UserError
+from srfed.files import write_bytes
+from srfed.interrupts import run_command, status_of, stopping_gently, tell
+from srfed.reporting.summary import summarise
+from srfed.runs.checks import check_centralised, check_simulation, finished
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
+
+SIMULATE, CENTRALISE = "python -m srfed.simulate", "srfed centralise"
+
+
+def simulate(arguments: Sequence[str] | None = None) -> int:
+    """Simulate a federation on this machine; returns the command's exit code."""
+    parser = training_parser(
+        SIMULATE, "Train one diffusion model over n simulated clients that never share an image."
+    )
+    parser.add_argument("--backend", metavar="NAME", help="ray or inline (resources.backend)")
+    options = parser.parse_args(arguments)
+    further = {"resources.backend": options.backend}
+    return run_command(
+        lambda: train_by_command(SIMULATE, options, further, check_simulation, _simulate)
+    )
+
+
+def centralise(arguments: Sequence[str] | None = None) -> int:
+    """Train a baseline with all images in one place; returns the command's exit code.
+
+    What a federation is compared with; run folder, reports and scores are a federation's.
+    """
+    parser = training_parser(
+        CENTRALISE,
+        "Train a baseline with all tasks' images in one place: DDPM, C-DDPM, or SR-DDPM as in the "
+        "paper.",
+    )
+    options = parser.parse_args(arguments)
+    return run_command(
+        lambda: train_by_command(CENTRALISE, options, {}, check_centralised, _centralise)
+    )
+
+
+def train_by_command(
+    command: str,
+    options: argparse.Namespace,
+    further: dict[str, str | None],
+    check: Callable[..., None],
+    train: Callable[[RunFolder], None],
+) -> None:
+    """Begin a run or go on with one, train it, and say how it went.
+
+    Args:
+        command: the command's name, for the words that say how to go on.
+        options: of :func:`training_parser`.
+        further: settings that the command has options of its own for; None where not given.
+        check: as :func:`check_training`; raises UserError for what cannot work, before anything is
+            written.
+        train: does the work; may raise UserError, KeyboardInterrupt or, where nobody reads the
+            output, BrokenPipeError.
+
+    Raises:
+        UserError: the text says how to go on where there is something to go on with.
+        SystemExit: a signal or a closed pipe stopped the run.
+    """
+    began, started_at = time.monotonic(), time.time()
+    named = {
+        "federation.clients": options.clients,
+        "data.dir": None if options.data_dir is None else json.dumps(options.data_dir),
+        **further,
+    }
+    if options.resume is None:
+        if options.allow_changed_images:
+            raise UserError(
+                "--allow-changed-images is for --resume: a new run takes the images that are there"
+            )
+        config = requested_config(options.config, options.overrides, named)
+        check(config)
+        run = RunFolder.create(options.run_dir, config)
+    else:
+        if options.run_dir is not None:
+            raise UserError("--resume names the run's folder; leave --run-dir out")
+        run = RunFolder.open(options.resume)
+        config = requested_config(options.config or run.config_file, options.overrides, named)
+        run = run.reconfigure(config)
+        record = run.images if run.started or run.images.exists() else None
+        check(config, record, allow_changed_images=options.allow_changed_images)
+    if finished(run):
+        print(
+            f"{relative(run.path)} is finished already; a larger federation.rounds would go on "
+            "with it"
+        )
+    else:
+        _announce(run)
+        go_on = f"{command} --resume {shlex.quote(str(relative(run.path)))}"
+        try:
+            train(run)
+        except (KeyboardInterrupt, BrokenPipeError) as stop:
+            tell(f"stopped; go on with: {go_on}")
+            raise SystemExit(status_of(stop)) from None
+        except UserError as error:
+            text = f"{error}{_last_reason(run, since=started_at)}"
+            raise UserError(f"{text}; once it is mended, go on with: {go_on}") from error
+    summary = summarise(MetricsLog(run.metrics), time.monotonic() - began)
+    write_bytes(run.summary, f"{summary}\n".encode())
+    print(f"\n{summary}")
+    _show_where(run)
+
+
+def _last_reason(run: RunFolder, since: float) -> str:
+    """What a simulated client has last put in its own log, as here the same person owns run and
+    clients.
+    """
+    logs = [log for log in run.clients.glob("*/client.log") if log.stat().st_mtime >= since]
+    if not logs:
+        return ""
+    latest = max(logs, key=lambda log: log.stat().st_mtime)
+    return (
+        f"; {relative(latest)} ends with: "
+        f"{latest.read_text(errors='replace').rstrip().splitlines()[-1]}"
+    )
+
+
+def relative(path: Path) -> Path:
+    """A path as a user in this folder would write it."""
+    try:
+        return path.relative_to(Path.cwd())
+    except ValueError:
+        return path
+
+
+def _announce(run: RunFolder) -> None:
+    from srfed.data import describe_images
+
+    config = run.config
+    print(
+        f"{config.name}: {config.federation.clients} clients, {config.federation.rounds} rounds, "
+        f"exclusive stages {config.model.exclusive_stages}, "
+        + (
+            f"backend {config.resources.backend}"
+            if config.training.method == "federated"
+            else config.training.method
+        )
+    )
+    for line in describe_images(config.data, config.federation.clients):
+        print(line)
+    print(f"run folder: {run.path}")
+    print(f"follow it:  tensorboard --logdir {relative(run.tensorboard)}", flush=True)
+
+
+def _show_where(run: RunFolder) -> None:
+    path = relative(run.path)
+    pictures = sorted(run.samples.glob("round-*.png"))
+    print()
+    if pictures:
+        print(f"samples:    {relative(pictures[-1])}")
+    print(f"curves:     tensorboard --logdir {relative(run.tensorboard)}")
+    print(f"more:       srfed sample --run {path} --n 64 --out grid.png")
+
+
+def _simulate(run: RunFolder) -> None:
+    """Start the apps on the configured backend; a signal stops between two replies."""
+    from srfed.federation.flower.client_app import app as client_app
+    from srfed.federation.flower.exchange import StoppedError, stop_requested
+    from srfed.federation.flower.in_process import run_inline
+    from srfed.federation.flower.server_app import app as server_app
+
+    with stopping_gently(stop_requested, StoppedError):
+        if run.config.resources.backend == "ray":
+            from srfed.federation.flower.ray import run_on_ray
+
+            run_on_ray(run, server_app, client_app)
+        else:
+            run_inline(run, server_app, client_app)
+
+
+def _centralise(run: RunFolder) -> None:
+    from srfed.runs.centralised import train_centrally
+
+    train_centrally(run)

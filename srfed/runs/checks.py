@@ -1,0 +1,111 @@
+"""What is looked at before a run begins, so that nothing fails later; and whether it has ended."""
+
+import sys
+from pathlib import Path
+
+from srfed.config import RunConfig
+from srfed.cores import check_resources
+from srfed.errors import UserError
+from srfed.files import held
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import LOCK, RunFolder
+
+
+def check_simulation(
+    config: RunConfig, record: Path | None = None, *, allow_changed_images: bool = False
+) -> None:
+    """As :func:`check_training`, of a federation; raises UserError for a centralised method."""
+    if config.training.method != "federated":
+        raise UserError(f"training.method = {config.training.method} is for srfed centralise")
+    check_training(config, record, allow_changed_images=allow_changed_images)
+
+
+def check_centralised(
+    config: RunConfig, record: Path | None = None, *, allow_changed_images: bool = False
+) -> None:
+    """As :func:`check_training`, centralised; raises UserError for a federation."""
+    if config.training.method == "federated":
+        raise UserError(
+            "training.method = federated is for python -m srfed.simulate; allowed here: pooled, "
+            "one_task, balanced"
+        )
+    check_training(config, record, allow_changed_images=allow_changed_images)
+
+
+def check_training(
+    config: RunConfig, record: Path | None = None, *, allow_changed_images: bool = False
+) -> None:
+    """Look for everything that would fail later, before anything is written or started.
+
+    Args:
+        config: the run's configuration.
+        record: of the images that the run was begun with; None for a new run.
+        allow_changed_images: put other images on record, and say so, instead of refusing them.
+
+    Raises:
+        UserError: data, batch size, device, partition, feature network or cores do not fit; images
+            have changed.
+    """
+    if config.data.dataset == "sites":
+        raise UserError(
+            "data.dataset = sites is for deployed sites (docs/deployment.md); for a simulation "
+            "name a data set, for example --set data.dataset=folder --data-dir DIR"
+        )
+    # Importing torch takes seconds: what is wrong with settings and images is said before.
+    from srfed.data import load_recorded_tasks, load_tasks, record_tasks
+
+    training = config.training
+    check_resources(config.resources, federated=training.method == "federated")
+    if record is None:
+        tasks = load_tasks(config.data, config.federation.clients)
+    else:
+        tasks = load_recorded_tasks(
+            config.data,
+            config.federation.clients,
+            record,
+            _say_on_stderr if allow_changed_images else None,
+        )
+    for task in tasks:
+        if len(task.test) < 2:
+            raise UserError(
+                f"task {task.name!r} has {len(task.test)} test images; evaluation needs at least 2"
+            )
+    from srfed.device import resolve_device
+    from srfed.evaluation.features.load import load_feature_network
+    from srfed.model import build_model, build_partition
+    from srfed.training.centralised import central_orders
+    from srfed.training.minibatches import MinibatchOrder
+
+    device = resolve_device(config.resources)
+    if training.method != "federated":
+        central_orders(config, {task.name: len(task.train) for task in tasks})
+    for task in tasks:
+        if training.method == "federated":
+            MinibatchOrder.of(
+                training, len(task.train), training.batch_size, config.seed, task.name
+            )
+    build_partition(config, build_model(config, tasks[0].train.shape[-1]))
+    load_feature_network(
+        config.evaluation.feature_network, config.evaluation.inception_weights, device
+    )
+    if record is not None:
+        if not record.exists():
+            _say_on_stderr(
+                f"the run has no record of its images, so they cannot be compared; {record} is "
+                "begun now"
+            )
+        with held(record.parent / LOCK, wait=False):
+            record_tasks(record, tasks)
+
+
+def finished(run: RunFolder) -> bool:
+    """Whether the run has its last evaluation, and so nothing is left to do."""
+    last = run.config.federation.rounds
+    # A checkpoint that was removed takes the run back, whatever its log says.
+    return run.last_round == last and any(
+        line["final"] and line["round"] == last for line in MetricsLog(run.metrics).evaluations()
+    )
+
+
+def _say_on_stderr(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
