@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from simulations.study import (
+from simulations.table1 import DATASETS, PRESETS
+from simulations.when_it_pays import study_configuration
+from srfed.commands.options import Parser
+from srfed.errors import UserError
+from srfed.files import write_bytes
+from srfed.interrupts import run_command
+from srfed.reporting.plots import line_plot
+from srfed.reporting.units import bytes_in_words
+from srfed.studies.cases import (
     Case,
     Outcome,
     add_options,
@@ -21,14 +29,6 @@ from simulations.study import (
     run_cases,
     write_csv,
 )
-from simulations.table1 import DATASETS, PRESETS
-from simulations.when_it_pays import study_configuration
-from srfed.commands.options import Parser
-from srfed.errors import UserError
-from srfed.files import write_bytes
-from srfed.interrupts import run_command
-from srfed.reporting.plots import line_plot
-from srfed.reporting.units import bytes_in_words
 
 DIAL = ("none", "io", 1, 2, 3, "all")
 FACTORS = (0.5, 1, 2, 4)

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from simulations.study import change, mean_and_spread
 from simulations.table1 import DATASETS, PRESETS, configuration
 from srfed import simulate
 from srfed.commands.options import Parser
@@ -34,6 +33,7 @@ from srfed.interrupts import run_command
 from srfed.reporting.plots import line_plot
 from srfed.runs.adapting import Point, read_points, score_adaptation, write_points
 from srfed.runs.run import TrainedRun
+from srfed.studies.cases import change, mean_and_spread
 from srfed.training.adaptation import MODES, Mode
 
 NEW_TASKS = 2

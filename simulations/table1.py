@@ -20,7 +20,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from simulations.figures import SAMPLES
-from simulations.study import (
+from srfed.commands.options import Parser
+from srfed.config import RunConfig, load_config
+from srfed.config.requested import refuse_ignored_dir
+from srfed.errors import UserError
+from srfed.files import write_bytes
+from srfed.interrupts import run_command
+from srfed.paths import absolute_path
+from srfed.reporting.pictures import draw_grid, write_png
+from srfed.reporting.units import bytes_in_words, seconds_in_words
+from srfed.studies.cases import (
     Case,
     Outcome,
     add_options,
@@ -32,15 +41,6 @@ from simulations.study import (
     samples_of,
     write_csv,
 )
-from srfed.commands.options import Parser
-from srfed.config import RunConfig, load_config
-from srfed.config.requested import refuse_ignored_dir
-from srfed.errors import UserError
-from srfed.files import write_bytes
-from srfed.interrupts import run_command
-from srfed.paths import absolute_path
-from srfed.reporting.pictures import draw_grid, write_png
-from srfed.reporting.units import bytes_in_words, seconds_in_words
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100")

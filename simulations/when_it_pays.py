@@ -13,7 +13,15 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from simulations.study import (
+from simulations.table1 import DATASETS, PRESETS, configuration
+from srfed.commands.options import Parser
+from srfed.config import RunConfig
+from srfed.errors import UserError
+from srfed.files import write_bytes
+from srfed.interrupts import run_command
+from srfed.reporting.plots import line_plot
+from srfed.storage.metrics_log import MetricsLog
+from srfed.studies.cases import (
     Case,
     Outcome,
     add_options,
@@ -24,14 +32,6 @@ from simulations.study import (
     run_cases,
     write_csv,
 )
-from simulations.table1 import DATASETS, PRESETS, configuration
-from srfed.commands.options import Parser
-from srfed.config import RunConfig
-from srfed.errors import UserError
-from srfed.files import write_bytes
-from srfed.interrupts import run_command
-from srfed.reporting.plots import line_plot
-from srfed.storage.metrics_log import MetricsLog
 
 POOLED = {
     "training__method": "pooled",

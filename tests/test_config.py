@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from srfed.config import (
-    NOT_DECISIVE,
     RunConfig,
     describe,
     load_config,
     parse_config,
     parse_config_json,
+    what_decides,
 )
 from srfed.diffusion.schedule import build_schedule
 from srfed.errors import UserError
@@ -358,7 +358,13 @@ def test_a_decisive_setting_changes_the_fingerprint(override: str) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["name=other", "resources.backend=inline", "resources.cpus=2", "data.dir=/data"],
+    [
+        "name=other",
+        "resources.backend=inline",
+        "resources.cpus=2",
+        "data.dir=/data",
+        "evaluation.grid_columns=3",
+    ],
 )
 def test_where_it_runs_does_not_change_the_fingerprint(override: str) -> None:
     changed = load_config(overrides=[override])
@@ -373,8 +379,31 @@ def test_rounds_decide_the_result_only_while_the_rate_follows_them() -> None:
         assert (more.fingerprint() != load_config(overrides=[override]).fingerprint()) == decisive
 
 
-def test_every_setting_that_is_not_decisive_exists() -> None:
-    assert set(declared(RunConfig)) >= NOT_DECISIVE
+def test_every_setting_says_at_its_field_what_it_decides() -> None:
+    """What makes other weights, what other scores of the same weights, and what neither."""
+    kinds: dict[str, set[str]] = {}
+    for name in declared(RunConfig):
+        kinds.setdefault(what_decides(name), set()).add(name)
+    assert kinds["nothing"] == {
+        "name",
+        "data.dir",
+        "evaluation.inception_weights",
+        "evaluation.grid_columns",
+        "evaluation.strip_steps",
+        "federation.rounds",
+        "federation.min_clients",
+        "federation.on_missing",
+        "federation.join_timeout",
+        "federation.round_timeout",
+        "federation.keep_attempts",
+        "resources.backend",
+        "resources.cpus",
+        "resources.client_gpus",
+    }
+    assert {name.split(".")[0] for name in kinds["scores"]} == {"sampling", "evaluation"}
+    assert {"seed", "model.channels", "training.batch_size", "resources.precision"} <= kinds["run"]
+    for name in kinds["nothing"] - {"federation.rounds"}:
+        assert name not in RunConfig().decisive_settings()
 
 
 def test_decisive_differences_are_named_with_both_values() -> None:

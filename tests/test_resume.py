@@ -31,7 +31,7 @@ from tiny_run import (
 import srfed
 from srfed import simulate
 from srfed.commands import adapt, evaluate, sample
-from srfed.config.sections import fingerprint_of
+from srfed.config.run import fingerprint_of
 from srfed.errors import UserError
 from srfed.federation.flower.exchange import StoppedError, stop_requested
 from srfed.federation.flower.in_process import InlineGrid
@@ -249,6 +249,18 @@ def test_a_resumption_under_another_configuration_names_key_and_both_values(
         capsys, ["--resume", str(finished_run.path), "--set", setting]
     )
     assert (finished_run.path / "config.yaml").read_bytes() == before
+
+
+def test_a_run_that_goes_on_may_look_otherwise(tmp_path: Path) -> None:
+    """What decides nothing does not stand in the way, and its new value is shown."""
+    run = run_in_process(begin(tmp_path / "run", {"federation.rounds": 1}))
+    changes = ["federation.rounds=2", "evaluation.grid_columns=3", "evaluation.strip_steps=4"]
+    arguments = [word for change in changes for word in ("--set", change)]
+    assert simulate.main(["--resume", str(run.path), *arguments]) == 0
+    evaluation = RunFolder.open(run.path).config.evaluation
+    assert (evaluation.grid_columns, evaluation.strip_steps) == (3, 4)
+    straight = run_in_process(begin(tmp_path / "straight", {"federation.rounds": 2}))
+    assert all_bits(RunFolder.open(run.path)) == all_bits(straight)
 
 
 def test_under_a_cosine_rate_the_number_of_rounds_decides_the_result(

@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from simulations import study, table1
-from simulations.study import Case, change, mean_and_spread, run_cases
 from srfed.errors import UserError
 from srfed.files import held
 from srfed.reporting.pictures import draw_grid
 from srfed.storage.metrics_log import MetricsLog
+from srfed.studies.cases import Case, change, mean_and_spread, run_cases
 
 
 def make_table(folder: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_stopped_case_goes_on(tmp_path: Path) -> None:
 def test_a_study_that_is_told_to_stop_stops_its_runs(tmp_path: Path) -> None:
     program = f"""
 from pathlib import Path
-from simulations.study import Case, change, run_cases
+from srfed.studies.cases import Case, change, run_cases
 from simulations.table1 import configuration
 from srfed.interrupts import run_command
 base = configuration("digits", "tiny", None, "auto")

@@ -2,26 +2,20 @@
 out.
 """
 
+from srfed.config.data import DataConfig, DatasetName
+from srfed.config.diffusion import DiffusionConfig
+from srfed.config.evaluation import EvaluationConfig
 from srfed.config.explain import describe
+from srfed.config.federation import FederationConfig
 from srfed.config.loading import load_config, parse_config, parse_config_json, read_settings
-from srfed.config.sections import (
-    NOT_DECISIVE,
-    STAGES,
-    DataConfig,
-    DatasetName,
-    DiffusionConfig,
-    EvaluationConfig,
-    FederationConfig,
-    ModelConfig,
-    ResourcesConfig,
-    RunConfig,
-    SamplingConfig,
-    Section,
-    TrainingConfig,
-)
+from srfed.config.model import STAGES, ModelConfig
+from srfed.config.resources import ResourcesConfig
+from srfed.config.run import RunConfig, what_decides
+from srfed.config.sampling import SamplingConfig
+from srfed.config.settings import Section
+from srfed.config.training import TrainingConfig
 
 __all__ = [
-    "NOT_DECISIVE",
     "STAGES",
     "DataConfig",
     "DatasetName",
@@ -39,4 +33,5 @@ __all__ = [
     "parse_config",
     "parse_config_json",
     "read_settings",
+    "what_decides",
 ]

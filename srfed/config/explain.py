@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from srfed.config.sections import REMOVED, RunConfig, Section
+from srfed.config.run import REMOVED, RunConfig
+from srfed.config.settings import Section
 
 OLD_NUMBER = re.compile(r"[-+]?[0-9][0-9a-fA-FoOxX_:]*")
 """What YAML 1.1 or Python would take for a number: 0100, 0x10, 1_000, 1:30."""

@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from srfed.config.explain import explain
-from srfed.config.sections import REMOVED, RunConfig
+from srfed.config.run import REMOVED, RunConfig
 from srfed.config.yaml import Loader, read_value
 from srfed.errors import UserError
 

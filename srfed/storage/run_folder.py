@@ -26,7 +26,7 @@ import yaml
 
 from srfed import __version__
 from srfed.config import RunConfig, parse_config
-from srfed.config.sections import REMOVED, fingerprint_of
+from srfed.config.run import REMOVED, fingerprint_of
 from srfed.config.yaml import Loader
 from srfed.errors import DamagedError, UserError
 from srfed.files import (

@@ -251,7 +251,7 @@ def _run(case: Case, pool: Path, running: "set[subprocess.Popen[bytes]]") -> dic
             [
                 sys.executable,
                 "-m",
-                "simulations.study_job",
+                "srfed.studies.job",
                 str(folder),
                 str(case.samples),
                 str(case.ssim_images),

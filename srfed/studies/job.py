@@ -1,13 +1,12 @@
-"""One run of a study, in a process of its own; simulations/study.py starts it.
+"""One run of a study, in a process of its own; srfed/studies/cases.py starts it.
 
-``python -m simulations.study_job FOLDER SAMPLES SSIM_IMAGES REFERENCES < config.json`` trains, or
+``python -m srfed.studies.job FOLDER SAMPLES SSIM_IMAGES REFERENCES < config.json`` trains, or
 goes on with, what is in the folder; scores it; leaves ``outcome.json`` there.
 """
 
 import sys
 from pathlib import Path
 
-from simulations.study import wanted_of
 from srfed.config import parse_config_json
 from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
@@ -17,6 +16,7 @@ from srfed.runs.checks import check_training, finished
 from srfed.runs.run import TrainedRun
 from srfed.runs.scoring import evaluate_run
 from srfed.storage.run_folder import RunFolder
+from srfed.studies.cases import wanted_of
 
 
 def main() -> int:

@@ -1,0 +1,46 @@
+"""The forward process."""
+
+import math
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from srfed.config.settings import Section, setting
+
+
+class DiffusionConfig(Section):
+    timesteps: int = setting(500, ge=2, le=10_000, description="T, the length of the diffusion")
+    schedule: Literal["linear", "cosine"] = setting("linear", description="how β_t grows")
+    beta_start: float = setting(
+        1e-4, ge=1e-9, lt=1, description="β_1 of the linear schedule, before scaling"
+    )
+    beta_end: float = setting(
+        0.02, gt=0, lt=1, description="β_T of the linear schedule, before scaling"
+    )
+    beta_scale: Literal["none", "match_1000"] = setting(
+        "match_1000",
+        description="match_1000 multiplies the linear β by 1000/T, so that x_T is noise for every "
+        "T",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"beta_start {self.beta_start} is above beta_end {self.beta_end}")
+        scale = 1000 / self.timesteps if self.beta_scale == "match_1000" else 1.0
+        if self.schedule == "linear" and self.beta_end * scale >= 1:
+            raise ValueError(
+                f"beta_end {self.beta_end} times 1000/T = {self.beta_end * scale:.3g} reaches 1; "
+                "allowed: a larger timesteps, a smaller beta_end, or beta_scale none"
+            )
+        if self.schedule == "linear":
+            shares = [i / (self.timesteps - 1) for i in range(self.timesteps)]
+            betas = [
+                scale * (self.beta_start * (1 - share) + self.beta_end * share) for share in shares
+            ]
+            if sum(math.log1p(-beta) for beta in betas) < math.log(1e-30):
+                raise ValueError(
+                    f"beta_end {self.beta_end} over {self.timesteps} timesteps leaves ᾱ_T below "
+                    "1e-30, too little to predict x_0 from; allowed: a smaller beta_end"
+                )
+        return self

@@ -1,0 +1,54 @@
+"""Where and how a run computes."""
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from srfed.config.settings import Section, setting
+
+
+class ResourcesConfig(Section):
+    backend: Literal["ray", "inline"] = setting(
+        "ray",
+        decides="nothing",
+        description="ray: clients in parallel processes; inline: one after the other in this "
+        "process",
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto",
+        description="auto takes CUDA where there is one (under Ray: unless client_gpus is 0)",
+    )
+    cpus: int | None = setting(
+        None,
+        ge=1,
+        decides="nothing",
+        description="cores for all clients together; null takes every core",
+    )
+    client_cpus: int = setting(1, ge=1, description="cores, and so threads, of one client")
+    client_gpus: float | None = setting(
+        None,
+        ge=0,
+        le=8,
+        decides="nothing",
+        description="share of a GPU for one client under Ray, e.g. 0.25; null: equal shares",
+    )
+    precision: Literal["float32", "tf32", "bfloat16"] = setting(
+        "float32",
+        description="arithmetic of forward and backward passes; tf32 and bfloat16 need CUDA",
+    )
+    deterministic: bool = setting(
+        True,
+        description="let a GPU use only algorithms that repeat themselves bit by bit; a CPU's "
+        "always do",
+    )
+    channels_last: bool = setting(False, description="NHWC memory layout, faster on recent GPUs")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.cpus is not None and self.client_cpus > self.cpus:
+            raise ValueError(f"client_cpus {self.client_cpus} is above cpus {self.cpus}")
+        if self.precision != "float32" and self.device == "cpu":
+            raise ValueError(
+                f"precision {self.precision} needs device cuda; a CPU has none, or a slow one"
+            )
+        return self

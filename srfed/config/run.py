@@ -1,0 +1,208 @@
+"""A run's whole configuration.
+
+The defaults are the embedded digits' experiment, ``configs/digits.yaml``.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Self
+
+import yaml
+from pydantic import model_validator
+
+from srfed.config.data import DataConfig
+from srfed.config.diffusion import DiffusionConfig
+from srfed.config.evaluation import EvaluationConfig
+from srfed.config.federation import FederationConfig
+from srfed.config.model import ModelConfig
+from srfed.config.resources import ResourcesConfig
+from srfed.config.sampling import SamplingConfig
+from srfed.config.settings import Decides, Section, decides, setting
+from srfed.config.training import TrainingConfig
+from srfed.config.yaml import Dumper
+
+REMOVED = {
+    "federation.largest_update": "an update's bound is what the clients' optimizer can do",
+}
+"""Settings of earlier versions, and why there is none any more."""
+
+
+class RunConfig(Section):
+    """Everything that decides a run's result, and nothing else."""
+
+    name: str = setting(
+        "digits",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        decides="nothing",
+        description="first part of the run's folder",
+    )
+    seed: int = setting(0, ge=0, description="all randomness derives from it")
+    data: DataConfig = setting(
+        default_factory=lambda: DataConfig(), description="the tasks' images"
+    )
+    diffusion: DiffusionConfig = setting(
+        default_factory=lambda: DiffusionConfig(), description="the forward process"
+    )
+    model: ModelConfig = setting(
+        default_factory=lambda: ModelConfig(), description="the UNet and its partition"
+    )
+    training: TrainingConfig = setting(
+        default_factory=lambda: TrainingConfig(), description="what a client does"
+    )
+    federation: FederationConfig = setting(
+        default_factory=lambda: FederationConfig(), description="what the server does"
+    )
+    sampling: SamplingConfig = setting(
+        default_factory=lambda: SamplingConfig(), description="the reverse process"
+    )
+    evaluation: EvaluationConfig = setting(
+        default_factory=lambda: EvaluationConfig(), description="what is measured"
+    )
+    resources: ResourcesConfig = setting(
+        default_factory=lambda: ResourcesConfig(), description="where it runs"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        timesteps = self.diffusion.timesteps
+        for name, values in (
+            ("sampling.steps", (self.sampling.steps,)),
+            ("evaluation.ssim_timestep", (self.evaluation.ssim_timestep,)),
+            ("evaluation.ssim_curve", self.evaluation.ssim_curve),
+        ):
+            for value in values:
+                if value > timesteps:
+                    raise ValueError(f"{name} {value} is above diffusion.timesteps {timesteps}")
+        clients = self.federation.clients
+        for name in ("samples", "samples_between"):
+            value = getattr(self.evaluation, name)
+            if value < 2 * clients:
+                raise ValueError(
+                    f"evaluation.{name} {value} is below {2 * clients}, two for each of the "
+                    f"{clients} clients"
+                )
+        self._check_method()
+        if self.training.update == "exclusive" and (
+            self.model.exclusive_stages == "none" and self.model.task_embedding != "exclusive"
+        ):
+            raise ValueError(
+                "training.update exclusive trains nothing with model.exclusive_stages none"
+            )
+        if self.data.dataset == "sites":
+            if self.model.task_embedding == "shared":
+                raise ValueError(
+                    "model.task_embedding shared needs numbered tasks; data.dataset sites has none"
+                )
+            if self.data.image_size is None or self.data.channels is None:
+                raise ValueError(
+                    "data.dataset sites needs data.image_size (now "
+                    f"{json.dumps(self.data.image_size)}) and data.channels (now "
+                    f"{json.dumps(self.data.channels)}), so that all sites' images are of one shape"
+                )
+            if self.evaluation.mode != "moments":
+                raise ValueError(
+                    f"evaluation.mode {self.evaluation.mode} needs reference images at the server, "
+                    "and data.dataset sites has none; allowed: moments"
+                )
+        return self
+
+    def _check_method(self) -> None:
+        training, clients = self.training, self.federation.clients
+        if training.method == "federated":
+            return
+        if training.method == "pooled" and self.model.exclusive_stages != "none":
+            raise ValueError(
+                f"training.method pooled has no exclusive layers, and model.exclusive_stages is "
+                f"{json.dumps(self.model.exclusive_stages)}; allowed: none"
+            )
+        if training.method == "pooled" and self.model.task_embedding == "exclusive":
+            raise ValueError(
+                "training.method pooled has no exclusive layers; model.task_embedding: none or "
+                "shared"
+            )
+        if self.federation.clients_per_round is not None:
+            raise ValueError(
+                "federation.clients_per_round needs training.method federated, not "
+                f"{training.method}"
+            )
+        size = training.central_batch_size or training.batch_size
+        if training.method == "balanced" and size % clients:
+            raise ValueError(
+                f"training.central_batch_size {size} cannot be shared out evenly among {clients} "
+                f"tasks; allowed: multiples of {clients}"
+            )
+        if (clients * (training.local_steps or 0) * training.batch_size) % size:
+            raise ValueError(
+                f"training.central_batch_size {size} does not divide a round's "
+                f"{clients * (training.local_steps or 0) * training.batch_size} images (clients "
+                "times local_steps times batch_size)"
+            )
+
+    def evaluation_due(self, round_number: int) -> bool:
+        """Whether an evaluation follows this round: every so many, and at the end."""
+        every, last = self.evaluation.every, self.federation.rounds
+        return round_number > 0 and (
+            round_number == last or (every > 0 and round_number % every == 0)
+        )
+
+    def to_json(self) -> str:
+        """The whole configuration as one line of JSON, keys in declared order."""
+        return self.model_dump_json()
+
+    def to_yaml(self) -> str:
+        """The whole configuration as YAML that :func:`load_config` reads back to an equal
+        object.
+        """
+        return yaml.dump(
+            json.loads(self.to_json()), Dumper=Dumper, sort_keys=False, allow_unicode=True
+        )
+
+    def decisive_settings(self) -> dict[str, Any]:
+        """The settings that decide the result, by name, as JSON has them."""
+        return self._decisive()
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the settings that decide the result (not backend, paths, or time limits)."""
+        return fingerprint_of(self._decisive())
+
+    def decisive_differences(self, other: "RunConfig") -> list[str]:
+        """The settings that decide the result and differ, each as "section.key: own -> other"."""
+        own, others = self._decisive(), other._decisive()
+        return [
+            f"{name}: {json.dumps(value)} -> {json.dumps(others[name])}"
+            for name, value in own.items()
+            if value != others[name]
+        ]
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting by its name, "section.key" or "seed", as JSON has it."""
+        content = json.loads(self.to_json())
+        flat = {name: content.pop(name) for name in ("name", "seed")}
+        return flat | {
+            f"{section}.{key}": value
+            for section, keys in content.items()
+            for key, value in keys.items()
+        }
+
+    def _decisive(self) -> dict[str, Any]:
+        # While the rate follows the rounds, their number decides the result too.
+        followed = self.training.learning_rate_schedule != "constant"
+        return {
+            name: value
+            for name, value in self.settings().items()
+            if what_decides(name) != "nothing" or (followed and name == "federation.rounds")
+        }
+
+
+def what_decides(name: str) -> Decides:
+    """What the setting of this name, "section.key" or "seed", decides."""
+    section, _, key = name.rpartition(".")
+    model = RunConfig.model_fields[section].annotation if section else RunConfig
+    assert isinstance(model, type)
+    return decides(model, key)
+
+
+def fingerprint_of(settings: Mapping[str, Any]) -> str:
+    """SHA-256 over settings by name."""
+    return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()

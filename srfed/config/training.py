@@ -1,0 +1,115 @@
+"""What a client does in a round."""
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from srfed.config.settings import Section, setting
+
+
+class TrainingConfig(Section):
+    method: Literal["federated", "pooled", "one_task", "balanced"] = setting(
+        "federated",
+        description="federated: srfed.simulate and deployed sites; the others are for "
+        "srfed centralise, where one party has all images: pooled draws minibatches from all of "
+        "them (DDPM, C-DDPM), one_task from one task at a time (SR-DDPM's Algorithm 1), balanced "
+        "from every task alike",
+    )
+    batch_size: int = setting(32, ge=1, description="images in one local step")
+    central_batch_size: int | None = setting(
+        None,
+        ge=1,
+        description="images in one centralised step, over all tasks; null takes batch_size. A "
+        "round has as many images as a federated one: clients times local_steps times batch_size",
+    )
+    drop_last: bool = setting(
+        True, description="leave out the last, smaller batch of each pass over the images"
+    )
+    across_passes: bool = setting(
+        False,
+        description="let a batch run on into the next pass over the images, so that each has "
+        "batch_size of them, even at a client with fewer; drop_last then has no meaning",
+    )
+    local_steps: int | None = setting(
+        12, ge=1, description="optimizer steps a round; null when local_epochs is set"
+    )
+    local_epochs: int | None = setting(
+        None, ge=1, description="passes over the client's images a round, instead"
+    )
+    update: Literal["joint", "alternating", "exclusive"] = setting(
+        "joint",
+        description="joint: φ and θ_i in every step; alternating: first θ_i alone, then φ alone; "
+        "exclusive: θ_i alone, φ stays as it is",
+    )
+    exclusive_steps: int | None = setting(
+        None,
+        ge=1,
+        description="alternating: steps on θ_i a round; null takes local_steps or local_epochs",
+    )
+    optimizer: Literal["adam", "sgd"] = setting("adam", description="the clients' optimizer")
+    learning_rate: float = setting(
+        2e-3, gt=0, le=10, description="of φ, and of θ_i unless set apart"
+    )
+    exclusive_learning_rate: float | None = setting(
+        None, gt=0, le=10, description="of θ_i; null takes learning_rate"
+    )
+    learning_rate_schedule: Literal["constant", "cosine"] = setting(
+        "constant",
+        description="over the rounds of the run; cosine falls from the full rate to almost 0",
+    )
+    proximal: float = setting(
+        0.0,
+        ge=0,
+        description="FedProx's μ: each step pulls φ back to the round's first φ, by μ times the "
+        "distance",
+    )
+    gradient_clip: float | None = setting(
+        1.0, gt=0, description="largest gradient norm of one step; null: no clipping"
+    )
+    shared_moments: Literal["reset", "keep", "average"] = setting(
+        "keep",
+        description="Adam's moments of φ between rounds: start afresh, stay at the client, or "
+        "averaged by the server",
+    )
+    ema_decay: float = setting(
+        0.995, ge=0, lt=1, description="decay per local step of the averaged weights"
+    )
+    ema_warmup: bool = setting(
+        True, description="cap the decay at (1 + step) / (10 + step), so that early weights fade"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.local_steps is None) == (self.local_epochs is None):
+            raise ValueError(
+                f"set exactly one of local_steps (now {self.local_steps}) and local_epochs (now "
+                f"{self.local_epochs}); the other is null"
+            )
+        if self.shared_moments == "average" and self.optimizer != "adam":
+            raise ValueError(
+                f"shared_moments average needs optimizer adam; {self.optimizer} has no moments"
+            )
+        if self.exclusive_steps is not None and self.update != "alternating":
+            raise ValueError(f"exclusive_steps {self.exclusive_steps} needs update: alternating")
+        if self.method != "federated":
+            self._check_centralised()
+        elif self.central_batch_size is not None:
+            raise ValueError(
+                f"central_batch_size {self.central_batch_size} needs a centralised method"
+            )
+        return self
+
+    def _check_centralised(self) -> None:
+        if self.local_steps is None:
+            raise ValueError(
+                f"local_epochs {self.local_epochs} needs method federated; allowed: local_steps"
+            )
+        for key, value, only in (
+            ("update", self.update, "joint"),
+            ("shared_moments", self.shared_moments, "keep"),
+            ("proximal", self.proximal, 0.0),
+        ):
+            if value != only:
+                raise ValueError(
+                    f"{key} {value} means nothing under method {self.method}; allowed: {only}"
+                )
