@@ -36,10 +36,10 @@ VALUES = 779_136
 """Of φ in the default network."""
 PARTS = {
     "Python": "pass",
-    "Flower's program": "import flwr.supernode.runtime.run_clientapp",
-    "the same, torch": "import flwr.supernode.runtime.run_clientapp, torch",
+    "Flower's program": "import flwr.supernode.worker.run_clientapp",
+    "the same, torch": "import flwr.supernode.worker.run_clientapp, torch",
     "the same, torch, "
-    "srfed": "import flwr.supernode.runtime.run_clientapp, srfed.federation.flower.client_app",
+    "srfed": "import flwr.supernode.worker.run_clientapp, srfed.federation.flower.client_app",
 }
 """What a ClientApp's process imports, each with what comes before it."""
 PART_REPEATS = 7

@@ -191,7 +191,7 @@ def test_fewer_images_than_a_minibatch_are_repeated(
 
 def test_a_runs_unusual_settings_still_make_an_adaptation(trained: TrainedRun) -> None:
     for changes in (
-        {"method": "balanced", "central_batch_size": 12},
+        {"method": "balanced", "centralised_batch_size": 12},
         {"update": "alternating", "exclusive_steps": 2},
         {"shared_moments": "average", "proximal": 0.1},
         {"local_steps": None, "local_epochs": 1},

@@ -47,7 +47,11 @@ from srfed.federation.site import own_task
 from srfed.model import build_model, build_partition
 
 CLIENT = "clinic-a"
-MOMENTS = {"evaluation.mode": "moments", "evaluation.samples": 60, "evaluation.samples_between": 60}
+MOMENTS = {
+    "evaluation.mode": "statistics",
+    "evaluation.samples": 60,
+    "evaluation.samples_between": 60,
+}
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 # --- A site, and a server that asks it ----------------------------------------------------------
@@ -561,7 +565,7 @@ def test_an_owner_agrees_sees_what_changes_and_check_says_whether_it_fits(tmp_pa
     config.write_text(json.dumps({"name": "tiny", **TINY}))
     make_certificates(tmp_path / "certificates", ["127.0.0.1"])
     where = ["--data", data, "--state-dir", state, "--client-id", CLIENT]
-    options = [*where, "--config", config, "--set", "evaluation.mode=moments"]
+    options = [*where, "--config", config, "--set", "evaluation.mode=statistics"]
     options += ["--set", "evaluation.samples=60", "--set", "evaluation.samples_between=60"]
 
     weak = command("agree", *options)

@@ -33,7 +33,7 @@ from srfed.diffusion.process import Diffusion
 from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.generation import generate
-from srfed.evaluation.references import CentralEvaluation
+from srfed.evaluation.references import References
 from srfed.model import build_diffusion, build_model, build_partition, noise_of_task
 from srfed.networks.partition import divide
 from srfed.networks.unet import UNet
@@ -41,7 +41,7 @@ from srfed.runs.run import TrainedRun
 from srfed.storage.client_store import ClientStore
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import ServerCheckpoints
-from srfed.training.centralised import CentralResult, CentralState, CentralTrainer
+from srfed.training.centralised import CentralisedResult, CentralisedState, CentralisedTrainer
 from srfed.training.local import ClientState, LocalResult, LocalTrainer
 from srfed.training.minibatches import MinibatchOrder
 
@@ -147,7 +147,7 @@ class Central:
         self.partition = build_partition(config, self.model)
         self.diffusion = diffusion(build_diffusion(config, torch.device("cpu")).schedule)
         self.diffusion.draws = []
-        self.trainer = CentralTrainer(config, self.model, self.partition, self.diffusion, tasks)
+        self.trainer = CentralisedTrainer(config, self.model, self.partition, self.diffusion, tasks)
         shared = perturbed(self.model, 0, self.partition.shared)
         states = {}
         for i, task in enumerate(tasks):
@@ -155,12 +155,12 @@ class Central:
             states[task.name] = ClientState(
                 exclusive, {name: t.clone() for name, t in exclusive.items()}
             )
-        self.start = self.state = CentralState(
+        self.start = self.state = CentralisedState(
             shared, {name: t.clone() for name, t in shared.items()}, states
         )
-        self.results: list[CentralResult] = []
+        self.results: list[CentralisedResult] = []
 
-    def train(self, *rounds: int) -> CentralState:
+    def train(self, *rounds: int) -> CentralisedState:
         for number in rounds:
             self.results.append(self.trainer.train(number, self.state))
             self.state = self.results[-1].state
@@ -358,7 +358,7 @@ def test_training_is_a_plain_loop_over_the_same_draws(
 
 
 def test_one_balanced_step_of_gradient_descent_is_eq_8_on_the_union_batch() -> None:
-    trained = central(run_config("balanced", central_batch_size=12), 5, 7, 9)
+    trained = central(run_config("balanced", centralised_batch_size=12), 5, 7, 9)
     trained.train(1)
     draws = trained.diffusion.draws
     assert [set(owners(trained.tasks, draw)) for draw in draws] == [{0}, {1}, {2}]
@@ -383,8 +383,10 @@ def test_one_balanced_step_of_gradient_descent_is_eq_8_on_the_union_batch() -> N
 def test_the_norms_of_the_gradients_of_the_core_and_of_each_task_are_clipped_apart(
     norm: float,
 ) -> None:
-    clipped = central(run_config("balanced", central_batch_size=12, gradient_clip=norm), 5, 7, 9)
-    free = central(run_config("balanced", central_batch_size=12), 5, 7, 9)
+    clipped = central(
+        run_config("balanced", centralised_batch_size=12, gradient_clip=norm), 5, 7, 9
+    )
+    free = central(run_config("balanced", centralised_batch_size=12), 5, 7, 9)
     clipped.train(1)
     free.train(1)
     parts = [(trained.start.shared, trained.state.shared) for trained in (clipped, free)]
@@ -441,7 +443,7 @@ def test_one_balanced_task_is_one_client_alone(optimizer: str) -> None:
 
 
 def test_one_balanced_step_a_round_is_the_federated_average_of_the_clients_steps() -> None:
-    trained = central(run_config("balanced", central_batch_size=12), 5, 7, 9)
+    trained = central(run_config("balanced", centralised_batch_size=12), 5, 7, 9)
     trained.train(1)
     clients = locally(run_config("federated"), trained, 1)
     mean = {
@@ -455,7 +457,7 @@ def test_one_balanced_step_a_round_is_the_federated_average_of_the_clients_steps
 
 def test_balanced_with_nothing_shared_is_as_many_trainings_apart() -> None:
     settings: dict[str, Any] = {"optimizer": "adam", "local_steps": 2, "ema_warmup": True}
-    trained = central(run_config("balanced", "all", **settings, central_batch_size=12), 5, 7, 9)
+    trained = central(run_config("balanced", "all", **settings, centralised_batch_size=12), 5, 7, 9)
     trained.train(1, 2)
     assert trained.state.shared == {}
     for i, client in enumerate(locally(run_config("federated", "all", **settings), trained, 1, 2)):
@@ -470,7 +472,7 @@ def test_balanced_with_nothing_shared_is_as_many_trainings_apart() -> None:
 
 
 def test_a_task_that_is_not_drawn_stays_as_it_is_and_the_core_moves_in_each_step() -> None:
-    config = run_config("one_task", optimizer="adam", central_batch_size=12, across_passes=True)
+    config = run_config("one_task", optimizer="adam", centralised_batch_size=12, across_passes=True)
     trained = central(config, 5, 7, 9)
     seen = set()
     for number in range(1, 9):
@@ -528,7 +530,9 @@ def test_tasks_are_drawn_uniformly_and_anew_in_each_round() -> None:
 def test_a_task_learns_from_nobody_elses_images() -> None:
     tasks = some_tasks(5, 7, 9)
     poisoned = [*tasks[:1], Task(1, "task1", 255 - tasks[1].train, tasks[1].test), *tasks[2:]]
-    config = run_config("balanced", "all", central_batch_size=12, local_steps=2, optimizer="adam")
+    config = run_config(
+        "balanced", "all", centralised_batch_size=12, local_steps=2, optimizer="adam"
+    )
     clean, other = (Central(config, each, RecordingDiffusion) for each in (tasks, poisoned))
     clean.train(1)
     other.train(1)
@@ -566,7 +570,7 @@ def test_pooled_images_come_alike_and_balanced_tasks() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_round_has_as_many_images_as_a_federated_one(method: str, size: int | None) -> None:
     config = run_config(
-        method, local_steps=2, batch_size=12, central_batch_size=size, across_passes=True
+        method, local_steps=2, batch_size=12, centralised_batch_size=size, across_passes=True
     )
     trained = Central(config, some_tasks(5, 7, 30), RecordingDiffusion)
     trained.train(1)
@@ -581,24 +585,24 @@ def test_a_round_has_as_many_images_as_a_federated_one(method: str, size: int | 
 @pytest.mark.parametrize(
     ("training", "words"),
     [
-        ({"method": "balanced"}, ["central_batch_size 4", "3 tasks", "multiples of 3"]),
+        ({"method": "balanced"}, ["centralised_batch_size 4", "3 tasks", "multiples of 3"]),
         (
-            {"method": "balanced", "central_batch_size": 7},
-            ["central_batch_size 7", "3 tasks", "multiples of 3"],
+            {"method": "balanced", "centralised_batch_size": 7},
+            ["centralised_batch_size 7", "3 tasks", "multiples of 3"],
         ),
         (
-            {"method": "one_task", "central_batch_size": 5},
-            ["central_batch_size 5", "does not divide", "12 images"],
+            {"method": "one_task", "centralised_batch_size": 5},
+            ["centralised_batch_size 5", "does not divide", "12 images"],
         ),
         (
-            {"method": "federated", "central_batch_size": 4},
-            ["central_batch_size 4", "centralised method"],
+            {"method": "federated", "centralised_batch_size": 4},
+            ["centralised_batch_size 4", "centralised method"],
         ),
         (
             {"method": "pooled", "local_steps": None, "local_epochs": 1},
             ["local_epochs 1", "local_steps"],
         ),
-        ({"method": "balanced", "central_batch_size": 0}, ["central_batch_size", "0"]),
+        ({"method": "balanced", "centralised_batch_size": 0}, ["centralised_batch_size", "0"]),
     ],
 )
 def test_impossible_sizes_are_refused_by_name_and_value(
@@ -616,24 +620,24 @@ def test_impossible_sizes_are_refused_by_name_and_value(
         (
             "one_task",
             12,
-            r"central_batch_size = 12 asks for 12 images of 'task0' .* 5 .* up to 5\b",
+            r"centralised_batch_size = 12 asks for 12 images of 'task0' .* 5 .* up to 5\b",
         ),
         (
             "balanced",
             24,
-            r"central_batch_size = 24 asks for 8 images of 'task0' .* 5 .* up to 15\b",
+            r"centralised_batch_size = 24 asks for 8 images of 'task0' .* 5 .* up to 15\b",
         ),
         (
             "pooled",
             24,
-            r"central_batch_size = 24 asks for 24 images of 'all tasks' .* 21 .* up to 21\b",
+            r"centralised_batch_size = 24 asks for 24 images of 'all tasks' .* 21 .* up to 21\b",
         ),
     ],
 )
 def test_a_batch_above_the_images_is_refused_unless_batches_may_run_on(
     method: str, size: int, message: str
 ) -> None:
-    settings: dict[str, Any] = {"central_batch_size": size, "local_steps": 2}
+    settings: dict[str, Any] = {"centralised_batch_size": size, "local_steps": 2}
     with pytest.raises(UserError, match=f"{message}.*drop_last = false.*across_passes = true"):
         central(run_config(method, **settings), 5, 7, 9)
     trained = Central(
@@ -746,7 +750,7 @@ def test_exclusive_updates_with_nothing_exclusive_are_refused() -> None:
 
 def test_only_the_rows_of_tasks_in_the_minibatch_have_a_gradient() -> None:
     trained = central(
-        run_config("pooled", clients=6, embedding="shared", batch_size=1, central_batch_size=6),
+        run_config("pooled", clients=6, embedding="shared", batch_size=1, centralised_batch_size=6),
         *[5] * 6,
     )
     trained.train(1)
@@ -868,7 +872,7 @@ METHOD_OPTIONS = {
         "model.task_embedding=shared",
     ],
     "one_task": ["training.method=one_task"],
-    "balanced": ["training.method=balanced", "training.central_batch_size=36"],
+    "balanced": ["training.method=balanced", "training.centralised_batch_size=36"],
 }
 
 
@@ -963,9 +967,9 @@ def test_a_conditional_run_draws_each_task_with_its_own_row(tiny: Path, tmp_path
         np.testing.assert_array_equal(ours.images, expected.images)
         samples[task.task] = expected.images
     tests = {task.name: task.test for task in load_tasks(run.config.data, 3)}
-    scores = CentralEvaluation(
-        load_feature_network("embedded", "", torch.device("cpu")), tests
-    ).score(samples)
+    scores = References(load_feature_network("embedded", "", torch.device("cpu")), tests).score(
+        samples
+    )
     (evaluation,) = [line for line in records(run) if line["kind"] == "evaluation"]
     assert evaluation["score"] == pytest.approx(scores.overall, rel=1e-6)
 

@@ -425,7 +425,7 @@ def test_check_of_an_npz_file_in_moments_mode(tiny_yaml: Path, tmp_path: Path) -
         "--out",
         out,
         "--set",
-        "evaluation.mode=moments",
+        "evaluation.mode=statistics",
         "--set",
         "model.exclusive_stages=none",
         folder=tmp_path,

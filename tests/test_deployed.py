@@ -368,7 +368,7 @@ def test_the_search_finds_what_is_packed_or_split() -> None:
 # --- The wire ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["samples", "moments"])
+@pytest.mark.parametrize("mode", ["samples", "statistics"])
 def test_nothing_private_crosses_the_wire_and_the_log_tells_how_much_does(
     mode: str, tmp_path: Path
 ) -> None:

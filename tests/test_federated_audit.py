@@ -17,7 +17,7 @@ from srfed.evaluation.generation import generate
 from srfed.evaluation.metrics.memorisation import audit
 from srfed.federation.flower import client_app
 from srfed.federation.messages import EVALUATE, METRICS, read_metrics
-from srfed.runs.centralised import train_centrally
+from srfed.runs.centralised import train_centralised
 from srfed.runs.run import TrainedRun
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
@@ -88,7 +88,7 @@ def test_an_audit_that_cannot_be_made_says_why_to_its_owner_and_that_there_is_no
     assert "memorisation: 0." in said, "the other task's"
 
     central = {**settings, "training.method": "pooled", "model.exclusive_stages": "none"}
-    train_centrally(begin(tmp_path / "central", central))
+    train_centralised(begin(tmp_path / "central", central))
     assert (
         "class-0: no memorisation audit: all 2 held-out images are training"
         in capsys.readouterr().err
@@ -164,7 +164,7 @@ def test_only_numbers_of_the_audit_are_in_the_reply(tmp_path: Path) -> None:
         return replies[-1]
 
     run_in_process(
-        begin(tmp_path / "run", {"federation.rounds": 1, "evaluation.mode": "moments"}), app
+        begin(tmp_path / "run", {"federation.rounds": 1, "evaluation.mode": "statistics"}), app
     )
     assert len(replies) == 3
     for reply in replies:

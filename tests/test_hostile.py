@@ -21,7 +21,7 @@ HONEST, HOSTILE = "digit-0", "digit-1"
 SETTINGS: dict[str, Any] = {
     "federation.clients": 2,
     "federation.rounds": 2,
-    "evaluation.mode": "moments",
+    "evaluation.mode": "statistics",
     "evaluation.samples": 40,
     "evaluation.samples_between": 40,
 }

@@ -36,7 +36,7 @@ from srfed.federation.flower.in_process import InlineGrid
 from srfed.federation.flower.server_app import run_federation
 from srfed.federation.messages import TRAIN
 from srfed.federation.site import STATE_DIR_VARIABLE, own_task
-from srfed.runs.centralised import train_centrally
+from srfed.runs.centralised import train_centralised
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 
@@ -378,14 +378,14 @@ def test_a_centralised_run_remembers_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pictures = make_pictures(tmp_path / "pictures")
-    central = {"training.method": "balanced", "training.central_batch_size": 12}
+    central = {"training.method": "balanced", "training.centralised_batch_size": 12}
     run = begin(tmp_path / "run", {**SETTINGS, **central, "data.dir": str(pictures)})
-    train_centrally(run)
+    train_centralised(run)
     assert sorted(read_records(run.images)) == ["task-0", "task-1", "task-2"]
     told = changed(pictures, "one less")
     for text in (
         refused(capsys, centralise(["--resume", str(run.path), "--set", "federation.rounds=2"])),
-        message_of(train_centrally, RunFolder.open(run.path)),
+        message_of(train_centralised, RunFolder.open(run.path)),
     ):
         assert told in text
 
@@ -489,7 +489,7 @@ def test_a_site_whose_images_change_in_the_middle_of_a_run_refuses_in_words(tmp_
         "data.dataset": "sites",
         "data.image_size": 8,
         "data.channels": 1,
-        "evaluation.mode": "moments",
+        "evaluation.mode": "statistics",
         "federation.clients": 2,
         "federation.rounds": 2,
         "evaluation.every": 0,

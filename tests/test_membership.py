@@ -940,7 +940,7 @@ def test_a_client_that_was_refused_meanwhile_can_be_doubted(tmp_path: Path) -> N
         lambda _member: None,
         lambda _text: None,
     )
-    roster.doubt("digit-0")
+    roster.recheck("digit-0")
     assert roster.present == []
 
 

@@ -37,7 +37,7 @@ from srfed.federation.flower.exchange import StoppedError, stop_requested
 from srfed.federation.flower.in_process import InlineGrid
 from srfed.federation.messages import TRAIN, Request
 from srfed.federation.site import Site
-from srfed.federation.worker import Runtime
+from srfed.federation.worker import Worker
 from srfed.files import held, list_folder
 from srfed.reporting.console import Console
 from srfed.runs.run import TrainedRun
@@ -632,11 +632,11 @@ def test_a_message_that_is_no_successor_is_refused_at_the_site_before_any_traini
 ) -> None:
     run = RunFolder.open(copy)
     attempt = read_manifest(run.server / "round-00003")["attempts"]["digit-1"]
-    site, runtime = Site("digit-1", run.clients, index=1), Runtime(run.config, 1)
+    site, worker = Site("digit-1", run.clients, index=1), Worker(run.config, 1)
     request = Request(run.config.to_json(), run.lineage, "digit-1", 3, "new", attempt)
     with pytest.raises(UserError, match="training round 3 is impossible after"):
-        runtime.state(site, request, training=True)
-    assert runtime.state(site, request, training=False).steps == 6
+        worker.state(site, request, training=True)
+    assert worker.state(site, request, training=False).steps == 6
 
 
 @pytest.mark.parametrize("name", ["a" * (LONGEST_NAME + 1), "a..b", "a/../../b"])

@@ -24,7 +24,7 @@ from srfed.randomness import derive_generator
 from srfed.reporting.pictures import GAP, LABEL_SIZE, SMALLEST_CELL
 from srfed.reporting.plots import heat_map, line_plot
 from srfed.runs.adapting import read_points
-from srfed.runs.centralised import train_centrally
+from srfed.runs.centralised import train_centralised
 from srfed.runs.run import TrainedRun
 from srfed.storage.run_folder import RunFolder
 
@@ -58,7 +58,7 @@ def centralised(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         }
     )
     run = RunFolder.create(tmp_path_factory.mktemp("centralised") / "run", config)
-    train_centrally(run)
+    train_centralised(run)
     return run
 
 

@@ -93,7 +93,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     from srfed.evaluation.features.load import load_feature_network
     from srfed.runs.run import TrainedRun
-    from srfed.runs.scoring import Wanted, evaluate_run
+    from srfed.runs.scoring import ScoringSettings, evaluate_run
 
     if not RunFolder.open(options.run).images.exists():
         _note(
@@ -104,7 +104,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     network = load_feature_network(
         evaluation.feature_network, evaluation.inception_weights, trained.device
     )
-    wanted = Wanted(
+    wanted = ScoringSettings(
         samples=evaluation.samples,
         seed=options.seed,
         sampling=config.sampling,

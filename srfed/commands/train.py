@@ -183,6 +183,6 @@ def _simulate(run: RunFolder) -> None:
 
 
 def _centralise(run: RunFolder) -> None:
-    from srfed.runs.centralised import train_centrally
+    from srfed.runs.centralised import train_centralised
 
-    train_centrally(run)
+    train_centralised(run)

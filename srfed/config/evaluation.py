@@ -8,10 +8,11 @@ from srfed.config.settings import Section, setting
 
 
 class EvaluationConfig(Section):
-    mode: Literal["samples", "moments"] = setting(
+    mode: Literal["samples", "statistics"] = setting(
         "samples",
         decides="scores",
-        description="samples: generated images go to the server, which scores them; moments: each "
+        description="samples: generated images go to the server, which scores them; statistics: "
+        "each "
         "client sends mean and scatter of their features and of its own images' features, and no "
         "image leaves it",
     )

@@ -24,6 +24,7 @@ from srfed.config.yaml import Dumper
 
 REMOVED = {
     "federation.largest_update": "an update's bound is what the clients' optimizer can do",
+    "training.central_batch_size": "it is training.centralised_batch_size now",
 }
 """Settings of earlier versions, and why there is none any more."""
 
@@ -100,10 +101,10 @@ class RunConfig(Section):
                     f"{json.dumps(self.data.image_size)}) and data.channels (now "
                     f"{json.dumps(self.data.channels)}), so that all sites' images are of one shape"
                 )
-            if self.evaluation.mode != "moments":
+            if self.evaluation.mode != "statistics":
                 raise ValueError(
                     f"evaluation.mode {self.evaluation.mode} needs reference images at the server, "
-                    "and data.dataset sites has none; allowed: moments"
+                    "and data.dataset sites has none; allowed: statistics"
                 )
         return self
 
@@ -126,15 +127,16 @@ class RunConfig(Section):
                 "federation.clients_per_round needs training.method federated, not "
                 f"{training.method}"
             )
-        size = training.central_batch_size or training.batch_size
+        size = training.centralised_batch_size or training.batch_size
         if training.method == "balanced" and size % clients:
             raise ValueError(
-                f"training.central_batch_size {size} cannot be shared out evenly among {clients} "
+                f"training.centralised_batch_size {size} cannot be shared out evenly among "
+                f"{clients} "
                 f"tasks; allowed: multiples of {clients}"
             )
         if (clients * (training.local_steps or 0) * training.batch_size) % size:
             raise ValueError(
-                f"training.central_batch_size {size} does not divide a round's "
+                f"training.centralised_batch_size {size} does not divide a round's "
                 f"{clients * (training.local_steps or 0) * training.batch_size} images (clients "
                 "times local_steps times batch_size)"
             )

@@ -16,7 +16,7 @@ class TrainingConfig(Section):
         "from every task alike",
     )
     batch_size: int = setting(32, ge=1, description="images in one local step")
-    central_batch_size: int | None = setting(
+    centralised_batch_size: int | None = setting(
         None,
         ge=1,
         description="images in one centralised step, over all tasks; null takes batch_size. A "
@@ -93,9 +93,9 @@ class TrainingConfig(Section):
             raise ValueError(f"exclusive_steps {self.exclusive_steps} needs update: alternating")
         if self.method != "federated":
             self._check_centralised()
-        elif self.central_batch_size is not None:
+        elif self.centralised_batch_size is not None:
             raise ValueError(
-                f"central_batch_size {self.central_batch_size} needs a centralised method"
+                f"centralised_batch_size {self.centralised_batch_size} needs a centralised method"
             )
         return self
 

@@ -56,7 +56,7 @@ def check_site(
     store = state_dir / client
     task = load_own_task(config.data, data, client, store, keep=False)
     order = MinibatchOrder.of(training, len(task.train), training.batch_size, config.seed, client)
-    if evaluation.mode == "moments":
+    if evaluation.mode == "statistics":
         if len(task.test) < 2:
             raise UserError(
                 f"{data} gives {len(task.test)} test images; evaluation needs at least 2"
@@ -136,7 +136,7 @@ def check_site(
 def _of_evaluation(config: RunConfig, pixels: int) -> list[str]:
     """What evaluation rounds send."""
     evaluation, clients = config.evaluation, config.federation.clients
-    if evaluation.mode == "moments":
+    if evaluation.mode == "statistics":
         first = "mean and scatter of the features of generated images and of your own; no image"
     else:
         last, between = (

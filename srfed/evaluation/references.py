@@ -31,9 +31,9 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Moments:
-    """What a client says of its images in ``moments`` mode: feature statistics, from which no image
-    can be read.
+class ClientStatistics:
+    """What a client says of its images in ``statistics`` mode: feature statistics, from which no
+    image can be read.
 
     Attributes:
         generated: of what it generated.
@@ -68,7 +68,7 @@ def score_statistics(
     )
 
 
-class CentralEvaluation:
+class References:
     """Scores samples against reference images that the server itself has.
 
     Args:
@@ -99,7 +99,7 @@ class RealFloor:
         tasks: whose training images count.
     """
 
-    def __init__(self, evaluation: CentralEvaluation, tasks: Sequence[Task]) -> None:
+    def __init__(self, evaluation: References, tasks: Sequence[Task]) -> None:
         self._evaluation = evaluation
         self._images = {task.name: task.train for task in tasks}
         self._known: dict[tuple[str, ...], float] = {}

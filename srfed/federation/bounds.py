@@ -165,7 +165,7 @@ class EvaluatePlan:
         audited: whether the memorisation audit may come with it.
         quantile: q, of the audit.
         images, test_images: m_i, and held-out images.
-        moments: whether statistics are asked for, not samples.
+        statistics: whether statistics are asked for, not samples.
         seconds: how long it may have taken.
     """
 
@@ -179,7 +179,7 @@ class EvaluatePlan:
     quantile: float
     images: int
     test_images: int
-    moments: bool
+    statistics: bool
     seconds: float
 
     @classmethod
@@ -207,7 +207,7 @@ class EvaluatePlan:
             quantile=settings.memorisation_quantile,
             images=images,
             test_images=test_images,
-            moments=settings.mode == "moments",
+            statistics=settings.mode == "statistics",
             seconds=config.federation.round_timeout,
         )
 
@@ -223,7 +223,7 @@ class EvaluatePlan:
                 "ssim_images": exactly(self.judged),
                 "ssim_window": exactly(self.window),
             }
-        if self.moments:
+        if self.statistics:
             counts = (self.samples, self.test_images, self.images)
             numbers |= {
                 f"{name}_count": exactly(count) for name, count in zip(SETS, counts, strict=True)

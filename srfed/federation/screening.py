@@ -16,7 +16,7 @@ from torch import Tensor
 from srfed.errors import UserError
 from srfed.evaluation.features.statistics import FeatureStatistics
 from srfed.evaluation.metrics.memorisation import Audit
-from srfed.evaluation.references import Moments
+from srfed.evaluation.references import ClientStatistics
 from srfed.federation.aggregation import update_norm
 from srfed.federation.bounds import (
     DESCRIPTION,
@@ -102,14 +102,14 @@ class EvaluateReply:
 
     Attributes:
         images, strip: in ``samples`` mode, uint8 N x H x W x C and K x H x W x C.
-        moments: in ``moments`` mode, statistics of the client's features.
+        statistics: in ``statistics`` mode, statistics of the client's features.
         ssim: SSIM-rec by timestep.
         audit: the memorisation audit, if there was one.
     """
 
     images: Tensor | None
     strip: Tensor | None
-    moments: Moments | None
+    statistics: ClientStatistics | None
     ssim: dict[int, float]
     audit: Audit | None
 
@@ -203,7 +203,7 @@ def screen_samples(message: Message, expected: ReplyHeader, plan: EvaluatePlan) 
     return EvaluateReply(arrays["images"], arrays["strip"], None, curve, audit)
 
 
-def screen_moments(
+def screen_statistics(
     message: Message, expected: ReplyHeader, plan: EvaluatePlan, dimension: int, features: str
 ) -> EvaluateReply:
     """Check statistics: of this feature network, of so many samples, possible numbers; SSIM as for
@@ -242,7 +242,7 @@ def screen_moments(
         if not torch.allclose(scatter, scatter.T) or bool((scatter.diagonal() < 0).any()):
             raise RefusedError(f"its scatter of {name} features is none")
         statistics[name] = FeatureStatistics(count, mean.numpy(), scatter.numpy())
-    return EvaluateReply(None, None, Moments(**statistics), curve, audit)
+    return EvaluateReply(None, None, ClientStatistics(**statistics), curve, audit)
 
 
 def moment_templates(shared: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from srfed.training.local import ClientState, LocalTrainer, initial_state
 from srfed.training.step import LocalStep
 
 
-class Runtime:
+class Worker:
     """One run's model on this process's device; clients that share the process take turns in it.
 
     Nothing in it decides a result: weights are overwritten before each use, and what a client keeps
@@ -70,7 +70,7 @@ class Runtime:
 
     @cached_property
     def feature_network(self) -> FeatureNetwork:
-        """The run's feature network, which a client needs in ``moments`` mode only."""
+        """The run's feature network, which a client needs in ``statistics`` mode only."""
         evaluation = self.config.evaluation
         return load_feature_network(
             evaluation.feature_network, evaluation.inception_weights, self.device
@@ -109,28 +109,28 @@ class Runtime:
                 )
 
 
-def runtime_for(admitted: Admitted) -> Runtime:
-    """The process's runtime for what was admitted; sets the threads that it runs with.
+def worker_for(admitted: Admitted) -> Worker:
+    """The process's worker for what was admitted; sets the threads that it runs with.
 
     Raises:
         RequestRefusedError: this srfed makes another φ of the agreed settings.
     """
-    runtime = _runtime(admitted.config, admitted.task.train.shape[-1])
+    worker = _worker(admitted.config, admitted.task.train.shape[-1])
     torch.set_num_threads(admitted.config.resources.client_cpus)
     agreement = admitted.agreement
-    if agreement is not None and runtime.partition_fingerprint != agreement.shared.fingerprint:
+    if agreement is not None and worker.partition_fingerprint != agreement.shared.fingerprint:
         raise not_agreed("the tensors of φ")
-    return runtime
+    return worker
 
 
 def features_for(admitted: Admitted) -> FeatureNetwork:
-    """The feature network of what was admitted: loaded for an evaluation in ``moments`` mode, and
-    for nothing else.
+    """The feature network of what was admitted: loaded for an evaluation in ``statistics`` mode,
+    and for nothing else.
 
     Raises:
         RequestRefusedError: it is not the one whose features the owner has agreed to send.
     """
-    network, agreement = runtime_for(admitted).feature_network, admitted.agreement
+    network, agreement = worker_for(admitted).feature_network, admitted.agreement
     if agreement is not None and (
         agreement.features is None or network.fingerprint != agreement.features.fingerprint
     ):
@@ -139,8 +139,8 @@ def features_for(admitted: Admitted) -> FeatureNetwork:
 
 
 @lru_cache(maxsize=1)
-def _runtime(config: RunConfig, image_channels: int) -> Runtime:
-    return Runtime(config, image_channels)
+def _worker(config: RunConfig, image_channels: int) -> Worker:
+    return Worker(config, image_channels)
 
 
 def _check_names(what: str, tensors: Mapping[str, Tensor], expected: tuple[str, ...]) -> None:

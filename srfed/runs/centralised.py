@@ -9,7 +9,7 @@ import torch
 from srfed.data import Task, load_recorded_tasks, record_tasks
 from srfed.device import captured_forward, memory_layout, resolve_device
 from srfed.evaluation.features.load import load_feature_network
-from srfed.evaluation.references import CentralEvaluation, RealFloor
+from srfed.evaluation.references import RealFloor, References
 from srfed.evaluation.shares import share_of_samples
 from srfed.evaluation.task import evaluate_task
 from srfed.model import build_diffusion, build_model, build_partition, noise_of_task
@@ -19,12 +19,12 @@ from srfed.storage.checkpoint import check_tensors
 from srfed.storage.client_store import NO_PARENT, ClientStore
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import ServerCheckpoints, ServerState
-from srfed.training.centralised import CentralResult, CentralState, CentralTrainer
+from srfed.training.centralised import CentralisedResult, CentralisedState, CentralisedTrainer
 from srfed.training.local import initial_state, load_tensors
 from srfed.training.optimizer import learning_rate_factor
 
 
-def train_centrally(run: RunFolder) -> None:
+def train_centralised(run: RunFolder) -> None:
     """Train and evaluate until the last round.
 
     Args:
@@ -37,12 +37,12 @@ def train_centrally(run: RunFolder) -> None:
     with run.in_use():
         reporter = Console(run)
         try:
-            _CentralRun(run, reporter).run()
+            _CentralisedRun(run, reporter).run()
         finally:
             reporter.close()
 
 
-class _CentralRun:
+class _CentralisedRun:
     """One execution of a run. Checkpoints are a federation's: φ at the server, each θ_i in its
     task's store.
     """
@@ -64,7 +64,7 @@ class _CentralRun:
         self._model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
         self._forward = captured_forward(self._model, config.resources, device)
         self._diffusion = build_diffusion(config, device)
-        self._trainer = CentralTrainer(
+        self._trainer = CentralisedTrainer(
             config, self._model, self._partition, self._diffusion, self._tasks
         )
         self._checkpoints = ServerCheckpoints(run.server, config.federation.keep_attempts)
@@ -80,9 +80,7 @@ class _CentralRun:
         network = load_feature_network(
             config.evaluation.feature_network, config.evaluation.inception_weights, device
         )
-        self._evaluation = CentralEvaluation(
-            network, {task.name: task.test for task in self._tasks}
-        )
+        self._evaluation = References(network, {task.name: task.test for task in self._tasks})
         self._floor = RealFloor(self._evaluation, self._tasks)
 
     def run(self) -> None:
@@ -110,7 +108,7 @@ class _CentralRun:
             if config.evaluation_due(number):
                 self._evaluate(number, state)
 
-    def _restore(self) -> CentralState:
+    def _restore(self) -> CentralisedState:
         tasks = {
             task.name: self._store(task).load(self._server.attempts[task.name])
             if task.name in self._server.attempts
@@ -122,11 +120,11 @@ class _CentralRun:
                 str(self._store(task).folder), tasks[task.name].exclusive, self._initial.exclusive
             )
         server = self._server
-        return CentralState(
+        return CentralisedState(
             server.shared, server.shared_average, tasks, server.shared_moments, server.shared_steps
         )
 
-    def _save(self, number: int, state: CentralState) -> None:
+    def _save(self, number: int, state: CentralisedState) -> None:
         attempt = f"round-{number:05d}"
         for task in self._tasks:
             parent = self._server.attempts.get(task.name, NO_PARENT)
@@ -153,7 +151,7 @@ class _CentralRun:
         )
 
     def _report(
-        self, number: int, before: CentralState, result: CentralResult, seconds: float
+        self, number: int, before: CentralisedState, result: CentralisedResult, seconds: float
     ) -> None:
         squares = [
             (tensor.double() - before.shared[name].double()).square().sum()
@@ -179,7 +177,7 @@ class _CentralRun:
         )
         self._reporter.on_round(record)
 
-    def _evaluate(self, number: int, state: CentralState) -> None:
+    def _evaluate(self, number: int, state: CentralisedState) -> None:
         began = time.perf_counter()
         settings, final = self._config.evaluation, number == self._config.federation.rounds
         share = share_of_samples(

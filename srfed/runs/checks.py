@@ -73,12 +73,12 @@ def check_training(
     from srfed.device import resolve_device
     from srfed.evaluation.features.load import load_feature_network
     from srfed.model import build_model, build_partition
-    from srfed.training.centralised import central_orders
+    from srfed.training.centralised import centralised_orders
     from srfed.training.minibatches import MinibatchOrder
 
     device = resolve_device(config.resources)
     if training.method != "federated":
-        central_orders(config, {task.name: len(task.train) for task in tasks})
+        centralised_orders(config, {task.name: len(task.train) for task in tasks})
     for task in tasks:
         if training.method == "federated":
             MinibatchOrder.of(

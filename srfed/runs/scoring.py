@@ -41,7 +41,7 @@ SCORES_FILE = "scores.json"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ScoringSettings:
     """What to measure.
 
     Attributes:
@@ -64,7 +64,7 @@ class Wanted:
 def evaluate_run(
     path: Path,
     trained: TrainedRun,
-    wanted: Wanted,
+    wanted: ScoringSettings,
     network: FeatureNetwork,
     *,
     reference_folder: Path | None = None,
@@ -177,7 +177,7 @@ def evaluate_run(
 
 
 def read_samples(
-    path: Path, trained: TrainedRun, wanted: Wanted, network: FeatureNetwork
+    path: Path, trained: TrainedRun, wanted: ScoringSettings, network: FeatureNetwork
 ) -> dict[str, Images]:
     """The samples that :func:`evaluate_run` has scored, by task in order; raises UserError where
     there are none.
@@ -201,7 +201,7 @@ def _read_samples(file: Path, trained: TrainedRun) -> dict[str, Images]:
 
 
 def _samples(
-    folder: Path, trained: TrainedRun, wanted: Wanted, progress: Callable[[str], object]
+    folder: Path, trained: TrainedRun, wanted: ScoringSettings, progress: Callable[[str], object]
 ) -> tuple[dict[str, Images], float]:
     file = folder / SAMPLES_FILE
     if exists(file):
@@ -228,7 +228,9 @@ def _samples(
     return samples, seconds
 
 
-def _key(trained: TrainedRun, wanted: Wanted, network: FeatureNetwork, others: Any = None) -> str:
+def _key(
+    trained: TrainedRun, wanted: ScoringSettings, network: FeatureNetwork, others: Any = None
+) -> str:
     """What names an evaluation; ``others`` describes images that are not the run's own."""
     content = {
         **asdict(wanted),

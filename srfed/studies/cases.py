@@ -30,7 +30,7 @@ from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
 from srfed.files import held, read_json, write_bytes
 from srfed.runs.run import TrainedRun
-from srfed.runs.scoring import Wanted, read_samples
+from srfed.runs.scoring import ScoringSettings, read_samples
 
 LAST_WORDS = 3
 """Lines of a failed run's output that are shown."""
@@ -81,10 +81,10 @@ class Outcome:
         return float(found["value"]), float(found["deviation"])
 
 
-def wanted_of(config: RunConfig, samples: int, ssim_images: int) -> Wanted:
+def scoring_settings(config: RunConfig, samples: int, ssim_images: int) -> ScoringSettings:
     """What a study measures on a run: always with the same seed, and by the run's own sampler."""
     evaluation = config.evaluation
-    return Wanted(
+    return ScoringSettings(
         samples=samples,
         seed=0,
         sampling=config.sampling,
@@ -102,7 +102,9 @@ def samples_of(case: Case, pool: Path) -> dict[str, Images]:
     network = load_feature_network(
         config.evaluation.feature_network, config.evaluation.inception_weights, trained.device
     )
-    return read_samples(folder, trained, wanted_of(config, case.samples, case.ssim_images), network)
+    return read_samples(
+        folder, trained, scoring_settings(config, case.samples, case.ssim_images), network
+    )
 
 
 def change(config: RunConfig, **changes: Any) -> RunConfig:

@@ -16,7 +16,7 @@ from srfed.runs.checks import check_training, finished
 from srfed.runs.run import TrainedRun
 from srfed.runs.scoring import evaluate_run
 from srfed.storage.run_folder import RunFolder
-from srfed.studies.cases import wanted_of
+from srfed.studies.cases import scoring_settings
 
 
 def main() -> int:
@@ -47,7 +47,7 @@ def _do(folder: Path, samples: int, ssim_images: int, references: Path) -> None:
     record = evaluate_run(
         folder,
         trained,
-        wanted_of(config, samples, ssim_images),
+        scoring_settings(config, samples, ssim_images),
         network,
         reference_folder=references,
     )
@@ -56,9 +56,9 @@ def _do(folder: Path, samples: int, ssim_images: int, references: Path) -> None:
 
 def _train(run: RunFolder) -> None:
     if run.config.training.method != "federated":
-        from srfed.runs.centralised import train_centrally
+        from srfed.runs.centralised import train_centralised
 
-        train_centrally(run)
+        train_centralised(run)
         return
     from srfed.federation.flower.client_app import app as client_app
     from srfed.federation.flower.in_process import run_inline

@@ -80,7 +80,7 @@ def adaptation_config(
         # A centralised run's model is adapted by a client as well, as nobody has the other tasks'
         # images.
         "method": "federated",
-        "central_batch_size": None,
+        "centralised_batch_size": None,
         "local_steps": every,
         "local_epochs": None,
         "update": "exclusive" if mode == "frozen" else "joint",

@@ -33,7 +33,7 @@ POOL = "all tasks"
 
 
 @dataclass(frozen=True)
-class CentralState:
+class CentralisedState:
     """All that the next round depends on (CPU tensors by name).
 
     Attributes:
@@ -53,10 +53,10 @@ class CentralState:
 
 
 @dataclass(frozen=True)
-class CentralResult:
+class CentralisedResult:
     """What one round gives: the new state, mean losses (eq. 7), images seen, seconds."""
 
-    state: CentralState
+    state: CentralisedState
     loss: float
     loss_by_task: dict[str, float]
     loss_by_quarter: tuple[float, ...]
@@ -73,7 +73,7 @@ class _Share:
     tasks: Tensor
 
 
-class CentralTrainer:
+class CentralisedTrainer:
     """Trains φ and every θ_i round by round; holds nothing that a round's result depends on.
 
     φ descends the mean of the tasks' losses, eq. (8), and each θ_i its own task's loss, as in the
@@ -112,9 +112,9 @@ class CentralTrainer:
             to_model_range(t.train).to(self._device).contiguous(memory_format=self._layout)
             for t in tasks
         ]
-        self._orders = central_orders(config, {task.name: len(task.train) for task in tasks})
+        self._orders = centralised_orders(config, {task.name: len(task.train) for task in tasks})
         training = config.training
-        size = training.central_batch_size or training.batch_size
+        size = training.centralised_batch_size or training.batch_size
         self._steps = len(tasks) * (training.local_steps or 0) * training.batch_size // size
         if training.method == "pooled":
             self._images = {POOL: torch.cat(images)}
@@ -127,7 +127,7 @@ class CentralTrainer:
                 for index, (name, group) in enumerate(self._images.items())
             }
 
-    def train(self, round_number: int, state: CentralState) -> CentralResult:
+    def train(self, round_number: int, state: CentralisedState) -> CentralisedResult:
         """Train for one round.
 
         Args:
@@ -137,7 +137,7 @@ class CentralTrainer:
         with arithmetic(self._config.resources, self._device):
             return self._train(round_number, state)
 
-    def _train(self, round_number: int, state: CentralState) -> CentralResult:
+    def _train(self, round_number: int, state: CentralisedState) -> CentralisedResult:
         training, device = self._config.training, self._device
         self._model.train()
         factor = learning_rate_factor(self._config, round_number)
@@ -195,8 +195,8 @@ class CentralTrainer:
                 update_average(shared_average, shared, decay)
         loss, loss_by_quarter, _ = all_losses.read()
         seconds = time.perf_counter() - start
-        return CentralResult(
-            state=CentralState(
+        return CentralisedResult(
+            state=CentralisedState(
                 shared=copies(shared),
                 shared_average=copies(shared_average),
                 tasks={
@@ -239,7 +239,7 @@ class CentralTrainer:
         )
 
 
-def central_orders(config: RunConfig, images: Mapping[str, int]) -> dict[str, MinibatchOrder]:
+def centralised_orders(config: RunConfig, images: Mapping[str, int]) -> dict[str, MinibatchOrder]:
     """The order of minibatches of each task, or of the pool, from the tasks' numbers of training
     images.
 
@@ -247,8 +247,8 @@ def central_orders(config: RunConfig, images: Mapping[str, int]) -> dict[str, Mi
         UserError: a batch size does not fit a task's images.
     """
     training = config.training
-    key = "batch_size" if training.central_batch_size is None else "central_batch_size"
-    size = training.central_batch_size or training.batch_size
+    key = "batch_size" if training.centralised_batch_size is None else "centralised_batch_size"
+    size = training.centralised_batch_size or training.batch_size
     tasks_in_batch = len(images) if training.method == "balanced" else 1
     groups = {POOL: sum(images.values())} if training.method == "pooled" else images
     for name, count in groups.items():

@@ -30,7 +30,7 @@ from srfed.federation.messages import (
     reply_content,
 )
 from srfed.federation.site_log import write_to_log
-from srfed.federation.worker import Runtime, features_for, runtime_for
+from srfed.federation.worker import Worker, features_for, worker_for
 from srfed.reporting.pictures import draw_grid, write_png
 from srfed.reporting.units import printable
 from srfed.storage.site_model import save_site_model
@@ -43,10 +43,10 @@ def _header(admitted: Admitted) -> ReplyHeader:
     return ReplyHeader(admitted.site.client, admitted.request.attempt, admitted.request.round)
 
 
-def _shared(message: Message, runtime: Runtime) -> dict[str, Tensor]:
+def _shared(message: Message, worker: Worker) -> dict[str, Tensor]:
     """φ as the message carries it, checked."""
     shared = read_tensors(message.content, SHARED)
-    runtime.check_shared(shared)
+    worker.check_shared(shared)
     return shared
 
 
@@ -68,7 +68,7 @@ def describe(message: Message, context: Context) -> Message:
         channels=channels,
         images=len(task.train),
         test_images=len(task.test),
-        partition=runtime_for(admitted).partition_fingerprint,
+        partition=worker_for(admitted).partition_fingerprint,
         version=__version__,
     )
     return Message(description.to_content(), reply_to=message)
@@ -78,12 +78,12 @@ def describe(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Train one round from the parent attempt, store the new attempt durably, return φ_i."""
     admitted = admit(message, context)
-    request, site, runtime = admitted.request, admitted.site, runtime_for(admitted)
+    request, site, worker = admitted.request, admitted.site, worker_for(admitted)
     received_moments = SHARED_MOMENTS in message.content.array_records
-    result = runtime.trainer(site).train(
+    result = worker.trainer(site).train(
         request.round,
-        _shared(message, runtime),
-        runtime.state(site, request, training=True),
+        _shared(message, worker),
+        worker.state(site, request, training=True),
         read_tensors(message.content, SHARED_MOMENTS) if received_moments else None,
     )
     metrics: dict[str, float | list[float]] = {
@@ -95,10 +95,10 @@ def train(message: Message, context: Context) -> Message:
         "shared_steps": float(result.shared_steps),
     }
     arrays = {SHARED: result.shared}
-    if runtime.config.training.shared_moments == "average":
+    if worker.config.training.shared_moments == "average":
         arrays[SHARED_MOMENTS] = result.shared_moments
     content = reply_content(_header(admitted), metrics, arrays)
-    runtime.store(site, request).save(request.attempt, request.parent, request.round, result.state)
+    worker.store(site, request).save(request.attempt, request.parent, request.round, result.state)
     return Message(content, reply_to=message)
 
 
@@ -106,21 +106,21 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Generate samples through the averaged (φ, θ_i), and measure SSIM-rec on the own test images.
 
-    In ``samples`` mode the samples are the reply; in ``moments`` mode only statistics of their
+    In ``samples`` mode the samples are the reply; in ``statistics`` mode only statistics of their
     features are, and the owner finds the pictures among its own files. Of the memorisation audit
     numbers leave; the suspicious pairs stay beside them.
     """
     start = time.perf_counter()
     admitted = admit(message, context)
-    request, site, task, runtime = (
+    request, site, task, worker = (
         admitted.request,
         admitted.site,
         admitted.task,
-        runtime_for(admitted),
+        worker_for(admitted),
     )
     config, client = admitted.config, site.client
-    network = features_for(admitted) if config.evaluation.mode == "moments" else None
-    shared, state = _shared(message, runtime), runtime.state(site, request, training=False)
+    network = features_for(admitted) if config.evaluation.mode == "statistics" else None
+    shared, state = _shared(message, worker), worker.state(site, request, training=False)
     if site.data is not None:
         save_site_model(
             site.folder,
@@ -130,12 +130,12 @@ def evaluate(message: Message, context: Context) -> Message:
             task.train.shape[1:],
             shared,
             state.exclusive_average,
-            runtime.store(site, request).line(request.parent),
+            worker.store(site, request).line(request.parent),
         )
-    load_tensors(runtime.model, shared, state.exclusive_average)
+    load_tensors(worker.model, shared, state.exclusive_average)
     evaluated = evaluate_task(
-        runtime.noise_of(site),
-        runtime.diffusion,
+        worker.noise_of(site),
+        worker.diffusion,
         config,
         task=client,
         train=task.train,

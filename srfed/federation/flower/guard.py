@@ -43,7 +43,7 @@ from srfed.federation.messages import (
 from srfed.federation.screening import moment_templates
 from srfed.federation.site import Site, deployed_site, is_simulated, site_of
 from srfed.federation.site_log import write_to_log
-from srfed.federation.worker import features_for, runtime_for
+from srfed.federation.worker import features_for, worker_for
 
 LONGEST_TEXT = 200
 NPY_HEADER = 256
@@ -147,13 +147,13 @@ def _allowed(
     header = frozenset(field.name for field in fields(ReplyHeader))
     if kind == DESCRIBE:
         return {}, {}, frozenset(field.name for field in fields(Description))
-    runtime, (height, width, channels) = runtime_for(admitted), task.train.shape[1:]
+    worker, (height, width, channels) = worker_for(admitted), task.train.shape[1:]
     if kind == EVALUATE:
         shape, images = (height, width, channels), (len(task.train), len(task.test))
         evaluated = EvaluatePlan.of(config, shape, *images, request.samples, request.final)
         numbers = evaluated.numbers() | (evaluated.audit_numbers() if evaluated.audited else {})
         layout: Layout
-        if evaluated.moments:
+        if evaluated.statistics:
             dimension = features_for(admitted).dimension_of(channels)
             shapes = {"mean": (dimension,), "scatter": (dimension, dimension)}
             layout = [
@@ -165,11 +165,11 @@ def _allowed(
         counts = {"images": evaluated.samples, "strip": evaluated.strip}
         layout = [(name, "uint8", (count, *shape)) for name, count in counts.items()]
         return {GENERATED: layout}, numbers, header
-    shared = runtime.partition.take_shared(runtime.model.state_dict())
+    shared = worker.partition.take_shared(worker.model.state_dict())
     arrays = {SHARED: layout_of(shared)}
     if config.training.shared_moments == "average":
         arrays[SHARED_MOMENTS] = layout_of(moment_templates(shared))
-    trained = TrainPlan.of(config, runtime.partition, admitted.site.client, len(task.train), 0)
+    trained = TrainPlan.of(config, worker.partition, admitted.site.client, len(task.train), 0)
     return arrays, trained.numbers(), header
 
 

@@ -127,7 +127,7 @@ class Roster:
         """Whether the client's node is connected."""
         return client in self._members and self._members[client].node in self._connected
 
-    def doubt(self, client: str) -> None:
+    def recheck(self, client: str) -> None:
         """Ask a client's node once more who it is: what it has sent was not to be expected of this
         client.
         """
@@ -327,7 +327,7 @@ class Roster:
         if expected.clients is not None and client not in expected.clients:
             raise UserError(
                 f"client {client!r}: the server's reference images have no such task; set "
-                "evaluation.mode to moments, or name the client after its task"
+                "evaluation.mode to statistics, or name the client after its task"
             )
         self._check_owner(node, client)
         self._check_images(description)

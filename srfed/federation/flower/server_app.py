@@ -18,7 +18,7 @@ from srfed.data.tasks import ALLOW
 from srfed.device import resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
-from srfed.evaluation.references import CentralEvaluation, RealFloor
+from srfed.evaluation.references import RealFloor, References
 from srfed.federation.flower.exchange import StoppedError
 from srfed.federation.flower.identity import ROSTER_FILE, kept_roster, read_roster
 from srfed.federation.flower.roster import Expected, Member, Roster
@@ -199,7 +199,7 @@ class _Server:
             config.evaluation.inception_weights,
             resolve_device(config.resources),
         )
-        evaluation = CentralEvaluation(network, {task.name: task.test for task in self._tasks})
+        evaluation = References(network, {task.name: task.test for task in self._tasks})
         strategy = SharedRepresentationStrategy(
             config,
             self._partition,
@@ -256,7 +256,7 @@ class _Server:
         """The clients whose samples this server can judge; None where they judge them
         themselves.
         """
-        if self._config.evaluation.mode == "moments":
+        if self._config.evaluation.mode == "statistics":
             return None
         return frozenset(task.name for task in self._tasks)
 

@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from srfed.config import RunConfig
 from srfed.errors import UserError
 from srfed.evaluation.metrics.ssim import ssim_window
-from srfed.evaluation.references import CentralEvaluation, Scores, score_statistics
+from srfed.evaluation.references import References, Scores, score_statistics
 from srfed.evaluation.shares import share_of_samples
 from srfed.federation.aggregation import aggregate, client_weights, weighted_mean
 from srfed.federation.bounds import EvaluatePlan, TrainPlan
@@ -42,8 +42,8 @@ from srfed.federation.screening import (
     RefusedError,
     TrainReply,
     reason_of_failure,
-    screen_moments,
     screen_samples,
+    screen_statistics,
     screen_train,
 )
 from srfed.networks.partition import Partition
@@ -73,7 +73,7 @@ class Observer(Protocol):
 
 
 @dataclass(frozen=True)
-class _Heard(Generic[ReplyT]):
+class _Screened(Generic[ReplyT]):
     """The replies of one exchange, screened: accepted, refused and missing by client."""
 
     accepted: dict[str, ReplyT]
@@ -105,7 +105,7 @@ class SharedRepresentationStrategy(Strategy):
         state: ServerState,
         roster: Roster,
         checkpoints: ServerCheckpoints,
-        evaluation: CentralEvaluation,
+        evaluation: References,
         floor: Callable[[Iterable[str]], float | None],
         observer: Observer,
     ) -> None:
@@ -200,10 +200,10 @@ class SharedRepresentationStrategy(Strategy):
             UserError: fewer accepted updates than ``federation.min_clients``.
         """
         training, federation = self.config.training, self.config.federation
-        heard = self._hear(replies, self._screen_update)
-        accepted = heard.accepted
+        screened = self._hear(replies, self._screen_update)
+        accepted = screened.accepted
         if len(accepted) < federation.min_clients:
-            raise UserError(self._too_few(server_round, len(accepted), heard))
+            raise UserError(self._too_few(server_round, len(accepted), screened))
         weights = client_weights(
             federation.weights,
             {c: reply.plan.examples for c, reply in accepted.items()},
@@ -233,7 +233,7 @@ class SharedRepresentationStrategy(Strategy):
             shared_steps=self.state.shared_steps + steps,
             attempts={
                 **self.state.attempts,
-                **{client: heard.attempts[client] for client in accepted},
+                **{client: screened.attempts[client] for client in accepted},
             },
             known=self._roster.known,
             minibatches={
@@ -260,13 +260,13 @@ class SharedRepresentationStrategy(Strategy):
             loss_by_client={client: reply.loss for client, reply in accepted.items()},
             loss_by_quarter=_mean_by_quarter(accepted.values()),
             accepted=list(accepted),
-            refused=heard.refused,
-            missing=heard.missing,
+            refused=screened.refused,
+            missing=screened.missing,
             shortened=shortened,
             images=images,
             images_per_second=images / seconds,
-            bytes_up=heard.bytes_up,
-            bytes_down=heard.bytes_down,
+            bytes_up=screened.bytes_up,
+            bytes_down=screened.bytes_down,
             learning_rate=training.learning_rate * learning_rate_factor(self.config, server_round),
             update_norm=outcome.update_norm,
             disagreement=outcome.disagreement,
@@ -313,12 +313,12 @@ class SharedRepresentationStrategy(Strategy):
     ) -> MetricRecord | None:
         """Screen the samples and score them; None where no client sent any."""
         settings = self.config.evaluation
-        heard = self._hear(replies, self._screen_evaluation)
-        if not heard.accepted:
+        screened = self._hear(replies, self._screen_evaluation)
+        if not screened.accepted:
             self._observer.on_notice(f"evaluation {server_round}: no client took part")
             return None
-        scores, floor = self._score(heard.accepted)
-        curves = {client: reply.ssim for client, reply in heard.accepted.items() if reply.ssim}
+        scores, floor = self._score(screened.accepted)
+        curves = {client: reply.ssim for client, reply in screened.accepted.items() if reply.ssim}
         timesteps = sorted({timestep for curve in curves.values() for timestep in curve})
         record = EvaluationRecord(
             round=server_round,
@@ -338,22 +338,22 @@ class SharedRepresentationStrategy(Strategy):
             },
             ssim_window=ssim_window(*self.state.shape[:2]) if curves else 0,
             audits={
-                c: reply.audit for c, reply in heard.accepted.items() if reply.audit is not None
+                c: reply.audit for c, reply in screened.accepted.items() if reply.audit is not None
             },
             grids={
                 client: reply.images.numpy()[: settings.grid_columns]
-                for client, reply in heard.accepted.items()
+                for client, reply in screened.accepted.items()
                 if reply.images is not None
             },
             strips={
                 c: reply.strip.numpy()
-                for c, reply in heard.accepted.items()
+                for c, reply in screened.accepted.items()
                 if reply.strip is not None
             },
-            refused=heard.refused,
-            missing=heard.missing,
-            bytes_up=heard.bytes_up,
-            bytes_down=heard.bytes_down,
+            refused=screened.refused,
+            missing=screened.missing,
+            bytes_up=screened.bytes_up,
+            bytes_down=screened.bytes_down,
             seconds=time.perf_counter() - self._started,
         )
         self._observer.on_evaluation(record)
@@ -373,20 +373,22 @@ class SharedRepresentationStrategy(Strategy):
             request.samples,
             request.final,
         )
-        if not plan.moments:
+        if not plan.statistics:
             return screen_samples(reply, header, plan)
-        return screen_moments(
+        return screen_statistics(
             reply, header, plan, network.dimension_of(plan.shape[-1]), network.fingerprint
         )
 
     def _score(self, accepted: Mapping[str, EvaluateReply]) -> tuple[Scores, float | None]:
         """The scores of the replies, and what the clients' real training images would score."""
-        moments = {
-            client: reply.moments for client, reply in accepted.items() if reply.moments is not None
+        statistics = {
+            client: reply.statistics
+            for client, reply in accepted.items()
+            if reply.statistics is not None
         }
-        if moments:
+        if statistics:
             generated, test, train = (
-                {client: getattr(own, name) for client, own in moments.items()} for name in SETS
+                {client: getattr(own, name) for client, own in statistics.items()} for name in SETS
             )
             name = self._evaluation.network.score_name
             return score_statistics(name, generated, test), score_statistics(
@@ -504,7 +506,7 @@ class SharedRepresentationStrategy(Strategy):
             timeout,
             ready=self._roster.is_present,
             again=again,
-            heard=partial(self._observer.on_reply, what),
+            screened=partial(self._observer.on_reply, what),
             idle=self._roster.look,
             waits=partial(self._say_waiting, what),
         )
@@ -544,7 +546,7 @@ class SharedRepresentationStrategy(Strategy):
 
     def _hear(
         self, replies: Iterable[Message], screen: Callable[[Message, ReplyHeader, Request], ReplyT]
-    ) -> _Heard[ReplyT]:
+    ) -> _Screened[ReplyT]:
         """Screen the replies of the last exchange, by client in sorted order."""
         accepted: dict[str, ReplyT] = {}
         attempts: dict[str, str] = {}
@@ -568,11 +570,11 @@ class SharedRepresentationStrategy(Strategy):
             except RefusedError as error:
                 refused[client] = str(error)
                 if reply.has_content():
-                    self._roster.doubt(client)
+                    self._roster.recheck(client)
         for client in self._exchange.requests:
             if client not in self._exchange.replies:
                 missing[client] = "no reply in time"
-        return _Heard(
+        return _Screened(
             accepted=dict(sorted(accepted.items())),
             attempts=attempts,
             refused=dict(sorted(refused.items())),
@@ -581,9 +583,10 @@ class SharedRepresentationStrategy(Strategy):
             bytes_down=sum(message_bytes(message) for message in self._exchange.sent),
         )
 
-    def _too_few(self, server_round: int, accepted: int, heard: _Heard[TrainReply]) -> str:
+    def _too_few(self, server_round: int, accepted: int, screened: _Screened[TrainReply]) -> str:
         reasons = [
-            f"{client}: {reason}" for client, reason in {**heard.refused, **heard.missing}.items()
+            f"{client}: {reason}"
+            for client, reason in {**screened.refused, **screened.missing}.items()
         ]
         return (
             f"round {server_round} has {accepted} accepted updates, federation.min_clients = "

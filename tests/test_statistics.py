@@ -50,7 +50,7 @@ from srfed.federation.messages import (
     array_record,
     read_tensors,
 )
-from srfed.federation.screening import RefusedError, screen_moments
+from srfed.federation.screening import RefusedError, screen_statistics
 from srfed.federation.site import STATE_DIR_VARIABLE
 from srfed.model import build_model, build_partition
 from srfed.reporting.pictures import draw_grid
@@ -61,7 +61,7 @@ from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.site_model import SiteModel, save_site_model
 
-MOMENTS = {"evaluation.mode": "moments"}
+MOMENTS = {"evaluation.mode": "statistics"}
 SETTINGS: dict[str, Any] = {"data.images_per_task": 16, "training.local_steps": 1}
 CPU = ResourcesConfig(device="cpu")
 
@@ -98,7 +98,7 @@ def by_samples(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
 
 @pytest.fixture(scope="module")
 def by_moments(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
-    return recorded(tmp_path_factory.mktemp("moments") / "run", {**SETTINGS, **MOMENTS})
+    return recorded(tmp_path_factory.mktemp("statistics") / "run", {**SETTINGS, **MOMENTS})
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +237,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Messag
     """
     monkeypatch.setenv(STATE_DIR_VARIABLE, str(tmp_path))
 
-    def send(kind: str, change: Change, *, guarded: bool, mode: str = "moments") -> Message:
+    def send(kind: str, change: Change, *, guarded: bool, mode: str = "statistics") -> Message:
         handler: Handler = {TRAIN: client_app.train, EVALUATE: client_app.evaluate}[kind]
 
         def changed(message: Message, context: Context) -> Message:
@@ -296,30 +296,34 @@ def with_statistics(reply: Message) -> None:
 
 
 LEAKS: dict[str, tuple[str, str, Change]] = {
-    "images and strip": (EVALUATE, "moments", and_images("images", "strip")),
-    "images": (EVALUATE, "moments", and_images("images")),
-    "a strip": (EVALUATE, "moments", and_images("strip")),
-    "images instead of statistics": (EVALUATE, "moments", instead),
-    "images among the statistics": (EVALUATE, "moments", statistics(images=np.zeros((4, 8, 8, 1)))),
+    "images and strip": (EVALUATE, "statistics", and_images("images", "strip")),
+    "images": (EVALUATE, "statistics", and_images("images")),
+    "a strip": (EVALUATE, "statistics", and_images("strip")),
+    "images instead of statistics": (EVALUATE, "statistics", instead),
+    "images among the statistics": (
+        EVALUATE,
+        "statistics",
+        statistics(images=np.zeros((4, 8, 8, 1))),
+    ),
     "features in place of a scatter": (
         EVALUATE,
-        "moments",
+        "statistics",
         statistics(train_scatter=np.zeros((142, 64))),
     ),
-    "a larger scatter": (EVALUATE, "moments", statistics(test_scatter=np.zeros((65, 65)))),
-    "a smaller scatter": (EVALUATE, "moments", statistics(test_scatter=np.zeros((63, 63)))),
+    "a larger scatter": (EVALUATE, "statistics", statistics(test_scatter=np.zeros((65, 65)))),
+    "a smaller scatter": (EVALUATE, "statistics", statistics(test_scatter=np.zeros((63, 63)))),
     "a scatter in single precision": (
         EVALUATE,
-        "moments",
+        "statistics",
         statistics(test_scatter=np.zeros((64, 64), np.float32)),
     ),
-    "a mean for each image": (EVALUATE, "moments", statistics(generated_mean=np.zeros((4, 64)))),
-    "one statistic less": (EVALUATE, "moments", statistics(generated_mean=None)),
-    "a number that nobody asked for": (EVALUATE, "moments", set_number("pixel", 0.5)),
+    "a mean for each image": (EVALUATE, "statistics", statistics(generated_mean=np.zeros((4, 64)))),
+    "one statistic less": (EVALUATE, "statistics", statistics(generated_mean=None)),
+    "a number that nobody asked for": (EVALUATE, "statistics", set_number("pixel", 0.5)),
     "statistics beside the samples": (EVALUATE, "samples", with_statistics),
     "counts beside the samples": (EVALUATE, "samples", set_number("train_count", 16.0)),
-    "statistics with an update": (TRAIN, "moments", with_statistics),
-    "images with an update": (TRAIN, "moments", and_images("images")),
+    "statistics with an update": (TRAIN, "statistics", with_statistics),
+    "images with an update": (TRAIN, "statistics", and_images("images")),
 }
 
 
@@ -420,14 +424,14 @@ def test_faulty_statistics_are_refused_with_the_reason(
         64,
         network.fingerprint,
     )
-    accepted = screen_moments(honest, *asked).moments
+    accepted = screen_statistics(honest, *asked).statistics
     assert accepted is not None
     assert (accepted.generated.count, accepted.train.count) == (10, 16)
     change, expected = FAULTS[what]
     faulty = copy.deepcopy(honest)
     change(faulty)
     with pytest.raises(RefusedError) as caught:
-        screen_moments(faulty, *asked)
+        screen_statistics(faulty, *asked)
     assert expected in str(caught.value)
 
 
@@ -499,7 +503,7 @@ SITES: dict[str, Any] = {
         ({"data.channels": None}, ["data.image_size (now 8)", "data.channels (now null)"]),
         (
             {"evaluation.mode": "samples"},
-            ["evaluation.mode samples needs reference images", "allowed: moments"],
+            ["evaluation.mode samples needs reference images", "allowed: statistics"],
         ),
     ],
 )
