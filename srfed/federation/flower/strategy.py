@@ -506,7 +506,7 @@ class SharedRepresentationStrategy(Strategy):
             timeout,
             ready=self._roster.is_present,
             again=again,
-            screened=partial(self._observer.on_reply, what),
+            heard=partial(self._observer.on_reply, what),
             idle=self._roster.look,
             waits=partial(self._say_waiting, what),
         )
