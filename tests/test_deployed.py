@@ -533,7 +533,7 @@ def test_strangers_are_refused_and_the_run_goes_on_without_them(tmp_path: Path) 
     state = tmp_path / "state"
     tasks = load_tasks(tiny_config().data, len(SITES))
     pixels = np.random.default_rng(0).integers(0, 256, (60, 10, 10, 1), dtype=np.uint8)
-    larger = Task(2, "digit-2", pixels[:40], pixels[40:])
+    larger = Task("digit-2", pixels[:40], pixels[40:], 2)
     elsewhere = tmp_path / "elsewhere"
     make_certificates(elsewhere, [HOST], ["unknown", "astray"])
     with ExitStack() as stack:

@@ -54,7 +54,7 @@ def divided(
 
 
 def record_of(train: np.ndarray, test: np.ndarray) -> ImageRecord:
-    return ImageRecord.of(Task(0, NAME, train, test))
+    return ImageRecord.of(Task(NAME, train, test))
 
 
 # --- The split ---
