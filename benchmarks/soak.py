@@ -30,7 +30,8 @@ from srfed.commands.options import Parser
 from srfed.config import RunConfig, parse_config
 from srfed.data import load_tasks
 from srfed.deployment.agree import agree_as_rehearsed
-from srfed.deployment.processes import Deployment, FlowerRun
+from srfed.deployment.deployment import Deployment
+from srfed.deployment.flower_run import FlowerRun
 from srfed.federation.flower.client_app import app as client_app
 from srfed.federation.flower.in_process import run_inline
 from srfed.federation.flower.server_app import app as server_app
