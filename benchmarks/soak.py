@@ -30,7 +30,8 @@ from srfed.commands.options import Parser
 from srfed.config import RunConfig, parse_config
 from srfed.data import load_tasks
 from srfed.deployment.agree import agree_as_rehearsed
-from srfed.deployment.processes import Deployment, FlowerRun
+from srfed.deployment.deployment import Deployment
+from srfed.deployment.flower_run import FlowerRun
 from srfed.federation.flower.in_process import run_in_process
 from srfed.storage.checkpoint import read_checkpoint, read_manifest
 from srfed.storage.client_store import ClientStore

@@ -33,8 +33,9 @@ from srfed.config import ResourcesConfig, load_config
 from srfed.data import Task, load_tasks, to_model_range
 from srfed.deployment.agree import agree_as_rehearsed
 from srfed.deployment.certificates import make_certificates, site_key, site_public_key
-from srfed.deployment.flower import HOST
-from srfed.deployment.processes import CONNECTION, Deployment, FlowerRun
+from srfed.deployment.deployment import Deployment
+from srfed.deployment.flower import CONNECTION, HOST
+from srfed.deployment.flower_run import FlowerRun
 from srfed.deployment.sites import NOTES, sites_in_words
 from srfed.evaluation.generation import generate
 from srfed.federation.messages import DESCRIBE, EVALUATE, TRAIN
