@@ -16,12 +16,12 @@ import torch
 
 from srfed.commands.options import Parser
 from srfed.config import RunConfig
-from srfed.config.requested import requested_config
 from srfed.cores import usable_cores
 from srfed.data import load_tasks, to_model_range
 from srfed.federation.flower.in_process import run_in_process
 from srfed.federation.flower.ray import run_on_ray
 from srfed.model import build_diffusion, build_model
+from srfed.runs.requested import requested_config
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 

@@ -12,10 +12,10 @@ import tempfile
 from pathlib import Path
 
 from srfed.commands.options import Parser
-from srfed.config.requested import requested_config
 from srfed.data import load_task
 from srfed.federation.flower.in_process import run_in_process
 from srfed.model import build_model, build_partition
+from srfed.runs.requested import requested_config
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 

@@ -21,9 +21,9 @@ from srfed.reporting.curves import shown_on_terminal
 from srfed.reporting.pace import Pace, evaluation_passes
 from srfed.reporting.pictures import GAP, SMALLEST_CELL, draw_grid, write_png
 from srfed.reporting.summary import summarise, totals
-from srfed.reporting.units import bytes_in_words, seconds_in_words
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
+from srfed.units import bytes_in_words, seconds_in_words
 
 TASKS = [TaskInfo("client-b", "zebra", 1200, 40), TaskInfo("client-a", "ant", 30, 10)]
 

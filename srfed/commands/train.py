@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from srfed.commands.options import training_parser
-from srfed.config.requested import requested_config
 from srfed.errors import UserError
 from srfed.files import write_bytes
 from srfed.interrupts import run_command, status_of, stopping_gently, tell
 from srfed.reporting.summary import summarise
 from srfed.runs.checks import check_centralised, check_simulation, finished
+from srfed.runs.requested import requested_config
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 

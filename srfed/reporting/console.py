@@ -10,7 +10,7 @@ from srfed.config import RunConfig
 from srfed.observer import Observer
 from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
 from srfed.reporting.pace import Pace
-from srfed.reporting.units import bytes_in_words, seconds_in_words
+from srfed.units import bytes_in_words, seconds_in_words
 
 
 class Console(Observer):

@@ -30,8 +30,8 @@ def add_rehearse(commands: Commands) -> None:
 
 
 def _rehearse(options: argparse.Namespace) -> None:
-    from srfed.config.requested import requested_config
     from srfed.files import new_folder
+    from srfed.runs.requested import requested_config
 
     earlier = None if options.dir is None else options.dir / "config.yaml"
     config = requested_config(

@@ -51,11 +51,11 @@ from srfed.model import build_model, build_partition
 from srfed.observer import Observer
 from srfed.randomness import derive_generator
 from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
-from srfed.reporting.units import seconds_in_words
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import KnownClient, RunState, ServerCheckpoints
 from srfed.training.ema import round_decay, update_average
 from srfed.training.optimizer import learning_rate_factor, reach_of_round
+from srfed.units import seconds_in_words
 
 TTL_MARGIN = 60.0
 """Seconds that a message outlives the wait for its reply, for the way back through a SuperLink."""
