@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from simulations import study, table1
+from simulations import table1
 from srfed.errors import UserError
 from srfed.files import held
 from srfed.reporting.pictures import draw_grid
@@ -164,7 +164,7 @@ def test_spread_is_the_standard_deviation_over_seeds() -> None:
 def test_an_impossible_change_is_refused() -> None:
     config = table1.configuration("digits", "tiny", None, "auto")
     with pytest.raises(UserError, match=r"training.batch_size"):
-        study.change(config, training__batch_size=0)
+        change(config, training__batch_size=0)
 
 
 @pytest.mark.parametrize("dataset", table1.DATASETS)
