@@ -27,7 +27,8 @@ from srfed.commands.options import Parser
 from srfed.config import load_config
 from srfed.data import load_tasks
 from srfed.deployment.agree import agree_as_rehearsed
-from srfed.deployment.processes import CONNECTION, Deployment, Role
+from srfed.deployment.deployment import Deployment, Role
+from srfed.deployment.flower import CONNECTION
 from srfed.storage.metrics_log import MetricsLog
 
 SITES = 3

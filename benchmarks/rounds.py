@@ -16,14 +16,12 @@ import torch
 
 from srfed.commands.options import Parser
 from srfed.config import RunConfig
-from srfed.config.requested import requested_config
 from srfed.cores import usable_cores
 from srfed.data import load_tasks, to_model_range
-from srfed.federation.flower.client_app import app as client_app
-from srfed.federation.flower.in_process import run_inline
+from srfed.federation.flower.in_process import run_in_process
 from srfed.federation.flower.ray import run_on_ray
-from srfed.federation.flower.server_app import app as server_app
 from srfed.model import build_diffusion, build_model
+from srfed.runs.requested import requested_config
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 
@@ -46,9 +44,9 @@ def main() -> None:
     if cores > 1:
         speeds[f"plain loop, {cores} threads"] = plain_loop(config, cores)
     with tempfile.TemporaryDirectory() as folder:
-        for name, run in (("in-process grid", run_inline), ("Ray", run_on_ray)):
+        for name, run in (("in-process grid", run_in_process), ("Ray", run_on_ray)):
             directory = RunFolder.create(Path(folder) / name, config)
-            run(directory, server_app, client_app)
+            run(directory)
             rounds = MetricsLog(directory.metrics).rounds()[1:]
             speeds[name] = statistics.median(line["images"] / line["seconds"] for line in rounds)
     reference = speeds["plain loop, 1 thread"]

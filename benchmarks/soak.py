@@ -30,10 +30,9 @@ from srfed.commands.options import Parser
 from srfed.config import RunConfig, parse_config
 from srfed.data import load_tasks
 from srfed.deployment.agree import agree_as_rehearsed
-from srfed.deployment.processes import Deployment, FlowerRun
-from srfed.federation.flower.client_app import app as client_app
-from srfed.federation.flower.in_process import run_inline
-from srfed.federation.flower.server_app import app as server_app
+from srfed.deployment.deployment import Deployment
+from srfed.deployment.flower_run import FlowerRun
+from srfed.federation.flower.in_process import run_in_process
 from srfed.storage.checkpoint import read_checkpoint, read_manifest
 from srfed.storage.client_store import ClientStore
 from srfed.storage.metrics_log import MetricsLog
@@ -97,7 +96,7 @@ def bits(run: RunFolder, store_of: Callable[[str], Path]) -> dict[str, str]:
 def undisturbed(folder: Path, config: RunConfig) -> dict[str, str]:
     """The bits of an in-process run."""
     run = RunFolder.create(folder, config)
-    run_inline(run, server_app, client_app)
+    run_in_process(run)
     return bits(run, lambda client: run.clients)
 
 

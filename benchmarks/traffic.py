@@ -12,12 +12,10 @@ import tempfile
 from pathlib import Path
 
 from srfed.commands.options import Parser
-from srfed.config.requested import requested_config
 from srfed.data import load_task
-from srfed.federation.flower.client_app import app as client_app
-from srfed.federation.flower.in_process import run_inline
-from srfed.federation.flower.server_app import app as server_app
+from srfed.federation.flower.in_process import run_in_process
 from srfed.model import build_model, build_partition
+from srfed.runs.requested import requested_config
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 
@@ -51,7 +49,7 @@ def main() -> None:
         )
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             run = RunFolder.create(Path(folder) / "run", config)
-            run_inline(run, server_app, client_app)
+            run_in_process(run)
             (line,) = MetricsLog(run.metrics).rounds()
         ratio = f"{line['bytes_up'] / (4 * shared):.4f}" if shared else "-"
         print(

@@ -17,7 +17,6 @@ from srfed.errors import UserError
 from srfed.files import write_bytes
 from srfed.interrupts import run_command
 from srfed.reporting.plots import line_plot
-from srfed.reporting.units import bytes_in_words
 from srfed.studies.cases import (
     Case,
     Outcome,
@@ -29,6 +28,7 @@ from srfed.studies.cases import (
     run_cases,
     write_csv,
 )
+from srfed.units import bytes_in_words
 
 DIAL = ("none", "io", 1, 2, 3, "all")
 FACTORS = (0.5, 1, 2, 4)

@@ -22,13 +22,12 @@ import numpy as np
 from simulations.figures import SAMPLES
 from srfed.commands.options import Parser
 from srfed.config import RunConfig, load_config
-from srfed.config.requested import refuse_ignored_dir
 from srfed.errors import UserError
 from srfed.files import write_bytes
 from srfed.interrupts import run_command
 from srfed.paths import absolute_path
 from srfed.reporting.pictures import draw_grid, write_png
-from srfed.reporting.units import bytes_in_words, seconds_in_words
+from srfed.runs.requested import refuse_ignored_dir
 from srfed.studies.cases import (
     Case,
     Outcome,
@@ -41,6 +40,7 @@ from srfed.studies.cases import (
     samples_of,
     write_csv,
 )
+from srfed.units import bytes_in_words, seconds_in_words
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100")

@@ -25,7 +25,7 @@ from srfed.evaluation.generation import generate
 from srfed.evaluation.metrics.frechet import frechet_distance
 from srfed.model import build_diffusion, build_model, build_partition
 from srfed.networks.partition import divide
-from srfed.runs.adapting import tensors_hash
+from srfed.runs.adapting import computed_here, tensors_hash
 from srfed.runs.run import TrainedRun, TrainedSite
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.site_model import SiteModel
@@ -303,9 +303,9 @@ def test_the_command_keeps_scores_pictures_and_models(
 def test_a_run_of_half_precision_can_be_adapted_to_on_a_cpu() -> None:
     half = tiny_config({"resources.device": "auto", "resources.precision": "bfloat16"})
     for device in ("auto", "cpu"):
-        resources = command._on_this_device(half, device, cuda=False).resources
+        resources = computed_here(half, device, cuda=False).resources
         assert (resources.device, resources.precision) == (device, "float32")
-    assert command._on_this_device(half, "auto", cuda=True).resources.precision == "bfloat16"
+    assert computed_here(half, "auto", cuda=True).resources.precision == "bfloat16"
 
 
 def test_a_second_call_goes_on_with_what_is_missing(

@@ -20,10 +20,10 @@ from srfed.federation.bounds import TrainPlan
 from srfed.federation.messages import SHARED_MOMENTS
 from srfed.federation.screening import RefusedError, _check_moments, moment_templates
 from srfed.model import build_diffusion, build_model, build_partition
-from srfed.reporting.units import printable
 from srfed.training.local import LocalTrainer, initial_state
 from srfed.training.minibatches import MinibatchOrder
 from srfed.training.optimizer import ADAM_REACH, BETA1, BETA2, PartOptimizer, reach_of_round
+from srfed.units import printable
 
 # --- Rounds --------------------------------------------------------------------------------------
 

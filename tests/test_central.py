@@ -102,7 +102,7 @@ def some_tasks(*sizes: int) -> list[Task]:
         np.random.default_rng(i).integers(0, 256, (size, 8, 8, 1), dtype=np.uint8)
         for i, size in enumerate(sizes)
     ]
-    return [Task(i, f"task{i}", group, group[:2]) for i, group in enumerate(images)]
+    return [Task(f"task{i}", group, group[:2], i) for i, group in enumerate(images)]
 
 
 def perturbed(model: UNet, seed: int, names: Sequence[str]) -> Tensors:
@@ -529,7 +529,7 @@ def test_tasks_are_drawn_uniformly_and_anew_in_each_round() -> None:
 
 def test_a_task_learns_from_nobody_elses_images() -> None:
     tasks = some_tasks(5, 7, 9)
-    poisoned = [*tasks[:1], Task(1, "task1", 255 - tasks[1].train, tasks[1].test), *tasks[2:]]
+    poisoned = [*tasks[:1], Task("task1", 255 - tasks[1].train, tasks[1].test, 1), *tasks[2:]]
     config = run_config(
         "balanced", "all", centralised_batch_size=12, local_steps=2, optimizer="adam"
     )

@@ -23,9 +23,9 @@ from srfed.commands import evaluate, partition, sample
 from srfed.commands.options import Parser
 from srfed.commands.train import CENTRALISE, SIMULATE
 from srfed.config import ResourcesConfig, RunConfig
-from srfed.config.requested import requested_config
 from srfed.cores import check_resources, quota_of_group, usable_cores
 from srfed.errors import UserError
+from srfed.runs.requested import requested_config
 from srfed.storage.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent

@@ -34,10 +34,10 @@ from srfed import deploy
 from srfed.config import load_config
 from srfed.data import accept_images, load_own_task
 from srfed.deployment import certificates as certificates_module
-from srfed.deployment import processes
+from srfed.deployment import deployment as deployment_module
 from srfed.deployment.certificates import make_certificates
+from srfed.deployment.deployment import Deployment
 from srfed.deployment.flower import FOLDER_VARIABLE
-from srfed.deployment.processes import Deployment
 from srfed.errors import UserError
 from srfed.files import held
 from srfed.model import build_diffusion, build_model, build_partition
@@ -750,7 +750,7 @@ def test_a_deployment_starts_flower_as_a_real_one(
 
         with monkeypatch.context() as patch:
             patch.setattr(deployment, "_register", lambda public_key: None)
-            patch.setattr(processes, "REJOIN_SECONDS", 0)
+            patch.setattr(deployment_module, "REJOIN_SECONDS", 0)
             with pytest.raises(UserError, match="flower-supernode of site stranger ended"):
                 deployment.add_site("stranger", tmp_path, tmp_path / "state")
 
@@ -811,6 +811,6 @@ def test_the_submitted_app_is_the_projects(tmp_path: Path) -> None:
 
 def test_importing_the_processes_loads_neither_flower_nor_torch() -> None:
     modules = "{'flwr', 'ray', 'torch'} & set(sys.modules)"
-    code = f"import sys, srfed.deploy, srfed.deployment.processes; print(sorted({modules}))"
+    code = f"import sys, srfed.deploy, srfed.deployment.deployment; print(sorted({modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -33,8 +33,9 @@ from srfed.config import ResourcesConfig, load_config
 from srfed.data import Task, load_tasks, to_model_range
 from srfed.deployment.agree import agree_as_rehearsed
 from srfed.deployment.certificates import make_certificates, site_key, site_public_key
-from srfed.deployment.flower import HOST
-from srfed.deployment.processes import CONNECTION, Deployment, FlowerRun
+from srfed.deployment.deployment import Deployment
+from srfed.deployment.flower import CONNECTION, HOST
+from srfed.deployment.flower_run import FlowerRun
 from srfed.deployment.sites import NOTES, sites_in_words
 from srfed.evaluation.generation import generate
 from srfed.federation.messages import DESCRIBE, EVALUATE, TRAIN
@@ -535,7 +536,7 @@ def test_strangers_are_refused_and_the_run_goes_on_without_them(tmp_path: Path) 
     state = tmp_path / "state"
     tasks = load_tasks(tiny_config().data, len(SITES))
     pixels = np.random.default_rng(0).integers(0, 256, (60, 10, 10, 1), dtype=np.uint8)
-    larger = Task(2, "digit-2", pixels[:40], pixels[40:])
+    larger = Task("digit-2", pixels[:40], pixels[40:], 2)
     elsewhere = tmp_path / "elsewhere"
     make_certificates(elsewhere, [HOST], ["unknown", "astray"])
     with ExitStack() as stack:

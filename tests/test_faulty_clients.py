@@ -507,8 +507,8 @@ class LateGrid(InlineGrid):
     (twice).
     """
 
-    def __init__(self, app: ClientApp, nodes: int) -> None:
-        super().__init__(app, nodes)
+    def __init__(self, app: ClientApp, nodes: int, state_dir: Path) -> None:
+        super().__init__(app, nodes, state_dir)
         self._held: list[Message] = []
         self.handed_over = 0
 

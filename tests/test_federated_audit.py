@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.clientapp import ClientApp
 from tiny_run import CLIENTS, begin, run_in_process
 
+from srfed.api import train_run
 from srfed.commands import evaluate
 from srfed.data import load_tasks
 from srfed.evaluation.features.embedded import EmbeddedFeatures
@@ -17,7 +18,6 @@ from srfed.evaluation.generation import generate
 from srfed.evaluation.metrics.memorisation import audit
 from srfed.federation.flower import client_app
 from srfed.federation.messages import EVALUATE, METRICS, read_metrics
-from srfed.runs.centralised import train_centralised
 from srfed.runs.run import TrainedRun
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
@@ -88,7 +88,7 @@ def test_an_audit_that_cannot_be_made_says_why_to_its_owner_and_that_there_is_no
     assert "memorisation: 0." in said, "the other task's"
 
     central = {**settings, "training.method": "pooled", "model.exclusive_stages": "none"}
-    train_centralised(begin(tmp_path / "central", central))
+    train_run(begin(tmp_path / "central", central))
     assert (
         "class-0: no memorisation audit: all 2 held-out images are training"
         in capsys.readouterr().err

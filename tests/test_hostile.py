@@ -13,7 +13,8 @@ from tiny_run import TINY, tiny_config
 from srfed.config import load_config
 from srfed.data import load_tasks
 from srfed.deployment.agree import agree_as_rehearsed
-from srfed.deployment.processes import CONNECTION, Deployment
+from srfed.deployment.deployment import Deployment
+from srfed.deployment.flower import CONNECTION
 from srfed.federation.messages import REFUSED
 from srfed.storage.metrics_log import MetricsLog
 

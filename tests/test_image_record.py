@@ -16,6 +16,7 @@ from test_data import folder, held_out, message_of, random_images, save
 from tiny_run import all_bits, begin, run_in_process
 
 from srfed import simulate
+from srfed.api import train_run
 from srfed.commands import evaluate
 from srfed.commands.train import centralise
 from srfed.config import DataConfig
@@ -36,7 +37,6 @@ from srfed.federation.flower.in_process import InlineGrid
 from srfed.federation.flower.server_app import run_federation
 from srfed.federation.messages import TRAIN
 from srfed.federation.site import STATE_DIR_VARIABLE, own_task
-from srfed.runs.centralised import train_centralised
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 
@@ -54,7 +54,7 @@ def divided(
 
 
 def record_of(train: np.ndarray, test: np.ndarray) -> ImageRecord:
-    return ImageRecord.of(Task(0, NAME, train, test))
+    return ImageRecord.of(Task(NAME, train, test))
 
 
 # --- The split ---
@@ -380,12 +380,12 @@ def test_a_centralised_run_remembers_too(
     pictures = make_pictures(tmp_path / "pictures")
     central = {"training.method": "balanced", "training.centralised_batch_size": 12}
     run = begin(tmp_path / "run", {**SETTINGS, **central, "data.dir": str(pictures)})
-    train_centralised(run)
+    train_run(run)
     assert sorted(read_records(run.images)) == ["task-0", "task-1", "task-2"]
     told = changed(pictures, "one less")
     for text in (
         refused(capsys, centralise(["--resume", str(run.path), "--set", "federation.rounds=2"])),
-        message_of(train_centralised, RunFolder.open(run.path)),
+        message_of(train_run, RunFolder.open(run.path)),
     ):
         assert told in text
 

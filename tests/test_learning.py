@@ -6,9 +6,7 @@ from srfed.config import ResourcesConfig, load_config
 from srfed.data import load_tasks
 from srfed.evaluation.generation import generate
 from srfed.evaluation.metrics.nearest_neighbour import accuracy_on_real_images, class_agreement
-from srfed.federation.flower.client_app import app as client_app
-from srfed.federation.flower.in_process import run_inline
-from srfed.federation.flower.server_app import app as server_app
+from srfed.federation.flower.in_process import run_in_process
 from srfed.runs.run import TrainedRun
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
@@ -22,7 +20,7 @@ def test_samples_belong_to_their_tasks(tmp_path: Path) -> None:
     ]
     config = load_config(None, overrides)
     directory = RunFolder.create(tmp_path / "run", config)
-    run_inline(directory, server_app, client_app)
+    run_in_process(directory)
 
     run = TrainedRun(directory.path, ResourcesConfig())
     tasks = load_tasks(config.data, 10)

@@ -3,7 +3,6 @@ bit is right.
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -31,7 +30,7 @@ from srfed.federation.flower.client_app import app as real_app
 from srfed.federation.flower.identity import ROSTER_FILE, kept_roster, read_roster
 from srfed.federation.flower.in_process import InlineGrid
 from srfed.federation.flower.roster import Expected, Roster
-from srfed.federation.flower.server_app import RUN_DIR_VARIABLE, begin_or_go_on, run_federation
+from srfed.federation.flower.server_app import begin_or_go_on, run_federation
 from srfed.federation.messages import (
     DESCRIBE,
     EVALUATE,
@@ -42,7 +41,6 @@ from srfed.federation.messages import (
     array_record,
     read_tensors,
 )
-from srfed.federation.site import STATE_DIR_VARIABLE
 from srfed.files import write_json
 from srfed.keys import key_fingerprint, read_key
 from srfed.storage.checkpoint import read_manifest
@@ -96,14 +94,14 @@ class ChangingGrid(InlineGrid):
         app: ClientApp = real_app,
         connected: Callable[[int], Collection[int]] = lambda _: ALL,
     ) -> None:
-        super().__init__(app, 3)
+        super().__init__(app, 3, run.clients)
         self._server = run.server
         self._connected = connected
         self.requests: list[Message] = []
 
     def add_node(self, node: int, index: int) -> None:
         """A node that runs the client of a task, whether another one does so or not."""
-        config = {"partition-id": index, "num-partitions": 3}
+        config = {**self._contexts[1].node_config, "partition-id": index}
         self._contexts[node] = Context(0, node, config, RecordDict(), {})
 
     def get_node_ids(self) -> list[int]:
@@ -177,7 +175,6 @@ def away_for(
 
 def start(run: RunFolder, grid: InlineGrid | None = None) -> RunFolder:
     """The whole run on a grid, where further clients may come: nothing is fixed."""
-    os.environ[RUN_DIR_VARIABLE], os.environ[STATE_DIR_VARIABLE] = str(run.path), str(run.clients)
     run_federation(grid or ChangingGrid(run), run)
     return run
 
@@ -1076,7 +1073,7 @@ def test_an_update_longer_than_one_rate_a_step_is_shortened_to_that_and_named(
         "federation.server_optimizer": "average",
     }
     run = begin(tmp_path / "run", {**SETTINGS, **alone})
-    start(run, InlineGrid(answering(change, 0), 1))
+    start(run, InlineGrid(answering(change, 0), 1, run.clients))
     line = round_lines(run)[0]
     limit = run.config.training.learning_rate * values[0] ** 0.5
     assert sent[0] > 2 * limit
@@ -1089,7 +1086,7 @@ def test_beside_an_owner_who_returns_what_it_got_the_other_is_accepted_every_rou
     tmp_path: Path,
 ) -> None:
     run = begin(tmp_path / "run", {**SETTINGS, "federation.clients": 2})
-    start(run, InlineGrid(answering(lambda _number, before, _after: before), 2))
+    start(run, InlineGrid(answering(lambda _number, before, _after: before), 2, run.clients))
     assert [line["accepted"] for line in round_lines(run)] == [CLIENTS[:2]] * ROUNDS
     assert [line["shortened"] for line in round_lines(run)] == [{}] * ROUNDS
 

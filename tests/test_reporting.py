@@ -15,14 +15,15 @@ from tiny_run import begin, files_of_at_most, round_lines, tiny_config
 from srfed.errors import DamagedError, UserError
 from srfed.evaluation.task import evaluate_task
 from srfed.model import build_diffusion
+from srfed.observer import Observers
 from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
-from srfed.reporting.console import Console
+from srfed.reporting.curves import shown_on_terminal
 from srfed.reporting.pace import Pace, evaluation_passes
 from srfed.reporting.pictures import GAP, SMALLEST_CELL, draw_grid, write_png
 from srfed.reporting.summary import summarise, totals
-from srfed.reporting.units import bytes_in_words, seconds_in_words
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
+from srfed.units import bytes_in_words, seconds_in_words
 
 TASKS = [TaskInfo("client-b", "zebra", 1200, 40), TaskInfo("client-a", "ant", 30, 10)]
 
@@ -306,6 +307,28 @@ def test_seconds_in_words(seconds: float, words: str) -> None:
     assert seconds_in_words(seconds) == words
 
 
+class Shown:
+    """What the loop does with a record: it is put on record, and then shown."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.log, self.tell = MetricsLog(run.metrics), Observers(shown_on_terminal(run))
+
+    def begin(self, last_round: int, tasks: list[TaskInfo]) -> None:
+        everybody, _ = self.log.begin(last_round, tasks)
+        self.tell.on_begin(everybody, last_round)
+
+    def on_round(self, record: RoundRecord) -> None:
+        self.log.add_round(record)
+        self.tell.on_round(record)
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        self.log.add_evaluation(record)
+        self.tell.on_evaluation(record)
+
+    def close(self) -> None:
+        self.tell.on_end()
+
+
 # --- TensorBoard and the reporter
 # ------------------------------------------------------------------
 
@@ -361,13 +384,13 @@ def test_every_number_of_a_run_is_a_curve_and_every_picture_is_there(
 
 def test_going_on_takes_later_rounds_out_of_the_curves(tmp_path: Path) -> None:
     run = begin(tmp_path / "run")
-    first = Console(run)
+    first = Shown(run)
     first.begin(0, TASKS)
     for number in (1, 2, 3):
         first.on_round(round_record(number, loss=1.0))
     first.on_evaluation(evaluation_record(3))
     first.close()
-    second = Console(run)
+    second = Shown(run)
     second.begin(1, TASKS)
     second.on_round(round_record(2, loss=2.0))
     second.close()
@@ -379,10 +402,10 @@ def test_going_on_takes_later_rounds_out_of_the_curves(tmp_path: Path) -> None:
 def test_the_reporter_prints_one_plain_line_a_round_and_names_who_was_absent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reporter = Console(begin(tmp_path / "run", {"federation.rounds": 10}))
+    reporter = Shown(begin(tmp_path / "run", {"federation.rounds": 10}))
     reporter.begin(0, TASKS)
     capsys.readouterr()
-    reporter.on_reply("round 1", 1, 2)
+    reporter.tell.on_progress("round 1", 1, 2)
     reporter.on_round(
         round_record(1, refused={"client-a": "it lies"}, missing={"client-b": "not connected"})
     )
@@ -403,14 +426,14 @@ def test_the_reporter_prints_one_plain_line_a_round_and_names_who_was_absent(
 
 def test_an_evaluation_counts_as_made_only_if_it_is_the_one_that_is_due(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", {"federation.rounds": 2})
-    reporter = Console(run)
+    reporter = Shown(run)
     reporter.begin(0, TASKS)
     reporter.on_evaluation(evaluation_record(2, final=False))
-    assert not reporter.has_evaluation(2), "the last round asks for the final one"
+    assert not reporter.log.has_evaluation(2, final=True), "the last round asks for the final one"
     reporter.on_evaluation(evaluation_record(1, final=False))
-    assert reporter.has_evaluation(1)
+    assert reporter.log.has_evaluation(1, final=False)
     reporter.on_evaluation(evaluation_record(2, final=True))
-    assert reporter.has_evaluation(2)
+    assert reporter.log.has_evaluation(2, final=True)
     reporter.close()
 
 
@@ -427,7 +450,7 @@ def test_a_disk_that_is_full_for_the_curves_does_not_end_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = begin(tmp_path / "run")
-    reporter = Console(run)
+    reporter = Shown(run)
     reporter.begin(0, TASKS)
     reporter.on_round(round_record(1))
     (events,) = run.tensorboard.iterdir()
@@ -447,7 +470,7 @@ def test_curves_that_cannot_be_begun_are_the_users_to_mend(tmp_path: Path) -> No
     run = begin(tmp_path / "run")
     run.tensorboard.write_text("in the way")
     with pytest.raises(UserError, match=f"^cannot write {run.tensorboard}: "):
-        Console(run).begin(0, TASKS)
+        Shown(run).begin(0, TASKS)
 
 
 # --- The time left ------------------------------------------------------------------------------
@@ -515,7 +538,7 @@ def test_the_time_left_counts_every_evaluation_to_come(
 def test_the_last_round_says_that_an_evaluation_is_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reporter = Console(begin(tmp_path / "run", {"federation.rounds": 1}))
+    reporter = Shown(begin(tmp_path / "run", {"federation.rounds": 1}))
     reporter.begin(0, TASKS)
     reporter.on_round(round_record(1, seconds=600.0))
     reporter.close()
@@ -525,7 +548,7 @@ def test_the_last_round_says_that_an_evaluation_is_left(
 def test_the_time_left_of_a_run_that_goes_on_is_that_of_its_own_rounds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reporter = Console(begin(tmp_path / "run", {"federation.rounds": 11}))
+    reporter = Shown(begin(tmp_path / "run", {"federation.rounds": 11}))
     monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 0.0)
     reporter.begin(8, TASKS)
     monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 600.0)

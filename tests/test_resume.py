@@ -39,7 +39,7 @@ from srfed.federation.messages import TRAIN, Request
 from srfed.federation.site import Site
 from srfed.federation.worker import Worker
 from srfed.files import held, list_folder
-from srfed.reporting.console import Console
+from srfed.reporting.curves import Curves
 from srfed.runs.run import TrainedRun
 from srfed.storage import client_store
 from srfed.storage.checkpoint import (
@@ -53,7 +53,7 @@ from srfed.storage.checkpoint import (
 from srfed.storage.client_store import LONGEST_NAME, NO_PARENT, ClientStore, StoreBounds
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
-from srfed.storage.server_checkpoints import ServerCheckpoints, ServerState
+from srfed.storage.server_checkpoints import RunState, ServerCheckpoints
 from srfed.training.local import ClientState
 
 PACKAGE = str(Path(srfed.__file__).parent.parent)
@@ -386,9 +386,9 @@ def test_a_store_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "client").read_text() == "in the way"
 
 
-def server_state(number: int) -> ServerState:
+def server_state(number: int) -> RunState:
     shared, average = ({"w": torch.full((64, 64), float(number))} for _ in range(2))
-    return ServerState(
+    return RunState(
         "lineage", number, shared, average, attempts={"a": f"a-{number}"}, shape=(8, 8, 1)
     )
 
@@ -797,9 +797,9 @@ def test_a_run_whose_last_checkpoint_was_removed_goes_on(
 def test_pictures_of_rounds_to_come_are_dropped_at_once(copy: Path) -> None:
     run = RunFolder.open(copy)
     (run.samples / "mine.png").touch()
-    reporter = Console(run)
-    reporter.begin(2, MetricsLog(run.metrics).tasks())
-    reporter.close()
+    curves = Curves(run)
+    curves.on_begin(MetricsLog(run.metrics).tasks(), 2)
+    curves.on_end()
     assert sorted(path.name for path in run.samples.iterdir()) == [
         "mine.png",
         "reverse-process-00002.png",

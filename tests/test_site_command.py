@@ -29,8 +29,8 @@ from srfed.deployment import certificates
 from srfed.deployment.agree import agree_as_rehearsed
 from srfed.deployment.certificates import make_certificates
 from srfed.deployment.connection import check_superlink
-from srfed.deployment.flower import marked
-from srfed.deployment.processes import CONNECTION, Deployment
+from srfed.deployment.deployment import Deployment
+from srfed.deployment.flower import CONNECTION, marked
 from srfed.deployment.site_command import (
     LOST_SECONDS,
     STOPPED_SECONDS,

@@ -13,7 +13,8 @@ from test_site_command import answering, at, wait_until
 
 from srfed import deploy
 from srfed.deployment.certificates import make_certificates
-from srfed.deployment.processes import CONNECTION, Deployment
+from srfed.deployment.deployment import Deployment
+from srfed.deployment.flower import CONNECTION
 from srfed.storage.run_folder import RunFolder
 
 

@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 from tiny_run import tiny_config
 
 from simulations import figures, new_task, similarity
+from srfed.api import train_run
 from srfed.config import ResourcesConfig, RunConfig
 from srfed.data import Task, load_tasks, to_uint8
 from srfed.diffusion.sampling import ancestral_sample
@@ -24,7 +25,6 @@ from srfed.randomness import derive_generator
 from srfed.reporting.pictures import GAP, LABEL_SIZE, SMALLEST_CELL
 from srfed.reporting.plots import heat_map, line_plot
 from srfed.runs.adapting import read_points
-from srfed.runs.centralised import train_centralised
 from srfed.runs.run import TrainedRun
 from srfed.storage.run_folder import RunFolder
 
@@ -58,7 +58,7 @@ def centralised(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         }
     )
     run = RunFolder.create(tmp_path_factory.mktemp("centralised") / "run", config)
-    train_centralised(run)
+    train_run(run)
     return run
 
 

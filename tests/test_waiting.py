@@ -24,8 +24,8 @@ from tiny_run import begin, round_lines, tiny_config
 from srfed.federation.messages import DESCRIBE, REPLY
 from srfed.federation.site import Site
 from srfed.federation.site_log import write_to_log
-from srfed.reporting.units import printable
 from srfed.storage.run_folder import RunFolder
+from srfed.units import printable
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ import yaml
 from PIL import Image
 from tiny_run import TINY
 
-from srfed import deploy
+from srfed.commands import deploy
 
 PROJECT = Path(__file__).parent.parent
 TEXT = (PROJECT / "docs" / "deployment.md").read_text()
@@ -556,6 +556,6 @@ def test_each_container_of_a_site_runs_what_the_command_understands() -> None:
         options = deploy._parser().parse_args(["site", *service["command"]])
         assert (options.client_id, str(options.key)) == (name, f"/run/secrets/{name}.key")
     assert (
-        'ENTRYPOINT ["python", "-m", "srfed", "deploy", "site"]'
+        'ENTRYPOINT ["python", "-m", "srfed.deploy", "site"]'
         in (PROJECT / "docker" / "Dockerfile").read_text()
     )

@@ -49,8 +49,8 @@ from srfed.storage.run_folder import RunFolder
 class RecordingGrid(InlineGrid):
     """Keeps every message, both ways."""
 
-    def __init__(self, app: ClientApp, nodes: int) -> None:
-        super().__init__(app, nodes)
+    def __init__(self, app: ClientApp, nodes: int, state_dir: Path) -> None:
+        super().__init__(app, nodes, state_dir)
         self.requests: list[Message] = []
         self.replies: list[Message] = []
 

@@ -1,7 +1,6 @@
 """The smallest federation there is: three clients, a few thousand weights, a few steps a round."""
 
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -15,10 +14,10 @@ from flwr.clientapp import ClientApp
 
 from srfed.config import RunConfig, parse_config
 from srfed.federation.flower.client_app import app as real_client_app
-from srfed.federation.flower.in_process import InlineGrid, run_inline
-from srfed.federation.flower.server_app import RUN_DIR_VARIABLE, run_federation
-from srfed.federation.flower.server_app import app as server_app
-from srfed.federation.site import STATE_DIR_VARIABLE
+from srfed.federation.flower.in_process import InlineGrid
+from srfed.federation.flower.in_process import run_in_process as train_in_process
+from srfed.federation.flower.server_app import run_federation
+from srfed.reporting.curves import shown_on_terminal
 from srfed.storage.checkpoint import read_manifest
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
@@ -68,7 +67,7 @@ def begin(path: Path, overrides: Mapping[str, Any] | None = None) -> RunFolder:
 
 def run_in_process(run: RunFolder, client_app: ClientApp = real_client_app) -> RunFolder:
     """The whole run through the real ServerApp and the in-process grid."""
-    run_inline(run, server_app, client_app)
+    train_in_process(run, shown_on_terminal(run), client_app)
     return run
 
 
@@ -76,8 +75,7 @@ def run_on_grid(
     run: RunFolder, grid_type: type[InlineGrid], client_app: ClientApp = real_client_app
 ) -> InlineGrid:
     """As :func:`run_in_process`, on a grid that does something besides."""
-    os.environ[RUN_DIR_VARIABLE], os.environ[STATE_DIR_VARIABLE] = str(run.path), str(run.clients)
-    grid = grid_type(client_app, run.config.federation.clients)
+    grid = grid_type(client_app, run.config.federation.clients, run.clients)
     run_federation(grid, run, fixed=True)
     return grid
 

@@ -11,7 +11,6 @@ from srfed.commands.options import Parser
 from srfed.interrupts import run_command
 
 if TYPE_CHECKING:
-    from srfed.config import RunConfig
     from srfed.data import Task
     from srfed.runs.adapting import Point
     from srfed.runs.run import TrainedRun, TrainedSite
@@ -89,6 +88,8 @@ def _adapt(options: argparse.Namespace) -> None:
     from srfed.reporting.pictures import draw_grid, write_png
     from srfed.runs.adapting import (
         AdaptationFolder,
+        computed_here,
+        extents,
         images_hash,
         score_adaptation,
         tensors_hash,
@@ -101,7 +102,7 @@ def _adapt(options: argparse.Namespace) -> None:
         if options.store is None
         else TrainedSite(options.store, resources)
     )
-    config = _on_this_device(trained.config, options.device, cuda=trained.device.type == "cuda")
+    config = computed_here(trained.config, options.device, cuda=trained.device.type == "cuda")
     task = _task(options, trained)
     evaluation = config.evaluation
     network = load_feature_network(
@@ -137,7 +138,7 @@ def _adapt(options: argparse.Namespace) -> None:
     with AdaptationFolder.held(out, about) as folder:
         print(
             f"{task.name}: {len(task.train)} training images and {len(task.test)} held out, of "
-            f"{_extents(trained.shape)}; core of round {trained.round}, sha256 {core}"
+            f"{extents(trained.shape)}; core of round {trained.round}, sha256 {core}"
         )
         for mode in modes:
             if folder.has(mode, task.name):
@@ -187,28 +188,14 @@ def _adapt(options: argparse.Namespace) -> None:
         print(f"scores: {folder.scores}, {out / 'scores.png'}")
 
 
-def _on_this_device(config: "RunConfig", device: str, *, cuda: bool) -> "RunConfig":
-    """The run's configuration, to be computed here: in float32 on a CPU, whatever the run was
-    trained in.
-    """
-    from srfed.config import parse_config
-
-    content = config.model_dump(mode="json")
-    content["resources"] |= {"device": device}
-    if not cuda:
-        content["resources"] |= {"precision": "float32"}
-    return parse_config(content, "--device")
-
-
 def _task(options: argparse.Namespace, trained: "TrainedRun | TrainedSite") -> "Task":
     """The new task, its images brought to the run's size and channels, and as many of them as were
     asked for.
     """
-    from dataclasses import replace
-
     from srfed.data import describe_own_images, load_own_task, load_task, task_names
     from srfed.data.source import slugs
     from srfed.errors import UserError
+    from srfed.runs.adapting import fitting_task
 
     height, width, channels = trained.shape
     config = trained.config.data.model_copy(update={"images_per_task": None})
@@ -231,27 +218,7 @@ def _task(options: argparse.Namespace, trained: "TrainedRun | TrainedSite") -> "
         task = load_own_task(config, options.data, name)
         for line in describe_own_images(config, options.data):
             print(line)
-    shape, count = task.train.shape[1:], len(task.train)
-    if shape != tuple(trained.shape):
-        raise UserError(
-            f"the images of {task.name} are {_extents(shape)} (height x width x channels); the run "
-            f"has {_extents(trained.shape)}"
-        )
-    if options.images is not None and not 1 <= options.images <= count:
-        raise UserError(
-            f"--images {options.images} is impossible: {task.name} has {count} training images "
-            f"besides {len(task.test)} that are held out; allowed: 1 to {count}"
-        )
-    if min(len(task.test), count if options.images is None else options.images) < 2:
-        raise UserError(
-            f"{task.name} has {count} training and {len(task.test)} held-out images; a score needs "
-            "2 of each, so add images, or a folder `test` beside `train`"
-        )
-    return replace(task, train=task.train[: options.images])
-
-
-def _extents(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
+    return fitting_task(trained.shape, task, options.images, name="--images")
 
 
 def _core_words(mode: str, before: str, after: str) -> str:

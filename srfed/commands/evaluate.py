@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from srfed.config import load_config, parse_config
-    from srfed.config.requested import requested_sampling, with_absolute_paths
     from srfed.errors import UserError
+    from srfed.runs.requested import requested_sampling, with_absolute_paths
     from srfed.storage.run_folder import RunFolder
 
     if not 0 < options.quantile < 0.5:

@@ -39,10 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from srfed.config.requested import requested_config
     from srfed.data import load_task
     from srfed.errors import UserError
-    from srfed.reporting.units import bytes_in_words
+    from srfed.runs.requested import requested_config
+    from srfed.units import bytes_in_words
 
     channels = options.image_channels
     if channels is not None and channels < 1:

@@ -61,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _sample(options: argparse.Namespace) -> None:
     from srfed.config import load_config
-    from srfed.config.requested import requested_sampling
     from srfed.errors import UserError
+    from srfed.runs.requested import requested_sampling
     from srfed.storage.run_folder import RunFolder
 
     if options.n < 1:

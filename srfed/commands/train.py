@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from srfed.commands.options import training_parser
-from srfed.config.requested import requested_config
 from srfed.errors import UserError
 from srfed.files import write_bytes
 from srfed.interrupts import run_command, status_of, stopping_gently, tell
 from srfed.reporting.summary import summarise
 from srfed.runs.checks import check_centralised, check_simulation, finished
+from srfed.runs.requested import requested_config
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 
@@ -167,22 +167,17 @@ def _show_where(run: RunFolder) -> None:
 
 
 def _simulate(run: RunFolder) -> None:
-    """Start the apps on the configured backend; a signal stops between two replies."""
-    from srfed.federation.flower.client_app import app as client_app
+    """A signal stops the run between two replies."""
+    from srfed.api import train_run
     from srfed.federation.flower.exchange import StoppedError, stop_requested
-    from srfed.federation.flower.in_process import run_inline
-    from srfed.federation.flower.server_app import app as server_app
+    from srfed.reporting.curves import shown_on_terminal
 
     with stopping_gently(stop_requested, StoppedError):
-        if run.config.resources.backend == "ray":
-            from srfed.federation.flower.ray import run_on_ray
-
-            run_on_ray(run, server_app, client_app)
-        else:
-            run_inline(run, server_app, client_app)
+        train_run(run, shown_on_terminal(run))
 
 
 def _centralise(run: RunFolder) -> None:
-    from srfed.runs.centralised import train_centralised
+    from srfed.api import train_run
+    from srfed.reporting.curves import shown_on_terminal
 
-    train_centralised(run)
+    train_run(run, shown_on_terminal(run))

@@ -15,7 +15,7 @@ from srfed.config.yaml import Loader, read_value
 from srfed.errors import UserError
 
 
-def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a configuration file and apply ``section.key=value`` overrides.
 
     Args:
@@ -27,8 +27,9 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunC
         UserError: the file cannot be read, a key is unknown, a value has the wrong type or is
             impossible.
     """
+    file = None if path is None else Path(path)
     return parse_config(
-        read_settings(path, overrides), "configuration" if path is None else str(path)
+        read_settings(file, overrides), "configuration" if path is None else str(path)
     )
 
 

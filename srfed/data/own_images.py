@@ -123,7 +123,7 @@ def _load(
     config: DataConfig, path: Path, name: str, known: ImageRecord | None, cache: Path | None
 ) -> Task:
     try:
-        return Task(-1, name, *_decoded(config, path, name, known, cache))
+        return Task(name, *_decoded(config, path, name, known, cache), -1)
     except OSError as error:
         raise UserError(
             f"data: cannot read {error.filename or path}: {error.strerror or error}"

@@ -23,14 +23,14 @@ ALLOW = "allow the change with --allow-changed-images"
 class Task:
     """One client's images; how they were chosen is said in :mod:`srfed.data.source`."""
 
-    index: int
-    """Position among the data set's tasks, from 0."""
     name: str
     """Unique and safe as a file name, for example "digit-3"; the client's id in a simulation."""
     train: Images
     """uint8, N x H x W x C."""
     test: Images
     """Held out: uint8, M x H x W x C."""
+    index: int = 0
+    """Position among the data set's tasks, from 0."""
 
 
 def task_names(config: DataConfig) -> list[str]:
@@ -62,7 +62,7 @@ def load_task(
             f"there is no task {index}; {config.dataset} has tasks 0 to {len(source.names) - 1}"
         )
     name = source.names[index]
-    return Task(index, name, *source.load(index, (known or {}).get(name)))
+    return Task(name, *source.load(index, (known or {}).get(name)), index)
 
 
 def load_tasks(
@@ -82,7 +82,7 @@ def load_tasks(
             f"which has {len(source.names)} tasks; allowed: 1 to {len(source.names)}"
         )
     tasks = [
-        Task(index, name, *source.load(index, known.get(name)))
+        Task(name, *source.load(index, known.get(name)), index)
         for index, name in enumerate(source.names[:count])
     ]
     first = tasks[0]

@@ -26,9 +26,9 @@ from srfed.federation.agreement import (
 from srfed.federation.flower.admission import images_of
 from srfed.files import exists
 from srfed.model import build_model, build_partition
-from srfed.reporting.units import bytes_in_words
 from srfed.storage.client_store import check_name
 from srfed.training.minibatches import MinibatchOrder
+from srfed.units import bytes_in_words
 
 
 def propose(

@@ -22,9 +22,9 @@ from srfed.federation.agreement import COMMAND
 from srfed.files import make_folder, open_to_others
 from srfed.model import build_model, build_partition
 from srfed.reporting.pictures import draw_grid, write_png
-from srfed.reporting.units import bytes_in_words
 from srfed.storage.client_store import check_name
 from srfed.training.minibatches import MinibatchOrder
+from srfed.units import bytes_in_words
 
 TRAINING_ROWS, TEST_ROWS, COLUMNS = 4, 2, 12
 """Of the picture: at most so many rows of either kind, and images in a row."""

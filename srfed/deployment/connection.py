@@ -14,7 +14,7 @@ from cryptography import x509
 
 from srfed.deployment.certificates import check_validity, read_certificate
 from srfed.errors import UserError
-from srfed.reporting.units import printable
+from srfed.units import printable
 
 SLOWEST, FASTEST = 300.0, 5.0
 """Seconds that a site's clock may be behind the SuperLink's, and ahead of it: what Flower's

@@ -19,6 +19,8 @@ import srfed
 from srfed.errors import UserError
 
 HOST = "127.0.0.1"
+CONNECTION = "deployment"
+"""Name of the connection to the SuperLink in Flower's configuration."""
 FOLDER_VARIABLE = "SRFED_DEPLOYMENT"
 """Environment variable that marks every process of a deployment with its folder; descendants
 inherit it.

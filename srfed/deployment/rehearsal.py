@@ -16,7 +16,7 @@ from srfed.config import RunConfig
 from srfed.data import RECORD_FILE, load_recorded_tasks
 from srfed.deployment.agree import agree_as_rehearsed
 from srfed.deployment.certificates import CA_CERTIFICATE
-from srfed.deployment.processes import Deployment
+from srfed.deployment.deployment import Deployment
 from srfed.errors import UserError
 from srfed.files import held, list_folder, write_bytes
 from srfed.interrupts import SIGNALS, Interrupted, signals_to, tell

@@ -38,7 +38,7 @@ from srfed.deployment.flower import (
 from srfed.errors import UserError
 from srfed.federation.agreement import AGREEMENT_FILE, COMMAND, Agreement
 from srfed.files import append_text, exists, held, write_bytes
-from srfed.reporting.units import printable
+from srfed.units import printable
 
 PORT = 9094
 """Where the SuperNode's ClientApps find it, on this machine's loopback alone."""

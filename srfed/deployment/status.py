@@ -15,9 +15,9 @@ from srfed.deployment.connection import check_superlink
 from srfed.deployment.flower import QUIET, plain, program
 from srfed.errors import UserError
 from srfed.paths import user_path
-from srfed.reporting.units import printable, seconds_in_words
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
+from srfed.units import printable, seconds_in_words
 
 LATEST_RUNS = 5
 """Of Flower's runs so many are listed."""

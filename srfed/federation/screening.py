@@ -49,9 +49,9 @@ from srfed.federation.messages import (
     read_metrics,
     read_tensors,
 )
-from srfed.reporting.units import printable
 from srfed.storage.client_store import check_name
 from srfed.training.optimizer import ADAM_REACH, MARGIN, MOMENTS, Reach
+from srfed.units import printable
 
 LOST = frozenset(
     {

@@ -28,7 +28,7 @@ from srfed.paths import user_path
 from srfed.storage.client_store import check_name
 
 STATE_DIR_VARIABLE = "SRFED_STATE_DIR"
-"""Environment variable that tells a simulation's clients where the run keeps their stores."""
+"""Environment variable that tells clients in Ray's processes where the run keeps their stores."""
 NODE_CONFIG = ("client-id", "data", "state-dir")
 """What a site's SuperNode is told, all three."""
 CLIENT_STORES = "clients"
@@ -140,8 +140,8 @@ def own_task(config: DataConfig, site: Site) -> Task:
 
 
 def _simulated_state_dir(context: Context) -> Path:
-    state_dir = os.environ.get(STATE_DIR_VARIABLE)
-    return Path(state_dir) if state_dir else run_folder(context) / CLIENT_STORES
+    state_dir = context.node_config.get("state-dir") or os.environ.get(STATE_DIR_VARIABLE)
+    return Path(str(state_dir)) if state_dir else run_folder(context) / CLIENT_STORES
 
 
 @lru_cache(maxsize=4)

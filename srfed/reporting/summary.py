@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from srfed.reporting.units import bytes_in_words, seconds_in_words
 from srfed.storage.metrics_log import MetricsLog
+from srfed.units import bytes_in_words, seconds_in_words
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.torch
 from torch import Tensor
 
-from srfed.config import RunConfig
+from srfed.config import RunConfig, parse_config
 from srfed.data import Task
 from srfed.data.images import Images
 from srfed.device import resolve_device
@@ -79,6 +79,55 @@ class ScoredAdaptation:
     point: Point
     adapted: Adapted
     samples: Images
+
+
+def computed_here(config: RunConfig, device: str, *, cuda: bool) -> RunConfig:
+    """A run's configuration, to be computed on this device: in float32 on a CPU, whatever the run
+    was trained in.
+    """
+    content = config.model_dump(mode="json")
+    content["resources"] |= {"device": device}
+    if not cuda:
+        content["resources"] |= {"precision": "float32"}
+    return parse_config(content, "--device")
+
+
+def fitting_task(
+    shape: Sequence[int], task: Task, images: int | None = None, *, name: str = "images"
+) -> Task:
+    """A new task with as many training images as asked for, if a run of this shape can take it.
+
+    Args:
+        shape: H, W, C of the run's images.
+        task: the new task.
+        images: training images to use, the first; None takes all.
+        name: what the caller calls that number.
+
+    Raises:
+        UserError: its images are of another shape, or too few.
+    """
+    count = len(task.train)
+    if task.train.shape[1:] != tuple(shape):
+        raise UserError(
+            f"the images of {task.name} are {extents(task.train.shape[1:])} (height x width x "
+            f"channels); the run has {extents(shape)}"
+        )
+    if images is not None and not 1 <= images <= count:
+        raise UserError(
+            f"{name} {images} is impossible: {task.name} has {count} training images "
+            f"besides {len(task.test)} that are held out; allowed: 1 to {count}"
+        )
+    if min(len(task.test), count if images is None else images) < 2:
+        raise UserError(
+            f"{task.name} has {count} training and {len(task.test)} held-out images; a score needs "
+            "2 of each, so add images, or a folder `test` beside `train`"
+        )
+    return replace(task, train=task.train[:images])
+
+
+def extents(shape: Sequence[int]) -> str:
+    """(28, 28, 1) -> "28 x 28 x 1"."""
+    return " x ".join(map(str, shape))
 
 
 def score_adaptation(

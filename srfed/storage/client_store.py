@@ -18,7 +18,6 @@ from typing import Any
 
 from srfed.errors import UserError
 from srfed.files import exists, held, list_folder, make_folder
-from srfed.reporting.units import bytes_in_words
 from srfed.storage.checkpoint import (
     Checkpoint,
     find_checkpoints,
@@ -29,6 +28,7 @@ from srfed.storage.checkpoint import (
     write_checkpoint,
 )
 from srfed.training.local import ClientState
+from srfed.units import bytes_in_words
 
 NO_PARENT = "none"
 LINEAGES = "lineages"

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -28,13 +28,34 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def begin(self, last_round: int, tasks: list[TaskInfo]) -> None:
-        """Keep the lines up to a round, drop later ones: a resumed run writes those again."""
+    def begin(
+        self, last_round: int, tasks: Sequence[TaskInfo]
+    ) -> tuple[list[TaskInfo], str | None]:
+        """Keep the lines up to a round, drop later ones: a resumed run writes those again.
+
+        Returns:
+            The tasks, before those of earlier rounds that are away; and a sentence where the log
+            has nothing of the rounds before.
+        """
+        here = {task.client for task in tasks}
+        away = [task for task in self.tasks() if last_round and task.client not in here]
+        lost = None
+        if last_round and not self.rounds():
+            lost = f"{self.path} has nothing of rounds 1 to {last_round}; it begins anew"
+        everybody = [*tasks, *away]
         kept = [
             line for line in self.lines() if line["kind"] != "tasks" and line["round"] <= last_round
         ]
         write_bytes(
-            self.path, "".join(json.dumps(line) + "\n" for line in [_head(tasks), *kept]).encode()
+            self.path,
+            "".join(json.dumps(line) + "\n" for line in [_head(everybody), *kept]).encode(),
+        )
+        return everybody, lost
+
+    def has_evaluation(self, number: int, *, final: bool) -> bool:
+        """Whether the evaluation after this round is on record, as the one it has to be."""
+        return any(
+            line["round"] == number and line["final"] >= final for line in self.evaluations()
         )
 
     def add_task(self, task: TaskInfo) -> None:

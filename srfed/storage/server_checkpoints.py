@@ -52,7 +52,7 @@ class KnownClient:
 
 
 @dataclass(frozen=True)
-class ServerState:
+class RunState:
     """All that the next round depends on.
 
     Attributes:
@@ -101,7 +101,7 @@ class ServerCheckpoints:
         self.folder = folder
         self._keep = keep
 
-    def save(self, state: ServerState) -> None:
+    def save(self, state: RunState) -> None:
         """Write a checkpoint durably, then drop the oldest; raises UserError where it cannot."""
         manifest = {
             "lineage": state.lineage,
@@ -130,7 +130,7 @@ class ServerCheckpoints:
         )
         return sorted(int(name) for name in names if name.isdecimal())
 
-    def load_last(self) -> ServerState:
+    def load_last(self) -> RunState:
         """The last checkpoint.
 
         Raises:
@@ -160,7 +160,7 @@ class ServerCheckpoints:
             }
         except (AttributeError, TypeError) as error:
             raise DamagedError(f"{path} is damaged: {error}") from error
-        return ServerState(
+        return RunState(
             **{group: checkpoint.group(group) for group in _GROUPS},
             lineage=manifest["lineage"],
             round=manifest["round"],
@@ -172,7 +172,7 @@ class ServerCheckpoints:
             minibatches=manifest.get("minibatches", {}),
         )
 
-    def check(self, state: ServerState, shared: Mapping[str, Tensor]) -> None:
+    def check(self, state: RunState, shared: Mapping[str, Tensor]) -> None:
         """Raise UserError unless a state's φ and its average have the names and shapes of the
         model's ``shared``.
         """

@@ -7,11 +7,13 @@ goes on with, what is in the folder; scores it; leaves ``outcome.json`` there.
 import sys
 from pathlib import Path
 
+from srfed.api import train_run
 from srfed.config import parse_config_json
 from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
 from srfed.files import write_json
 from srfed.interrupts import run_command
+from srfed.reporting.curves import shown_on_terminal
 from srfed.runs.checks import check_training, finished
 from srfed.runs.run import TrainedRun
 from srfed.runs.scoring import evaluate_run
@@ -55,16 +57,14 @@ def _do(folder: Path, samples: int, ssim_images: int, references: Path) -> None:
 
 
 def _train(run: RunFolder) -> None:
+    shown = shown_on_terminal(run)
     if run.config.training.method != "federated":
-        from srfed.runs.centralised import train_centralised
-
-        train_centralised(run)
+        train_run(run, shown)
         return
-    from srfed.federation.flower.client_app import app as client_app
-    from srfed.federation.flower.in_process import run_inline
-    from srfed.federation.flower.server_app import app as server_app
+    # A study has several such processes side by side; Ray would take all cores for each.
+    from srfed.federation.flower.in_process import run_in_process
 
-    run_inline(run, server_app, client_app)
+    run_in_process(run, shown)
 
 
 if __name__ == "__main__":

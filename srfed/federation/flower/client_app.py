@@ -32,9 +32,9 @@ from srfed.federation.messages import (
 from srfed.federation.site_log import write_to_log
 from srfed.federation.worker import Worker, features_for, worker_for
 from srfed.reporting.pictures import draw_grid, write_png
-from srfed.reporting.units import printable
 from srfed.storage.site_model import save_site_model
 from srfed.training.local import LocalResult, load_tensors
+from srfed.units import printable
 
 app = ClientApp(mods=[wire_guard])
 

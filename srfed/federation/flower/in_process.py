@@ -1,19 +1,22 @@
-"""The in-process grid: the same two apps, one client after the other, no Ray and no network."""
+"""The in-process grid: the same ClientApp, one client after the other, no Ray and no network."""
 
-import os
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from srfed.federation.flower.server_app import RUN_DIR_VARIABLE
-from srfed.federation.site import STATE_DIR_VARIABLE
+from srfed.federation.flower.client_app import app as own_client_app
+from srfed.federation.flower.federated import Federated
+from srfed.observer import Observer
+from srfed.runs.loop import run_rounds
 from srfed.storage.run_folder import RunFolder
 
 
@@ -27,9 +30,10 @@ class InlineGrid(Grid):
     Args:
         client_app: what every node runs.
         nodes: how many nodes; node n + 1 has partition-id n.
+        state_dir: where they keep their stores; None where the environment says it.
     """
 
-    def __init__(self, client_app: ClientApp, nodes: int) -> None:
+    def __init__(self, client_app: ClientApp, nodes: int, state_dir: Path | None = None) -> None:
         # A message takes its run and sender from here; under a SuperLink or Ray, Flower sets them.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 0, SUPERLINK_NODE_ID, 0
         self._client_app = client_app
@@ -37,7 +41,11 @@ class InlineGrid(Grid):
             index + 1: Context(
                 run_id=0,
                 node_id=index + 1,
-                node_config={"partition-id": index, "num-partitions": nodes},
+                node_config={
+                    "partition-id": index,
+                    "num-partitions": nodes,
+                    **({} if state_dir is None else {"state-dir": str(state_dir)}),
+                },
                 state=RecordDict(),
                 run_config={},
             )
@@ -102,10 +110,25 @@ class InlineGrid(Grid):
             )
 
 
-def run_inline(run: RunFolder, server_app: ServerApp, client_app: ClientApp) -> None:
-    """Run both apps in this process until the server is done; raises what the server raises."""
-    os.environ[RUN_DIR_VARIABLE] = str(run.path)
-    os.environ[STATE_DIR_VARIABLE] = str(run.clients)
-    context = Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config={})
-    with run.in_use():
-        server_app(InlineGrid(client_app, run.config.federation.clients), context)
+@contextmanager
+def in_process(run: RunFolder, client_app: ClientApp) -> Iterator[InlineGrid]:
+    """A grid of the run's simulated clients in this thread; Flower's task identity, one for the
+    whole process, is put back afterwards.
+    """
+    names = ("_run_id", "_node_id", "_task_id")
+    before = {name: getattr(TaskIdentity, name) for name in names}
+    try:
+        yield InlineGrid(client_app, run.config.federation.clients, run.clients)
+    finally:
+        for name, value in before.items():
+            setattr(TaskIdentity, name, value)
+
+
+def run_in_process(
+    run: RunFolder, observers: Iterable[Observer] = (), client_app: ClientApp = own_client_app
+) -> None:
+    """The whole run in this thread, one client after the other; raises as
+    :func:`srfed.runs.loop.run_rounds`.
+    """
+    with in_process(run, client_app) as grid:
+        run_rounds(run, Federated(grid, run, fixed=True), observers)

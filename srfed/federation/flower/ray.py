@@ -4,48 +4,52 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import ray
+from flwr.app import Context
 from flwr.clientapp import ClientApp
-from flwr.serverapp import ServerApp
+from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from srfed.config import RunConfig
 from srfed.cores import usable_cores
 from srfed.errors import UserError
+from srfed.federation.flower.client_app import app as own_client_app
 from srfed.federation.flower.exchange import stop_requested
-from srfed.federation.flower.server_app import RUN_DIR_VARIABLE
+from srfed.federation.flower.federated import Federated
 from srfed.federation.site import STATE_DIR_VARIABLE
 from srfed.interrupts import SIGNALS, Interrupted
+from srfed.observer import Observer
+from srfed.runs.loop import run_rounds
 from srfed.storage.run_folder import RunFolder
 
 INSTEAD = "resources.backend = inline (--backend inline) does without Ray"
 
 
-def run_on_ray(run: RunFolder, server_app: ServerApp, client_app: ClientApp) -> None:
-    """Run both apps under Flower's Ray simulation until the server is done; raises what the server
-    raises.
+def run_on_ray(
+    run: RunFolder, observers: Iterable[Observer] = (), client_app: ClientApp = own_client_app
+) -> None:
+    """The whole run under Flower's Ray simulation.
 
     As many clients run at once as ``resources`` leaves room for, each on its own threads.
 
     Raises:
-        UserError: Ray cannot start, or cannot start the clients.
+        UserError: Ray cannot start, or cannot start the clients; otherwise as
+            :func:`srfed.runs.loop.run_rounds`.
     """
     resources, clients = run.config.resources, run.config.federation.clients
-    # Ray's processes inherit the environment, and Flower's simulation takes no run configuration.
-    os.environ[RUN_DIR_VARIABLE] = str(run.path)
-    os.environ[STATE_DIR_VARIABLE] = str(run.clients)
-    # Each actor would start its own pool of threads for all cores before the first message arrives.
-    os.environ["OMP_NUM_THREADS"] = str(resources.client_cpus)
-    # What happens to a client is in the run's own lines, what ends the simulation in the error.
-    logging.getLogger("flwr").setLevel(logging.CRITICAL)
-    # Ray announces a change of what clients without a GPU see; here they are to see none.
-    warnings.filterwarnings(
-        "ignore", message=".*accelerator visible devices", category=FutureWarning
-    )
-    with run.in_use():
-        client_gpus = _start_ray(run.config)
+    server_app = ServerApp()
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        run_rounds(run, Federated(grid, run, fixed=True), observers)
+
+    with run.in_use(), _nothing_left_behind():
+        client_gpus = _start_ray(run)
         try:
             run_simulation(
                 server_app,
@@ -66,7 +70,27 @@ def run_on_ray(run: RunFolder, server_app: ServerApp, client_app: ClientApp) -> 
             ) from error
 
 
-def _start_ray(config: RunConfig) -> float:
+@contextmanager
+def _nothing_left_behind() -> Iterator[None]:
+    """What Flower and Ray change in this process is put back: environment, log level, warnings."""
+    environment, log = dict(os.environ), logging.getLogger("flwr")
+    level = log.level
+    # What happens to a client is in the run's own lines, what ends the simulation in the error.
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            # Ray announces a change of what clients without a GPU see; here they are to see none.
+            warnings.filterwarnings(
+                "ignore", message=".*accelerator visible devices", category=FutureWarning
+            )
+            yield
+    finally:
+        log.setLevel(level)
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def _start_ray(run: RunFolder) -> float:
     """Start a Ray of the simulation's own, here and now, whatever RAY_ADDRESS says; Flower then
     finds it.
 
@@ -76,12 +100,14 @@ def _start_ray(config: RunConfig) -> float:
     Raises:
         UserError: it does not start, or there is no room for a client.
     """
+    config = run.config
     resources, clients = config.resources, config.federation.clients
     cores = min(resources.cpus or usable_cores(), clients * resources.client_cpus)
     # Ray's processes do not inherit what Python has put on its path since it started.
     path = os.pathsep.join([*sys.path, *filter(None, [os.environ.get("PYTHONPATH")])])
     # Ray takes SIGTERM for itself, and aborts; a signal is to stop the run between two replies.
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    main_thread = threading.current_thread() is threading.main_thread()
     try:
         ray.init(
             address="local",
@@ -89,7 +115,15 @@ def _start_ray(config: RunConfig) -> float:
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env={"env_vars": {"PYTHONPATH": path}},
+            runtime_env={
+                "env_vars": {
+                    "PYTHONPATH": path,
+                    STATE_DIR_VARIABLE: str(run.clients),
+                    # Each actor would start its own pool of threads for all cores before the first
+                    # message arrives.
+                    "OMP_NUM_THREADS": str(resources.client_cpus),
+                }
+            },
         )
     except SystemExit:
         raise Interrupted(signal.SIGTERM) from None
@@ -100,7 +134,7 @@ def _start_ray(config: RunConfig) -> float:
         shorter = "; name a shorter folder in TMPDIR" if "AF_UNIX path length" in reason else ""
         raise UserError(f"Ray cannot start: {reason}{shorter}; {INSTEAD}") from error
     finally:
-        for number, handler in handlers.items():
+        for number, handler in handlers.items() if main_thread else ():
             signal.signal(number, handler)
     return client_share(config, ray.cluster_resources().get("GPU", 0.0), cores)  # type: ignore[no-untyped-call]
 

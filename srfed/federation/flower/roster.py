@@ -22,9 +22,9 @@ from srfed.federation.flower.identity import registered_by_hand
 from srfed.federation.messages import DESCRIBE, Description, Request, add_refusal
 from srfed.federation.screening import RefusedError, screen_description
 from srfed.keys import key_fingerprint
-from srfed.reporting.units import printable, seconds_in_words
 from srfed.storage.server_checkpoints import KnownClient
 from srfed.training.minibatches import MinibatchOrder
+from srfed.units import printable, seconds_in_words
 
 LOOK_SECONDS = 1.0
 """Least time between two looks at who is connected."""

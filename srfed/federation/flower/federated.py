@@ -1,30 +1,31 @@
-"""The server's strategy: FedRep's exchange of φ, on Flower's strategy interface.
-
-One round: choose clients, send φ and each client's parent attempt, wait a bounded time, screen the
-replies, aggregate, checkpoint. The next round is announced only when the last one is on disk.
+"""A federation's rounds over any Flower grid: choose clients, send φ and each client's parent
+attempt, wait a bounded time, screen the replies, aggregate, judge.
 """
 
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 from uuid import uuid4
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
 
-from srfed.config import RunConfig
+from srfed.data import Task, load_recorded_tasks, record_tasks
+from srfed.data.tasks import ALLOW
+from srfed.device import resolve_device
 from srfed.errors import UserError
+from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.metrics.ssim import ssim_window
-from srfed.evaluation.references import References, Scores, score_statistics
+from srfed.evaluation.references import RealFloor, References, Scores, score_statistics
 from srfed.evaluation.shares import share_of_samples
 from srfed.federation.aggregation import aggregate, client_weights, weighted_mean
 from srfed.federation.bounds import EvaluatePlan, TrainPlan
 from srfed.federation.flower.exchange import Exchange, exchange
-from srfed.federation.flower.roster import Roster
+from srfed.federation.flower.identity import kept_roster
+from srfed.federation.flower.roster import Expected, Member, Roster
 from srfed.federation.messages import (
     EVALUATE,
     SETS,
@@ -46,30 +47,20 @@ from srfed.federation.screening import (
     screen_statistics,
     screen_train,
 )
-from srfed.networks.partition import Partition
+from srfed.model import build_model, build_partition
+from srfed.observer import Observer
 from srfed.randomness import derive_generator
-from srfed.records import EvaluationRecord, RoundRecord
-from srfed.reporting.units import seconds_in_words
-from srfed.storage.server_checkpoints import ServerCheckpoints, ServerState
+from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
+from srfed.storage.run_folder import RunFolder
+from srfed.storage.server_checkpoints import KnownClient, RunState, ServerCheckpoints
 from srfed.training.ema import round_decay, update_average
 from srfed.training.optimizer import learning_rate_factor, reach_of_round
+from srfed.units import seconds_in_words
 
 TTL_MARGIN = 60.0
 """Seconds that a message outlives the wait for its reply, for the way back through a SuperLink."""
 
 ReplyT = TypeVar("ReplyT", TrainReply, EvaluateReply)
-
-
-class Observer(Protocol):
-    """Who is told what happens: the reporting room, or a test."""
-
-    def on_reply(self, what: str, done: int, total: int) -> None: ...
-
-    def on_round(self, record: RoundRecord) -> None: ...
-
-    def on_evaluation(self, record: EvaluationRecord) -> None: ...
-
-    def on_notice(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -84,106 +75,134 @@ class _Screened(Generic[ReplyT]):
     bytes_down: int
 
 
-class SharedRepresentationStrategy(Strategy):
-    """Aggregates φ and nothing else.
+class Federated:
+    """A federation as the loop's trainer (:class:`srfed.runs.trainer.Trainer`): φ is aggregated,
+    and nothing else.
 
     Args:
-        config: the run's configuration.
-        partition: of the run's model.
-        state: where the run stands.
-        roster: its clients, as they come and go.
-        checkpoints: where the state is kept.
-        evaluation: scores the collected samples.
-        floor: the score of the real training images of given clients; None where nobody has them.
-        observer: told of every round and evaluation.
+        grid: where the clients are.
+        run: the run's folder.
+        fixed: the clients are those of a simulation; one that does not fit is not waited for.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        partition: Partition,
-        state: ServerState,
-        roster: Roster,
-        checkpoints: ServerCheckpoints,
-        evaluation: References,
-        floor: Callable[[Iterable[str]], float | None],
-        observer: Observer,
-    ) -> None:
-        self.config = config
-        self._partition = partition
-        # A checkpoint sorts tensors by name; a message has them in the partition's order.
-        self.state = replace(state, shared={name: state.shared[name] for name in partition.shared})
-        self._roster = roster
-        self._checkpoints = checkpoints
-        self._evaluation = evaluation
-        self._floor = floor
-        self._observer = observer
+    def __init__(self, grid: Grid, run: RunFolder, *, fixed: bool = False) -> None:
+        self._grid, self._run, self._fixed = grid, run, fixed
+        self.config = run.config
         self._exchange = Exchange()
         self._away: list[str] = []
         self._started = 0.0
 
-    def summary(self) -> None:
-        """Say nothing: the command prints the run's settings, and the run directory holds them."""
+    @property
+    def tasks(self) -> list[TaskInfo]:
+        """The clients that are there, in the order of their tasks."""
+        members = self._roster.members.values()
+        return [_info(m) for m in sorted(members, key=lambda m: m.description.index)]
 
-    def start(
-        self,
-        grid: Grid,
-        initial_arrays: ArrayRecord,
-        num_rounds: int = 3,
-        timeout: float = 3600,
-        train_config: ConfigRecord | None = None,
-        evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
-    ) -> Result:
-        """Run the rounds that are left, with their evaluations.
-
-        Args:
-            grid: where the clients are.
-            initial_arrays: φ of the state.
-            num_rounds: the last round.
-            timeout: seconds to wait for the replies of one exchange.
-            train_config, evaluate_config: not sent; the run's configuration says everything.
-            evaluate_fn: an evaluation of φ alone; may be None.
+    def begin(self, found: RunState | None, tell: Observer) -> RunState:
+        """Meet the clients that the run begins, or goes on, with.
 
         Raises:
-            UserError: a round had too few accepted updates, or a checkpoint cannot be written.
+            UserError: images or clients do not fit, or too few clients came in time.
             StoppedError: the user asked to stop.
         """
-        result = Result()
-        result.arrays = initial_arrays
-        for number in range(self.state.round + 1, num_rounds + 1):
-            requests = self.configure_train(
-                number, result.arrays, train_config or ConfigRecord(), grid
+        config, run = self.config, self._run
+        torch.set_num_threads(config.resources.client_cpus)
+        self._references = self._own_images()
+        shape = self._shape()
+        model = build_model(config, shape[-1])
+        self._partition = build_partition(config, model)
+        shared = self._partition.take_shared(model.state_dict())
+        if found is None:
+            self.state = RunState(
+                lineage=run.lineage,
+                round=0,
+                shared={name: tensor.clone() for name, tensor in shared.items()},
+                shared_average={name: tensor.clone() for name, tensor in shared.items()},
+                shape=shape,
             )
-            replies = self._ask(grid, requests, timeout, f"round {number}")
-            arrays, metrics = self.aggregate_train(number, replies)
-            if arrays is not None and metrics is not None:
-                result.arrays, result.train_metrics_clientapp[number] = arrays, metrics
-            if self.config.evaluation_due(number):
-                metrics = self.evaluate(grid, number, timeout)
-                if metrics is not None:
-                    result.evaluate_metrics_clientapp[number] = metrics
-            if (
-                evaluate_fn is not None
-                and (metrics := evaluate_fn(number, result.arrays)) is not None
-            ):
-                result.evaluate_metrics_serverapp[number] = metrics
-        return result
+        else:
+            checkpoints = ServerCheckpoints(run.server, config.federation.keep_attempts)
+            checkpoints.check(found, shared)
+            # A checkpoint sorts tensors by name; a message has them in the partition's order.
+            self.state = replace(found, shared={name: found.shared[name] for name in shared})
+        begun = False
 
-    def evaluate(self, grid: Grid, number: int, timeout: float) -> MetricRecord | None:
-        """Evaluate the averaged φ of the state; None where no client sent samples."""
-        arrays = array_record(self.state.shared_average)
-        requests = self.configure_evaluate(number, arrays, ConfigRecord(), grid)
-        return self.aggregate_evaluate(
-            number, self._ask(grid, requests, timeout, f"evaluation {number}")
+        def joined(member: Member) -> None:
+            if begun:
+                tell.on_join(_info(member))
+
+        self._tell = tell
+        self._roster = Roster(
+            self._grid,
+            config,
+            run.lineage,
+            Expected(
+                shape=shape,
+                partition=self._partition.fingerprint(model.state_dict()),
+                clients=self._known_references(),
+                known=self._known_clients(),
+                keys=kept_roster(run.path),
+            ),
+            joined=joined,
+            notice=tell.on_notice,
         )
+        self._gather()
+        begun = True
+        self.state = replace(self.state, known=self._roster.known)
+        training = config.training
+        if training.optimizer == "sgd" and training.gradient_clip is None:
+            tell.on_notice(
+                "training.gradient_clip is null: plain SGD can move φ as far as it likes, so "
+                "updates have no bound"
+            )
+        network = load_feature_network(
+            config.evaluation.feature_network,
+            config.evaluation.inception_weights,
+            resolve_device(config.resources),
+        )
+        self._evaluation = References(network, {task.name: task.test for task in self._references})
+        self._floor = RealFloor(self._evaluation, self._references)
+        return self.state
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> list[Message]:
+    def train_round(self, state: RunState, tell: Observer) -> tuple[RunState, RoundRecord]:
+        """Send φ, train at the clients, aggregate what comes back.
+
+        Raises:
+            UserError: fewer accepted updates than ``federation.min_clients``.
+            StoppedError: the user asked to stop.
+        """
+        self._tell, number = tell, state.round + 1
+        requests = self._train_requests(number)
+        return self._aggregate(number, self._ask(requests, f"round {number}"))
+
+    def evaluate(self, state: RunState, tell: Observer, *, final: bool) -> EvaluationRecord | None:
+        """Judge the averaged φ with every θ_i, at the clients; None where no client sent samples.
+
+        Raises:
+            StoppedError: the user asked to stop.
+        """
+        self._tell, number = tell, state.round
+        requests = self._evaluate_requests(number, final)
+        return self._judge(number, self._ask(requests, f"evaluation {number}"), final)
+
+    def _own_images(self) -> list[Task]:
+        """The images that the server itself has, to judge samples by: all of them in a
+        simulation.
+        """
+        config, run = self.config, self._run
+        if config.data.dataset == "sites":
+            return []
+        remedy = ALLOW if self._fixed else "begin another run"
+        tasks = load_recorded_tasks(
+            config.data, config.federation.clients, run.images, remedy=remedy
+        )
+        record_tasks(run.images, tasks)
+        return tasks
+
+    def _train_requests(self, server_round: int) -> list[Message]:
         """One request for each client of the round: φ, and the attempt to start from."""
         self._started = time.perf_counter()
-        records = {SHARED: arrays}
+        records = {SHARED: array_record(self.state.shared)}
         if self.config.training.shared_moments == "average" and self.state.shared_moments:
             records[SHARED_MOMENTS] = array_record(self.state.shared_moments)
         return [
@@ -191,14 +210,10 @@ class SharedRepresentationStrategy(Strategy):
             for client in self._choose(server_round)
         ]
 
-    def aggregate_train(
+    def _aggregate(
         self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Screen the replies, form φ^{r+1}, write the checkpoint.
-
-        Raises:
-            UserError: fewer accepted updates than ``federation.min_clients``.
-        """
+    ) -> tuple[RunState, RoundRecord]:
+        """Screen the replies, and form φ^{r+1}."""
         training, federation = self.config.training, self.config.federation
         screened = self._hear(replies, self._screen_update)
         accepted = screened.accepted
@@ -248,7 +263,7 @@ class SharedRepresentationStrategy(Strategy):
             client: reply.shortened for client, reply in accepted.items() if reply.shortened < 1
         }
         for client, factor in shortened.items():
-            self._observer.on_notice(
+            self._tell.on_notice(
                 f"round {server_round}: {client}: its update is {1 / factor:.3g} times as long as "
                 f"{training.optimizer} usually makes one in these steps; shortened to that"
             )
@@ -272,11 +287,7 @@ class SharedRepresentationStrategy(Strategy):
             disagreement=outcome.disagreement,
             seconds=seconds,
         )
-        # Recorded first: a resumed run drops records of rounds that have no checkpoint, but could
-        # not make up for one that is missing.
-        self._observer.on_round(record)
-        self._checkpoints.save(self.state)
-        return array_record(self.state.shared), MetricRecord({"loss": record.loss})
+        return self.state, record
 
     def _minibatches(self, client: str) -> int:
         """Minibatches behind a client's accepted attempt."""
@@ -292,13 +303,10 @@ class SharedRepresentationStrategy(Strategy):
             reply, header, plan, reach, self.state.shared, received, training.gradient_clip
         )
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> list[Message]:
+    def _evaluate_requests(self, server_round: int, final: bool) -> list[Message]:
         """One request for each client of the run: the averaged φ, and its share of the samples."""
         self._started = time.perf_counter()
-        settings = self.config.evaluation
-        final = server_round == self.config.federation.rounds
+        settings, arrays = self.config.evaluation, array_record(self.state.shared_average)
         total = settings.samples if final else settings.samples_between
         clients = self._available()
         self._away = [client for client in self.state.clients if client not in clients]
@@ -308,21 +316,21 @@ class SharedRepresentationStrategy(Strategy):
             for client in clients
         ]
 
-    def aggregate_evaluate(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> MetricRecord | None:
+    def _judge(
+        self, server_round: int, replies: Iterable[Message], final: bool
+    ) -> EvaluationRecord | None:
         """Screen the samples and score them; None where no client sent any."""
         settings = self.config.evaluation
         screened = self._hear(replies, self._screen_evaluation)
         if not screened.accepted:
-            self._observer.on_notice(f"evaluation {server_round}: no client took part")
+            self._tell.on_notice(f"evaluation {server_round}: no client took part")
             return None
         scores, floor = self._score(screened.accepted)
         curves = {client: reply.ssim for client, reply in screened.accepted.items() if reply.ssim}
         timesteps = sorted({timestep for curve in curves.values() for timestep in curve})
-        record = EvaluationRecord(
+        return EvaluationRecord(
             round=server_round,
-            final=server_round == self.config.federation.rounds,
+            final=final,
             score_name=scores.name,
             score=scores.overall,
             score_by_client=scores.per_task,
@@ -355,10 +363,6 @@ class SharedRepresentationStrategy(Strategy):
             bytes_up=screened.bytes_up,
             bytes_down=screened.bytes_down,
             seconds=time.perf_counter() - self._started,
-        )
-        self._observer.on_evaluation(record)
-        return MetricRecord(
-            {record.score_name: record.score, **{f"ssim@{t}": v for t, v in record.ssim.items()}}
         )
 
     def _screen_evaluation(
@@ -400,6 +404,49 @@ class SharedRepresentationStrategy(Strategy):
             if reply.images is not None
         }
         return self._evaluation.score(images), self._floor(images)
+
+    def _gather(self) -> None:
+        """Wait for the clients that the run begins, or goes on, with."""
+        federation, roster, known = self.config.federation, self._roster, set(self.state.clients)
+
+        def enough() -> bool:
+            present = set(roster.present)
+            return present >= known if known else len(present) >= federation.clients
+
+        def acceptable() -> bool:
+            return federation.on_missing == "skip" and len(roster.present) >= federation.min_clients
+
+        roster.gather(enough, acceptable, fixed=self._fixed, known=known)
+
+    def _shape(self) -> tuple[int, int, int]:
+        """H, W, C of the run's images, which every client's must have."""
+        if self._references:
+            height, width, channels = self._references[0].train.shape[1:]
+            return height, width, channels
+        size, channels = self.config.data.image_size, self.config.data.channels
+        assert size is not None, "the configuration was checked"
+        assert channels is not None, "the configuration was checked"
+        return size, size, channels
+
+    def _known_clients(self) -> dict[str, KnownClient]:
+        """What clients are held to; in a simulation their images are those on record, whatever they
+        were before.
+        """
+        known = dict(self.state.known)
+        for task in self._references if self._fixed else ():
+            if task.name in known:
+                known[task.name] = replace(
+                    known[task.name], images=len(task.train), test_images=len(task.test)
+                )
+        return known
+
+    def _known_references(self) -> frozenset[str] | None:
+        """The clients whose samples this server can judge; None where they judge them
+        themselves.
+        """
+        if self.config.evaluation.mode == "statistics":
+            return None
+        return frozenset(task.name for task in self._references)
 
     def _available(self) -> list[str]:
         """Whom to ask: under ``wait`` every client of the run, as all are waited for; else those
@@ -470,9 +517,7 @@ class SharedRepresentationStrategy(Strategy):
         ttl = self.config.federation.round_timeout + TTL_MARGIN
         return Message(content, node, kind, ttl=ttl, group_id=str(request.round))
 
-    def _ask(
-        self, grid: Grid, messages: Iterable[Message], timeout: float, what: str
-    ) -> list[Message]:
+    def _ask(self, messages: Iterable[Message], what: str) -> list[Message]:
         """Send the requests and collect the replies; under ``wait`` until every client has given
         one.
 
@@ -480,6 +525,7 @@ class SharedRepresentationStrategy(Strategy):
             UserError: under ``wait``, a client has not replied, or only failed, in the time there
                 is.
         """
+        timeout = self.config.federation.round_timeout
         first = {Request.of(message.content).client: message for message in messages}
         failures: dict[str, str] = {}
 
@@ -496,17 +542,17 @@ class SharedRepresentationStrategy(Strategy):
             if not self._waits or (reply is not None and reply.has_content()):
                 return False
             failures[client] = "cannot be reached" if reply is None else reason_of_failure(reply)
-            self._observer.on_notice(f"{what}: {client}: {failures[client]}; asking it again")
+            self._tell.on_notice(f"{what}: {client}: {failures[client]}; asking it again")
             return True
 
         self._exchange = exchange(
-            grid,
+            self._grid,
             first,
             make,
             timeout,
             ready=self._roster.is_present,
             again=again,
-            heard=partial(self._observer.on_reply, what),
+            heard=partial(self._tell.on_progress, what),
             idle=self._roster.look,
             waits=partial(self._say_waiting, what),
         )
@@ -535,7 +581,7 @@ class SharedRepresentationStrategy(Strategy):
             *([f"{', '.join(silent)} (connected, no answer yet)"] if silent else []),
         ]
         if parts:
-            self._observer.on_notice(
+            self._tell.on_notice(
                 f"{what}: waiting for {' and '.join(parts)}, for {seconds_in_words(left)} more"
             )
 
@@ -606,3 +652,10 @@ def _mean_by_quarter(replies: Iterable[TrainReply]) -> list[float]:
     """Mean loss of each quarter of the timestep range over the clients that drew one from it."""
     curves = torch.tensor([reply.loss_by_quarter for reply in replies], dtype=torch.float64)
     return curves.nanmean(dim=0).tolist()
+
+
+def _info(member: Member) -> TaskInfo:
+    description = member.description
+    return TaskInfo(
+        description.client, description.task, description.images, description.test_images
+    )

@@ -1,20 +1,15 @@
-"""A federation's processes on one machine: SuperLink, SuperNodes, runs, all on loopback, and their
-end.
+"""A federation on one machine, all on loopback: SuperLink, SuperNodes, their keys, and their end.
 
 Used by the rehearsal, by tests that kill some of them, and by long-running measurements. Nothing
 here imports Flower or PyTorch; only the processes do.
 """
 
-import json
 import random
-import re
 import shlex
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,37 +28,34 @@ from srfed.deployment.certificates import (
 )
 from srfed.deployment.flower import (
     CLIENT_APP,
+    CONNECTION,
     HOST,
     SUPERNODE,
     Alive,
     environment_for,
     marked,
-    plain,
     program,
     send,
     toml,
 )
+from srfed.deployment.flower_run import FlowerRun
+from srfed.deployment.process import POLL_SECONDS, READY_SECONDS, Process
 from srfed.deployment.sites import NOTES, REGISTERED, note_site
 from srfed.errors import UserError
-from srfed.files import make_folder, private, write_bytes
+from srfed.files import make_folder, write_bytes
 from srfed.keys import read_key
 
 Role = Literal["superlink", "supernode", "serverapp", "client"]
-CONNECTION = "deployment"
-"""Name of the connection to the SuperLink in Flower's configuration."""
 PORTS = range(15_000, 32_000)
 """Below the ports that systems give to outgoing connections, so that a free one is still free when
 it is bound.
 """
-READY_SECONDS = 120.0
-"""How long a process may take until it is ready: each imports much, and machines are busy."""
 GRACE_SECONDS = 5.0
 """How long a process may take to end by itself before it is killed."""
 REJOIN_SECONDS = 180.0
 """How long a SuperNode may be refused because the SuperLink takes its predecessor, which was
 killed, for alive.
 """
-POLL_SECONDS = 0.05
 _PROGRAMS: Mapping[Role, str] = {
     "superlink": "flower-superlink",
     "supernode": SUPERNODE,
@@ -102,9 +94,9 @@ class Deployment:
         self.certificates = self.folder / "certificates"
         self.logs = self.folder / "logs"
         self._tls, self._authentication, self._threads = tls, authentication, threads
-        self._superlink: _Process | None = None
+        self._superlink: Process | None = None
         self._sites: dict[str, _Site] = {}
-        self._started: list[_Process] = []
+        self._started: list[Process] = []
         if alive := self._alive():
             pids = " ".join(str(process.pid) for process in alive)
             raise UserError(
@@ -280,7 +272,7 @@ class Deployment:
 
     def run(
         self, run_dir: Path, config: Path | None = None, overrides: Sequence[str] = ()
-    ) -> "FlowerRun":
+    ) -> FlowerRun:
         """Submit a run; it begins in ``run_dir``, or goes on with what is there.
 
         Args:
@@ -297,10 +289,10 @@ class Deployment:
         file = self.folder / "flower" / "run-config.toml"
         write_bytes(file, toml(values))
         arguments = [str(self.folder / "app"), CONNECTION, "--stream", "--run-config", str(file)]
-        return FlowerRun(
-            self,
-            self._start(["flwr", "run", *arguments], "flwr", self.folder / "flower", "run.log"),
+        process = self._start(
+            ["flwr", "run", *arguments], "flwr", self.folder / "flower", "run.log"
         )
+        return FlowerRun(process, self.flwr)
 
     def flwr(self, *arguments: str, timeout: float = READY_SECONDS) -> str:
         """The output of a command of ``flwr``; raises UserError with its last words where it fails
@@ -345,13 +337,13 @@ class Deployment:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
-    def _start(self, command: Sequence[str], part: str, home: Path, log: str) -> "_Process":
+    def _start(self, command: Sequence[str], part: str, home: Path, log: str) -> Process:
         make_folder(home)
         make_folder(self.logs)
         environment = environment_for(home, self.folder, part) | {
             "OMP_NUM_THREADS": str(self._threads)
         }
-        process = _Process(
+        process = Process(
             [str(program(command[0])), *command[1:]], part, environment, self.logs / log
         )
         self._started.append(process)
@@ -440,70 +432,6 @@ class Deployment:
         write_bytes(self.folder / "flower" / "config.toml", content)
 
 
-class FlowerRun:
-    """A run that was submitted, followed through the log that ``flwr run --stream`` writes.
-
-    Args:
-        deployment: whose run it is.
-        process: the process of ``flwr run``.
-    """
-
-    def __init__(self, deployment: Deployment, process: "_Process") -> None:
-        self._deployment = deployment
-        self._process = process
-
-    def lines(self) -> Iterator[str]:
-        """The output as it comes, Flower's own words included, until the run ends."""
-        with self._process.log.open(encoding="utf-8", errors="replace") as file:
-            file.seek(self._process.begin)
-            rest = ""
-            while True:
-                # Asked before reading, so that the last words are not missed.
-                lives = self._process.lives
-                rest += file.read()
-                *lines, rest = rest.split("\n")
-                yield from lines
-                if not lives:
-                    break
-                if not lines:
-                    time.sleep(POLL_SECONDS)
-        if rest:
-            yield rest
-
-    def wait(self, timeout: float | None = None) -> int | None:
-        """Wait until ``flwr run`` ends; its exit code, which says nothing of success, or None after
-        the timeout.
-        """
-        return self._process.wait(timeout)
-
-    @property
-    def run_id(self) -> str | None:
-        """Flower's number of the run, as soon as it was accepted."""
-        found = re.search(r"Successfully started run (\d+)", self._process.output())
-        return found[1] if found else None
-
-    def result(self) -> tuple[str, str]:
-        """How the run ended, such as "finished:completed", and why.
-
-        The log ends a little before the SuperLink knows of it, so this waits; a run that goes on
-        for longer is reported as it stands then, such as "running".
-
-        Raises:
-            UserError: it was not accepted, or the SuperLink does not answer; the text has the last
-                words.
-        """
-        number = self.run_id
-        if number is None:
-            raise self._process.failure("did not start")
-        deadline = time.monotonic() + READY_SECONDS
-        while True:
-            answer = self._deployment.flwr("ls", CONNECTION, "--run-id", number, "--format", "json")
-            (run,) = json.loads(answer[answer.index("{") :])["runs"]
-            if str(run["status"]).startswith("finished") or time.monotonic() > deadline:
-                return str(run["status"]), str(run["status-details"])
-            time.sleep(POLL_SECONDS)
-
-
 @dataclass
 class _Site:
     data: Path
@@ -511,75 +439,10 @@ class _Site:
     key: Path | None
     superlink_address: str
     port: int
-    process: "_Process | None" = None
+    process: Process | None = None
 
 
-class _Process:
-    """A process of its own session, so that a terminal's Ctrl-C does not reach it, with its output
-    in a file.
-    """
-
-    def __init__(
-        self, command: Sequence[str], part: str, environment: Mapping[str, str], log: Path
-    ) -> None:
-        self.part = part
-        self.log = log
-        self.begin = log.stat().st_size if log.exists() else 0
-        self._name = Path(command[0]).name + (f" of {part}" if part.startswith("site") else "")
-        with private(), log.open("ab") as file:
-            self._popen = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                umask=0o077,  # databases and logs are nobody else's
-            )
-
-    @property
-    def lives(self) -> bool:
-        return self._popen.poll() is None
-
-    def output(self) -> str:
-        """What it has written since it started."""
-        with self.log.open("rb") as file:
-            file.seek(self.begin)
-            return file.read().decode(errors="replace")
-
-    def wait(self, timeout: float | None = None) -> int | None:
-        """Its exit code; None where it lives on after the timeout."""
-        with suppress(subprocess.TimeoutExpired):
-            return self._popen.wait(timeout)
-        return None
-
-    def wait_until(self, ready: Callable[[], bool]) -> None:
-        """Wait until it is ready; raises UserError where it ends, or takes too long."""
-        deadline = time.monotonic() + READY_SECONDS
-        while not ready():
-            if not self.lives:
-                raise self.failure(f"ended with code {self._popen.returncode}")
-            if time.monotonic() > deadline:
-                raise self.failure(f"is not ready after {READY_SECONDS:g} s")
-            time.sleep(POLL_SECONDS)
-
-    def send(self, number: signal.Signals) -> None:
-        self._popen.send_signal(number)
-
-    def failure(self, what: str) -> UserError:
-        """An error with what the process said last of an error, or at all."""
-        lines = [line for line in map(plain, self.output().splitlines()) if line] or ["no output"]
-        said = [number for number, line in enumerate(lines) if line.startswith("ERROR")]
-        # Flower's own errors take three lines: the code, the matter, the reason.
-        first, count = (
-            (said[-1], 3 if "Exit Code" in lines[said[-1]] else 1) if said else (len(lines) - 1, 1)
-        )
-        return UserError(
-            f"{self._name} {what}: {' '.join(lines[first : first + count])} (all of it: {self.log})"
-        )
-
-
-def _connected(supernode: _Process) -> bool:
+def _connected(supernode: Process) -> bool:
     return "SuperNode ID:" in supernode.output()
 
 

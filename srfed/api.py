@@ -1,0 +1,353 @@
+"""The front door: train a run, open one, and work with what it has learned.
+
+import srfed
+
+run = srfed.train(srfed.load_config("configs/mnist.yaml"), run_dir="runs/mnist")
+images = run.sample("digit-3", 64)
+"""
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from srfed.config import RunConfig, load_config, parse_config
+from srfed.data.images import Images
+from srfed.data.stored import check_tasks, store_tasks
+from srfed.data.tasks import Task
+from srfed.errors import UserError
+from srfed.files import exists, new_folder
+from srfed.observer import Observer
+from srfed.runs.checks import check_training, finished
+from srfed.runs.loop import run_rounds
+from srfed.runs.run import TrainedRun, TrainedSite
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
+
+TASKS_FILE = "tasks.npz"
+"""Where a run's folder keeps tasks that were given as arrays."""
+
+
+def train(
+    config: RunConfig,
+    tasks: Sequence[Task] | None = None,
+    *,
+    observers: Iterable[Observer] = (),
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+) -> "Run":
+    """Train a run to its last evaluation: a simulated federation, or one party with all images.
+
+    Works in any thread and as often as one likes in a process. Nothing is printed unless an
+    observer does; the run's folder has metrics.jsonl, checkpoints, curves and pictures.
+
+    Args:
+        config: what is asked, see :func:`srfed.load_config`.
+        tasks: the owners' images; None takes those that ``config.data`` names. They are kept in the
+            run's folder, and their number is the number of clients.
+        observers: told what happens; what one raises ends the run, with all finished rounds kept.
+        run_dir: the run's folder, new or empty; None takes runs/<name>-<time>.
+        resume: go on with the run in ``run_dir``, which must have been begun with this
+            configuration and these tasks; a larger ``federation.rounds`` is allowed.
+
+    Returns:
+        The run, opened for use.
+
+    Raises:
+        UserError: something is impossible, does not fit or cannot be written; before any work where
+            it can be known then.
+    """
+    folder = None if run_dir is None else Path(run_dir).absolute()
+    run = _resumed(config, tasks, folder) if resume else _begun(config, tasks, folder)
+    if not finished(run):
+        from srfed.reporting.curves import Curves
+
+        train_run(run, [Curves(run), *observers])
+    return Run(run.path)
+
+
+def open_run(path: str | Path, *, device: str = "auto") -> "Run":
+    """Open a run's folder, or the store of a deployed site or of an adaptation.
+
+    Args:
+        path: the folder.
+        device: where to sample: "auto", "cpu" or "cuda".
+
+    Raises:
+        UserError: it is none of these, has no checkpoint yet, or is damaged.
+    """
+    return Run(Path(path), device=device)
+
+
+class Run:
+    """A trained run, opened for use; see :func:`open_run`.
+
+    Attributes:
+        path: its folder.
+        config: what it was trained with.
+        round: the round of its last checkpoint.
+        tasks: names of its tasks; of a site's store, its own alone.
+    """
+
+    def __init__(self, path: Path, *, device: str = "auto") -> None:
+        self.path = path.absolute()
+        self._device = device
+        resources = load_config(None, [f"resources.device={device}"]).resources
+        is_run = exists(self.path / "run.json")
+        self._trained = (TrainedRun if is_run else TrainedSite)(self.path, resources)
+        self.config: RunConfig = self._trained.config
+        self.round: int = self._trained.round
+        self.tasks: list[str] = [task.task for task in self._trained.tasks]
+
+    def sample(self, task: str | int, n: int, seed: int = 0) -> Images:
+        """Generate images of a task through its averaged (φ, θ_i).
+
+        Args:
+            task: its name or position.
+            n: how many, at least 1.
+            seed: the same seed gives the same images.
+
+        Returns:
+            uint8, n x H x W x C.
+
+        Raises:
+            UserError: no such task, or n is impossible.
+        """
+        if n < 1:
+            raise UserError(f"n = {n} is impossible; allowed: 1 or more")
+        from srfed.evaluation.generation import generate
+
+        info = self._trained.find_task(str(task))
+        return generate(
+            self._trained.model_of(info),
+            self._trained.diffusion,
+            self.config.sampling,
+            count=n,
+            shape=self._trained.shape,
+            seed=seed,
+            task=info.client,
+        ).images
+
+    def evaluate(
+        self,
+        samples: int = 10_000,
+        *,
+        seed: int = 0,
+        network: str | None = None,
+        ssim_images: int | None = None,
+        quantile: float = 0.05,
+        references: str | Path | None = None,
+    ) -> dict[str, Any]:
+        """Score the last checkpoint in every way there is; a second call finds what the first left.
+
+        Args:
+            samples: generated images, of all tasks together.
+            seed: of the samples.
+            network: "embedded" or "inception"; None takes the run's.
+            ssim_images: test images of each task for SSIM-rec; None takes the run's.
+            quantile: of the memorisation audit, above 0 and below 0.5.
+            references: where statistics of real images are kept between runs.
+
+        Returns:
+            Plain values: what was measured on what, and the scores (docs/evaluation.md).
+
+        Raises:
+            UserError: a value is impossible, the images are not there or have changed, or this is
+                no run's folder.
+        """
+        if not isinstance(self._trained, TrainedRun):
+            raise UserError(
+                f"{self.path} is a site's store: scores are made where a run's folder is"
+            )
+        if not 0 < quantile < 0.5:
+            raise UserError(f"quantile = {quantile} is impossible; allowed: above 0 and below 0.5")
+        from srfed.evaluation.features.load import load_feature_network
+        from srfed.runs.scoring import ScoringSettings, evaluate_run
+
+        given = {"samples": samples, "feature_network": network, "ssim_images": ssim_images}
+        content = self.config.model_dump(mode="json")
+        content["evaluation"] |= {key: v for key, v in given.items() if v is not None}
+        evaluation = parse_config(content, "evaluate").evaluation
+        return evaluate_run(
+            self.path,
+            self._trained,
+            ScoringSettings(
+                samples=evaluation.samples,
+                seed=seed,
+                sampling=self.config.sampling,
+                ssim_images=evaluation.ssim_images,
+                ssim_timesteps=tuple(sorted({evaluation.ssim_timestep, *evaluation.ssim_curve})),
+                quantile=quantile,
+            ),
+            load_feature_network(
+                evaluation.feature_network, evaluation.inception_weights, self._trained.device
+            ),
+            reference_folder=None if references is None else Path(references),
+        )
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every round and every evaluation, in order, as pandas takes them; "kind" says which.
+
+        Raises:
+            UserError: the log cannot be read; a site's store has none.
+        """
+        if not exists(self.path / "run.json"):
+            raise UserError(f"{self.path} is a site's store: it has no metrics")
+        log = MetricsLog(RunFolder.open(self.path).metrics)
+        return [dict(line) for line in log.lines() if line["kind"] in ("round", "evaluation")]
+
+    def adapt(
+        self,
+        task: Task,
+        *,
+        out: str | Path,
+        mode: str = "frozen",
+        steps: int = 150,
+        every: int | None = None,
+        samples: int = 200,
+        seed: int = 0,
+    ) -> "Run":
+        """Fit a task that the run has not seen; nobody else takes part.
+
+        Args:
+            task: the new task, of the run's shape, with at least two training and test images.
+            out: the folder of the adaptation; one that is finished is opened again.
+            mode: "frozen" (φ stays), "thawed" (φ moves, here only) or "scratch" (nothing is taken
+                over but the initialisation).
+            steps: local steps in all.
+            every: local steps between two scores; None scores six times.
+            samples: images for each score.
+            seed: of training and samples.
+
+        Returns:
+            The adapted model, opened: its one task is the new one.
+
+        Raises:
+            UserError: a value is impossible, the images do not fit, or ``out`` is another
+                adaptation's.
+        """
+        from srfed.evaluation.features.load import load_feature_network
+        from srfed.runs.adapting import (
+            AdaptationFolder,
+            computed_here,
+            fitting_task,
+            images_hash,
+            score_adaptation,
+            tensors_hash,
+        )
+        from srfed.training.adaptation import MODES, adaptation_config
+
+        if mode not in MODES:
+            raise UserError(f"mode = {mode!r} is unknown; allowed: {', '.join(MODES)}")
+        for name, value, least in (("steps", steps, 1), ("samples", samples, 2), ("seed", seed, 0)):
+            if value < least:
+                raise UserError(f"{name} = {value} is impossible; allowed: {least} or more")
+        check_tasks([task])
+        trained = self._trained
+        task = fitting_task(trained.shape, task)
+        config = computed_here(trained.config, self._device, cuda=trained.device.type == "cuda")
+        evaluation, every = config.evaluation, every or -(-steps // 6)
+        network = load_feature_network(
+            evaluation.feature_network, evaluation.inception_weights, trained.device
+        )
+        own = adaptation_config(
+            config, mode, images=len(task.train), steps=steps, every=every, seed=seed
+        )
+        about = {
+            "task": task.name,
+            "core_sha256": tensors_hash(trained.shared),
+            "images_sha256": images_hash(task),
+            "images": len(task.train),
+            "steps": steps,
+            "every": every,
+            "samples": samples,
+            "seed": seed,
+            "network": network.identity,
+        }
+        with AdaptationFolder.held(Path(out).absolute(), about) as folder:
+            if not folder.has(mode, task.name):
+                curve = list(
+                    score_adaptation(
+                        config,
+                        trained.shared,
+                        task,
+                        network,
+                        mode=mode,
+                        steps=steps,
+                        every=every,
+                        samples=samples,
+                        seed=seed,
+                    )
+                )
+                folder.add(own, mode, task.name, curve)
+            return Run(folder.store(mode, task.name), device=self._device)
+
+
+def train_run(run: RunFolder, observers: Iterable[Observer] = ()) -> None:
+    """Train what a run's folder asks for, to its last evaluation, as its configuration says.
+
+    Args:
+        run: the folder; where there is a checkpoint, the run goes on from it.
+        observers: told what happens; without one nothing is printed.
+
+    Raises:
+        UserError: the run cannot be finished; and whatever an observer raises. All finished rounds
+            are on disk.
+    """
+    if run.config.training.method != "federated":
+        from srfed.runs.centralised import Centralised
+
+        run_rounds(run, Centralised(run), observers)
+    elif run.config.resources.backend == "ray":
+        from srfed.federation.flower.ray import run_on_ray
+
+        run_on_ray(run, observers)
+    else:
+        from srfed.federation.flower.in_process import run_in_process
+
+        run_in_process(run, observers)
+
+
+def _begun(config: RunConfig, tasks: Sequence[Task] | None, folder: Path | None) -> RunFolder:
+    if tasks is None:
+        check_training(config)
+        return RunFolder.create(folder, config)
+    check_tasks(tasks)
+    with tempfile.TemporaryDirectory() as scratch:
+        # Where everything is looked at before the run has a folder.
+        store_tasks(Path(scratch) / TASKS_FILE, tasks)
+        check_training(_of_stored(config, Path(scratch), len(tasks)))
+    folder = folder or new_folder(Path("runs") / config.name).absolute()
+    run = RunFolder.create(folder, _of_stored(config, folder, len(tasks)))
+    store_tasks(run.path / TASKS_FILE, tasks)
+    return run
+
+
+def _resumed(config: RunConfig, tasks: Sequence[Task] | None, folder: Path | None) -> RunFolder:
+    if folder is None:
+        raise UserError("resume needs run_dir, the folder of the run to go on with")
+    run = RunFolder.open(folder)
+    if exists(folder / TASKS_FILE):
+        config = _of_stored(config, folder, run.config.federation.clients)
+    if tasks is not None:
+        from srfed.data import ImageRecord, load_tasks
+
+        check_tasks(tasks)
+        known = load_tasks(run.config.data, run.config.federation.clients)
+        records = [[asdict(ImageRecord.of(task)) for task in each] for each in (known, tasks)]
+        if [task.name for task in known] != [task.name for task in tasks] or (
+            records[0] != records[1]
+        ):
+            raise UserError(f"the tasks are others than those that {folder} was begun with")
+    run = run.reconfigure(config)
+    check_training(run.config, run.images if run.started else None)
+    return run
+
+
+def _of_stored(config: RunConfig, folder: Path, clients: int) -> RunConfig:
+    """The configuration of a run whose tasks are kept in a folder."""
+    content = config.model_dump(mode="json")
+    content["data"] |= {"dataset": "npz", "dir": str(folder / TASKS_FILE)}
+    content["federation"] |= {"clients": clients}
+    return parse_config(content, "configuration")

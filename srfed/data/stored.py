@@ -1,0 +1,66 @@
+"""Tasks given as arrays: looked at, and kept in one .npz file for every process of a run."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from srfed.data.images import SMALLEST
+from srfed.data.source import slugs
+from srfed.data.tasks import Task
+from srfed.errors import UserError
+from srfed.files import write_bytes
+
+
+def check_tasks(tasks: Sequence[Task]) -> None:
+    """Raise UserError unless these can be the tasks of one run: names, types, shapes, numbers."""
+    if not tasks:
+        raise UserError("tasks is empty; a run needs at least one task")
+    names = [task.name for task in tasks]
+    for name in names:
+        (safe,) = slugs([name])
+        if safe != name:
+            raise UserError(f"task name {name!r} is impossible; allowed: such as {safe!r}")
+        if names.count(name) > 1:
+            raise UserError(f"two tasks are called {name!r}; each needs a name of its own")
+    first = tasks[0]
+    for task in tasks:
+        for what, images in (("train", task.train), ("test", task.test)):
+            where = f"{what} of task {task.name!r}"
+            if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
+                found = getattr(images, "dtype", type(images).__name__)
+                raise UserError(
+                    f"{where} is {found} {getattr(images, 'shape', '')}; it must be a numpy array "
+                    "of uint8, N x H x W x C"
+                )
+            if images.shape[1:] != first.train.shape[1:]:
+                raise UserError(
+                    f"{where} has images of {images.shape[1:]}, and train of {first.name!r} of "
+                    f"{first.train.shape[1:]}; all must be of one shape"
+                )
+            if images.shape[-1] not in (1, 3) or min(images.shape[1:3]) < SMALLEST:
+                raise UserError(
+                    f"{where} has images of {images.shape[1:]}; allowed: at least {SMALLEST} px, 1 "
+                    "or 3 channels"
+                )
+        if not len(task.train) or len(task.test) < 2:
+            raise UserError(
+                f"task {task.name!r} has {len(task.train)} training and {len(task.test)} test "
+                "images; allowed: at least 1 and 2"
+            )
+
+
+def store_tasks(path: Path, tasks: Sequence[Task]) -> None:
+    """Write tasks as the data set ``npz`` reads them (:func:`srfed.data.npz.open_npz`), for the
+    owner's eyes only; raises UserError where that cannot be.
+    """
+    arrays: dict[str, Any] = {"label_names": np.array([task.name for task in tasks])}
+    for split in ("train", "test"):
+        groups = [getattr(task, split) for task in tasks]
+        arrays[f"{split}_images"] = np.concatenate(groups)
+        arrays[f"{split}_labels"] = np.repeat(np.arange(len(tasks)), [len(g) for g in groups])
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_bytes(path, buffer.getvalue())

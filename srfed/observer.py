@@ -1,0 +1,69 @@
+"""Who is told what happens in a run: the terminal, TensorBoard, a notebook, a test."""
+
+from collections.abc import Iterable, Sequence
+
+from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
+
+
+class Observer:
+    """Told what happens, in the run's own thread; every method may be left as it is.
+
+    What a method raises ends the run, between two replies of clients, with all finished rounds on
+    disk: that is also how a run is stopped on purpose.
+    """
+
+    def on_begin(self, tasks: Sequence[TaskInfo], last_round: int) -> None:
+        """The run begins, or goes on after ``last_round``, with these tasks, in their order."""
+
+    def on_progress(self, what: str, done: int, total: int) -> None:
+        """So many clients have answered in a round or an evaluation; also called while waiting."""
+
+    def on_join(self, task: TaskInfo) -> None:
+        """A client has come that was not there when the run began."""
+
+    def on_round(self, record: RoundRecord) -> None:
+        """A round has ended, and is on record."""
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        """An evaluation has ended, and is on record."""
+
+    def on_notice(self, text: str) -> None:
+        """Something that a person should know, in a sentence."""
+
+    def on_end(self) -> None:
+        """The run has ended or was stopped; called once, whatever happened."""
+
+
+class Observers(Observer):
+    """Several observers as one: each is told in turn."""
+
+    def __init__(self, observers: Iterable[Observer]) -> None:
+        self._observers = tuple(observers)
+
+    def on_begin(self, tasks: Sequence[TaskInfo], last_round: int) -> None:
+        for observer in self._observers:
+            observer.on_begin(tasks, last_round)
+
+    def on_progress(self, what: str, done: int, total: int) -> None:
+        for observer in self._observers:
+            observer.on_progress(what, done, total)
+
+    def on_join(self, task: TaskInfo) -> None:
+        for observer in self._observers:
+            observer.on_join(task)
+
+    def on_round(self, record: RoundRecord) -> None:
+        for observer in self._observers:
+            observer.on_round(record)
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        for observer in self._observers:
+            observer.on_evaluation(record)
+
+    def on_notice(self, text: str) -> None:
+        for observer in self._observers:
+            observer.on_notice(text)
+
+    def on_end(self) -> None:
+        for observer in self._observers:
+            observer.on_end()

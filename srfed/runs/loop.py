@@ -1,0 +1,68 @@
+"""The one loop in which every run is trained, federated or centralised, begun or resumed."""
+
+from collections.abc import Iterable
+
+from srfed.observer import Observer, Observers
+from srfed.records import TaskInfo
+from srfed.runs.trainer import Trainer
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
+from srfed.storage.server_checkpoints import ServerCheckpoints
+
+
+def run_rounds(run: RunFolder, trainer: Trainer, observers: Iterable[Observer] = ()) -> None:
+    """Begin a run or go on with it, to its last evaluation.
+
+    Stopped anywhere and gone on with, it ends in the bits of a run that was never stopped.
+
+    Args:
+        run: its folder.
+        trainer: trains and judges.
+        observers: told what happens.
+
+    Raises:
+        UserError: the folder is in use or damaged, or the trainer cannot go on; and whatever an
+            observer raises. The last finished round is on disk.
+    """
+    config, log = run.config, MetricsLog(run.metrics)
+    tell = Observers([_Joining(log), *observers])
+    checkpoints = ServerCheckpoints(run.server, config.federation.keep_attempts)
+    with run.in_use():
+        try:
+            found = checkpoints.load_last() if run.started else None
+            state = trainer.begin(found, tell)
+            if found is None:
+                checkpoints.save(state)
+            tasks, lost = log.begin(state.round, trainer.tasks)
+            tell.on_begin(tasks, state.round)
+            if lost:
+                tell.on_notice(lost)
+            while True:
+                final = state.round == config.federation.rounds
+                due = config.evaluation_due(state.round)
+                if due and not log.has_evaluation(state.round, final=final):
+                    evaluation = trainer.evaluate(state, tell, final=final)
+                    if evaluation is not None:
+                        log.add_evaluation(evaluation)
+                        tell.on_evaluation(evaluation)
+                if state.round >= config.federation.rounds:
+                    return
+                state, record = trainer.train_round(state, tell)
+                # First: a resumed run drops records of rounds that have no checkpoint, but could
+                # not make up for one that is missing.
+                log.add_round(record)
+                checkpoints.save(state)
+                tell.on_round(record)
+        finally:
+            tell.on_end()
+
+
+class _Joining(Observer):
+    """Puts clients that come later on record."""
+
+    def __init__(self, log: MetricsLog) -> None:
+        self._log = log
+
+    def on_join(self, task: TaskInfo) -> None:
+        if task.client not in {known.client for known in self._log.tasks()}:
+            self._log.add_task(task)

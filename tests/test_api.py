@@ -1,0 +1,230 @@
+"""The front door: what a notebook would do, in this process and in threads of it."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_run import CLIENTS, all_bits, begin, records, run_in_process, tiny_config
+
+import srfed
+from srfed.data import load_tasks
+from srfed.records import RoundRecord
+from srfed.storage.run_folder import RunFolder
+
+TWO = {"federation.rounds": 2}
+
+
+def tiny_tasks() -> list[srfed.Task]:
+    """The images of the tiny run, as somebody has them in a notebook."""
+    loaded = load_tasks(tiny_config().data, 3)
+    return [srfed.Task(task.name, task.train, task.test) for task in loaded]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> srfed.Run:
+    return srfed.train(tiny_config(TWO), run_dir=tmp_path_factory.mktemp("api") / "run")
+
+
+def test_importing_srfed_loads_no_torch_and_nothing_but_itself() -> None:
+    program = "import sys, srfed; print(*({'torch', 'numpy', 'flwr'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+    assert set(srfed.__all__) <= set(dir(srfed))
+    for name in srfed.__all__:
+        assert getattr(srfed, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = srfed.trian  # type: ignore[attr-defined]
+
+
+def test_training_here_has_the_bits_of_the_command(trained: srfed.Run, tmp_path: Path) -> None:
+    by_command = run_in_process(begin(tmp_path / "run", TWO))
+    assert all_bits(RunFolder.open(trained.path)) == all_bits(by_command)
+    assert records(RunFolder.open(trained.path)) == records(by_command)
+
+
+def test_a_run_prints_nothing_and_leaves_nothing_behind(
+    trained: srfed.Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """But what libraries set when they are first imported, for the run before."""
+    environment = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    srfed.train(tiny_config({"federation.rounds": 1}), run_dir=tmp_path / "run")
+    assert capfd.readouterr() == ("", "")
+    assert dict(os.environ) == environment
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+
+
+class Watching(srfed.Observer):
+    """Writes down what it is told, and stops the run after a round."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+        self.told: list[int | str] = []
+
+    def on_round(self, record: RoundRecord) -> None:
+        self.told.append(record.round)
+        if record.round == self.last:
+            raise KeyboardInterrupt
+
+    def on_end(self) -> None:
+        self.told.append("end")
+
+
+def test_observers_are_told_and_what_one_raises_stops_the_run(tmp_path: Path) -> None:
+    first, second = Watching(1), Watching(9)
+    config = tiny_config(TWO)
+    with pytest.raises(KeyboardInterrupt):
+        srfed.train(config, run_dir=tmp_path / "run", observers=[first])
+    assert first.told == [1, "end"]
+    assert RunFolder.open(tmp_path / "run").last_round == 1
+    run = srfed.train(config, run_dir=tmp_path / "run", resume=True, observers=[second])
+    assert second.told == [2, "end"]
+    straight = srfed.train(config, run_dir=tmp_path / "straight")
+    assert all_bits(RunFolder.open(run.path)) == all_bits(RunFolder.open(straight.path))
+    again = srfed.train(config, run_dir=tmp_path / "run", resume=True, observers=[second])
+    assert (again.round, second.told) == (2, [2, "end"]), "a finished run is only opened"
+
+
+def test_a_run_in_another_thread_is_as_one_in_the_main_thread(
+    trained: srfed.Run, tmp_path: Path
+) -> None:
+    ended: list[srfed.Run] = []
+    thread = threading.Thread(
+        target=lambda: ended.append(srfed.train(tiny_config(TWO), run_dir=tmp_path / "run"))
+    )
+    thread.start()
+    thread.join(timeout=200)
+    (run,) = ended
+    assert all_bits(RunFolder.open(run.path)) == all_bits(RunFolder.open(trained.path))
+
+
+def test_tasks_given_as_arrays_train_as_those_of_a_data_set(
+    trained: srfed.Run, tmp_path: Path
+) -> None:
+    run = srfed.train(tiny_config(TWO), tiny_tasks(), run_dir=tmp_path / "run")
+    assert run.tasks == trained.tasks == CLIENTS
+    assert all_bits(RunFolder.open(run.path)) == all_bits(RunFolder.open(trained.path))
+    assert (run.path / "tasks.npz").stat().st_mode & 0o077 == 0, "images are their owner's alone"
+    longer = tiny_config({"federation.rounds": 3})
+    assert srfed.train(longer, tiny_tasks(), run_dir=run.path, resume=True).round == 3
+    others = [srfed.Task(t.name, 255 - t.train, t.test) for t in tiny_tasks()]
+    with pytest.raises(srfed.UserError, match="the tasks are others than those that"):
+        srfed.train(longer, others, run_dir=run.path, resume=True)
+
+
+def image(*shape: int, dtype: Any = np.uint8) -> np.ndarray:
+    return np.zeros(shape, dtype)
+
+
+WRONG: dict[str, tuple[list[srfed.Task], str]] = {
+    "none": ([], "tasks is empty"),
+    "a name for no file": (
+        [srfed.Task("Clinic A", image(9, 8, 8, 1), image(2, 8, 8, 1))],
+        "task name 'Clinic A' is impossible; allowed: such as 'clinic-a'",
+    ),
+    "one name twice": (
+        [srfed.Task("a", image(9, 8, 8, 1), image(2, 8, 8, 1))] * 2,
+        "two tasks are called 'a'",
+    ),
+    "floats": (
+        [srfed.Task("a", image(9, 8, 8, 1, dtype=np.float32), image(2, 8, 8, 1))],
+        "train of task 'a' is float32",
+    ),
+    "no channels": (
+        [srfed.Task("a", image(9, 8, 8), image(2, 8, 8, 1))],
+        r"train of task 'a' is uint8 \(9, 8, 8\); it must be",
+    ),
+    "mixed sizes": (
+        [
+            srfed.Task("a", image(9, 8, 8, 1), image(2, 8, 8, 1)),
+            srfed.Task("b", image(9, 9, 9, 1), image(2, 9, 9, 1)),
+        ],
+        "all must be of one shape",
+    ),
+    "two channels": (
+        [srfed.Task("a", image(9, 8, 8, 2), image(2, 8, 8, 2))],
+        "allowed: at least 5 px, 1 or 3 channels",
+    ),
+    "one test image": (
+        [srfed.Task("a", image(9, 8, 8, 1), image(1, 8, 8, 1))],
+        "has 9 training and 1 test images",
+    ),
+    "fewer images than a minibatch": (
+        [srfed.Task("a", image(3, 8, 8, 1), image(2, 8, 8, 1))],
+        "training.batch_size",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_tasks_that_cannot_be_are_refused_before_anything_is_written(
+    name: str, tmp_path: Path
+) -> None:
+    tasks, words = WRONG[name]
+    with pytest.raises(srfed.UserError, match=words) as caught:
+        srfed.train(tiny_config(TWO), tasks, run_dir=tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_opened_run_samples_scores_and_lists_its_metrics(trained: srfed.Run) -> None:
+    run = srfed.open_run(str(trained.path))
+    assert (run.round, run.tasks) == (2, CLIENTS)
+    images = run.sample("digit-1", 5, seed=3)
+    assert (images.shape, images.dtype) == ((5, 8, 8, 1), np.uint8)
+    assert np.array_equal(images, run.sample(1, 5, seed=3))
+    assert not np.array_equal(images, run.sample(1, 5, seed=4))
+    lines = run.metrics()
+    assert [line["kind"] for line in lines] == ["round", "round", "evaluation"]
+    assert lines[0]["loss"] > lines[1]["loss"]
+    scored = run.evaluate(12, ssim_images=2)
+    assert scored["samples"] == 12
+    again = run.evaluate(12, ssim_images=2)
+    assert {name: again[name] for name in scored} == scored, "the second call finds what is there"
+    for call, words in (
+        (lambda: run.sample("digit-7", 1), "digit-7.*is not in this run"),
+        (lambda: run.sample(0, 0), "n = 0 is impossible; allowed: 1 or more"),
+        (lambda: run.evaluate(1), "samples"),
+        (lambda: run.evaluate(12, quantile=0.7), "quantile = 0.7 is impossible"),
+        (lambda: run.evaluate(12, network="lenet"), "evaluation.feature_network"),
+        (lambda: srfed.open_run(trained.path.parent), "no model"),
+    ):
+        with pytest.raises(srfed.UserError, match=words) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_new_task_is_adapted_to_and_opened(trained: srfed.Run, tmp_path: Path) -> None:
+    loaded = load_tasks(tiny_config().data.model_copy(update={"images_per_task": 16}), 4)[3]
+    task = srfed.Task("newcomer", loaded.train, loaded.test)
+    settings: dict[str, Any] = {"out": tmp_path / "new", "steps": 4, "every": 2, "samples": 4}
+    adapted = trained.adapt(task, **settings)
+    assert adapted.tasks == ["newcomer"]
+    assert adapted.sample("newcomer", 2).shape == (2, 8, 8, 1)
+    assert trained.adapt(task, **settings).path == adapted.path, "finished, so it is opened again"
+    with pytest.raises(srfed.UserError, match="it has no metrics"):
+        adapted.metrics()
+    with pytest.raises(srfed.UserError, match="is a site's store"):
+        adapted.evaluate(12)
+    with pytest.raises(srfed.UserError, match="mode = 'melted' is unknown; allowed: frozen"):
+        trained.adapt(task, mode="melted", **settings)
+
+
+def test_resuming_says_what_it_needs(trained: srfed.Run, tmp_path: Path) -> None:
+    with pytest.raises(srfed.UserError, match="resume needs run_dir"):
+        srfed.train(tiny_config(TWO), resume=True)
+    other = tiny_config(TWO).model_copy(update={"seed": 1})
+    with pytest.raises(srfed.UserError, match="begun with another configuration: seed: 0 -> 1"):
+        srfed.train(other, run_dir=trained.path, resume=True)
+    with pytest.raises(srfed.UserError, match="is not the folder of a run"):
+        srfed.train(tiny_config(TWO), run_dir=tmp_path, resume=True)
+    with pytest.raises(srfed.UserError, match=str(trained.path)):
+        srfed.train(tiny_config(TWO), run_dir=trained.path)
