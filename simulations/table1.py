@@ -141,7 +141,7 @@ def methods(config: RunConfig) -> list[Method]:
     # noisier.
     pooled = {
         "training__method": "pooled",
-        "training__central_batch_size": max(POOLED_BATCH, config.training.batch_size),
+        "training__centralised_batch_size": max(POOLED_BATCH, config.training.batch_size),
         "model__exclusive_stages": "none",
     }
     plain = {"federation__server_optimizer": "average"}
@@ -161,7 +161,7 @@ def methods(config: RunConfig) -> list[Method]:
             "SR-DDPM",
             {
                 "training__method": "balanced",
-                "training__central_batch_size": config.training.batch_size * clients,
+                "training__centralised_batch_size": config.training.batch_size * clients,
             },
         ),
         Method("SR-DDPM, centralised, Algorithm 1", "SR-DDPM", {"training__method": "one_task"}),

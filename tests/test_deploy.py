@@ -645,6 +645,7 @@ def assert_none_left(folder: Path) -> None:
     assert processes_of(folder) == []
 
 
+@pytest.mark.slow
 def test_a_rehearsal_stopped_and_resumed_has_the_bits_of_a_simulation(
     tiny_yaml: Path, tmp_path: Path
 ) -> None:
@@ -696,6 +697,7 @@ def test_a_rehearsal_stopped_and_resumed_has_the_bits_of_a_simulation(
     assert "was begun with another configuration: seed: 0 -> 1" in errors
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_takes_one_line_and_leaves_nothing(
     tiny_yaml: Path, tmp_path: Path
 ) -> None:
@@ -726,6 +728,7 @@ def test_a_rehearsal_in_use_is_left_alone(tiny_yaml: Path, tmp_path: Path) -> No
     assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
+@pytest.mark.slow
 def test_a_deployment_starts_flower_as_a_real_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

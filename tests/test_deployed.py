@@ -45,6 +45,8 @@ from srfed.storage.checkpoint import read_checkpoint, read_manifest
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 SITES = ["digit-0", "digit-1"]
 SAMPLES = 30
 TWO = {

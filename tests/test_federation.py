@@ -94,6 +94,7 @@ def ray_runs(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> RayRu
     )
 
 
+@pytest.mark.slow
 def test_ray_and_in_process_grids_give_the_same_bits_and_records(
     ray_runs: RayRuns, tmp_path: Path
 ) -> None:
@@ -112,6 +113,7 @@ def test_ray_and_in_process_grids_give_the_same_bits_and_records(
             assert (ray_runs.whole.path / name).read_bytes() == (inline.path / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_ray_run_prints_a_line_a_round_and_the_table(ray_runs: RayRuns) -> None:
     lines = ray_runs.output.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("round")] == ["1/2", "2/2"]
@@ -119,6 +121,7 @@ def test_a_ray_run_prints_a_line_a_round_and_the_table(ray_runs: RayRuns) -> Non
     assert any(line.startswith("all tasks") for line in lines)
 
 
+@pytest.mark.slow
 def test_a_ray_run_stopped_by_sigterm_goes_on_in_process_with_the_same_bits(
     ray_runs: RayRuns, tmp_path: Path
 ) -> None:

@@ -18,6 +18,8 @@ from srfed.deployment.flower import CONNECTION
 from srfed.federation.messages import REFUSED
 from srfed.storage.metrics_log import MetricsLog
 
+pytestmark = pytest.mark.slow
+
 HONEST, HOSTILE = "digit-0", "digit-1"
 SETTINGS: dict[str, Any] = {
     "federation.clients": 2,

@@ -112,6 +112,7 @@ class SiteProcess:
         return [process.pid for process in marked(self.folder) if process.program == program]
 
 
+@pytest.mark.slow
 def test_a_site_takes_part_is_mended_and_ends_without_a_trace(tmp_path: Path) -> None:
     """Refused until its key is registered; its ClientApp ended in training; restarted; ended."""
     config = write_config(

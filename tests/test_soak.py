@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks.soak import Episode, bits, soak_config, undisturbed
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("kills", [("client", "serverapp", "superlink")], ids="-".join)
 def test_a_run_that_loses_processes_ends_in_the_undisturbed_bits(

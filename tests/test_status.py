@@ -107,6 +107,7 @@ def test_an_expired_certificate_is_named(
     )
 
 
+@pytest.mark.slow
 def test_a_serverapp_that_was_killed_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

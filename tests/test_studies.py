@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from simulations import study, table1
+from simulations import table1
 from srfed.errors import UserError
 from srfed.files import held
 from srfed.reporting.pictures import draw_grid
@@ -43,6 +43,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_table_has_every_method_at_one_budget(finished: Path) -> None:
     with (finished / "scores.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -68,6 +69,7 @@ def test_the_table_has_every_method_at_one_budget(finished: Path) -> None:
     assert all(f"| {method.name} |" in text for method in listed)
 
 
+@pytest.mark.slow
 def test_the_pictures_are_the_samples_that_were_scored(finished: Path) -> None:
     config = table1.configuration("digits", "tiny", None, "auto")
     rows = {}
@@ -83,6 +85,7 @@ def test_the_pictures_are_the_samples_that_were_scored(finished: Path) -> None:
     assert np.array_equal(np.asarray(Image.open(finished / "methods.png")), draw_grid(rows))
 
 
+@pytest.mark.slow
 def test_a_second_call_trains_nothing(finished: Path) -> None:
     runs = sorted(finished.glob("pool/digits-*/server/round-*"))
     assert len(runs) == 2 * 10, "a checkpoint before the only round and one after it"
@@ -93,6 +96,7 @@ def test_a_second_call_trains_nothing(finished: Path) -> None:
     assert (finished / "scores.csv").read_text() == scores
 
 
+@pytest.mark.slow
 def test_a_stopped_case_goes_on(tmp_path: Path) -> None:
     config = change(
         table1.configuration("digits", "tiny", None, "auto"),
@@ -108,6 +112,7 @@ def test_a_stopped_case_goes_on(tmp_path: Path) -> None:
     assert [line["round"] for line in MetricsLog(folder / "metrics.jsonl").rounds()] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_study_that_is_told_to_stop_stops_its_runs(tmp_path: Path) -> None:
     program = f"""
 from pathlib import Path
@@ -137,6 +142,7 @@ raise SystemExit(run_command(lambda: print(run_cases([case], out, 1))))
         pass
 
 
+@pytest.mark.slow
 def test_a_case_that_fails_says_why_and_leaves_the_others(tmp_path: Path) -> None:
     config = table1.configuration("digits", "tiny", None, "auto")
     wrong = change(config, data__dataset="npz", data__dir=str(tmp_path / "nowhere.npz"))
@@ -164,7 +170,7 @@ def test_spread_is_the_standard_deviation_over_seeds() -> None:
 def test_an_impossible_change_is_refused() -> None:
     config = table1.configuration("digits", "tiny", None, "auto")
     with pytest.raises(UserError, match=r"training.batch_size"):
-        study.change(config, training__batch_size=0)
+        change(config, training__batch_size=0)
 
 
 @pytest.mark.parametrize("dataset", table1.DATASETS)

@@ -427,6 +427,7 @@ def why_not() -> str | None:
     return "there is no setuptools here, of version 77 or later, to install srfed with"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 def test_the_walkthrough_works_word_for_word_and_nobody_but_the_superlink_is_contacted(
     tmp_path: Path,
