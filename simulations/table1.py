@@ -65,7 +65,7 @@ class Preset(NamedTuple):
 
 _SMALL = {
     "training__learning_rate_schedule": "constant",
-    "training__across_passes": True,
+    "training__minibatches": "continued",
     "resources__client_cpus": 1,
 }
 PRESETS: Mapping[str, Mapping[str, Preset]] = {
@@ -93,7 +93,7 @@ PRESETS: Mapping[str, Mapping[str, Preset]] = {
             {
                 "training__local_epochs": None,
                 "training__local_steps": 16,
-                "training__across_passes": True,
+                "training__minibatches": "continued",
                 "federation__rounds": 293,
             },
             10_000,

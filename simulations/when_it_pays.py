@@ -130,7 +130,7 @@ def study_configuration(options: argparse.Namespace) -> RunConfig:
         evaluation__every=max(1, options.rounds // 4),
         evaluation__samples=500,
         evaluation__samples_between=500,
-        training__across_passes=True,
+        training__minibatches="continued",
     )
 
 

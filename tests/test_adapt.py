@@ -182,7 +182,7 @@ def test_fewer_images_than_a_minibatch_are_repeated(
     trained: TrainedRun, new_images: np.ndarray
 ) -> None:
     config = adaptation_config(trained.config, "frozen", images=5, steps=2, every=1)
-    assert config.training.across_passes
+    assert config.training.minibatches == "continued"
     *_, last = adapt(
         trained.config, trained.shared, new_images[:5], task=NEW, mode="frozen", steps=2, every=1
     )

@@ -146,7 +146,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
         "model.task_embedding",
     ),
     "one training image alone": (
-        {"data.images_per_task": 1, "training.drop_last": False},
+        {"data.images_per_task": 1, "training.minibatches": "ragged"},
         "data.images_per_task",
     ),
     "one image less": ({"data.images_per_task": 141}, "data.images_per_task"),
@@ -155,7 +155,10 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "mirrored images": ({"data.horizontal_flip": True}, "data.horizontal_flip"),
     "minibatches of one image": ({"training.batch_size": 1}, "training.batch_size"),
     "minibatches of one image more": ({"training.batch_size": 17}, "training.batch_size"),
-    "a last minibatch of a few images": ({"training.drop_last": False}, "training.drop_last"),
+    "a last minibatch of a few images": (
+        {"training.minibatches": "ragged"},
+        "training.minibatches",
+    ),
     "minibatches in another order": ({"seed": 1}, "seed"),
     "more steps": ({"training.local_steps": 2000}, "training.local_steps"),
     "passes in place of steps": (
@@ -500,7 +503,7 @@ def test_every_setting_has_a_rule_and_what_nobody_thought_of_is_exact() -> None:
             "training.batch_size: a minibatch of 2 images, 3 is the least",
         ),
         (
-            {"training.batch_size": 20, "training.drop_last": False},
+            {"training.batch_size": 20, "training.minibatches": "ragged"},
             "training.batch_size: a minibatch of 2 images",
         ),
         (

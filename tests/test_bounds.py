@@ -29,13 +29,17 @@ from srfed.units import printable
     "changes",
     [
         {"training.local_steps": 3},
-        {"training.local_steps": 3, "training.drop_last": False},
-        {"training.local_steps": None, "training.local_epochs": 2, "training.drop_last": False},
-        {"training.local_steps": 3, "training.across_passes": True},
+        {"training.local_steps": 3, "training.minibatches": "ragged"},
+        {
+            "training.local_steps": None,
+            "training.local_epochs": 2,
+            "training.minibatches": "ragged",
+        },
+        {"training.local_steps": 3, "training.minibatches": "continued"},
         {
             "training.update": "alternating",
             "training.exclusive_steps": 2,
-            "training.drop_last": False,
+            "training.minibatches": "ragged",
         },
         {"training.update": "exclusive"},
         {"model.exclusive_stages": "all", "training.local_steps": 2},
@@ -69,9 +73,9 @@ def test_a_round_is_computed_as_the_trainer_takes_it(changes: dict[str, Any]) ->
         state = result.state
 
 
-@pytest.mark.parametrize("across", [False, True])
-def test_images_are_counted_as_they_are_drawn(across: bool) -> None:
-    order = MinibatchOrder(10, 4, False, 0, "digit-0", across_passes=across)
+@pytest.mark.parametrize("minibatches", ["whole", "ragged", "continued"])
+def test_images_are_counted_as_they_are_drawn(minibatches: Any) -> None:
+    order = MinibatchOrder(10, 4, minibatches, 0, "digit-0")
     seen = 0
     for step in range(11):
         assert order.images_until(step) == seen

@@ -342,7 +342,7 @@ def test_training_is_a_plain_loop_over_the_same_draws(
         ema_warmup=warmup,
         local_steps=1,
         batch_size=6,
-        across_passes=True,
+        minibatches="continued",
         learning_rate=RATE if optimizer == "sgd" else 1e-3,
     )
     trained = central(config, 7, 9, 8)
@@ -472,7 +472,9 @@ def test_balanced_with_nothing_shared_is_as_many_trainings_apart() -> None:
 
 
 def test_a_task_that_is_not_drawn_stays_as_it_is_and_the_core_moves_in_each_step() -> None:
-    config = run_config("one_task", optimizer="adam", centralised_batch_size=12, across_passes=True)
+    config = run_config(
+        "one_task", optimizer="adam", centralised_batch_size=12, minibatches="continued"
+    )
     trained = central(config, 5, 7, 9)
     seen = set()
     for number in range(1, 9):
@@ -570,7 +572,7 @@ def test_pooled_images_come_alike_and_balanced_tasks() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_round_has_as_many_images_as_a_federated_one(method: str, size: int | None) -> None:
     config = run_config(
-        method, local_steps=2, batch_size=12, centralised_batch_size=size, across_passes=True
+        method, local_steps=2, batch_size=12, centralised_batch_size=size, minibatches="continued"
     )
     trained = Central(config, some_tasks(5, 7, 30), RecordingDiffusion)
     trained.train(1)
@@ -638,10 +640,12 @@ def test_a_batch_above_the_images_is_refused_unless_batches_may_run_on(
     method: str, size: int, message: str
 ) -> None:
     settings: dict[str, Any] = {"centralised_batch_size": size, "local_steps": 2}
-    with pytest.raises(UserError, match=f"{message}.*drop_last = false.*across_passes = true"):
+    with pytest.raises(UserError, match=f"{message}.*minibatches = ragged or continued"):
         central(run_config(method, **settings), 5, 7, 9)
     trained = Central(
-        run_config(method, **settings, across_passes=True), some_tasks(5, 7, 9), RecordingDiffusion
+        run_config(method, **settings, minibatches="continued"),
+        some_tasks(5, 7, 9),
+        RecordingDiffusion,
     )
     trained.train(1)
     assert trained.results[0].images == 24
@@ -651,12 +655,12 @@ def test_a_batch_above_the_images_is_refused_unless_batches_may_run_on(
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 20), st.integers(1, 50), st.booleans(), st.integers(0, 30), st.integers(0, 3))
+@given(st.integers(1, 20), st.integers(1, 50), st.integers(0, 30), st.integers(0, 3))
 def test_batches_across_passes_are_full_and_together_one_pass_after_another(
-    images: int, batch_size: int, drop_last: bool, start: int, seed: int
+    images: int, batch_size: int, start: int, seed: int
 ) -> None:
     def order() -> MinibatchOrder:
-        return MinibatchOrder(images, batch_size, drop_last, seed, "a", across_passes=True)
+        return MinibatchOrder(images, batch_size, "continued", seed, "a")
 
     one = order()
     batches = [one.indices(step) for step in range(start + 4)]
@@ -674,7 +678,7 @@ def test_batches_across_passes_are_full_and_together_one_pass_after_another(
 
 def test_passes_differ_and_those_that_fit_are_those_without_running_on() -> None:
     across, within = (
-        MinibatchOrder(12, 4, True, 0, "a", across_passes=flag) for flag in (True, False)
+        MinibatchOrder(12, 4, minibatches, 0, "a") for minibatches in ("continued", "whole")
     )
     batches = [across.indices(step).tolist() for step in range(9)]
     assert batches == [within.indices(step).tolist() for step in range(9)]

@@ -102,12 +102,12 @@ def test_a_text_that_is_missing_is_the_empty_text(tmp_path: Path) -> None:
 
 
 def test_a_file_changes_what_it_names_and_overrides_win_in_order(tmp_path: Path) -> None:
-    path = write(tmp_path, "seed: 1\ntraining:\n  batch_size: 16\n  drop_last: false\n")
+    path = write(tmp_path, "seed: 1\ntraining:\n  batch_size: 16\n  minibatches: ragged\n")
     config = load_config(
         path, ["training.batch_size=8", "seed=2", "training.batch_size=4", "name=other"]
     )
     assert (config.seed, config.name) == (2, "other")
-    assert (config.training.batch_size, config.training.drop_last) == (4, False)
+    assert (config.training.batch_size, config.training.minibatches) == (4, "ragged")
     assert config.training.learning_rate == RunConfig().training.learning_rate
     assert load_config(path).training.batch_size == 16
 
@@ -162,7 +162,7 @@ def test_the_configuration_is_immutable() -> None:
         ),
         ("evaluation.samples=1_000", ['evaluation.samples = "1_000"', "in decimal digits alone"]),
         ("model.exclusive_stages=01", ['model.exclusive_stages = "01"', "none | io | all"]),
-        ("training.drop_last=no", ['training.drop_last = "no"', "true | false"]),
+        ("data.horizontal_flip=no", ['data.horizontal_flip = "no"', "true | false"]),
         ("sampling.clip=on", ['sampling.clip = "on"', "true | false"]),
         ("training.batch_size=[1]", ["training.batch_size = [1]", "whole number"]),
         ("training.learning_rate=fast", ['training.learning_rate = "fast"', "number"]),
@@ -229,7 +229,7 @@ def test_the_configuration_is_immutable() -> None:
             ["evaluation.ssim_curve 501 is above diffusion.timesteps 500"],
         ),
         # keys
-        ("training.batchsize=3", ["unknown key `training.batchsize`", "batch_size, drop_last"]),
+        ("training.batchsize=3", ["unknown key `training.batchsize`", "minibatches, local_steps"]),
         ("trainings.batch_size=3", ["unknown key `trainings`", "data, diffusion, model, training"]),
         ("training=3", ["training = 3", "section of settings"]),
         # the override itself
@@ -455,7 +455,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "model.attention_stages": st.lists(st.integers(0, 3), max_size=3),
     "training.learning_rate": st.floats(0, 10, exclude_min=True),
     "training.gradient_clip": st.none() | st.floats(0, allow_infinity=False, exclude_min=True),
-    "training.drop_last": st.booleans(),
+    "training.minibatches": st.sampled_from(["whole", "ragged", "continued"]),
     "federation.rounds": st.integers(1, 10**9),
     "sampling.eta": st.floats(0, 1),
     "resources.backend": st.sampled_from(["ray", "inline"]),

@@ -450,12 +450,8 @@ def test_check_of_an_npz_file_in_moments_mode(tiny_yaml: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("settings", "minibatch"),
     [
-        (["training.batch_size=32", "training.across_passes=true"], "32 of 20 images"),
-        (["training.batch_size=32", "training.drop_last=false"], "20 of 20 images"),
-        (
-            ["training.batch_size=32", "training.drop_last=false", "training.across_passes=true"],
-            "32 of 20 images",
-        ),
+        (["training.batch_size=32", "training.minibatches=continued"], "32 of 20 images"),
+        (["training.batch_size=32", "training.minibatches=ragged"], "20 of 20 images"),
         (["training.batch_size=8"], "8 of 20 images"),
     ],
 )

@@ -164,7 +164,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "dropout": {"model.dropout": 0.1},
     "alternating": {"training.update": "alternating", "training.exclusive_steps": 3},
-    "a short last minibatch": {"training.drop_last": False, "training.across_passes": False},
+    "a short last minibatch": {"training.minibatches": "ragged"},
     "proximal": {"training.proximal": 0.1},
     "plain SGD": {"training.optimizer": "sgd"},
     "a table of tasks": {"model.task_embedding": "shared", "model.exclusive_stages": "none"},

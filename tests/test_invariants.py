@@ -194,7 +194,7 @@ def test_weights_by_examples_make_the_union_batch_a_mean_over_images_not_over_ba
     """Each client steps on all its images; weights by images make that the gradient of all images
     alike.
     """
-    config = run_config(1, optimizer="sgd", local_steps=1, batch_size=64, drop_last=False)
+    config = run_config(1, optimizer="sgd", local_steps=1, batch_size=64, minibatches="ragged")
     federation, uniform = (Federation(config, [2, 12, 5]) for _ in range(2))
     start = federation.shared
     federation.round(1, "examples")

@@ -321,7 +321,7 @@ def generated_by_a_model(train: Images) -> Images:
                 "local_steps": 250,
                 "learning_rate": 5e-3,
                 "learning_rate_schedule": "constant",
-                "across_passes": True,
+                "minibatches": "continued",
             },
         }
     )

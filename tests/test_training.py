@@ -226,16 +226,22 @@ def largest_difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]
 # Minibatches
 
 
-@given(images=st.integers(1, 20), batch_size=st.integers(1, 20), drop_last=st.booleans())
+@given(
+    images=st.integers(1, 20),
+    batch_size=st.integers(1, 20),
+    minibatches=st.sampled_from(["whole", "ragged"]),
+)
 @settings(max_examples=60, deadline=None)
 def test_each_pass_is_a_permutation_cut_into_batches(
-    images: int, batch_size: int, drop_last: bool
+    images: int, batch_size: int, minibatches: Any
 ) -> None:
-    if drop_last and batch_size > images:
+    if minibatches == "whole" and batch_size > images:
         return
-    order = MinibatchOrder(images, batch_size, drop_last, 0, "a")
+    order = MinibatchOrder(images, batch_size, minibatches, 0, "a")
     rest = images % batch_size
-    sizes = [batch_size] * (images // batch_size) + ([rest] if rest and not drop_last else [])
+    sizes = [batch_size] * (images // batch_size) + (
+        [rest] if rest and minibatches == "ragged" else []
+    )
     for number in range(2):
         batches = [
             order.indices(number * len(sizes) + step).tolist()
@@ -248,16 +254,16 @@ def test_each_pass_is_a_permutation_cut_into_batches(
 
 
 def test_minibatches_can_start_anywhere() -> None:
-    order = MinibatchOrder(10, 4, False, 0, "a")
+    order = MinibatchOrder(10, 4, "ragged", 0, "a")
     sequence = [order.indices(step).tolist() for step in range(12)]
     for step in (11, 3, 0, 7, 6):
         assert order.indices(step).tolist() == sequence[step]
-        assert MinibatchOrder(10, 4, False, 0, "a").indices(step).tolist() == sequence[step]
+        assert MinibatchOrder(10, 4, "ragged", 0, "a").indices(step).tolist() == sequence[step]
 
 
 def test_each_pass_task_and_seed_has_its_own_order() -> None:
     def whole(seed: int, task: str, number: int) -> tuple[int, ...]:
-        return tuple(MinibatchOrder(30, 30, True, seed, task).indices(number).tolist())
+        return tuple(MinibatchOrder(30, 30, "whole", seed, task).indices(number).tolist())
 
     names = [(seed, task, number) for seed in (0, 1) for task in ("a", "b") for number in (0, 1, 2)]
     assert len({whole(*name) for name in names}) == len(names)
@@ -266,11 +272,11 @@ def test_each_pass_task_and_seed_has_its_own_order() -> None:
 def test_a_batch_above_the_task_is_refused_or_cut() -> None:
     words = (
         r"training.batch_size = 5 is above the 4 training images of task 'b'; allowed: up to "
-        r"4, or .*drop_last"
+        r"4, or .*minibatches = ragged"
     )
     with pytest.raises(UserError, match=words):
-        MinibatchOrder(4, 5, True, 0, "b")
-    cut = MinibatchOrder(4, 5, False, 0, "b")
+        MinibatchOrder(4, 5, "whole", 0, "b")
+    cut = MinibatchOrder(4, 5, "ragged", 0, "b")
     assert sorted(cut.indices(3).tolist()) == [0, 1, 2, 3]
     with pytest.raises(UserError, match="task 'b'"):
         Client(run_config(batch_size=5), "b", some_images(4))
@@ -952,17 +958,17 @@ def test_alternating_skips_a_part_that_the_partition_leaves_empty(stages: str, s
 
 
 @pytest.mark.parametrize(
-    ("update", "drop_last", "sizes"),
+    ("update", "minibatches", "sizes"),
     [
-        ("joint", True, [4, 4] * 2),
-        ("joint", False, [4, 4, 2] * 2),
-        ("alternating", True, [4, 4] * 4),
+        ("joint", "whole", [4, 4] * 2),
+        ("joint", "ragged", [4, 4, 2] * 2),
+        ("alternating", "whole", [4, 4] * 4),
     ],
 )
 def test_local_epochs_are_passes_over_the_images(
-    update: str, drop_last: bool, sizes: list[int]
+    update: str, minibatches: str, sizes: list[int]
 ) -> None:
-    client = Client(run_config(local_epochs=2, drop_last=drop_last, update=update))
+    client = Client(run_config(local_epochs=2, minibatches=minibatches, update=update))
     result = client.train(1)
     assert [len(draw.images) for draw in client.draws] == sizes
     assert result.images == sum(sizes)
@@ -972,7 +978,7 @@ def test_local_epochs_are_passes_over_the_images(
 
 def test_the_loss_is_the_mean_over_images_of_eq_7_before_each_step() -> None:
     """By images, not by batches: the last batch of this pass has 1 image, the others 3."""
-    config = run_config(batch_size=3, drop_last=False, local_steps=8, learning_rate=5e-3)
+    config = run_config(batch_size=3, minibatches="ragged", local_steps=8, learning_rate=5e-3)
     client = Client(config)
     result = client.train(1)
     assert sorted({len(draw.images) for draw in client.draws}) == [1, 3]

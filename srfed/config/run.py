@@ -24,6 +24,8 @@ from srfed.config.yaml import Dumper
 
 REMOVED = {
     "federation.largest_update": "an update's bound is what the clients' optimizer can do",
+    "training.drop_last": "training.minibatches is whole or ragged now",
+    "training.across_passes": "training.minibatches is continued now",
     "training.central_batch_size": "it is training.centralised_batch_size now",
 }
 """Settings of earlier versions, and why there is none any more."""

@@ -22,13 +22,11 @@ class TrainingConfig(Section):
         description="images in one centralised step, over all tasks; null takes batch_size. A "
         "round has as many images as a federated one: clients times local_steps times batch_size",
     )
-    drop_last: bool = setting(
-        True, description="leave out the last, smaller batch of each pass over the images"
-    )
-    across_passes: bool = setting(
-        False,
-        description="let a batch run on into the next pass over the images, so that each has "
-        "batch_size of them, even at a client with fewer; drop_last then has no meaning",
+    minibatches: Literal["whole", "ragged", "continued"] = setting(
+        "whole",
+        description="what becomes of the images left over at the end of a pass: whole leaves them "
+        "out, ragged makes a smaller batch of them, continued goes on into the next pass, so that "
+        "each batch has batch_size images, even at a client with fewer",
     )
     local_steps: int | None = setting(
         12, ge=1, description="optimizer steps a round; null when local_epochs is set"

@@ -335,8 +335,7 @@ def smallest_minibatch(config: RunConfig, images: int) -> int:
     """Different images in the smallest minibatch that a client with so many images trains on."""
     training = config.training
     rest = images % training.batch_size
-    ragged = not training.drop_last and not training.across_passes and rest
-    return rest if ragged else min(images, training.batch_size)
+    return rest if training.minibatches == "ragged" and rest else min(images, training.batch_size)
 
 
 def samples_of(config: RunConfig) -> AgreedSamples:

@@ -88,7 +88,7 @@ def adaptation_config(
         "shared_moments": "reset",
         "proximal": 0.0,
         "learning_rate_schedule": "constant",
-        "across_passes": training.across_passes or training.batch_size > images,
+        "minibatches": "continued" if training.batch_size > images else training.minibatches,
     }
     if mode != "frozen":
         # All tensors move as one part, at φ's rate, which is θ's too unless the run sets that

@@ -252,12 +252,11 @@ def centralised_orders(config: RunConfig, images: Mapping[str, int]) -> dict[str
     tasks_in_batch = len(images) if training.method == "balanced" else 1
     groups = {POOL: sum(images.values())} if training.method == "pooled" else images
     for name, count in groups.items():
-        if training.drop_last and not training.across_passes and size // tasks_in_batch > count:
+        if training.minibatches == "whole" and size // tasks_in_batch > count:
             raise UserError(
                 f"training.{key} = {size} asks for {size // tasks_in_batch} images of {name!r} at "
                 f"once, which has {count} training images; allowed: up to "
-                f"{count * tasks_in_batch}, or training.drop_last = false, or "
-                "training.across_passes = true"
+                f"{count * tasks_in_batch}, or training.minibatches = ragged or continued"
             )
     return {
         name: MinibatchOrder.of(training, count, size // tasks_in_batch, config.seed, name)

@@ -4,7 +4,7 @@ task, step).
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,37 +23,34 @@ class MinibatchOrder:
     Args:
         images: number of training images n.
         batch_size: images in a minibatch.
-        drop_last: leave out the last, smaller minibatch of each pass.
-        across_passes: let a minibatch run on into the next pass, so that each has ``batch_size``
-            images.
+        minibatches: what becomes of the images left over at the end of a pass: "whole" leaves
+            them out, "ragged" makes a smaller minibatch of them, "continued" goes on into the next
+            pass.
         seed: the run's seed.
         task: the task's name.
 
     Raises:
-        UserError: ``drop_last`` would leave no minibatch at all.
+        UserError: under "whole" there would be no minibatch at all.
     """
 
     def __init__(
         self,
         images: int,
         batch_size: int,
-        drop_last: bool,
+        minibatches: Literal["whole", "ragged", "continued"],
         seed: int,
         task: str,
-        *,
-        across_passes: bool = False,
     ) -> None:
-        if drop_last and not across_passes and batch_size > images:
+        if minibatches == "whole" and batch_size > images:
             raise UserError(
                 f"training.batch_size = {batch_size} is above the {images} training images of task "
-                f"{task!r}; allowed: up to {images}, or training.drop_last = false, or "
-                "training.across_passes = true"
+                f"{task!r}; allowed: up to {images}, or training.minibatches = ragged or continued"
             )
         self.images = images
         self.batch_size = batch_size
-        self.across_passes = across_passes
-        whole = drop_last and not across_passes
-        self.steps_per_pass = images // batch_size if whole else -(-images // batch_size)
+        self._continued = minibatches == "continued"
+        whole = images // batch_size
+        self.steps_per_pass = whole if minibatches == "whole" else -(-images // batch_size)
         self._seed = seed
         self._task = task
         self._pass = -1
@@ -64,13 +61,11 @@ class MinibatchOrder:
         cls, training: TrainingConfig, images: int, batch_size: int, seed: int, task: str
     ) -> "MinibatchOrder":
         """The order that a run's settings ask for."""
-        return cls(
-            images, batch_size, training.drop_last, seed, task, across_passes=training.across_passes
-        )
+        return cls(images, batch_size, training.minibatches, seed, task)
 
     def indices(self, step: int) -> Tensor:
         """Indices of the images of a step: (batch_size,) int64, fewer at the end of a pass."""
-        if not self.across_passes:
+        if not self._continued:
             number, position = divmod(step, self.steps_per_pass)
             return self._in_pass(number)[
                 position * self.batch_size : (position + 1) * self.batch_size
@@ -85,7 +80,7 @@ class MinibatchOrder:
 
     def images_until(self, step: int) -> int:
         """How many images the steps before this one have seen, with repetition."""
-        if self.across_passes:
+        if self._continued:
             return step * self.batch_size
         number, position = divmod(step, self.steps_per_pass)
         in_pass = min(self.images, self.steps_per_pass * self.batch_size)
