@@ -78,7 +78,6 @@ def ablations(config: RunConfig) -> dict[str, dict[str, Any]]:
             "federation__server_learning_rate": 2.0,
         },
         "φ's moments reset": {"training__shared_moments": "reset"},
-        "φ's moments averaged": {"training__shared_moments": "average"},
         "head starts at zero": {"model__zero_head": True},
         "half the local steps, twice the rounds": {
             "training__local_steps": steps // 2,

@@ -193,7 +193,7 @@ def test_a_runs_unusual_settings_still_make_an_adaptation(trained: TrainedRun) -
     for changes in (
         {"method": "balanced", "centralised_batch_size": 12},
         {"update": "alternating", "exclusive_steps": 2},
-        {"shared_moments": "average", "proximal": 0.1},
+        {"shared_moments": "reset", "proximal": 0.1},
         {"local_steps": None, "local_epochs": 1},
         {"exclusive_learning_rate": 1e-3},
     ):

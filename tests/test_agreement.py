@@ -165,7 +165,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "gradients as they are": ({"training.optimizer": "sgd"}, "training.optimizer"),
     "gradients without a bound": ({"training.gradient_clip": None}, "training.gradient_clip"),
     "another rate": ({"training.learning_rate": 1.0}, "training.learning_rate"),
-    "φ's moments": ({"training.shared_moments": "average"}, "training.shared_moments"),
+    "φ's moments": ({"training.shared_moments": "reset"}, "training.shared_moments"),
     "more rounds": ({"federation.rounds": 4}, "federation.rounds"),
     "images in place of statistics": ({"evaluation.mode": "samples"}, "evaluation.mode"),
     "statistics in every round": ({"evaluation.every": 1}, "evaluation.every"),

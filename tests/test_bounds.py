@@ -9,16 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_faulty_clients import app_with, edit_tensors
-from tiny_run import begin, round_lines, run_in_process, tiny_config
+from tiny_run import tiny_config
 
 from srfed.config import load_config, parse_config_json
 from srfed.data import load_tasks
 from srfed.errors import UserError
 from srfed.federation.aggregation import client_weights
 from srfed.federation.bounds import TrainPlan
-from srfed.federation.messages import SHARED_MOMENTS
-from srfed.federation.screening import RefusedError, _check_moments, moment_templates
 from srfed.model import build_diffusion, build_model, build_partition
 from srfed.training.local import LocalTrainer, initial_state
 from srfed.training.minibatches import MinibatchOrder
@@ -130,63 +127,6 @@ def test_no_gradients_move_adam_further_than_its_reach_and_some_come_near() -> N
     # Gradients that grow by β2 / β1 after a long silence reach further than that.
     growing = [1e-6] * 6000 + [(BETA2 / BETA1) ** (k - 60) for k in range(61)]
     assert 7.1 < longest_step(growing) <= ADAM_REACH
-
-
-def moments_of(gradients: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    parameter = torch.nn.Parameter(torch.zeros(5))
-    optimizer = PartOptimizer(tiny_config().training, {"w": parameter}, 1e-3)
-    for gradient in gradients:
-        parameter.grad = gradient
-        optimizer.step()
-    return optimizer.export_moments()
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-12, 1e-3, 0.4])
-def test_adams_own_moments_are_accepted(scale: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    gradients = [scale * torch.randn(5, generator=generator).clamp(-1, 1) for _ in range(50)]
-    _check_moments(moments_of(gradients), {}, 50, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "expected"),
-    [
-        ("exp_avg.w", 0.9, "more than its second one allows"),
-        ("exp_avg_sq.w", -1e-3, "is of no gradient"),
-        ("exp_avg_sq.w", 1e30, "is of no gradient"),
-        ("step.w", 1e9, "claim 1e+09 steps, not 50"),
-        ("step.w", 0.0, "claim 0 steps, not 50"),
-    ],
-)
-def test_moments_of_no_gradient_are_refused(name: str, value: float, expected: str) -> None:
-    """They would move, or freeze, φ at every other client."""
-    moments = moments_of([torch.full((5,), 0.01)] * 50)
-    moments[name] = torch.full_like(moments[name], value)
-    with pytest.raises(RefusedError, match=expected.replace("+", r"\+")):
-        _check_moments(moments, {}, 50, 1.0)
-
-
-def test_averaged_moments_pass_the_bounds_round_after_round(tmp_path: Path) -> None:
-    run = run_in_process(
-        begin(tmp_path / "run", {"training.shared_moments": "average", "evaluation.every": 0})
-    )
-    assert [len(line["accepted"]) for line in round_lines(run)] == [3, 3, 3]
-    assert moment_templates({"w": torch.zeros(2)}).keys() == {"exp_avg.w", "exp_avg_sq.w", "step.w"}
-
-
-def test_a_client_whose_moments_are_of_no_gradient_is_refused(tmp_path: Path) -> None:
-    def inflate(moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {
-            name: 1e6 * tensor if name.startswith("exp_avg.") else tensor
-            for name, tensor in moments.items()
-        }
-
-    settings = {"training.shared_moments": "average", "evaluation.every": 0, "federation.rounds": 1}
-    app = app_with(1, train=[edit_tensors(inflate, SHARED_MOMENTS)])
-    run = run_in_process(begin(tmp_path / "run", settings), app)
-    (line,) = round_lines(run)
-    assert "more than its second one allows" in line["refused"]["digit-1"]
-    assert line["accepted"] == ["digit-0", "digit-2"]
 
 
 # --- Weights -------------------------------------------------------------------------------------

@@ -161,7 +161,6 @@ def test_the_order_in_which_replies_arrive_changes_no_bit(tmp_path: Path, weight
         "federation.server_optimizer": "momentum",
         "federation.weights": weights,
         "federation.rounds": 2,
-        "training.shared_moments": "average",
     }
     first = run_in_process(begin(tmp_path / "first", settings))
     run = begin(tmp_path / "last", settings)

@@ -30,9 +30,6 @@ def test_modules_and_totals_add_up(rule: str, capsys: pytest.CaptureFixture[str]
 def test_a_round_carries_four_bytes_a_shared_parameter(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--image-channels", "1", "--set", "model.exclusive_stages=io"]) == 0
     assert "4.7 MB to each client" in capsys.readouterr().out
-    averaged = ["--set", "training.shared_moments=average"]
-    assert main(["--image-channels", "1", "--set", "model.exclusive_stages=io", *averaged]) == 0
-    assert "14.2 MB to each client" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -84,14 +84,14 @@ def reopen(run: RunFolder) -> RunFolder:
     "settings",
     [
         {"training.shared_moments": "keep", "federation.server_optimizer": "adam"},
-        {"training.shared_moments": "average", "federation.server_optimizer": "momentum"},
+        {"training.shared_moments": "reset", "federation.server_optimizer": "momentum"},
         {
             "federation.clients_per_round": 2,
             "training.update": "alternating",
             "federation.keep_attempts": 2,
         },
     ],
-    ids=["keep-adam", "average-momentum", "two-of-three-alternating"],
+    ids=["keep-adam", "reset-momentum", "two-of-three-alternating"],
 )
 def test_a_stopped_and_resumed_run_ends_in_the_bits_of_an_unbroken_one(
     tmp_path: Path, settings: dict[str, Any]

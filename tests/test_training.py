@@ -24,7 +24,7 @@ from srfed.config import RunConfig, parse_config
 from srfed.device import resolve_device
 from srfed.diffusion.process import Diffusion
 from srfed.errors import UserError
-from srfed.federation.aggregation import aggregate, weighted_mean
+from srfed.federation.aggregation import aggregate
 from srfed.model import build_diffusion, build_model, build_partition
 from srfed.training.ema import round_decay, step_decay, update_average
 from srfed.training.local import LocalResult, LocalTrainer, initial_state, load_tensors
@@ -139,12 +139,10 @@ class Client:
         self.state = initial_state(self.model, self.partition)
         self.results: list[LocalResult] = []
 
-    def train(
-        self, *rounds: int, shared_moments: Mapping[str, Tensor] | None = None
-    ) -> LocalResult:
+    def train(self, *rounds: int) -> LocalResult:
         """Train for rounds in turn, as the only client of its federation."""
         for number in rounds:
-            result = self.trainer.train(number, self.shared, self.state, shared_moments)
+            result = self.trainer.train(number, self.shared, self.state)
             self.shared, self.state = result.shared, result.state
             self.results.append(result)
         return self.results[-1]
@@ -710,7 +708,6 @@ def result_tensors(result: LocalResult) -> Tensors:
         f"{part}/{name}": tensor
         for part, tensors in (
             ("shared", result.shared),
-            ("moments", result.shared_moments),
             ("exclusive", state.exclusive),
             ("average", state.exclusive_average),
             ("own", state.exclusive_moments),
@@ -830,46 +827,19 @@ def test_reset_and_keep_differ_from_the_second_round_on() -> None:
     assert largest_difference(reset.train(2).shared, keep.train(2).shared) > 1e-4
 
 
-def test_only_the_policy_that_needs_them_hands_out_the_cores_moments() -> None:
+def test_the_cores_moments_stay_at_the_client_or_are_forgotten() -> None:
     names = {
         f"{key}.{name}"
         for key in ("exp_avg", "exp_avg_sq", "step")
         for name in Client(run_config()).shared
     }
-    for policy, kept, sent in (
-        ("reset", set(), set()),
-        ("keep", names, names),
-        ("average", set(), names),
-    ):
+    for policy, kept in (("reset", set()), ("keep", names)):
         client = Client(run_config(shared_moments=policy))
         result = client.train(1)
         assert set(result.state.shared_moments) == kept
-        assert set(result.shared_moments) == sent
         assert {n.split(".", 1)[1] for n in result.state.exclusive_moments} == set(
             client.partition.exclusive
         )
-
-
-def test_average_starts_the_core_from_the_mean_of_the_clients_moments() -> None:
-    config = run_config(shared_moments="average")
-    one, two = Client(config, "a", some_images(seed=1)), Client(config, "b", some_images(seed=2))
-    moments = {"a": one.train(1).shared_moments, "b": two.train(1).shared_moments}
-    mean = {name: t.float() for name, t in weighted_mean(moments, {"a": 0.25, "b": 0.75}).items()}
-    for name in mean:
-        torch.testing.assert_close(
-            mean[name], 0.25 * moments["a"][name] + 0.75 * moments["b"][name]
-        )
-    reference = Reference(config, one)
-    on_exclusive, on_shared = adam(reference.exclusive), adam(reference.shared)
-    reference.fit(one.draws, on_exclusive, on_shared)
-    result = one.train(2, shared_moments=mean)
-    for name, parameter in zip(one.partition.shared, reference.shared, strict=True):
-        on_shared.state[parameter] = {
-            key: mean[f"{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
-        }
-    reference.fit(one.draws[3:], on_exclusive, on_shared)
-    assert_close(one.weights, reference.weights)
-    assert {float(t) for n, t in result.shared_moments.items() if n.startswith("step.")} == {6}
 
 
 @pytest.mark.parametrize("update", ["joint", "alternating"])
@@ -889,7 +859,7 @@ def test_gradients_are_clipped_to_a_norm_over_all_that_the_step_trains(
             reference.fit(draws, torch.optim.SGD(parameters, lr=0.1), clip=norm)
     assert_close(client.weights, clipped.weights)
     assert (largest_difference(client.weights, free.weights) > 1e-3) == (clip < 1)
-    assert client.state.exclusive_moments == client.results[-1].shared_moments == {}
+    assert client.state.exclusive_moments == client.state.shared_moments == {}
 
 
 @pytest.mark.parametrize(("exclusive_rate", "expected"), [(None, 0.05), (0.2, 0.2)])
@@ -917,7 +887,7 @@ def test_all_exclusive_is_one_uninterrupted_training_of_a_whole_network() -> Non
     config = run_config(stages="all")
     client = Client(config)
     result = client.train(1, 2)
-    assert (result.shared, result.shared_moments, result.shared_steps) == ({}, {}, 0)
+    assert (result.shared, result.state.shared_moments, result.shared_steps) == ({}, {}, 0)
     reference = Reference(config, client)
     reference.fit(client.draws, adam(reference.model.parameters()))
     assert_close(client.state.exclusive, reference.weights)

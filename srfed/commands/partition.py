@@ -74,11 +74,10 @@ def _show(options: argparse.Namespace) -> None:
         for names in (partition.shared, partition.exclusive)
     )
     both_ways = sum(tensors[name].nbytes for name in partition.shared)
-    moments = 3 if config.training.shared_moments == "average" else 1
     clients = config.federation.clients_per_round or config.federation.clients
     print(f"\nshared     (φ)   {shared:>12,} parameters in {len(partition.shared)} tensors")
     print(f"exclusive  (θ_i) {exclusive:>12,} parameters in {len(partition.exclusive)} tensors")
     print(
-        f"a round carries {bytes_in_words(both_ways * moments)} to each client and as much back; "
-        f"with {clients} clients {bytes_in_words(2 * both_ways * moments * clients)} in all"
+        f"a round carries {bytes_in_words(both_ways)} to each client and as much back; "
+        f"with {clients} clients {bytes_in_words(2 * both_ways * clients)} in all"
     )

@@ -66,10 +66,9 @@ class TrainingConfig(Section):
     gradient_clip: float | None = setting(
         1.0, gt=0, description="largest gradient norm of one step; null: no clipping"
     )
-    shared_moments: Literal["reset", "keep", "average"] = setting(
+    shared_moments: Literal["reset", "keep"] = setting(
         "keep",
-        description="Adam's moments of φ between rounds: start afresh, stay at the client, or "
-        "averaged by the server",
+        description="Adam's moments of φ between rounds: start afresh, or stay at the client",
     )
     ema_decay: float = setting(
         0.995, ge=0, lt=1, description="decay per local step of the averaged weights"
@@ -84,10 +83,6 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"set exactly one of local_steps (now {self.local_steps}) and local_epochs (now "
                 f"{self.local_epochs}); the other is null"
-            )
-        if self.shared_moments == "average" and self.optimizer != "adam":
-            raise ValueError(
-                f"shared_moments average needs optimizer adam; {self.optimizer} has no moments"
             )
         if self.exclusive_steps is not None and self.update != "alternating":
             raise ValueError(f"exclusive_steps {self.exclusive_steps} needs update: alternating")

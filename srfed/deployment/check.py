@@ -71,7 +71,6 @@ def check_site(
         sum(tensors[name].nbytes for name in names)
         for names in (partition.shared, partition.exclusive)
     )
-    moments = 3 if training.shared_moments == "average" else 1
     parameters = sum(tensors[name].numel() for name in partition.shared)
     needed = _bytes_of_store(config, task, shared, exclusive)
     free = shutil.disk_usage(state_dir).free
@@ -88,9 +87,8 @@ def check_site(
         ),
     )
 
-    payload, agreement = shared * moments, standing(state_dir, client)
+    agreement = standing(state_dir, client)
     fitting = f"none yet; agree with: {COMMAND}" if agreement is None else fits(agreement, config)
-    what = "φ" if moments == 1 else "φ and its two averaged moments"
     return "\n".join(
         [
             f"images:     {data}",
@@ -115,8 +113,8 @@ def check_site(
             f"            {bytes_in_words(free)} free, up to {bytes_in_words(needed)} needed",
             f"computes:   on {device.type}",
             "",
-            f"each round: {payload:,} bytes ({bytes_in_words(payload)}) come and as many go: "
-            f"{what}, {parameters:,} parameters in {len(partition.shared)} tensors",
+            f"each round: {shared:,} bytes ({bytes_in_words(shared)}) come and as many go: "
+            f"φ, {parameters:,} parameters in {len(partition.shared)} tensors",
             "also go:    the client's id, numbers of images and their size, losses and times, a "
             "fingerprint of the partition",
             *_of_evaluation(config, height * width * channels),

@@ -27,8 +27,6 @@ EVALUATE = "evaluate"
 
 SHARED = "shared"
 """Array record of φ, both ways."""
-SHARED_MOMENTS = "shared-moments"
-"""Array record of φ's optimizer moments, both ways, under ``training.shared_moments: average``."""
 GENERATED = "generated"
 """Array record of generated images, client to server, uint8 N x H x W x C."""
 STATISTICS = "statistics"

@@ -4,7 +4,6 @@ What it may say is declared in :mod:`srfed.federation.bounds`; here every reply,
 error is held to it, the size of what is to be read before it is read.
 """
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 
@@ -39,7 +38,6 @@ from srfed.federation.messages import (
     REPLY,
     SETS,
     SHARED,
-    SHARED_MOMENTS,
     STATISTICS,
     Description,
     ReplyHeader,
@@ -50,7 +48,7 @@ from srfed.federation.messages import (
     read_tensors,
 )
 from srfed.storage.client_store import check_name
-from srfed.training.optimizer import ADAM_REACH, MARGIN, MOMENTS, Reach
+from srfed.training.optimizer import Reach
 from srfed.units import printable
 
 LOST = frozenset(
@@ -62,8 +60,6 @@ LOST = frozenset(
     }
 )
 """Flower's errors that mean that a client is gone; the others mean that it has failed."""
-MOMENT_ROUNDING = 1e-15
-"""Below it a gradient's square is no float32 any more, and its root nothing beside Adam's ε."""
 
 
 class RefusedError(Exception):
@@ -81,7 +77,6 @@ class TrainReply:
 
     Attributes:
         shared: φ_i, shortened where it was too long.
-        shared_moments: φ's optimizer moments; empty unless they are averaged.
         plan: what the server knows of the client's round.
         loss: mean loss, its own word.
         loss_by_quarter: the same by quarter of the timestep range; NaN where none was drawn.
@@ -89,7 +84,6 @@ class TrainReply:
     """
 
     shared: dict[str, Tensor]
-    shared_moments: dict[str, Tensor]
     plan: TrainPlan
     loss: float
     loss_by_quarter: list[float]
@@ -144,8 +138,6 @@ def screen_train(
     plan: TrainPlan,
     reach: Reach | None,
     shared: Mapping[str, Tensor],
-    received: Mapping[str, Tensor] | None,
-    clip: float | None,
 ) -> TrainReply:
     """Check an update against φ^r: who, which attempt, key set, shapes, dtypes, finite values,
     numbers, its length.
@@ -156,21 +148,14 @@ def screen_train(
         plan: what the client was to do.
         reach: how far it can have moved φ; None where nothing bounds it.
         shared: φ^r, in the partition's order.
-        received: φ's moments as the client received them, empty in the first round; None where none
-            are to come.
-        clip: the largest norm of a gradient, which bounds moments; None where there is none.
 
     Raises:
         RefusedError: it is not what was asked for.
     """
-    _check_header(message, expected, {SHARED, *(() if received is None else (SHARED_MOMENTS,))})
+    _check_header(message, expected, {SHARED})
     update = _tensors(message, SHARED, shared)
     metrics = read_metrics(message.content)
     _check_numbers(metrics, plan.numbers())
-    averaged: dict[str, Tensor] = {}
-    if received is not None:
-        averaged = _tensors(message, SHARED_MOMENTS, moment_templates(shared))
-        _check_moments(averaged, received, plan.shared_steps, clip)
     shortened = 1.0
     if reach is not None:
         shortened = _shortening(update_norm(shared, update), reach)
@@ -184,7 +169,7 @@ def screen_train(
     quarters = metrics["loss_by_quarter"]
     assert isinstance(quarters, list), "the numbers were checked"
     return TrainReply(
-        update, averaged, plan, _one(metrics, "loss"), [float(loss) for loss in quarters], shortened
+        update, plan, _one(metrics, "loss"), [float(loss) for loss in quarters], shortened
     )
 
 
@@ -245,15 +230,6 @@ def screen_statistics(
     return EvaluateReply(None, None, ClientStatistics(**statistics), curve, audit)
 
 
-def moment_templates(shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Zero tensors with the names, shapes and dtypes of Adam's moments of φ."""
-    return {
-        f"{moment}.{name}": torch.zeros(()) if moment == "step" else torch.zeros_like(tensor)
-        for moment in MOMENTS
-        for name, tensor in shared.items()
-    }
-
-
 def reason_of_failure(message: Message) -> str:
     """An error reply in one line, printable."""
     if message.error.code == FAILED:
@@ -274,26 +250,6 @@ def _shortening(norm: float, reach: Reach) -> float:
             "move φ"
         )
     return min(1.0, reach.usual / norm) if norm else 1.0
-
-
-def _check_moments(
-    moments: Mapping[str, Tensor], received: Mapping[str, Tensor], steps: int, clip: float | None
-) -> None:
-    """Adam's moments of φ: what no gradients can have made would move, or stop, everybody's φ."""
-    longest = math.inf if clip is None else MARGIN * clip
-    for name in [name.partition(".")[2] for name in moments if name.startswith("step.")]:
-        first, second, step = (moments[f"{moment}.{name}"].double() for moment in MOMENTS)
-        before = received.get(f"step.{name}", torch.zeros(()))
-        if abs(float(step) - float(before) - steps) > 0.01:
-            raise RefusedError(
-                f"its moments of {name!r} claim {float(step):g} steps, not "
-                f"{float(before) + steps:g}"
-            )
-        if bool((second < 0).any()) or float(second.amax()) > longest**2:
-            raise RefusedError(f"its second moment of {name!r} is of no gradient")
-        farthest = (1.01 * ADAM_REACH * second.sqrt() + MOMENT_ROUNDING).clamp(max=longest)
-        if bool((first.abs() > farthest).any()):
-            raise RefusedError(f"its first moment of {name!r} is more than its second one allows")
 
 
 def _evaluation_numbers(

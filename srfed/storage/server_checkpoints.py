@@ -61,7 +61,7 @@ class RunState:
         shared: φ.
         shared_average: the moving average of φ.
         optimizer: the server optimizer's state.
-        shared_moments: φ's averaged moments, under ``training.shared_moments: average``.
+        shared_moments: Adam's moments of φ, where one party trains it.
         shared_steps: local steps on φ so far; the place in the average's warm-up.
         attempts: the accepted attempt of each client that ever had one.
         shape: H, W, C of the images.

@@ -48,7 +48,6 @@ class LocalResult:
 
     Attributes:
         shared: φ_i, the client's φ after its local steps.
-        shared_moments: Adam's moments of φ after them.
         state: what the client keeps.
         loss: mean over the images seen of the loss, eq. (7).
         loss_by_quarter: the same for timesteps in each quarter of 1..T; NaN where none was drawn.
@@ -59,7 +58,6 @@ class LocalResult:
     """
 
     shared: dict[str, Tensor]
-    shared_moments: dict[str, Tensor]
     state: ClientState
     loss: float
     loss_by_quarter: tuple[float, ...]
@@ -134,7 +132,6 @@ class LocalTrainer:
         round_number: int,
         shared: Mapping[str, Tensor],
         state: ClientState,
-        shared_moments: Mapping[str, Tensor] | None = None,
     ) -> LocalResult:
         """Train for one round from (φ, θ_i).
 
@@ -143,17 +140,15 @@ class LocalTrainer:
                 schedule.
             shared: φ as the server sent it.
             state: the client's state after its last accepted round.
-            shared_moments: φ's averaged moments, under ``training.shared_moments: average``.
         """
         with arithmetic(self._config.resources, self._device):
-            return self._train(round_number, shared, state, shared_moments)
+            return self._train(round_number, shared, state)
 
     def _train(
         self,
         round_number: int,
         shared: Mapping[str, Tensor],
         state: ClientState,
-        shared_moments: Mapping[str, Tensor] | None,
     ) -> LocalResult:
         training, trained = self._config.training, self._step
         self._model.train()
@@ -175,8 +170,9 @@ class LocalTrainer:
                 )
         load_tensors(self._model, shared, state.exclusive)
         factor = learning_rate_factor(self._config, round_number)
+        keeps = training.shared_moments == "keep"
         trained.begin(
-            (factor * training.learning_rate, self._kept(state, shared_moments)),
+            (factor * training.learning_rate, state.shared_moments if keeps else None),
             (
                 factor * (training.exclusive_learning_rate or training.learning_rate),
                 state.exclusive_moments,
@@ -200,15 +196,13 @@ class LocalTrainer:
         loss, loss_by_quarter, images_by_quarter = meter.read()
         seconds = time.perf_counter() - start
 
-        moments = trained.export_moments("shared")
         return LocalResult(
             shared=copies(trained.shared),
-            shared_moments=moments if training.shared_moments != "reset" else {},
             state=ClientState(
                 exclusive=copies(trained.exclusive),
                 exclusive_average=copies(average),
                 exclusive_moments=trained.export_moments("exclusive"),
-                shared_moments=moments if training.shared_moments == "keep" else {},
+                shared_moments=trained.export_moments("shared") if keeps else {},
                 steps=state.steps + len(steps),
                 exclusive_steps=exclusive_step,
             ),
@@ -228,11 +222,6 @@ class LocalTrainer:
         return (
             None if self._index is None else torch.full((count,), self._index, device=self._device)
         )
-
-    def _kept(
-        self, state: ClientState, averaged: Mapping[str, Tensor] | None
-    ) -> Mapping[str, Tensor] | None:
-        return state.shared_moments if self._config.training.shared_moments == "keep" else averaged
 
 
 def phases(

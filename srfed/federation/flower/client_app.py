@@ -20,7 +20,6 @@ from srfed.federation.messages import (
     GENERATED,
     SETS,
     SHARED,
-    SHARED_MOMENTS,
     STATISTICS,
     Description,
     ReplyHeader,
@@ -79,12 +78,10 @@ def train(message: Message, context: Context) -> Message:
     """Train one round from the parent attempt, store the new attempt durably, return φ_i."""
     admitted = admit(message, context)
     request, site, worker = admitted.request, admitted.site, worker_for(admitted)
-    received_moments = SHARED_MOMENTS in message.content.array_records
     result = worker.trainer(site).train(
         request.round,
         _shared(message, worker),
         worker.state(site, request, training=True),
-        read_tensors(message.content, SHARED_MOMENTS) if received_moments else None,
     )
     metrics: dict[str, float | list[float]] = {
         "examples": float(len(admitted.task.train)),
@@ -94,10 +91,7 @@ def train(message: Message, context: Context) -> Message:
         "seconds": result.seconds,
         "shared_steps": float(result.shared_steps),
     }
-    arrays = {SHARED: result.shared}
-    if worker.config.training.shared_moments == "average":
-        arrays[SHARED_MOMENTS] = result.shared_moments
-    content = reply_content(_header(admitted), metrics, arrays)
+    content = reply_content(_header(admitted), metrics, {SHARED: result.shared})
     worker.store(site, request).save(request.attempt, request.parent, request.round, result.state)
     return Message(content, reply_to=message)
 

@@ -21,7 +21,7 @@ from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.metrics.ssim import ssim_window
 from srfed.evaluation.references import RealFloor, References, Scores, score_statistics
 from srfed.evaluation.shares import share_of_samples
-from srfed.federation.aggregation import aggregate, client_weights, weighted_mean
+from srfed.federation.aggregation import aggregate, client_weights
 from srfed.federation.bounds import EvaluatePlan, TrainPlan
 from srfed.federation.flower.exchange import Exchange, exchange
 from srfed.federation.flower.identity import kept_roster
@@ -30,7 +30,6 @@ from srfed.federation.messages import (
     EVALUATE,
     SETS,
     SHARED,
-    SHARED_MOMENTS,
     TRAIN,
     ReplyHeader,
     Request,
@@ -203,8 +202,6 @@ class Federated:
         """One request for each client of the round: φ, and the attempt to start from."""
         self._started = time.perf_counter()
         records = {SHARED: array_record(self.state.shared)}
-        if self.config.training.shared_moments == "average" and self.state.shared_moments:
-            records[SHARED_MOMENTS] = array_record(self.state.shared_moments)
         return [
             self._request(TRAIN, client, server_round, records)
             for client in self._choose(server_round)
@@ -237,14 +234,12 @@ class Federated:
             name: self.state.shared_average[name].clone() for name in self.state.shared
         }
         update_average(shared_average, outcome.shared, decay)
-        moments = {client: reply.shared_moments for client, reply in accepted.items()}
         self.state = replace(
             self.state,
             round=server_round,
             shared=outcome.shared,
             shared_average=shared_average,
             optimizer=outcome.optimizer,
-            shared_moments={n: t.float() for n, t in weighted_mean(moments, weights).items()},
             shared_steps=self.state.shared_steps + steps,
             attempts={
                 **self.state.attempts,
@@ -294,14 +289,11 @@ class Federated:
         return self.state.minibatches.get(client, 0)
 
     def _screen_update(self, reply: Message, header: ReplyHeader, request: Request) -> TrainReply:
-        training, client = self.config.training, request.client
+        client = request.client
         images = self._roster.known[client].images
         plan = TrainPlan.of(self.config, self._partition, client, images, self._minibatches(client))
         reach = reach_of_round(self.config, request.round, plan.shared_steps, self.state.shared)
-        received = self.state.shared_moments if training.shared_moments == "average" else None
-        return screen_train(
-            reply, header, plan, reach, self.state.shared, received, training.gradient_clip
-        )
+        return screen_train(reply, header, plan, reach, self.state.shared)
 
     def _evaluate_requests(self, server_round: int, final: bool) -> list[Message]:
         """One request for each client of the run: the averaged φ, and its share of the samples."""

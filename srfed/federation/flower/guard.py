@@ -30,7 +30,6 @@ from srfed.federation.messages import (
     REPLY,
     SETS,
     SHARED,
-    SHARED_MOMENTS,
     STATISTICS,
     Description,
     Layout,
@@ -40,7 +39,6 @@ from srfed.federation.messages import (
     layout_of,
     read_layout,
 )
-from srfed.federation.screening import moment_templates
 from srfed.federation.site import Site, deployed_site, is_simulated, site_of
 from srfed.federation.site_log import write_to_log
 from srfed.federation.worker import features_for, worker_for
@@ -167,8 +165,6 @@ def _allowed(
         return {GENERATED: layout}, numbers, header
     shared = worker.partition.take_shared(worker.model.state_dict())
     arrays = {SHARED: layout_of(shared)}
-    if config.training.shared_moments == "average":
-        arrays[SHARED_MOMENTS] = layout_of(moment_templates(shared))
     trained = TrainPlan.of(config, worker.partition, admitted.site.client, len(task.train), 0)
     return arrays, trained.numbers(), header
 
