@@ -18,6 +18,7 @@ from srfed.evaluation.generation import generate
 from srfed.evaluation.metrics.memorisation import audit
 from srfed.federation.flower import client_app
 from srfed.federation.messages import EVALUATE, METRICS, read_metrics
+from srfed.reporting.curves import shown_on_terminal
 from srfed.runs.run import TrainedRun
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
@@ -88,7 +89,8 @@ def test_an_audit_that_cannot_be_made_says_why_to_its_owner_and_that_there_is_no
     assert "memorisation: 0." in said, "the other task's"
 
     central = {**settings, "training.method": "pooled", "model.exclusive_stages": "none"}
-    train_run(begin(tmp_path / "central", central))
+    pooled = begin(tmp_path / "central", central)
+    train_run(pooled, shown_on_terminal(pooled))
     assert (
         "class-0: no memorisation audit: all 2 held-out images are training"
         in capsys.readouterr().err
