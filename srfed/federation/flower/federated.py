@@ -3,14 +3,11 @@ attempt, wait a bounded time, screen the replies, aggregate, judge.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Generic, TypeVar
-from uuid import uuid4
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
-from flwr.app import ArrayRecord, Message
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from srfed.data import Task, load_recorded_tasks, record_tasks
@@ -23,7 +20,7 @@ from srfed.evaluation.references import RealFloor, References, Scores, score_sta
 from srfed.evaluation.shares import share_of_samples
 from srfed.federation.aggregation import aggregate, client_weights
 from srfed.federation.bounds import EvaluatePlan, TrainPlan
-from srfed.federation.flower.exchange import Exchange, exchange
+from srfed.federation.flower.clients import FlowerClients, Screened
 from srfed.federation.flower.identity import kept_roster
 from srfed.federation.flower.roster import Expected, Member, Roster
 from srfed.federation.messages import (
@@ -33,15 +30,10 @@ from srfed.federation.messages import (
     TRAIN,
     ReplyHeader,
     Request,
-    array_record,
-    message_bytes,
 )
 from srfed.federation.screening import (
-    LOST,
     EvaluateReply,
-    RefusedError,
     TrainReply,
-    reason_of_failure,
     screen_samples,
     screen_statistics,
     screen_train,
@@ -54,24 +46,6 @@ from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import KnownClient, RunState, ServerCheckpoints
 from srfed.training.ema import round_decay, update_average
 from srfed.training.optimizer import learning_rate_factor, reach_of_round
-from srfed.units import seconds_in_words
-
-TTL_MARGIN = 60.0
-"""Seconds that a message outlives the wait for its reply, for the way back through a SuperLink."""
-
-ReplyT = TypeVar("ReplyT", TrainReply, EvaluateReply)
-
-
-@dataclass(frozen=True)
-class _Screened(Generic[ReplyT]):
-    """The replies of one exchange, screened: accepted, refused and missing by client."""
-
-    accepted: dict[str, ReplyT]
-    attempts: dict[str, str]
-    refused: dict[str, str]
-    missing: dict[str, str]
-    bytes_up: int
-    bytes_down: int
 
 
 class Federated:
@@ -87,7 +61,6 @@ class Federated:
     def __init__(self, grid: Grid, run: RunFolder, *, fixed: bool = False) -> None:
         self._grid, self._run, self._fixed = grid, run, fixed
         self.config = run.config
-        self._exchange = Exchange()
         self._away: list[str] = []
         self._started = 0.0
 
@@ -171,8 +144,17 @@ class Federated:
             StoppedError: the user asked to stop.
         """
         self._tell, number = tell, state.round + 1
-        requests = self._train_requests(number)
-        return self._aggregate(number, self._ask(requests, f"round {number}"))
+        self._started = time.perf_counter()
+        requests = [self._request(client, number) for client in self._choose(number)]
+        screened = self._clients(tell).ask(
+            TRAIN,
+            requests,
+            {SHARED: self.state.shared},
+            f"round {number}",
+            self._screen_update,
+            away=self._away,
+        )
+        return self._aggregate(number, screened)
 
     def evaluate(self, state: RunState, tell: Observer, *, final: bool) -> EvaluationRecord | None:
         """Judge the averaged φ with every θ_i, at the clients; None where no client sent samples.
@@ -181,8 +163,24 @@ class Federated:
             StoppedError: the user asked to stop.
         """
         self._tell, number = tell, state.round
-        requests = self._evaluate_requests(number, final)
-        return self._judge(number, self._ask(requests, f"evaluation {number}"), final)
+        self._started, settings = time.perf_counter(), self.config.evaluation
+        clients = self._available()
+        self._away = [client for client in self.state.clients if client not in clients]
+        share = share_of_samples(
+            settings.samples if final else settings.samples_between, self.config.federation.clients
+        )
+        screened = self._clients(tell).ask(
+            EVALUATE,
+            [self._request(client, number, share, final) for client in clients],
+            {SHARED: self.state.shared_average},
+            f"evaluation {number}",
+            self._screen_evaluation,
+            away=self._away,
+        )
+        return self._judge(number, screened, final)
+
+    def _clients(self, tell: Observer) -> FlowerClients:
+        return FlowerClients(self._grid, self.config, self._roster, tell)
 
     def _own_images(self) -> list[Task]:
         """The images that the server itself has, to judge samples by: all of them in a
@@ -198,21 +196,11 @@ class Federated:
         record_tasks(run.images, tasks)
         return tasks
 
-    def _train_requests(self, server_round: int) -> list[Message]:
-        """One request for each client of the round: φ, and the attempt to start from."""
-        self._started = time.perf_counter()
-        records = {SHARED: array_record(self.state.shared)}
-        return [
-            self._request(TRAIN, client, server_round, records)
-            for client in self._choose(server_round)
-        ]
-
     def _aggregate(
-        self, server_round: int, replies: Iterable[Message]
+        self, server_round: int, screened: Screened[TrainReply]
     ) -> tuple[RunState, RoundRecord]:
-        """Screen the replies, and form φ^{r+1}."""
+        """Form φ^{r+1} of the accepted updates."""
         training, federation = self.config.training, self.config.federation
-        screened = self._hear(replies, self._screen_update)
         accepted = screened.accepted
         if len(accepted) < federation.min_clients:
             raise UserError(self._too_few(server_round, len(accepted), screened))
@@ -295,25 +283,11 @@ class Federated:
         reach = reach_of_round(self.config, request.round, plan.shared_steps, self.state.shared)
         return screen_train(reply, header, plan, reach, self.state.shared)
 
-    def _evaluate_requests(self, server_round: int, final: bool) -> list[Message]:
-        """One request for each client of the run: the averaged φ, and its share of the samples."""
-        self._started = time.perf_counter()
-        settings, arrays = self.config.evaluation, array_record(self.state.shared_average)
-        total = settings.samples if final else settings.samples_between
-        clients = self._available()
-        self._away = [client for client in self.state.clients if client not in clients]
-        share = share_of_samples(total, self.config.federation.clients)
-        return [
-            self._request(EVALUATE, client, server_round, {SHARED: arrays}, share, final)
-            for client in clients
-        ]
-
     def _judge(
-        self, server_round: int, replies: Iterable[Message], final: bool
+        self, server_round: int, screened: Screened[EvaluateReply], final: bool
     ) -> EvaluationRecord | None:
-        """Screen the samples and score them; None where no client sent any."""
+        """Score the accepted samples; None where no client sent any."""
         settings = self.config.evaluation
-        screened = self._hear(replies, self._screen_evaluation)
         if not screened.accepted:
             self._tell.on_notice(f"evaluation {server_round}: no client took part")
             return None
@@ -479,149 +453,23 @@ class Federated:
         return self.config.federation.on_missing == "wait"
 
     def _request(
-        self,
-        kind: str,
-        client: str,
-        server_round: int,
-        records: Mapping[str, ArrayRecord],
-        samples: int = 0,
-        final: bool = False,
-    ) -> Message:
-        request = Request(
+        self, client: str, server_round: int, samples: int = 0, final: bool = False
+    ) -> Request:
+        """What a client is asked, but for the name of its attempt, which it gets when it is
+        asked.
+        """
+        return Request(
             config=self.config.to_json(),
             lineage=self.state.lineage,
             client=client,
             round=server_round,
-            attempt=_new_attempt(server_round),
+            attempt="",
             parent=self.state.parent(client),
             samples=samples,
             final=final,
         )
-        return self._message(request, records, kind)
 
-    def _message(self, request: Request, records: Mapping[str, ArrayRecord], kind: str) -> Message:
-        content = request.to_content()
-        for name, record in records.items():
-            content[name] = record
-        # A client that is waited for may have no node yet; its message is addressed when it is
-        # sent.
-        node = self._roster.node_of(request.client) if request.client in self._roster.members else 0
-        ttl = self.config.federation.round_timeout + TTL_MARGIN
-        return Message(content, node, kind, ttl=ttl, group_id=str(request.round))
-
-    def _ask(self, messages: Iterable[Message], what: str) -> list[Message]:
-        """Send the requests and collect the replies; under ``wait`` until every client has given
-        one.
-
-        Raises:
-            UserError: under ``wait``, a client has not replied, or only failed, in the time there
-                is.
-        """
-        timeout = self.config.federation.round_timeout
-        first = {Request.of(message.content).client: message for message in messages}
-        failures: dict[str, str] = {}
-
-        def make(client: str) -> Message:
-            # An attempt's name is used once: what an earlier request has left at the client, or
-            # still does there, must not be taken for the answer to this one.
-            request = Request.of(first[client].content)
-            fresh = replace(request, attempt=_new_attempt(request.round))
-            return self._message(
-                fresh, first[client].content.array_records, first[client].metadata.message_type
-            )
-
-        def again(client: str, reply: Message | None) -> bool:
-            if not self._waits or (reply is not None and reply.has_content()):
-                return False
-            failures[client] = "cannot be reached" if reply is None else reason_of_failure(reply)
-            self._tell.on_notice(f"{what}: {client}: {failures[client]}; asking it again")
-            return True
-
-        self._exchange = exchange(
-            self._grid,
-            first,
-            make,
-            timeout,
-            ready=self._roster.is_present,
-            again=again,
-            heard=partial(self._tell.on_progress, what),
-            idle=self._roster.look,
-            waits=partial(self._say_waiting, what),
-        )
-        silent = [client for client in first if client not in self._exchange.replies]
-        if self._waits and silent:
-            reasons = [
-                f"{client}: {failures.get(client, self._why_silent(client))}" for client in silent
-            ]
-            raise UserError(f"{what} has waited {timeout:g} s for {'; '.join(reasons[:3])}")
-        return list(self._exchange.replies.values())
-
-    def _say_waiting(self, what: str, clients: list[str], left: float) -> None:
-        """Name the deployed sites without an answer; a simulation's clients are at work, and nobody
-        can start them.
-        """
-        members = self._roster.members
-        deployed = [
-            client
-            for client in clients
-            if client not in members or members[client].description.index < 0
-        ]
-        away = [client for client in deployed if not self._roster.is_present(client)]
-        silent = [client for client in deployed if client not in away]
-        parts = [
-            *([f"{', '.join(away)} (not connected: start that site)"] if away else []),
-            *([f"{', '.join(silent)} (connected, no answer yet)"] if silent else []),
-        ]
-        if parts:
-            self._tell.on_notice(
-                f"{what}: waiting for {' and '.join(parts)}, for {seconds_in_words(left)} more"
-            )
-
-    def _why_silent(self, client: str) -> str:
-        if client not in self._exchange.requests or not self._roster.is_present(client):
-            return "not connected"
-        return "connected, but no reply in time; restart that site if it is not at work"
-
-    def _hear(
-        self, replies: Iterable[Message], screen: Callable[[Message, ReplyHeader, Request], ReplyT]
-    ) -> _Screened[ReplyT]:
-        """Screen the replies of the last exchange, by client in sorted order."""
-        accepted: dict[str, ReplyT] = {}
-        attempts: dict[str, str] = {}
-        refused: dict[str, str] = {}
-        missing = dict.fromkeys(self._away, "not connected")
-        asked = {
-            message.metadata.message_id: client
-            for client, message in self._exchange.requests.items()
-        }
-        for reply in replies:
-            client = asked[reply.metadata.reply_to_message_id]
-            message = self._exchange.requests[client]
-            request = Request.of(message.content)
-            if reply.has_error() and reply.error.code in LOST:
-                missing[client] = reason_of_failure(reply)
-                continue
-            header = ReplyHeader(client, request.attempt, request.round)
-            try:
-                accepted[client] = screen(reply, header, request)
-                attempts[client] = request.attempt
-            except RefusedError as error:
-                refused[client] = str(error)
-                if reply.has_content():
-                    self._roster.recheck(client)
-        for client in self._exchange.requests:
-            if client not in self._exchange.replies:
-                missing[client] = "no reply in time"
-        return _Screened(
-            accepted=dict(sorted(accepted.items())),
-            attempts=attempts,
-            refused=dict(sorted(refused.items())),
-            missing=dict(sorted(missing.items())),
-            bytes_up=sum(message_bytes(message) for message in self._exchange.received),
-            bytes_down=sum(message_bytes(message) for message in self._exchange.sent),
-        )
-
-    def _too_few(self, server_round: int, accepted: int, screened: _Screened[TrainReply]) -> str:
+    def _too_few(self, server_round: int, accepted: int, screened: Screened[TrainReply]) -> str:
         reasons = [
             f"{client}: {reason}"
             for client, reason in {**screened.refused, **screened.missing}.items()
@@ -630,10 +478,6 @@ class Federated:
             f"round {server_round} has {accepted} accepted updates, federation.min_clients = "
             f"{self.config.federation.min_clients} are needed ({'; '.join(reasons[:3])})"
         )
-
-
-def _new_attempt(server_round: int) -> str:
-    return f"round-{server_round:05d}-{uuid4().hex[:8]}"
 
 
 def _mean(values: list[float]) -> float:

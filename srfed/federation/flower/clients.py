@@ -1,0 +1,206 @@
+"""The clients behind a Flower grid: asked together, in a bounded time, and heard one by one."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Generic, TypeVar
+from uuid import uuid4
+
+from flwr.app import ArrayRecord, Message
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from srfed.config import RunConfig
+from srfed.errors import UserError
+from srfed.federation.flower.exchange import Exchange, exchange
+from srfed.federation.flower.roster import Roster
+from srfed.federation.messages import ReplyHeader, Request, array_record, message_bytes
+from srfed.federation.screening import (
+    LOST,
+    EvaluateReply,
+    RefusedError,
+    TrainReply,
+    reason_of_failure,
+)
+from srfed.observer import Observer
+from srfed.units import seconds_in_words
+
+TTL_MARGIN = 60.0
+"""Seconds that a message outlives the wait for its reply, for the way back through a SuperLink."""
+
+ReplyT = TypeVar("ReplyT", TrainReply, EvaluateReply)
+
+
+@dataclass(frozen=True)
+class Screened(Generic[ReplyT]):
+    """The replies of one exchange, screened.
+
+    Attributes:
+        accepted: by client, in sorted order.
+        attempts: the attempt that each accepted reply is of.
+        refused, missing: why, by client, in sorted order.
+        bytes_up, bytes_down: of all messages, with those that were repeated.
+    """
+
+    accepted: dict[str, ReplyT]
+    attempts: dict[str, str]
+    refused: dict[str, str]
+    missing: dict[str, str]
+    bytes_up: int
+    bytes_down: int
+
+
+class FlowerClients:
+    """Asks clients over a grid, and screens what each of them answers.
+
+    Args:
+        grid: any Flower grid.
+        config: the run's configuration.
+        roster: who is there, and at which node.
+        tell: told of every reply, and for whom is waited.
+    """
+
+    def __init__(self, grid: Grid, config: RunConfig, roster: Roster, tell: Observer) -> None:
+        self._grid, self._roster, self._tell = grid, roster, tell
+        self._timeout = config.federation.round_timeout
+        self._waits = config.federation.on_missing == "wait"
+
+    def ask(
+        self,
+        kind: str,
+        requests: Iterable[Request],
+        arrays: Mapping[str, Mapping[str, Tensor]],
+        what: str,
+        screen: Callable[[Message, ReplyHeader, Request], ReplyT],
+        *,
+        away: Iterable[str] = (),
+    ) -> Screened[ReplyT]:
+        """Send the requests and screen the replies; under ``wait`` until every client has given
+        one.
+
+        Args:
+            kind: the type of the messages.
+            requests: one for each client that is asked.
+            arrays: tensors that go to all of them, by the name of their record.
+            what: the exchange, in words.
+            screen: the reply of a client, if it can be accepted; raises RefusedError.
+            away: clients that are not asked because they are not there.
+
+        Raises:
+            UserError: under ``wait``, a client has not replied, or only failed, in the time there
+                is.
+            StoppedError: the user asked to stop.
+        """
+        records = {name: array_record(tensors) for name, tensors in arrays.items()}
+        first = {request.client: request for request in requests}
+        sent: dict[str, Request] = {}
+        failures: dict[str, str] = {}
+
+        def make(client: str) -> Message:
+            # An attempt's name is used once: what an earlier request has left at the client, or
+            # still does there, must not be taken for the answer to this one.
+            sent[client] = replace(first[client], attempt=_new_attempt(first[client].round))
+            return self._message(kind, sent[client], records)
+
+        def again(client: str, reply: Message | None) -> bool:
+            if not self._waits or (reply is not None and reply.has_content()):
+                return False
+            failures[client] = "cannot be reached" if reply is None else reason_of_failure(reply)
+            self._tell.on_notice(f"{what}: {client}: {failures[client]}; asking it again")
+            return True
+
+        outcome = exchange(
+            self._grid,
+            first,
+            make,
+            self._timeout,
+            ready=self._roster.is_present,
+            again=again,
+            heard=partial(self._tell.on_progress, what),
+            idle=self._roster.look,
+            waits=partial(self._say_waiting, what),
+        )
+        silent = [client for client in first if client not in outcome.replies]
+        if self._waits and silent:
+            reasons = [
+                f"{client}: {failures.get(client, self._why_silent(outcome, client))}"
+                for client in silent
+            ]
+            raise UserError(f"{what} has waited {self._timeout:g} s for {'; '.join(reasons[:3])}")
+        return self._screened(outcome, sent, screen, away)
+
+    def _message(self, kind: str, request: Request, records: Mapping[str, ArrayRecord]) -> Message:
+        content = request.to_content()
+        for name, record in records.items():
+            content[name] = record
+        # A client that is waited for may have no node yet; its message is addressed when it is
+        # sent.
+        node = self._roster.node_of(request.client) if request.client in self._roster.members else 0
+        ttl = self._timeout + TTL_MARGIN
+        return Message(content, node, kind, ttl=ttl, group_id=str(request.round))
+
+    def _screened(
+        self,
+        outcome: Exchange,
+        sent: Mapping[str, Request],
+        screen: Callable[[Message, ReplyHeader, Request], ReplyT],
+        away: Iterable[str],
+    ) -> Screened[ReplyT]:
+        accepted: dict[str, ReplyT] = {}
+        attempts: dict[str, str] = {}
+        refused: dict[str, str] = {}
+        missing = dict.fromkeys(away, "not connected")
+        for client, reply in outcome.replies.items():
+            request = sent[client]
+            if reply.has_error() and reply.error.code in LOST:
+                missing[client] = reason_of_failure(reply)
+                continue
+            header = ReplyHeader(client, request.attempt, request.round)
+            try:
+                accepted[client] = screen(reply, header, request)
+                attempts[client] = request.attempt
+            except RefusedError as error:
+                refused[client] = str(error)
+                if reply.has_content():
+                    self._roster.recheck(client)
+        for client in outcome.requests:
+            if client not in outcome.replies:
+                missing[client] = "no reply in time"
+        return Screened(
+            accepted=dict(sorted(accepted.items())),
+            attempts=attempts,
+            refused=dict(sorted(refused.items())),
+            missing=dict(sorted(missing.items())),
+            bytes_up=sum(message_bytes(message) for message in outcome.received),
+            bytes_down=sum(message_bytes(message) for message in outcome.sent),
+        )
+
+    def _say_waiting(self, what: str, clients: list[str], left: float) -> None:
+        """Name the deployed sites without an answer; a simulation's clients are at work, and nobody
+        can start them.
+        """
+        members = self._roster.members
+        deployed = [
+            client
+            for client in clients
+            if client not in members or members[client].description.index < 0
+        ]
+        away = [client for client in deployed if not self._roster.is_present(client)]
+        silent = [client for client in deployed if client not in away]
+        parts = [
+            *([f"{', '.join(away)} (not connected: start that site)"] if away else []),
+            *([f"{', '.join(silent)} (connected, no answer yet)"] if silent else []),
+        ]
+        if parts:
+            self._tell.on_notice(
+                f"{what}: waiting for {' and '.join(parts)}, for {seconds_in_words(left)} more"
+            )
+
+    def _why_silent(self, outcome: Exchange, client: str) -> str:
+        if client not in outcome.requests or not self._roster.is_present(client):
+            return "not connected"
+        return "connected, but no reply in time; restart that site if it is not at work"
+
+
+def _new_attempt(server_round: int) -> str:
+    return f"round-{server_round:05d}-{uuid4().hex[:8]}"
