@@ -2,6 +2,9 @@
 it.
 """
 
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -41,6 +44,34 @@ from srfed.model import build_model, build_partition
 from srfed.storage.checkpoint import read_checkpoint
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
+
+# --- What the type checker refuses ---------------------------------------------------------------
+
+LEAKING_PROGRAM = """
+from srfed.federation.messages import GENERATED, SHARED, ReplyHeader, Samples, reply_content
+from srfed.training.local import ClientState, LocalResult
+def reply(header: ReplyHeader, result: LocalResult, state: ClientState, made: Samples) -> None:
+    reply_content(header, {}, {SHARED: result.shared, GENERATED: made})
+    reply_content(header, {}, {SHARED: state.exclusive})
+    reply_content(header, {}, {SHARED: state.exclusive_average})
+    reply_content(header, {}, {SHARED: state.exclusive_moments})
+"""
+
+
+def test_mypy_refuses_a_program_that_hands_what_is_exclusive_to_the_packer(tmp_path: Path) -> None:
+    program = tmp_path / "leaks.py"
+    program.write_text(LEAKING_PROGRAM)
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", root / "pyproject.toml", program],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=root,
+    )
+    wrong = re.findall(r"leaks\.py:(\d+): error: .*incompatible type", done.stdout)
+    assert wrong == ["6", "7", "8"], done.stdout + done.stderr
+
 
 # --- A whole run, every message recorded ---------------------------------------------------------
 

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from typing import Any, NewType, Self
 
 import numpy as np
 import torch
@@ -19,12 +19,15 @@ from torch import Tensor
 
 from srfed.evaluation.metrics.memorisation import Audit
 from srfed.federation.agreement import RequestRefusedError
+from srfed.networks.partition import Shared
 from srfed.storage.client_store import PLAIN_NAME
 
 DESCRIBE = "query.describe"
 TRAIN = "train"
 EVALUATE = "evaluate"
 
+Samples = NewType("Samples", dict[str, Tensor])
+"""Generated images, or statistics of features: what may leave an owner besides φ."""
 SHARED = "shared"
 """Array record of φ, both ways."""
 GENERATED = "generated"
@@ -200,9 +203,11 @@ def read_refusal(content: RecordDict) -> str:
 
 
 def reply_content(
-    header: ReplyHeader, metrics: Mapping[str, float | list[float]], arrays: Arrays | None = None
+    header: ReplyHeader,
+    metrics: Mapping[str, float | list[float]],
+    arrays: Mapping[str, Shared | Samples] | None = None,
 ) -> RecordDict:
-    """A reply: its header, numbers and tensors."""
+    """A reply: its header, numbers and tensors, which are φ, generated images or statistics."""
     content = _content(REPLY, asdict(header), arrays)
     content[METRICS] = MetricRecord({name: value for name, value in metrics.items()})
     return content

@@ -10,11 +10,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import sha256
-from typing import Literal
+from typing import Literal, NewType
 
 from torch import Tensor, nn
 
 Rule = Literal["none", "io", "all"] | int | Sequence[str]
+
+
+Shared = NewType("Shared", dict[str, Tensor])
+"""φ, or what has φ's names and may be where φ may: the only tensors of a model that travel."""
+Exclusive = NewType("Exclusive", dict[str, Tensor])
+"""θ_i, or its moving average: never leaves its owner. What packs messages takes no such thing."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +33,13 @@ class Partition:
     shared: tuple[str, ...]
     exclusive: tuple[str, ...]
 
-    def take_shared(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def take_shared(self, tensors: Mapping[str, Tensor]) -> Shared:
         """φ out of a whole state dict."""
-        return {name: tensors[name] for name in self.shared}
+        return Shared({name: tensors[name] for name in self.shared})
 
-    def take_exclusive(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def take_exclusive(self, tensors: Mapping[str, Tensor]) -> Exclusive:
         """θ_i out of a whole state dict."""
-        return {name: tensors[name] for name in self.exclusive}
+        return Exclusive({name: tensors[name] for name in self.exclusive})
 
     def fingerprint(self, tensors: Mapping[str, Tensor]) -> str:
         """SHA-256 over names, shapes and dtypes of φ: two parties with the same one can exchange

@@ -13,6 +13,7 @@ from srfed.evaluation.references import RealFloor, References
 from srfed.evaluation.shares import share_of_samples
 from srfed.evaluation.task import evaluate_task
 from srfed.model import build_diffusion, build_model, build_partition, noise_of_task
+from srfed.networks.partition import Shared
 from srfed.observer import Observer
 from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
 from srfed.storage.checkpoint import check_tensors
@@ -20,7 +21,7 @@ from srfed.storage.client_store import NO_PARENT, ClientStore
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import RunState, ServerCheckpoints
 from srfed.training.centralised import CentralisedResult, CentralisedState, CentralisedTrainer
-from srfed.training.local import initial_state, load_tensors
+from srfed.training.local import copies, initial_state, load_tensors
 from srfed.training.optimizer import learning_rate_factor
 
 
@@ -54,7 +55,7 @@ class Centralised:
         model = build_model(config, self._images[0].train.shape[-1])
         self._partition = build_partition(config, model)
         self._initial = initial_state(model, self._partition)
-        shared = {n: t.clone() for n, t in self._partition.take_shared(model.state_dict()).items()}
+        shared = Shared(copies(self._partition.take_shared(model.state_dict())))
         self._model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
         self._forward = captured_forward(self._model, config.resources, device)
         self._diffusion = build_diffusion(config, device)
@@ -74,7 +75,7 @@ class Centralised:
             lineage=run.lineage,
             round=0,
             shared=shared,
-            shared_average={name: tensor.clone() for name, tensor in shared.items()},
+            shared_average=Shared(copies(shared)),
             shape=(height, width, channels),
             clients=tuple(task.name for task in self._images),
         )

@@ -18,6 +18,7 @@ from typing import Any
 
 from srfed.errors import UserError
 from srfed.files import exists, held, list_folder, make_folder
+from srfed.networks.partition import Exclusive
 from srfed.storage.checkpoint import (
     Checkpoint,
     find_checkpoints,
@@ -95,7 +96,10 @@ class ClientStore:
         checkpoint = read_checkpoint(self._present / attempt, _KINDS)
         manifest = checkpoint.manifest
         return ClientState(
-            **{group: checkpoint.group(group) for group in _GROUPS},
+            exclusive=Exclusive(checkpoint.group("exclusive")),
+            exclusive_average=Exclusive(checkpoint.group("exclusive_average")),
+            exclusive_moments=checkpoint.group("exclusive_moments"),
+            shared_moments=checkpoint.group("shared_moments"),
             steps=manifest["steps"],
             exclusive_steps=manifest["exclusive_steps"],
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from srfed.errors import DamagedError, UserError
+from srfed.networks.partition import Shared
 from srfed.storage.checkpoint import (
     Checkpoint,
     check_tensors,
@@ -73,8 +74,8 @@ class RunState:
 
     lineage: str
     round: int
-    shared: dict[str, Tensor]
-    shared_average: dict[str, Tensor]
+    shared: Shared
+    shared_average: Shared
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     shared_moments: dict[str, Tensor] = field(default_factory=dict)
     shared_steps: int = 0
@@ -161,7 +162,10 @@ class ServerCheckpoints:
         except (AttributeError, TypeError) as error:
             raise DamagedError(f"{path} is damaged: {error}") from error
         return RunState(
-            **{group: checkpoint.group(group) for group in _GROUPS},
+            shared=Shared(checkpoint.group("shared")),
+            shared_average=Shared(checkpoint.group("shared_average")),
+            optimizer=checkpoint.group("optimizer"),
+            shared_moments=checkpoint.group("shared_moments"),
             lineage=manifest["lineage"],
             round=manifest["round"],
             shared_steps=manifest["shared_steps"],

@@ -19,7 +19,7 @@ from srfed.data import Task, to_model_range
 from srfed.device import arithmetic, autocast, memory_layout, to_device
 from srfed.diffusion.process import Diffusion, PredictNoise
 from srfed.errors import UserError
-from srfed.networks.partition import Partition
+from srfed.networks.partition import Exclusive, Partition, Shared
 from srfed.networks.unet import UNet
 from srfed.randomness import derive_generator
 from srfed.training.ema import step_decay, update_average
@@ -45,8 +45,8 @@ class CentralisedState:
             minibatches it had.
     """
 
-    shared: dict[str, Tensor]
-    shared_average: dict[str, Tensor]
+    shared: Shared
+    shared_average: Shared
     tasks: dict[str, ClientState]
     shared_moments: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
@@ -197,12 +197,12 @@ class CentralisedTrainer:
         seconds = time.perf_counter() - start
         return CentralisedResult(
             state=CentralisedState(
-                shared=copies(shared),
-                shared_average=copies(shared_average),
+                shared=Shared(copies(shared)),
+                shared_average=Shared(copies(shared_average)),
                 tasks={
                     name: ClientState(
-                        exclusive=copies(exclusive[name]),
-                        exclusive_average=copies(averages[name]),
+                        exclusive=Exclusive(copies(exclusive[name])),
+                        exclusive_average=Exclusive(copies(averages[name])),
                         exclusive_moments=on_exclusive[name].export_moments(),
                         steps=seen[name],
                         exclusive_steps=seen[name],

@@ -13,7 +13,7 @@ from srfed.data import to_model_range
 from srfed.device import arithmetic, memory_layout, to_device
 from srfed.diffusion.process import Diffusion
 from srfed.model import task_of_table
-from srfed.networks.partition import Partition
+from srfed.networks.partition import Exclusive, Partition, Shared
 from srfed.networks.unet import UNet
 from srfed.training.ema import step_decay, update_average
 from srfed.training.minibatches import Minibatch, MinibatchOrder, draw_minibatch, seeded_dropout
@@ -34,8 +34,8 @@ class ClientState:
         exclusive_steps: optimizer steps of θ_i so far; the place in the average's warm-up.
     """
 
-    exclusive: dict[str, Tensor]
-    exclusive_average: dict[str, Tensor]
+    exclusive: Exclusive
+    exclusive_average: Exclusive
     exclusive_moments: dict[str, Tensor] = field(default_factory=dict)
     shared_moments: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
@@ -57,7 +57,7 @@ class LocalResult:
         seconds: wall time of the steps.
     """
 
-    shared: dict[str, Tensor]
+    shared: Shared
     state: ClientState
     loss: float
     loss_by_quarter: tuple[float, ...]
@@ -69,11 +69,8 @@ class LocalResult:
 
 def initial_state(model: UNet, partition: Partition) -> ClientState:
     """The state before a client's first round: θ_i as the model was initialised, no moments."""
-    exclusive = {
-        name: tensor.detach().cpu().clone()
-        for name, tensor in partition.take_exclusive(model.state_dict()).items()
-    }
-    return ClientState(exclusive, {name: tensor.clone() for name, tensor in exclusive.items()})
+    exclusive = partition.take_exclusive(model.state_dict())
+    return ClientState(Exclusive(copies(exclusive)), Exclusive(copies(exclusive)))
 
 
 @torch.no_grad()
@@ -197,10 +194,10 @@ class LocalTrainer:
         seconds = time.perf_counter() - start
 
         return LocalResult(
-            shared=copies(trained.shared),
+            shared=Shared(copies(trained.shared)),
             state=ClientState(
-                exclusive=copies(trained.exclusive),
-                exclusive_average=copies(average),
+                exclusive=Exclusive(copies(trained.exclusive)),
+                exclusive_average=Exclusive(copies(average)),
                 exclusive_moments=trained.export_moments("exclusive"),
                 shared_moments=trained.export_moments("shared") if keeps else {},
                 steps=state.steps + len(steps),

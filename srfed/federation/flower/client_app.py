@@ -23,6 +23,7 @@ from srfed.federation.messages import (
     STATISTICS,
     Description,
     ReplyHeader,
+    Samples,
     audit_metrics,
     read_refusal,
     read_tensors,
@@ -145,21 +146,24 @@ def evaluate(message: Message, context: Context) -> Message:
     if evaluated.no_audit:
         site.note(f"round {request.round}: no memorisation audit: {evaluated.no_audit}")
     header = _header(admitted)
-    arrays: dict[str, dict[str, torch.Tensor]] = {}
+    arrays: dict[str, Samples] = {}
     if network is not None:
         header = replace(header, features=network.fingerprint)
-        arrays[STATISTICS] = {}
+        statistics_of_sets = Samples({})
         for name, images in zip(SETS, (generated.images, task.test, task.train), strict=True):
             statistics = FeatureStatistics.of(network(images))
             metrics[f"{name}_count"] = float(statistics.count)
-            arrays[STATISTICS][f"{name}.mean"] = torch.from_numpy(statistics.mean)
-            arrays[STATISTICS][f"{name}.scatter"] = torch.from_numpy(statistics.scatter)
+            statistics_of_sets[f"{name}.mean"] = torch.from_numpy(statistics.mean)
+            statistics_of_sets[f"{name}.scatter"] = torch.from_numpy(statistics.scatter)
+        arrays[STATISTICS] = statistics_of_sets
         _keep_pictures(admitted, generated)
     else:
-        arrays[GENERATED] = {
-            "images": torch.from_numpy(generated.images),
-            "strip": torch.from_numpy(generated.strip),
-        }
+        arrays[GENERATED] = Samples(
+            {
+                "images": torch.from_numpy(generated.images),
+                "strip": torch.from_numpy(generated.strip),
+            }
+        )
     metrics["seconds"] = time.perf_counter() - start
     return Message(reply_content(header, metrics, arrays), reply_to=message)
 

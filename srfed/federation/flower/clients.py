@@ -8,7 +8,6 @@ from uuid import uuid4
 
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
-from torch import Tensor
 
 from srfed.config import RunConfig
 from srfed.errors import UserError
@@ -22,6 +21,7 @@ from srfed.federation.screening import (
     TrainReply,
     reason_of_failure,
 )
+from srfed.networks.partition import Shared
 from srfed.observer import Observer
 from srfed.units import seconds_in_words
 
@@ -69,7 +69,7 @@ class FlowerClients:
         self,
         kind: str,
         requests: Iterable[Request],
-        arrays: Mapping[str, Mapping[str, Tensor]],
+        arrays: Mapping[str, Shared],
         what: str,
         screen: Callable[[Message, ReplyHeader, Request], ReplyT],
         *,

@@ -39,12 +39,14 @@ from srfed.federation.screening import (
     screen_train,
 )
 from srfed.model import build_model, build_partition
+from srfed.networks.partition import Shared
 from srfed.observer import Observer
 from srfed.randomness import derive_generator
 from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import KnownClient, RunState, ServerCheckpoints
 from srfed.training.ema import round_decay, update_average
+from srfed.training.local import copies
 from srfed.training.optimizer import learning_rate_factor, reach_of_round
 
 
@@ -88,15 +90,15 @@ class Federated:
             self.state = RunState(
                 lineage=run.lineage,
                 round=0,
-                shared={name: tensor.clone() for name, tensor in shared.items()},
-                shared_average={name: tensor.clone() for name, tensor in shared.items()},
+                shared=Shared(copies(shared)),
+                shared_average=Shared(copies(shared)),
                 shape=shape,
             )
         else:
             checkpoints = ServerCheckpoints(run.server, config.federation.keep_attempts)
             checkpoints.check(found, shared)
             # A checkpoint sorts tensors by name; a message has them in the partition's order.
-            self.state = replace(found, shared={name: found.shared[name] for name in shared})
+            self.state = replace(found, shared=self._partition.take_shared(found.shared))
         begun = False
 
         def joined(member: Member) -> None:
@@ -225,8 +227,8 @@ class Federated:
         self.state = replace(
             self.state,
             round=server_round,
-            shared=outcome.shared,
-            shared_average=shared_average,
+            shared=Shared(outcome.shared),
+            shared_average=Shared(shared_average),
             optimizer=outcome.optimizer,
             shared_steps=self.state.shared_steps + steps,
             attempts={
