@@ -17,13 +17,13 @@ from srfed.data.images import Images
 from srfed.data.stored import check_tasks, store_tasks
 from srfed.data.tasks import Task
 from srfed.errors import UserError
-from srfed.files import exists, new_folder
+from srfed.files import exists
 from srfed.observer import Observer
 from srfed.runs.checks import check_training, finished
 from srfed.runs.loop import run_rounds
 from srfed.runs.run import TrainedRun, TrainedSite
 from srfed.storage.metrics_log import MetricsLog
-from srfed.storage.run_folder import RunFolder
+from srfed.storage.run_folder import RunFolder, usual_folder
 
 TASKS_FILE = "tasks.npz"
 """Where a run's folder keeps tasks that were given as arrays."""
@@ -63,6 +63,12 @@ def train(
     if not finished(run):
         from srfed.reporting.curves import Curves
 
+        if run.config.training.method == "federated":
+            # Centralised training does without Flower.
+            from srfed.federation.flower.exchange import stop_requested
+
+            # Only commands ask in this way; what an earlier run has left must not stop this one.
+            stop_requested.clear()
         train_run(run, [Curves(run), *observers])
     return Run(run.path)
 
@@ -318,7 +324,7 @@ def _begun(config: RunConfig, tasks: Sequence[Task] | None, folder: Path | None)
         # Where everything is looked at before the run has a folder.
         store_tasks(Path(scratch) / TASKS_FILE, tasks)
         check_training(_of_stored(config, Path(scratch), len(tasks)))
-    folder = folder or new_folder(Path("runs") / config.name).absolute()
+    folder = folder or usual_folder(config).absolute()
     run = RunFolder.create(folder, _of_stored(config, folder, len(tasks)))
     store_tasks(run.path / TASKS_FILE, tasks)
     return run

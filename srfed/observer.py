@@ -16,7 +16,7 @@ class Observer:
         """The run begins, or goes on after ``last_round``, with these tasks, in their order."""
 
     def on_progress(self, what: str, done: int, total: int) -> None:
-        """So many clients have answered in a round or an evaluation; also called while waiting."""
+        """So many clients have answered in a round or an evaluation; called with each answer."""
 
     def on_join(self, task: TaskInfo) -> None:
         """A client has come that was not there when the run began."""

@@ -1,6 +1,7 @@
 """The front door: what a notebook would do, in this process and in threads of it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from tiny_run import CLIENTS, all_bits, begin, records, run_in_process, tiny_con
 
 import srfed
 from srfed.data import load_tasks
+from srfed.federation.flower.exchange import stop_requested
 from srfed.records import RoundRecord
 from srfed.storage.run_folder import RunFolder
 
@@ -60,6 +62,18 @@ def test_a_run_prints_nothing_and_leaves_nothing_behind(
     assert capfd.readouterr() == ("", "")
     assert dict(os.environ) == environment
     assert {number: signal.getsignal(number) for number in handlers} == handlers
+
+
+def test_a_run_that_was_stopped_in_this_process_stops_no_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a run for which nobody names a folder has one by its name and time."""
+    monkeypatch.chdir(tmp_path)
+    stop_requested.set()
+    run = srfed.train(tiny_config({"federation.rounds": 1}), tiny_tasks())
+    assert run.round == 1
+    assert re.fullmatch(r"tiny-\d{8}-\d{6}", run.path.name)
+    assert run.path.parent == tmp_path / "runs"
 
 
 class Watching(srfed.Observer):

@@ -119,7 +119,11 @@ def _last_reason(run: RunFolder, since: float) -> str:
     """What a simulated client has last put in its own log, as here the same person owns run and
     clients.
     """
-    logs = [log for log in run.clients.glob("*/client.log") if log.stat().st_mtime >= since]
+    logs = [
+        log
+        for log in run.clients.glob("*/client.log")
+        if log.stat().st_mtime >= since and log.read_text(errors="replace").strip()
+    ]
     if not logs:
         return ""
     latest = max(logs, key=lambda log: log.stat().st_mtime)

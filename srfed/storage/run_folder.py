@@ -78,9 +78,7 @@ class RunFolder:
                 cannot be written.
         """
         if path is None:
-            path = new_folder(
-                Path("runs") / f"{config.name}-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
-            )
+            path = usual_folder(config)
         path = path.absolute()
         _refuse_used(path)
         with held(path / LOCK, wait=False):
@@ -244,6 +242,13 @@ class RunFolder:
             # Its fingerprint is of the settings that config.yaml names now, which may become more.
             write_json(self.identity_file, {**identity, **_of_configuration(self.config)})
         write_bytes(self.config_file, self.config.to_yaml().encode())
+
+
+def usual_folder(config: RunConfig) -> Path:
+    """A new folder, runs/<name>-<time>, which no other run has; raises UserError where it cannot be
+    made.
+    """
+    return new_folder(Path("runs") / f"{config.name}-{datetime.now().strftime('%Y%m%d-%H%M%S')}")
 
 
 def _of_configuration(config: RunConfig) -> dict[str, Any]:
