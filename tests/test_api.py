@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.supercore.task_identity import TaskIdentity
 from tiny_run import CLIENTS, all_bits, begin, records, run_in_process, tiny_config
 
 import srfed
@@ -53,14 +54,20 @@ def test_training_here_has_the_bits_of_the_command(trained: srfed.Run, tmp_path:
 
 
 def test_a_run_prints_nothing_and_leaves_nothing_behind(
-    trained: srfed.Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    trained: srfed.Run,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """But what libraries set when they are first imported, for the run before."""
+    # Flower has one identity for the whole process; here is somebody who has set it.
+    monkeypatch.setattr(TaskIdentity, "_run_id", 7)
     environment = dict(os.environ)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     srfed.train(tiny_config({"federation.rounds": 1}), run_dir=tmp_path / "run")
     assert capfd.readouterr() == ("", "")
     assert dict(os.environ) == environment
+    assert TaskIdentity.run_id == 7
     assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
