@@ -126,8 +126,8 @@ class Run:
 
         info = self._trained.find_task(str(task))
         return generate(
-            self._trained.model_of(info),
-            self._trained.diffusion,
+            self._trained.denoiser(info),
+            self._trained.objective.process,
             self.config.sampling,
             count=n,
             shape=self._trained.shape,

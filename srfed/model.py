@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from srfed.config import RunConfig
-from srfed.diffusion.process import Diffusion, PredictNoise
+from srfed.config.choices import OBJECTIVES, chosen, constants
+from srfed.diffusion.objective import Objective
+from srfed.diffusion.process import Denoiser
 from srfed.diffusion.schedule import build_schedule
 from srfed.errors import UserError
 from srfed.networks.partition import Partition, divide
@@ -45,14 +47,15 @@ def build_partition(config: RunConfig, model: UNet) -> Partition:
         raise UserError(f"model.{error}") from error
 
 
-def noise_of_task(
-    model: UNet, task: int, forward: Callable[..., Tensor] | None = None
-) -> PredictNoise:
-    """ε(x_t, t) of one task: the model, told the task's position in every call if it has a table of
-    tasks.
+def denoiser_of_task(
+    objective: Objective, model: UNet, task: int, forward: Callable[..., Tensor] | None = None
+) -> Denoiser:
+    """E[x_0 | x_t] of one task, with the weights that the model has when it is called.
 
     Args:
-        model: the network.
+        objective: what the model predicts.
+        model: the network, in evaluation mode, told the task's position in every call if it has a
+            table of tasks.
         task: the task's position.
         forward: the network's forward pass, if not the model itself.
 
@@ -62,9 +65,9 @@ def noise_of_task(
     called = forward or model
     position = task_of_table(model, task)
     if position is None:
-        return called
-    return lambda x, timesteps: called(
-        x, timesteps, torch.full_like(timesteps, position, dtype=torch.long)
+        return objective.denoiser(called)
+    return objective.denoiser(
+        lambda x, times: called(x, times, torch.full_like(times, position, dtype=torch.long))
     )
 
 
@@ -84,6 +87,10 @@ def task_of_table(model: UNet, task: int) -> int | None:
     return task
 
 
-def build_diffusion(config: RunConfig, device: torch.device) -> Diffusion:
-    """The run's forward process, its tables on ``device``."""
-    return Diffusion(build_schedule(**config.diffusion.model_dump()), device)
+def build_objective(config: RunConfig, device: torch.device) -> Objective:
+    """What the run's network learns to predict, its tables on ``device``."""
+    settings = config.diffusion
+    schedule = build_schedule(**constants(build_schedule, settings))
+    made = chosen(OBJECTIVES, settings.prediction)
+    objective: Objective = made(schedule, device, **constants(made, settings))
+    return objective

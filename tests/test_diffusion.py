@@ -9,10 +9,10 @@ from typing import Any, Literal
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from srfed.diffusion.sampling import ancestral_sample, ddim_sample, ddim_timesteps
 from torch import Tensor
 
 from srfed.diffusion.process import Diffusion
-from srfed.diffusion.sampling import ancestral_sample, ddim_sample, ddim_timesteps
 from srfed.diffusion.schedule import NoiseSchedule, build_schedule, cosine_schedule, linear_schedule
 
 T = 60

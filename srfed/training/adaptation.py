@@ -15,7 +15,7 @@ from torch import Tensor
 from srfed.config import RunConfig, parse_config
 from srfed.device import resolve_device
 from srfed.errors import UserError
-from srfed.model import build_diffusion, build_model, build_partition
+from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.partition import Partition, divide
 from srfed.networks.unet import UNet
 from srfed.training.local import ClientState, LocalTrainer, initial_state, load_tensors
@@ -163,7 +163,7 @@ def _chunks(
 ) -> Iterator[Adapted]:
     device = resolve_device(config.resources)
     model.to(device)
-    diffusion = build_diffusion(config, device)
+    objective = build_objective(config, device)
     every = config.training.local_steps or steps
     for chunk, first in enumerate(range(0, steps, every), start=1):
         count = min(every, steps - first)
@@ -172,7 +172,7 @@ def _chunks(
             config.model_copy(update={"training": training}),
             model,
             trained,
-            diffusion,
+            objective,
             task,
             images,
         )
