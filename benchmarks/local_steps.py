@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srfed.commands.options import Parser
-from srfed.config import RunConfig, load_config
+from srfed.config import RunConfig, UNetConfig, load_config
 from srfed.device import arithmetic, autocast, memory_layout, resolve_device
 from srfed.model import build_model, build_objective, build_partition
 from srfed.training.local import LocalResult, LocalTrainer, initial_state
@@ -99,6 +99,7 @@ def _diffusers(config: RunConfig, images: np.ndarray) -> float:
     from diffusers import UNet2DModel
 
     device, resources, model = resolve_device(config.resources), config.resources, config.model
+    assert isinstance(model, UNetConfig)
     stages = range(len(model.channels))
     torch.manual_seed(0)
     network: Any = UNet2DModel(  # type: ignore[no-untyped-call]

@@ -26,6 +26,11 @@ SAMPLERS: Mapping[str, str] = {
 """``sampling.sampler``; a class of :class:`srfed.diffusion.sampler.Sampler`."""
 
 
+NETWORKS: Mapping[str, str] = {"unet": "srfed.networks.unet:UNet"}
+"""``model.network``; a class of :class:`srfed.networks.network.Network`, whose settings are a
+section in ``srfed/config/model.py``."""
+
+
 def chosen(table: Mapping[str, str], name: str) -> Any:
     """The class that a table has under a name; loaded now, so that reading a configuration loads
     nothing.

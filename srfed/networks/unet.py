@@ -21,6 +21,7 @@ from srfed.networks.blocks import (
     TimestepEmbedding,
     Upsample,
 )
+from srfed.networks.network import Network
 
 
 class DownStage(nn.Module):
@@ -128,7 +129,7 @@ class TaskVector(nn.Module):
         return embedding + self.value
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """The prediction of (x_t, t) for images of any size from 5 px and any number of channels.
 
     Modules, in the order of the forward pass: ``stem``, ``timestep``, ``task_table`` or
@@ -191,16 +192,24 @@ class UNet(nn.Module):
         )
         self.up = nn.ModuleList(UpStage(*stage_arguments(stage)) for stage in range(len(channels)))
         self.head = Head(channels[0], image_channels, groups)
-        # Last, so that the other tensors' initial values are those of a network without.
         self.task_table = (
             nn.Embedding(tasks, embedding_dimension) if task_embedding == "shared" else None
         )
+        self.tasks = tasks if task_embedding == "shared" else 0
         self.task_vector = (
             TaskVector(embedding_dimension) if task_embedding == "exclusive" else None
         )
+        self.owned = ("task_vector",) if task_embedding == "exclusive" else ()
         if zero_head:
             for parameter in self.head.conv.parameters():
                 nn.init.zeros_(parameter)
+
+    def shells(self) -> list[tuple[str, ...]]:
+        """Stem and head, then each stage's two sides; bottleneck and timestep embedding are the
+        core.
+        """
+        stages = [(f"down.{stage}", f"up.{stage}") for stage in range(len(self.down))]
+        return [("stem", "head"), *stages]
 
     def forward(self, x: Tensor, time: Tensor, tasks: Tensor | None = None) -> Tensor:
         """What the run's objective asks for, at x_t: the noise in it, for one.

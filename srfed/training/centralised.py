@@ -20,8 +20,8 @@ from srfed.device import arithmetic, autocast, memory_layout, to_device
 from srfed.diffusion.objective import Objective
 from srfed.diffusion.process import Forward
 from srfed.errors import UserError
+from srfed.networks.network import Network
 from srfed.networks.partition import Exclusive, Partition, Shared
-from srfed.networks.unet import UNet
 from srfed.randomness import derive_generator
 from srfed.training.ema import step_decay, update_average
 from srfed.training.local import ClientState, copies
@@ -83,7 +83,7 @@ class CentralisedTrainer:
 
     Args:
         config: the run's configuration; ``training.method`` is not federated.
-        model: a UNet of the run's shape, on the device to train on.
+        model: a network of the run's shape, on the device to train on.
         partition: the run's partition of it.
         objective: what the model learns to predict, on the same device.
         tasks: all tasks, in order.
@@ -95,7 +95,7 @@ class CentralisedTrainer:
     def __init__(
         self,
         config: RunConfig,
-        model: UNet,
+        model: Network,
         partition: Partition,
         objective: Objective,
         tasks: Sequence[Task],
@@ -234,7 +234,7 @@ class CentralisedTrainer:
         return shares
 
     def _forward(self, weights: Mapping[str, Tensor], tasks: Tensor) -> Forward:
-        further = () if self._model.task_table is None else (tasks,)
+        further = () if not self._model.tasks else (tasks,)
         return lambda x, times: functional_call(self._model, dict(weights), (x, times, *further))
 
 

@@ -13,8 +13,8 @@ from srfed.data import to_model_range
 from srfed.device import arithmetic, memory_layout, to_device
 from srfed.diffusion.objective import Objective
 from srfed.model import task_of_table
+from srfed.networks.network import Network
 from srfed.networks.partition import Exclusive, Partition, Shared
-from srfed.networks.unet import UNet
 from srfed.training.ema import step_decay, update_average
 from srfed.training.minibatches import Minibatch, MinibatchOrder, draw_minibatch, seeded_dropout
 from srfed.training.optimizer import learning_rate_factor
@@ -67,7 +67,7 @@ class LocalResult:
     seconds: float
 
 
-def initial_state(model: UNet, partition: Partition) -> ClientState:
+def initial_state(model: Network, partition: Partition) -> ClientState:
     """The state before a client's first round: θ_i as the model was initialised, no moments."""
     exclusive = partition.take_exclusive(model.state_dict())
     return ClientState(Exclusive(copies(exclusive)), Exclusive(copies(exclusive)))
@@ -87,7 +87,8 @@ class LocalTrainer:
 
     Args:
         config: the run's configuration.
-        model: any UNet of the run's shape, on the device to train on; its weights are overwritten.
+        model: any network of the run's shape, on the device to train on; its weights are
+            overwritten.
         partition: the run's partition of it.
         objective: what the model learns to predict, on the same device.
         task: the task's name, part of every seed.
@@ -102,7 +103,7 @@ class LocalTrainer:
     def __init__(
         self,
         config: RunConfig,
-        model: UNet,
+        model: Network,
         partition: Partition,
         objective: Objective,
         task: str,

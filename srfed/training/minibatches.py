@@ -124,7 +124,7 @@ def seeded_dropout(
     config: RunConfig, device: torch.device, task: str, round_number: int, step: int
 ) -> Iterator[None]:
     """Dropout takes no generator of its own; lend it the process's, seeded for this step."""
-    if not config.model.dropout:
+    if not config.model.draws:
         yield
         return
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -9,8 +9,8 @@ from srfed.config import RunConfig
 from srfed.device import Captured, autocast
 from srfed.diffusion.objective import Objective
 from srfed.diffusion.process import QUARTERS, Process
+from srfed.networks.network import Network
 from srfed.networks.partition import Partition
-from srfed.networks.unet import UNet
 from srfed.training.minibatches import Minibatch
 from srfed.training.optimizer import PartOptimizer
 
@@ -24,7 +24,7 @@ class LocalStep:
 
     Args:
         config: the run's configuration.
-        model: a UNet of the run's shape, on the device to train on.
+        model: a network of the run's shape, on the device to train on.
         partition: the run's partition of it.
         objective: what the model learns to predict, on the same device.
 
@@ -34,7 +34,7 @@ class LocalStep:
     """
 
     def __init__(
-        self, config: RunConfig, model: UNet, partition: Partition, objective: Objective
+        self, config: RunConfig, model: Network, partition: Partition, objective: Objective
     ) -> None:
         self._config, self._model, self._objective = config, model, objective
         self._device = next(model.parameters()).device
