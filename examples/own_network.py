@@ -36,7 +36,8 @@ class Mix(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         x = x + self.condition(F.silu(embedding))[:, None]
         x = x + self.over_patches(self.norm_patches(x).transpose(1, 2)).transpose(1, 2)
-        return x + self.over_channels(self.norm_channels(x))
+        x = x + self.over_channels(self.norm_channels(x))
+        return x
 
 
 class Mixer(Network):
