@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_run import begin, run_in_process, store_of, tiny_config
+from support.tiny_run import begin, run_in_process, store_of, tiny_config
 from torch import Tensor, nn
 
 from srfed import simulate
