@@ -29,7 +29,6 @@ TWO = {
     "federation.keep_attempts": 9,
     "evaluation.samples": SAMPLES,
 }
-
 RUN_SECONDS = 480.0
 """How long a run of two rounds may take on a busy machine."""
 

@@ -15,7 +15,6 @@ from srfed.model import build_diffusion, build_model, build_partition
 from srfed.training.local import LocalResult, LocalTrainer, initial_state, load_tensors
 
 T = 100
-
 Tensors = dict[str, Tensor]
 
 

@@ -12,13 +12,10 @@ from srfed.errors import UserError
 from srfed.federation.flower.client_app import app as real_app
 from srfed.federation.flower.in_process import InlineGrid
 from srfed.federation.flower.server_app import run_federation
-from srfed.federation.messages import (
-    DESCRIBE,
-)
+from srfed.federation.messages import DESCRIBE
 from srfed.storage.run_folder import RunFolder
 
 ROUNDS = 3
-
 SETTINGS: dict[str, Any] = {
     "data.images_per_task": 16,
     "federation.rounds": ROUNDS,
@@ -33,12 +30,9 @@ SETTINGS: dict[str, Any] = {
     "evaluation.samples": 6,
     "evaluation.ssim_images": 0,
 }
-
 WAIT = {"federation.on_missing": "wait"}
-
 SOON = 1.5
 """A join_timeout: long enough for a client that is there, short for one that is not."""
-
 ALL = frozenset({1, 2, 3})
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.local_training import Client, run_config, some_images
@@ -65,3 +66,38 @@ def test_a_batch_above_the_task_is_refused_or_cut() -> None:
     assert sorted(cut.indices(3).tolist()) == [0, 1, 2, 3]
     with pytest.raises(UserError, match="task 'b'"):
         Client(run_config(batch_size=5), "b", some_images(4))
+
+
+# --- The minibatches' order ----------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 20), st.integers(1, 50), st.integers(0, 30), st.integers(0, 3))
+def test_batches_across_passes_are_full_and_together_one_pass_after_another(
+    images: int, batch_size: int, start: int, seed: int
+) -> None:
+    def order() -> MinibatchOrder:
+        return MinibatchOrder(images, batch_size, "continued", seed, "a")
+
+    one = order()
+    batches = [one.indices(step) for step in range(start + 4)]
+    assert all(batch.shape == (batch_size,) and batch.dtype == torch.long for batch in batches)
+    sequence = torch.cat(batches).tolist()
+    for first in range(0, len(sequence) - images + 1, images):
+        assert sorted(sequence[first : first + images]) == list(range(images))
+    last = sequence[len(sequence) // images * images :]
+    assert len(set(last)) == len(last)
+    resumed = order()
+    for step in range(start, start + 4):
+        assert torch.equal(resumed.indices(step), batches[step])
+    assert torch.equal(resumed.indices(0), batches[0]), "any order of asking"
+
+
+def test_passes_differ_and_those_that_fit_are_those_without_running_on() -> None:
+    across, within = (
+        MinibatchOrder(12, 4, minibatches, 0, "a") for minibatches in ("continued", "whole")
+    )
+    batches = [across.indices(step).tolist() for step in range(9)]
+    assert batches == [within.indices(step).tolist() for step in range(9)]
+    passes = [tuple(map(tuple, batches[i : i + 3])) for i in (0, 3, 6)]
+    assert len(set(passes)) == 3
