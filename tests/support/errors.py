@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from srfed import simulate
 from srfed.errors import UserError
 
 
@@ -14,3 +15,12 @@ def message_of(call: Any, *arguments: Any) -> str:
     text = str(caught.value)
     assert "\n" not in text
     return text
+
+
+def one_error_line(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    capsys.readouterr()
+    assert simulate.main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
