@@ -36,12 +36,6 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"srfed.federation.flower.{room}.TELL_SECONDS", 0.1)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A whole run, three rounds with all three clients."""
-    return start(begin(tmp_path_factory.mktemp("undisturbed") / "run", SETTINGS))
-
-
 def as_deployed(node: int, reply: Message) -> None:
     reply.content.config_records[REPLY]["index"] = -1
 

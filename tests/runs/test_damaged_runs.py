@@ -18,12 +18,7 @@ from srfed import simulate
 from srfed.commands import adapt, evaluate, sample
 from srfed.config.run import fingerprint_of
 from srfed.runs.run import TrainedRun
-from srfed.storage.checkpoint import (
-    MANIFEST_FILE,
-    STATE_FILE,
-    read_checkpoint,
-    write_checkpoint,
-)
+from srfed.storage.checkpoint import MANIFEST_FILE, STATE_FILE, read_checkpoint, write_checkpoint
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 

@@ -1,12 +1,15 @@
 """What another process uses is left alone."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from support.errors import one_error_line
+from support.membership import failure, start
+from support.tiny_run import round_lines
 
 import srfed
 from srfed.commands import adapt
@@ -101,3 +104,38 @@ def test_of_processes_that_begin_a_run_at_once_each_has_its_own_or_is_refused(
             for words in ("is in use by another process", "is not an empty folder", "holds a run")
         )
     assert len({RunFolder.open(Path(path)).lineage for path in won}) == len(won)
+
+
+def test_a_run_in_use_is_left_alone_until_its_process_ends(tiny_yaml: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "srfed",
+        "simulate",
+        "--config",
+        str(tiny_yaml),
+        "--run-dir",
+        str(path),
+    ]
+    command += ["--set", "federation.rounds=9999", "--set", "evaluation.every=0"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert any(line.startswith("round") for line in process.stdout)
+            text = failure(lambda: start(RunFolder.open(path)))
+            assert process.poll() is None
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait(60)
+    assert text == f"{path} is in use by another process"
+    run = RunFolder.open(path)
+    done = len(round_lines(run))
+    config = run.config
+    last = config.model_copy(
+        update={"federation": config.federation.model_copy(update={"rounds": done + 1})}
+    )
+    start(run.reconfigure(last))
+    assert [line["round"] for line in round_lines(run)] == list(range(1, done + 2))

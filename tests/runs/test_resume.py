@@ -29,11 +29,7 @@ from srfed.federation.messages import TRAIN, Request
 from srfed.federation.site import Site
 from srfed.federation.worker import Worker
 from srfed.reporting.curves import Curves
-from srfed.storage.checkpoint import (
-    MANIFEST_FILE,
-    STATE_FILE,
-    read_manifest,
-)
+from srfed.storage.checkpoint import MANIFEST_FILE, STATE_FILE, read_manifest
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 

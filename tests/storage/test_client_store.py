@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,7 @@ from support.tiny_run import files_of_at_most
 
 from srfed.errors import UserError
 from srfed.storage import client_store
-from srfed.storage.checkpoint import (
-    MANIFEST_FILE,
-    Checkpoint,
-)
+from srfed.storage.checkpoint import MANIFEST_FILE, Checkpoint
 from srfed.storage.client_store import LONGEST_NAME, NO_PARENT, ClientStore, StoreBounds
 
 # --- Stores --------------------------------------------------------------------------------------
@@ -325,3 +324,38 @@ def test_a_line_of_descent_is_known_by_its_first_attempt(tmp_path: Path) -> None
     lines_of(store, "a6", NO_PARENT, 1)
     lines_of(store, "b2", NO_PARENT, 3)
     assert [store.line(name) for name in (NO_PARENT, "a-6", "b-4")] == [NO_PARENT, "a-1", "b-3"]
+
+
+SAVER = """
+import sys, time
+from pathlib import Path
+import torch
+from srfed.storage.client_store import ClientStore
+from srfed.training.local import ClientState
+folder, name, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+store = ClientStore(folder / "state", "client", "lineage", 2 * count)
+(folder / f"{name}.ready").touch()
+while len(list(folder.glob("*.ready"))) < 2:
+    time.sleep(0.001)
+for number in range(1, count + 1):
+    tensors = {"head.weight": torch.full((64, 64), float(number))}
+    store.save(f"{name}-{number}", "none", number, ClientState(tensors, {}, {}, {}, number, number))
+"""
+
+
+def test_two_processes_that_save_at_once_lose_nothing(tmp_path: Path) -> None:
+    count = 40
+    commands = [
+        [sys.executable, "-c", SAVER, str(tmp_path), name, str(count)] for name in ("one", "two")
+    ]
+    processes = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands
+    ]
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    store = ClientStore(tmp_path / "state", "client", "lineage", 2 * count)
+    for name in ("one", "two"):
+        for number in range(1, count + 1):
+            assert store.load(f"{name}-{number}").steps == number
+    assert len(list(store.folder.iterdir())) == 2 * count

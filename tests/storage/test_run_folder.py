@@ -2,10 +2,7 @@
 
 from pathlib import Path
 
-from support.tiny_run import (
-    begin,
-    run_in_process,
-)
+from support.tiny_run import begin, run_in_process
 
 from srfed.storage.run_folder import RunFolder
 

@@ -8,10 +8,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from srfed.federation.flower import client_app
-from srfed.federation.messages import (
-    METRICS,
-    REPLY,
-)
+from srfed.federation.messages import METRICS, REPLY
 
 Faults = list[Callable[[Message], Message | None]]
 """What becomes of a client's first, second, ... reply: changed in place, or another one."""

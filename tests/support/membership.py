@@ -1,6 +1,8 @@
 """Runs on nodes that come and go."""
 
+import shutil
 from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from srfed.federation.flower.in_process import InlineGrid
 from srfed.federation.flower.server_app import run_federation
 from srfed.federation.messages import DESCRIBE
 from srfed.storage.run_folder import RunFolder
+from support.faults import Faults, fail
+from support.tiny_run import records, tiny_config
 
 ROUNDS = 3
 SETTINGS: dict[str, Any] = {
@@ -34,6 +38,8 @@ WAIT = {"federation.on_missing": "wait"}
 SOON = 1.5
 """A join_timeout: long enough for a client that is there, short for one that is not."""
 ALL = frozenset({1, 2, 3})
+MIDDLE = 1
+"""Position of the client that fails; of those at nodes 1, 2, 3 it is the one at node 2."""
 
 
 class ChangingGrid(InlineGrid):
@@ -138,3 +144,38 @@ def app_describing(change: Callable[[int, Message], None], app: ClientApp = real
             return reply
 
     return Describing()
+
+
+def reconfigured(run: RunFolder, changes: dict[str, Any]) -> RunFolder:
+    return RunFolder.open(run.path).reconfigure(tiny_config({**SETTINGS, **changes}))
+
+
+def copy_of(run: RunFolder, path: Path) -> RunFolder:
+    return RunFolder.open(Path(shutil.copytree(run.path, path)))
+
+
+def keep(reply: Message) -> None:
+    """A reply as it is."""
+
+
+def failing_in(*rounds: int) -> Faults:
+    return [fail if number in rounds else keep for number in range(1, ROUNDS + 1)]
+
+
+def same_but_for_traffic(run: RunFolder, reference: RunFolder, last: int = 0) -> bool:
+    """Whether two runs' records, all or the last ones, are equal but for the size of the
+    messages.
+    """
+    free = {"bytes_up", "bytes_down"}
+    kept = [
+        [
+            {key: value for key, value in line.items() if key not in free}
+            for line in records(one)[-last:]
+        ]
+        for one in (run, reference)
+    ]
+    return kept[0] == kept[1]
+
+
+def resume(half: RunFolder, path: Path, changes: dict[str, Any]) -> RunFolder:
+    return reconfigured(copy_of(half, path), changes)

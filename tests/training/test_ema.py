@@ -7,12 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.local_training import (
-    Client,
-    assert_close,
-    largest_difference,
-    run_config,
-)
+from support.local_training import Client, assert_close, largest_difference, run_config
 from torch import Tensor
 
 from srfed.federation.aggregation import aggregate
