@@ -42,11 +42,6 @@ def digits() -> tuple[Array, Array]:
     return np.rint(loaded.images * (255 / 16)).astype(np.uint8)[..., None], loaded.target
 
 
-@pytest.fixture(scope="module")
-def network() -> FeatureNetwork:
-    return load_feature_network("embedded")
-
-
 # --- Fréchet distance ---------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from srfed.config import DataConfig, parse_config
 from srfed.data import Task, load_tasks
 from srfed.data.images import Images
 from srfed.errors import UserError
-from srfed.evaluation.features.load import FeatureNetwork, load_feature_network
+from srfed.evaluation.features.load import FeatureNetwork
 from srfed.evaluation.generation import generate
 from srfed.evaluation.metrics import memorisation
 from srfed.evaluation.metrics.memorisation import (
@@ -34,11 +34,6 @@ from srfed.training.local import LocalTrainer, initial_state, load_tensors
 torch.set_num_threads(1)
 
 Array = npt.NDArray[Any]
-
-
-@pytest.fixture(scope="module")
-def network() -> FeatureNetwork:
-    return load_feature_network("embedded")
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp.strategy import FedAvg, FedAvgM
 from flwr.supercore.task_identity import TaskIdentity
+from support.centralised import leaves
 from torch import Tensor
 from torch.func import functional_call
 
@@ -130,10 +131,6 @@ def ddpm_losses(
     x_t = alpha_bar.sqrt().float() * images + (1 - alpha_bar).sqrt().float() * noise
     predicted = functional_call(model, dict(weights), (x_t, timesteps))
     return ((predicted - noise) ** 2).flatten(1).sum(dim=1) / noise[0].numel()
-
-
-def leaves(tensors: Mapping[str, Tensor]) -> Tensors:
-    return {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
 
 
 def assert_close(
