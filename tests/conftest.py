@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_run import begin, run_in_process, write_tiny_yaml
+from support.tiny_run import begin, run_in_process, write_tiny_yaml
 
 from srfed.federation.flower.exchange import stop_requested
 from srfed.storage.run_folder import RunFolder

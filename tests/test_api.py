@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.supercore.task_identity import TaskIdentity
-from tiny_run import CLIENTS, all_bits, begin, records, run_in_process, tiny_config
+from support.tiny_run import CLIENTS, all_bits, begin, records, run_in_process, tiny_config
 
 import srfed
 from srfed.data import load_tasks
