@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.local_training import run_config
-from support.tiny_run import begin, run_in_process, store_of, tiny_config
 from torch import Tensor, nn
 
 from srfed import simulate
@@ -25,6 +23,8 @@ from srfed.networks.blocks import SelfAttention
 from srfed.training.local import LocalResult, LocalTrainer, initial_state
 from srfed.training.optimizer import PartOptimizer
 from srfed.training.step import LocalStep
+from support.local_training import run_config
+from support.tiny_run import begin, run_in_process, store_of, tiny_config
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 

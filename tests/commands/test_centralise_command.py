@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from support.centralised import METHODS
-from support.tiny_run import TINY, all_bits, records, stop_after_a_round
 from torch import Tensor
 
 from srfed import simulate
@@ -27,6 +25,8 @@ from srfed.runs.run import TrainedRun
 from srfed.storage.client_store import ClientStore
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import ServerCheckpoints
+from support.centralised import METHODS
+from support.tiny_run import TINY, all_bits, records, stop_after_a_round
 
 torch.set_num_threads(1)
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.tiny_run import records
 
 from srfed import simulate
 from srfed.__main__ import COMMANDS
@@ -27,6 +26,7 @@ from srfed.cores import check_resources, quota_of_group, usable_cores
 from srfed.errors import UserError
 from srfed.runs.requested import requested_config
 from srfed.storage.run_folder import RunFolder
+from support.tiny_run import records
 
 ROOT = Path(__file__).parents[2]
 Completed = subprocess.CompletedProcess[str]

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.tiny_run import all_bits, begin, records, run_in_process, stop_after_a_round
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from srfed import simulate
@@ -21,6 +20,7 @@ from srfed.commands import sample
 from srfed.reporting.pictures import GAP, SMALLEST_CELL
 from srfed.storage.checkpoint import STATE_FILE
 from srfed.storage.run_folder import RunFolder
+from support.tiny_run import all_bits, begin, records, run_in_process, stop_after_a_round
 
 
 def command(module: str, *arguments: object) -> "subprocess.CompletedProcess[str]":

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.tiny_run import begin, run_in_process
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
@@ -20,6 +19,7 @@ from srfed.evaluation.features.embedded import EmbeddedFeatures
 from srfed.evaluation.generation import generate
 from srfed.runs.run import TrainedRun
 from srfed.storage.run_folder import RunFolder
+from support.tiny_run import begin, run_in_process
 
 SAMPLES, SEED = 60, 3
 

@@ -15,14 +15,14 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from support.errors import message_of
-from support.images import folder, held_out, random_images, save
 from torchvision import datasets, transforms
 
 from srfed.config import DataConfig
 from srfed.data import describe_images, load_task, load_tasks, task_names, to_model_range, to_uint8
 from srfed.data.folder import list_images
 from srfed.data.images import fit_image, fit_images
+from support.errors import message_of
+from support.images import folder, held_out, random_images, save
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

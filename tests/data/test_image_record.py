@@ -12,9 +12,6 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.errors import message_of
-from support.images import folder, held_out, random_images, save
-from support.tiny_run import all_bits, begin, run_in_process
 
 from srfed import simulate
 from srfed.api import train_run
@@ -40,6 +37,9 @@ from srfed.federation.messages import TRAIN
 from srfed.federation.site import STATE_DIR_VARIABLE, own_task
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
+from support.errors import message_of
+from support.images import folder, held_out, random_images, save
+from support.tiny_run import all_bits, begin, run_in_process
 
 NAME = "clinic-7"
 FRACTION = DataConfig().test_fraction

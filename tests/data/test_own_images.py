@@ -14,9 +14,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flwr.app import Context, RecordDict
-from support.errors import message_of
-from support.images import held_out, random_images, save
-from support.tiny_run import files_of_at_most, tiny_config
 
 from srfed.config import DataConfig
 from srfed.data import (
@@ -31,6 +28,9 @@ from srfed.data import (
 )
 from srfed.errors import UserError
 from srfed.federation.site import Site, deployed_site, own_task, site_of
+from support.errors import message_of
+from support.images import held_out, random_images, save
+from support.tiny_run import files_of_at_most, tiny_config
 
 NAME = "clinic-7"
 SMALL = DataConfig(image_size=6, channels=1)

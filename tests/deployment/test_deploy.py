@@ -28,7 +28,6 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.cli.supernode.register import try_load_public_key
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from PIL import Image
-from support.tiny_run import CLIENTS, all_bits, begin, run_in_process, server_bits, tiny_config
 
 from srfed import deploy
 from srfed.config import load_config
@@ -46,6 +45,7 @@ from srfed.storage.checkpoint import read_manifest
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from srfed.training.local import LocalTrainer, initial_state
+from support.tiny_run import CLIENTS, all_bits, begin, run_in_process, server_bits, tiny_config
 
 HOSTS = ("fed.example.org", "10.0.0.5")
 

@@ -26,8 +26,6 @@ from flwr.app import ArrayRecord, Message
 from flwr.proto.message_pb2 import PullObjectResponse, PushObjectRequest
 from flwr.supercore.inflatable.inflatable_object import get_object_id
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from support.deployed import SAMPLES, TWO, assert_succeeded, free_ports, site_data, write_config
-from support.tiny_run import begin, run_in_process, server_bits, tiny_config
 
 from srfed.config import ResourcesConfig, load_config
 from srfed.data import Task, load_tasks, to_model_range
@@ -43,6 +41,8 @@ from srfed.runs.run import TrainedSite
 from srfed.storage.checkpoint import read_checkpoint, read_manifest
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
+from support.deployed import SAMPLES, TWO, assert_succeeded, free_ports, site_data, write_config
+from support.tiny_run import begin, run_in_process, server_bits, tiny_config
 
 pytestmark = pytest.mark.slow
 

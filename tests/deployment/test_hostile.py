@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from support.tiny_run import TINY, tiny_config
 
 from srfed.config import load_config
 from srfed.data import load_tasks
@@ -17,6 +16,7 @@ from srfed.deployment.deployment import Deployment
 from srfed.deployment.flower import CONNECTION
 from srfed.federation.messages import REFUSED
 from srfed.storage.metrics_log import MetricsLog
+from support.tiny_run import TINY, tiny_config
 
 pytestmark = pytest.mark.slow
 

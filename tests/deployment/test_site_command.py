@@ -13,17 +13,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from support.deployed import (
-    WAIT_SECONDS,
-    answering,
-    assert_succeeded,
-    at,
-    free_ports,
-    site_data,
-    wait_until,
-    write_config,
-)
-from support.tiny_run import tiny_config
 
 import srfed
 from srfed.config import load_config
@@ -41,6 +30,17 @@ from srfed.deployment.site_command import (
 )
 from srfed.errors import UserError
 from srfed.storage.metrics_log import MetricsLog
+from support.deployed import (
+    WAIT_SECONDS,
+    answering,
+    assert_succeeded,
+    at,
+    free_ports,
+    site_data,
+    wait_until,
+    write_config,
+)
+from support.tiny_run import tiny_config
 
 
 class SiteProcess:

@@ -8,13 +8,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from support.deployed import answering, at, wait_until, write_config
 
 from srfed import deploy
 from srfed.deployment.certificates import make_certificates
 from srfed.deployment.deployment import Deployment
 from srfed.deployment.flower import CONNECTION
 from srfed.storage.run_folder import RunFolder
+from support.deployed import answering, at, wait_until, write_config
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
+
+from srfed.storage.run_folder import RunFolder
 from support.faults import app_with
 from support.membership import SETTINGS, ChangingGrid, failing_in, start
 from support.tiny_run import begin
-
-from srfed.storage.run_folder import RunFolder
 
 
 @pytest.fixture

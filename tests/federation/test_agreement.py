@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
-from support.tiny_run import TINY, tiny_config
 
 from srfed.config import RunConfig, load_config
 from srfed.data import RECORD_FILE, load_tasks
@@ -45,6 +44,7 @@ from srfed.federation.messages import (
 )
 from srfed.federation.site import own_task
 from srfed.model import build_model, build_partition
+from support.tiny_run import TINY, tiny_config
 
 CLIENT = "clinic-a"
 MOMENTS = {

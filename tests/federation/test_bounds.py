@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_run import tiny_config
 
 from srfed.config import load_config, parse_config_json
 from srfed.data import load_tasks
@@ -21,6 +20,7 @@ from srfed.training.local import LocalTrainer, initial_state
 from srfed.training.minibatches import MinibatchOrder
 from srfed.training.optimizer import ADAM_REACH, BETA1, BETA2, PartOptimizer, reach_of_round
 from srfed.units import printable
+from support.tiny_run import tiny_config
 
 # --- Rounds --------------------------------------------------------------------------------------
 

@@ -14,16 +14,6 @@ import torch
 from flwr.app import Array, Context, Error, Message, MetricRecord
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SType
-from support.faults import Tensors, app_with, fail, set_field, set_number, without
-from support.tiny_run import (
-    all_bits,
-    begin,
-    records,
-    round_lines,
-    run_in_process,
-    run_on_grid,
-    server_bits,
-)
 
 from srfed.errors import UserError
 from srfed.federation.flower import client_app
@@ -39,6 +29,16 @@ from srfed.federation.messages import (
 )
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
+from support.faults import Tensors, app_with, fail, set_field, set_number, without
+from support.tiny_run import (
+    all_bits,
+    begin,
+    records,
+    round_lines,
+    run_in_process,
+    run_on_grid,
+    server_bits,
+)
 
 MIDDLE, LAST = 1, 2
 """Positions of the client that fails; the middle one would show in any sum over the clients."""

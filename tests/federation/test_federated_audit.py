@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.clientapp import ClientApp
-from support.tiny_run import CLIENTS, begin, run_in_process
 
 from srfed.api import train_run
 from srfed.commands import evaluate
@@ -22,6 +21,7 @@ from srfed.reporting.curves import shown_on_terminal
 from srfed.runs.run import TrainedRun
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
+from support.tiny_run import CLIENTS, begin, run_in_process
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,12 @@ from typing import NamedTuple
 import pytest
 import torch
 from flwr.app import Message
+
+from srfed.federation.aggregation import aggregate, client_weights, weighted_mean
+from srfed.federation.flower.in_process import InlineGrid
+from srfed.model import build_model, build_partition
+from srfed.storage.checkpoint import read_checkpoint
+from srfed.storage.run_folder import RunFolder
 from support.tiny_run import (
     CLIENTS,
     accepted_attempts,
@@ -26,12 +32,6 @@ from support.tiny_run import (
     stop_after_a_round,
     tiny_config,
 )
-
-from srfed.federation.aggregation import aggregate, client_weights, weighted_mean
-from srfed.federation.flower.in_process import InlineGrid
-from srfed.model import build_model, build_partition
-from srfed.storage.checkpoint import read_checkpoint
-from srfed.storage.run_folder import RunFolder
 
 # --- Ray ----------------------------------------------------------------------------------------
 

@@ -12,6 +12,18 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.proto.node_pb2 import NodeInfo
+
+from srfed.deployment.certificates import make_certificates
+from srfed.deployment.sites import rebind, sites_in_words
+from srfed.errors import UserError
+from srfed.federation.flower.client_app import app as real_app
+from srfed.federation.flower.identity import ROSTER_FILE, kept_roster, read_roster
+from srfed.federation.flower.roster import Expected, Roster
+from srfed.federation.flower.server_app import begin_or_go_on
+from srfed.federation.messages import DESCRIBE, EVALUATE, REPLY, TRAIN
+from srfed.files import write_json
+from srfed.keys import key_fingerprint, read_key
+from srfed.storage.run_folder import RunFolder
 from support.faults import app_with, set_field
 from support.membership import (
     ALL,
@@ -27,18 +39,6 @@ from support.membership import (
     start,
 )
 from support.tiny_run import CLIENTS, all_bits, begin, records, round_lines
-
-from srfed.deployment.certificates import make_certificates
-from srfed.deployment.sites import rebind, sites_in_words
-from srfed.errors import UserError
-from srfed.federation.flower.client_app import app as real_app
-from srfed.federation.flower.identity import ROSTER_FILE, kept_roster, read_roster
-from srfed.federation.flower.roster import Expected, Roster
-from srfed.federation.flower.server_app import begin_or_go_on
-from srfed.federation.messages import DESCRIBE, EVALUATE, REPLY, TRAIN
-from srfed.files import write_json
-from srfed.keys import key_fingerprint, read_key
-from srfed.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("without_pauses")
 

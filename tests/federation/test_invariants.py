@@ -20,7 +20,6 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp.strategy import FedAvg, FedAvgM
 from flwr.supercore.task_identity import TaskIdentity
-from support.centralised import leaves
 from torch import Tensor
 from torch.func import functional_call
 
@@ -31,6 +30,7 @@ from srfed.model import build_diffusion, build_model, build_partition
 from srfed.networks.partition import Partition
 from srfed.networks.unet import UNet
 from srfed.training.local import ClientState, LocalResult, LocalTrainer
+from support.centralised import leaves
 
 torch.set_num_threads(1)
 

@@ -8,6 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from srfed.federation.messages import TRAIN
+from srfed.storage.checkpoint import read_manifest
+from srfed.storage.client_store import NO_PARENT
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
 from support.faults import app_with
 from support.membership import (
     ALL,
@@ -24,13 +31,6 @@ from support.membership import (
     start,
 )
 from support.tiny_run import CLIENTS, all_bits, begin, records, round_lines, server_bits
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from srfed.federation.messages import TRAIN
-from srfed.storage.checkpoint import read_manifest
-from srfed.storage.client_store import NO_PARENT
-from srfed.storage.metrics_log import MetricsLog
-from srfed.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("without_pauses")
 

@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
+
+from srfed.federation.messages import EVALUATE, FAILED, TRAIN
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
 from support.faults import app_with, fail
 from support.membership import (
     ALL,
@@ -25,10 +29,6 @@ from support.membership import (
     start,
 )
 from support.tiny_run import CLIENTS, all_bits, begin, round_lines, server_bits
-
-from srfed.federation.messages import EVALUATE, FAILED, TRAIN
-from srfed.storage.metrics_log import MetricsLog
-from srfed.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("without_pauses")
 

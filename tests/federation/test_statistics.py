@@ -18,11 +18,6 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from PIL import Image
-from support.errors import message_of
-from support.faults import app_with, fail, set_field, set_number, without
-from support.images import save
-from support.tiny_run import CLIENTS, all_bits, begin, run_in_process, run_on_grid, tiny_config
-from support.wire import RecordingGrid, is_bare_error, log_of
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
 from srfed.commands import sample
@@ -61,6 +56,11 @@ from srfed.storage.client_store import NO_PARENT
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.site_model import SiteModel, save_site_model
+from support.errors import message_of
+from support.faults import app_with, fail, set_field, set_number, without
+from support.images import save
+from support.tiny_run import CLIENTS, all_bits, begin, run_in_process, run_on_grid, tiny_config
+from support.wire import RecordingGrid, is_bare_error, log_of
 
 MOMENTS = {"evaluation.mode": "statistics"}
 SETTINGS: dict[str, Any] = {"data.images_per_task": 16, "training.local_steps": 1}

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from support.faults import Tensors
-from support.membership import MIDDLE, ROUNDS, SETTINGS, SOON, ChangingGrid, failure, resume, start
-from support.tiny_run import CLIENTS, all_bits, begin, round_lines, server_bits
 
 from srfed.federation.flower.client_app import app as real_app
 from srfed.federation.flower.in_process import InlineGrid
 from srfed.federation.messages import SHARED, TRAIN, array_record, read_tensors
 from srfed.storage.run_folder import RunFolder
+from support.faults import Tensors
+from support.membership import MIDDLE, ROUNDS, SETTINGS, SOON, ChangingGrid, failure, resume, start
+from support.tiny_run import CLIENTS, all_bits, begin, round_lines, server_bits
 
 pytestmark = pytest.mark.usefixtures("without_pauses")
 

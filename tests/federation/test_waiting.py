@@ -9,6 +9,12 @@ from pathlib import Path
 
 import pytest
 from flwr.app import Message
+
+from srfed.federation.messages import DESCRIBE, REPLY
+from srfed.federation.site import Site
+from srfed.federation.site_log import write_to_log
+from srfed.storage.run_folder import RunFolder
+from srfed.units import printable
 from support.membership import (
     SETTINGS,
     SOON,
@@ -20,12 +26,6 @@ from support.membership import (
     start,
 )
 from support.tiny_run import begin, round_lines, tiny_config
-
-from srfed.federation.messages import DESCRIBE, REPLY
-from srfed.federation.site import Site
-from srfed.federation.site_log import write_to_log
-from srfed.storage.run_folder import RunFolder
-from srfed.units import printable
 
 
 @pytest.fixture(autouse=True)

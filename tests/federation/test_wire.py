@@ -15,8 +15,6 @@ import pytest
 import torch
 from flwr.app import Array, ConfigRecord, Context, Error, Message, MetricRecord
 from flwr.clientapp import ClientApp
-from support.tiny_run import accepted_attempts, begin, round_lines, run_on_grid, tiny_config
-from support.wire import SECRET, RecordingGrid, is_bare_error, log_of
 
 from srfed.config import RunConfig
 from srfed.data import load_tasks, to_model_range
@@ -44,6 +42,8 @@ from srfed.model import build_model, build_partition
 from srfed.storage.checkpoint import read_checkpoint
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
+from support.tiny_run import accepted_attempts, begin, round_lines, run_on_grid, tiny_config
+from support.wire import SECRET, RecordingGrid, is_bare_error, log_of
 
 # --- What the type checker refuses ---------------------------------------------------------------
 

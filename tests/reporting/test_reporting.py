@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.tiny_run import begin, files_of_at_most, round_lines, tiny_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from srfed.errors import DamagedError, UserError
@@ -24,6 +23,7 @@ from srfed.reporting.summary import summarise, totals
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from srfed.units import bytes_in_words, seconds_in_words
+from support.tiny_run import begin, files_of_at_most, round_lines, tiny_config
 
 TASKS = [TaskInfo("client-b", "zebra", 1200, 40), TaskInfo("client-a", "ant", 30, 10)]
 

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.images import save
-from support.tiny_run import tiny_config
 
 from srfed.commands import adapt as command
 from srfed.commands import sample
@@ -31,6 +29,8 @@ from srfed.storage.run_folder import RunFolder
 from srfed.storage.site_model import SiteModel
 from srfed.training.adaptation import MODES, Adapted, Mode, adapt, adaptation_config
 from srfed.training.local import LocalTrainer, initial_state, load_tensors
+from support.images import save
+from support.tiny_run import tiny_config
 
 CPU = ResourcesConfig(backend="inline", device="cpu")
 NEW = "digit-7"

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.errors import one_error_line
-from support.tiny_run import round_lines
 
 from srfed import simulate
 from srfed.commands import adapt, evaluate, sample
@@ -21,6 +19,8 @@ from srfed.runs.run import TrainedRun
 from srfed.storage.checkpoint import MANIFEST_FILE, STATE_FILE, read_checkpoint, write_checkpoint
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
+from support.errors import one_error_line
+from support.tiny_run import round_lines
 
 COMMANDS = {
     "resume": (simulate.main, ["--resume", "RUN"]),

@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.errors import one_error_line
-from support.membership import failure, start
-from support.tiny_run import round_lines
 
 import srfed
 from srfed.commands import adapt
 from srfed.files import held, list_folder
 from srfed.storage.run_folder import RunFolder
+from support.errors import one_error_line
+from support.membership import failure, start
+from support.tiny_run import round_lines
 
 PACKAGE = str(Path(srfed.__file__).parent.parent)
 

@@ -9,17 +9,6 @@ from typing import Any
 
 import pytest
 from flwr.app import Message
-from support.errors import one_error_line
-from support.tiny_run import (
-    all_bits,
-    begin,
-    records,
-    round_lines,
-    run_in_process,
-    run_on_grid,
-    server_bits,
-    stop_after_a_round,
-)
 
 from srfed import simulate
 from srfed.errors import UserError
@@ -32,6 +21,17 @@ from srfed.reporting.curves import Curves
 from srfed.storage.checkpoint import MANIFEST_FILE, STATE_FILE, read_manifest
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
+from support.errors import one_error_line
+from support.tiny_run import (
+    all_bits,
+    begin,
+    records,
+    round_lines,
+    run_in_process,
+    run_on_grid,
+    server_bits,
+    stop_after_a_round,
+)
 
 ROUNDS = {
     "federation.rounds": 4,

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.stores import client_state
-from support.tiny_run import files_of_at_most
 
 from srfed.errors import UserError
 from srfed.storage import client_store
 from srfed.storage.checkpoint import MANIFEST_FILE, Checkpoint
 from srfed.storage.client_store import LONGEST_NAME, NO_PARENT, ClientStore, StoreBounds
+from support.stores import client_state
+from support.tiny_run import files_of_at_most
 
 # --- Stores --------------------------------------------------------------------------------------
 

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from support.tiny_run import begin, run_in_process
-
 from srfed.storage.run_folder import RunFolder
+from support.tiny_run import begin, run_in_process
 
 
 def test_a_runs_folder_is_its_owners_alone_and_says_what_is_in_it(

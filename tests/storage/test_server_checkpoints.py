@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.stores import client_state, server_state
-from support.tiny_run import files_of_at_most
 
 from srfed.errors import UserError
 from srfed.files import list_folder
 from srfed.storage.client_store import NO_PARENT, ClientStore
 from srfed.storage.server_checkpoints import ServerCheckpoints
+from support.stores import client_state, server_state
+from support.tiny_run import files_of_at_most
 
 
 def test_the_server_keeps_its_last_checkpoints_and_survives_a_full_disk(tmp_path: Path) -> None:

@@ -9,13 +9,12 @@ import pytest
 import torch
 from PIL import Image
 from scipy.stats import spearmanr
-from support.tiny_run import tiny_config
+from srfed.diffusion.sampling import ancestral_sample
 
 from simulations import figures, new_task, similarity
 from srfed.api import train_run
 from srfed.config import ResourcesConfig, RunConfig
 from srfed.data import Task, load_tasks, to_uint8
-from srfed.diffusion.sampling import ancestral_sample
 from srfed.errors import UserError
 from srfed.evaluation.features.embedded import EmbeddedFeatures
 from srfed.evaluation.features.statistics import FeatureStatistics
@@ -27,6 +26,7 @@ from srfed.reporting.plots import heat_map, line_plot
 from srfed.runs.adapting import read_points
 from srfed.runs.run import TrainedRun
 from srfed.storage.run_folder import RunFolder
+from support.tiny_run import tiny_config
 
 CPU = ResourcesConfig(backend="inline", device="cpu")
 

@@ -6,6 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+
+from srfed.errors import UserError
+from srfed.model import build_model, noise_of_task
+from srfed.networks.partition import divide
+from srfed.training.local import LocalResult
 from support.centralised import (
     RATE,
     Central,
@@ -20,11 +25,6 @@ from support.centralised import (
     run_config,
     same_bits,
 )
-
-from srfed.errors import UserError
-from srfed.model import build_model, noise_of_task
-from srfed.networks.partition import divide
-from srfed.training.local import LocalResult
 
 # --- A client's further ways to train ------------------------------------------------------------
 

@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+from srfed.data import Task
+from srfed.errors import UserError
 from support.centralised import (
     METHODS,
     RATE,
@@ -29,10 +33,6 @@ from support.centralised import (
     same_bits,
     some_tasks,
 )
-from torch import Tensor
-
-from srfed.data import Task
-from srfed.errors import UserError
 
 # --- Against a plain loop ------------------------------------------------------------------------
 

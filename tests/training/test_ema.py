@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.local_training import Client, assert_close, largest_difference, run_config
 from torch import Tensor
 
 from srfed.federation.aggregation import aggregate
 from srfed.training.ema import round_decay, step_decay, update_average
+from support.local_training import Client, assert_close, largest_difference, run_config
 
 
 def closed_form_average(trajectory: Sequence[Tensor], decays: Sequence[float]) -> Tensor:

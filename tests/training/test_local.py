@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+from srfed.training.local import LocalResult, LocalTrainer, initial_state, load_tensors
 from support.local_training import (
     Client,
     Reference,
@@ -23,9 +26,6 @@ from support.local_training import (
     same_bits,
     some_images,
 )
-from torch import Tensor
-
-from srfed.training.local import LocalResult, LocalTrainer, initial_state, load_tensors
 
 # What a round gives, and on what it depends
 

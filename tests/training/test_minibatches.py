@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.local_training import Client, run_config, some_images
 
 from srfed.errors import UserError
 from srfed.training.minibatches import MinibatchOrder
+from support.local_training import Client, run_config, some_images
 
 
 @given(

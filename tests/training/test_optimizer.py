@@ -3,10 +3,10 @@
 import pytest
 import torch
 from safetensors.torch import load, save
-from support.local_training import run_config, same_bits
 from torch import nn
 
 from srfed.training.optimizer import MOMENTS, PartOptimizer, learning_rate_factor
+from support.local_training import run_config, same_bits
 
 NamedParameters = dict[str, nn.Parameter]
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.local_training import Client, Draw, largest_difference, run_config, some_images
 
 from srfed.model import build_diffusion
+from support.local_training import Client, Draw, largest_difference, run_config, some_images
 
 # Setup
 

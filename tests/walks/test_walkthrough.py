@@ -25,9 +25,9 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from support.tiny_run import TINY
 
 from srfed.commands import deploy
+from support.tiny_run import TINY
 
 PROJECT = Path(__file__).parents[2]
 TEXT = (PROJECT / "docs" / "deployment.md").read_text()
