@@ -18,7 +18,7 @@ from srfed.device import Captured, arithmetic, resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.generation import generate
 from srfed.federation.flower.ray import client_share
-from srfed.model import build_diffusion, build_model, build_partition
+from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.blocks import SelfAttention
 from srfed.training.local import LocalResult, LocalTrainer, initial_state
 from srfed.training.optimizer import PartOptimizer
@@ -187,11 +187,11 @@ def two_rounds(device: str, changes: dict[str, Any], *, captures: bool) -> Local
         name: tensor.clone() for name, tensor in partition.take_shared(model.state_dict()).items()
     }
     here = resolve_device(config.resources)
-    model, diffusion = model.to(here), build_diffusion(config, here)
-    step = LocalStep(config, model, partition, diffusion)
+    model, objective = model.to(here), build_objective(config, here)
+    step = LocalStep(config, model, partition, objective)
     step.captures = step.captures and captures
     images = np.random.default_rng(0).integers(0, 256, (21, 8, 8, 1), dtype=np.uint8)
-    trainer = LocalTrainer(config, model, partition, diffusion, "digit-0", images, 0, step)
+    trainer = LocalTrainer(config, model, partition, objective, "digit-0", images, 0, step)
     first = trainer.train(1, shared, state)
     return trainer.train(2, first.shared, first.state)
 
@@ -225,17 +225,20 @@ def test_a_gpu_trains_and_draws_as_a_cpu_does() -> None:
     assert on_gpu.loss == pytest.approx(on_cpu.loss, rel=1e-4)
     config = tiny_config()
     model = build_model(config, 1).eval()
+    objectives = {
+        device: build_objective(config, torch.device(device)) for device in ("cpu", "cuda")
+    }
     images = [
         generate(
-            model.to(device),
-            build_diffusion(config, torch.device(device)),
+            objective.denoiser(model.to(device)),
+            objective.process,
             config.sampling,
             count=4,
             shape=(8, 8, 1),
             seed=0,
             task="digit-0",
         ).images
-        for device in ("cpu", "cuda")
+        for device, objective in objectives.items()
     ]
     assert np.abs(images[0].astype(int) - images[1].astype(int)).max() <= 1
 

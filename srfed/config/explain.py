@@ -35,7 +35,7 @@ def _default(name: str) -> str:
     values = json.loads(RunConfig().to_json())[section]
     if key not in values:
         (own,) = [each for each in sections_of(section) if key in each.model_fields][:1]
-        values = {key: own.model_fields[key].get_default()}
+        values = own.model_construct().model_dump(mode="json", include={key})
     return json.dumps(values[key])
 
 
@@ -47,7 +47,7 @@ def _settings() -> Iterator[tuple[str, FieldInfo]]:
             continue
         found: dict[str, FieldInfo] = {}
         for section in sections_of(name):
-            found = {**section.model_fields, **found}
+            found |= {key: v for key, v in section.model_fields.items() if key not in found}
         yield from ((f"{name}.{key}", member) for key, member in found.items())
 
 

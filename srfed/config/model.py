@@ -2,7 +2,6 @@
 own.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -23,7 +22,7 @@ STAGES = 4
 """Resolution stages of the UNet (the paper's "four layers")."""
 
 
-OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+OWN = r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_.]*$"
 """A network of one's own, "module:Class"."""
 Option = bool | int | float | str | tuple[bool | int | float | str, ...] | None
 
@@ -130,7 +129,7 @@ class UNetConfig(Section):
 class OwnNetworkConfig(Section):
     """Settings of a network that srfed has not."""
 
-    network: str = setting(pattern=OWN.pattern, description="module:Class")
+    network: str = setting(pattern=OWN, description="module:Class")
     exclusive_stages: (
         Literal["none", "io", "all"] | Annotated[int, Field(strict=True, ge=1)] | tuple[str, ...]
     ) = setting(1, description="the partition, of the network's own shells")

@@ -148,8 +148,9 @@ def test_a_conditional_run_draws_each_task_with_its_own_row(tiny: Path, tmp_path
         def by_hand(x: Tensor, timesteps: Tensor, row: int = row) -> Tensor:
             return model(x, timesteps, torch.full((len(x),), row))
 
-        ours = generate(trained.model_of(task), trained.diffusion, run.config.sampling, **arguments)
-        expected = generate(by_hand, trained.diffusion, run.config.sampling, **arguments)
+        process, sampling = trained.objective.process, run.config.sampling
+        ours = generate(trained.denoiser(task), process, sampling, **arguments)
+        expected = generate(trained.objective.denoiser(by_hand), process, sampling, **arguments)
         np.testing.assert_array_equal(ours.images, expected.images)
         samples[task.task] = expected.images
     tests = {task.name: task.test for task in load_tasks(run.config.data, 3)}

@@ -46,8 +46,8 @@ def features(run: RunFolder) -> dict[str, np.ndarray]:
     network, trained = EmbeddedFeatures(), TrainedRun(run.path, run.config.resources)
     samples = [
         generate(
-            trained.model_of(info),
-            trained.diffusion,
+            trained.denoiser(info),
+            trained.objective.process,
             run.config.sampling,
             count=SAMPLES // 3,
             shape=trained.shape,

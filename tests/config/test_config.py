@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from srfed.config import (
+    UNetConfig,
     RunConfig,
     describe,
     load_config,
@@ -22,7 +24,7 @@ from srfed.config import (
     parse_config_json,
     what_decides,
 )
-from srfed.diffusion.schedule import build_schedule
+from srfed.model import build_objective
 from srfed.errors import UserError
 
 FOLDER = Path(__file__).parents[2] / "configs"
@@ -325,7 +327,9 @@ def test_what_another_program_sends_is_refused_alike() -> None:
 
 def declared(model: type[BaseModel]) -> Iterator[str]:
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if name == "model":
+            yield from (f"{name}.{key}" for key in UNetConfig.model_fields)
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from (f"{name}.{key}" for key in field.annotation.model_fields)
         else:
             yield name
@@ -335,8 +339,10 @@ def test_describe_names_every_setting_once_with_default_and_meaning() -> None:
     lines = describe().splitlines()
     heads = [re.fullmatch(r"  (\S+) = (\S.*?)  \((.+)\)", line) for line in lines[::2]]
     names = [head[1] for head in heads if head]
+    # Of a network of one's own, and so not of the default's section.
+    names.remove("model.options")
     assert names == list(declared(RunConfig))
-    defaults = settings_of(dump(RunConfig()))
+    defaults = settings_of(dump(RunConfig())) | {"model.options": {}}
     assert {head[1]: json.loads(head[2]) for head in heads if head} == defaults
     assert all(line.startswith("      ") and len(line.strip()) > 5 for line in lines[1::2])
 
@@ -399,6 +405,7 @@ def test_every_setting_says_at_its_field_what_it_decides() -> None:
         "resources.backend",
         "resources.cpus",
         "resources.client_gpus",
+        "sampling.batch_size",
     }
     assert {name.split(".")[0] for name in kinds["scores"]} == {"sampling", "evaluation"}
     assert {"seed", "model.channels", "training.batch_size", "resources.precision"} <= kinds["run"]
@@ -507,4 +514,4 @@ def test_a_diffusion_that_is_accepted_can_be_built(
         )
     except UserError:
         return
-    build_schedule(**config.diffusion.model_dump())
+    build_objective(config, torch.device("cpu"))

@@ -39,7 +39,7 @@ from srfed.deployment.deployment import Deployment
 from srfed.deployment.flower import FOLDER_VARIABLE
 from srfed.errors import UserError
 from srfed.files import held
-from srfed.model import build_diffusion, build_model, build_partition
+from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.partition import divide
 from srfed.storage.checkpoint import read_manifest
 from srfed.storage.metrics_log import MetricsLog
@@ -481,7 +481,7 @@ def test_check_takes_the_minibatches_that_training_takes(
         config,
         model,
         build_partition(config, model),
-        build_diffusion(config, torch.device("cpu")),
+        build_objective(config, torch.device("cpu")),
         "own",
         images[:20],
     )

@@ -287,8 +287,8 @@ def generated_images(state: Path, client: str) -> list[bytes]:
     torch.set_num_threads(1)  # as the site did
     try:
         images = generate(
-            site.model_of(site.tasks[0]),
-            site.diffusion,
+            site.denoiser(site.tasks[0]),
+            site.objective.process,
             site.config.sampling,
             count=SAMPLES // len(SITES),
             shape=site.shape,

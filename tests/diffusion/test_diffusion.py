@@ -9,10 +9,14 @@ from typing import Any, Literal
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from srfed.diffusion.sampling import ancestral_sample, ddim_sample, ddim_timesteps
 from torch import Tensor
 
-from srfed.diffusion.process import Diffusion
+from srfed.diffusion.objective import Objective
+from srfed.diffusion.objectives.noise import NoisePrediction
+from srfed.diffusion.process import VariancePreserving
+from srfed.diffusion.sampler import Sampled, Sampler, drawn_from, sample
+from srfed.diffusion.samplers.ancestral import Ancestral
+from srfed.diffusion.samplers.ddim import Ddim
 from srfed.diffusion.schedule import NoiseSchedule, build_schedule, cosine_schedule, linear_schedule
 
 T = 60
@@ -33,8 +37,50 @@ def network(x: Tensor, t: Tensor) -> Tensor:
     return torch.tanh(x + 0.5 * x.roll(1, dims=3)) * (1.2 - phase) + 0.3 * torch.sin(3 * x + phase)
 
 
-def diffusion(timesteps: int = T) -> Diffusion:
-    return Diffusion(linear_schedule(timesteps))
+def diffusion(timesteps: int = T) -> NoisePrediction:
+    return NoisePrediction(linear_schedule(timesteps))
+
+
+def walk(
+    sampler: Sampler,
+    network: Any,
+    objective: Objective,
+    start: Tensor,
+    draws: torch.Generator,
+    **options: Any,
+) -> Sampled:
+    return sample(
+        sampler, objective.denoiser(network), objective.process, start, drawn_from(draws), **options
+    )
+
+
+def ancestral_sample(
+    network: Any,
+    objective: Objective,
+    start: Tensor,
+    generator: torch.Generator,
+    *,
+    variance: Literal["beta", "posterior"] = "beta",
+    **options: Any,
+) -> Sampled:
+    """All timesteps, whatever number of steps is said."""
+    return walk(Ancestral(variance), network, objective, start, generator, steps=1, **options)
+
+
+def ddim_sample(
+    network: Any,
+    objective: Objective,
+    start: Tensor,
+    generator: torch.Generator,
+    *,
+    eta: float = 0.0,
+    **options: Any,
+) -> Sampled:
+    return walk(Ddim(eta), network, objective, start, generator, **options)
+
+
+def ddim_timesteps(top: int, steps: int) -> list[float]:
+    return VariancePreserving(linear_schedule(max(70, top, steps))).path(steps, top)
 
 
 def exact(scheduler: Any, timesteps: int = T) -> Any:
@@ -121,9 +167,9 @@ def test_add_noise_is_diffusers() -> None:
     images, noise = normal(T, 1, 3, 3), normal(T, 1, 3, 3, seed=1)
     timesteps = torch.arange(1, T + 1)
     theirs = exact(DDPMScheduler(T)).add_noise(images, noise, timesteps - 1)
-    ours = diffusion().add_noise(images, timesteps, noise)
+    ours = diffusion().process.add_noise(images, timesteps, noise)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-    assert diffusion().add_noise(images.float(), timesteps, noise.float()).dtype == torch.float32
+    assert diffusion().process.add_noise(images.float(), timesteps, noise.float()).dtype == torch.float32
 
 
 def test_the_forward_marginal_has_mean_and_variance_of_eq_3() -> None:
@@ -136,7 +182,7 @@ def test_the_forward_marginal_has_mean_and_variance_of_eq_3() -> None:
             count, generator=draws, dtype=x.dtype
         )
     images = torch.full((count, 1, 1, 1), 0.7, dtype=torch.float64)
-    jumped = Diffusion(schedule).add_noise(
+    jumped = NoisePrediction(schedule).process.add_noise(
         images, torch.full((count,), t), normal(count, 1, 1, 1, seed=1)
     )
     assert jumped.mean() == pytest.approx(
@@ -147,34 +193,34 @@ def test_the_forward_marginal_has_mean_and_variance_of_eq_3() -> None:
 
 def test_tables_are_cast_once_from_float64() -> None:
     """At t = 1 of a gentle schedule, 1 - ᾱ_t in float32 would be wrong in the fourth digit."""
-    process = Diffusion(NoiseSchedule(torch.full((5,), 1e-6, dtype=torch.float64)))
+    objective = NoisePrediction(NoiseSchedule(torch.full((5,), 1e-6, dtype=torch.float64)))
     noise = torch.ones(1, 1, 1, 1)
-    spread = process.add_noise(torch.zeros(1, 1, 1, 1), torch.tensor([1]), noise)
+    spread = objective.process.add_noise(torch.zeros(1, 1, 1, 1), torch.tensor([1]), noise)
     assert spread.item() == pytest.approx(1e-3, rel=1e-6)
 
 
 def test_loss_of_the_perfect_and_of_the_zero_predictor() -> None:
     images, noise, timesteps = normal(*SHAPE), normal(*SHAPE, seed=1), torch.tensor([1, 30, T])
-    process = diffusion()
-    assert process.loss_per_image(lambda x, t: noise, images, timesteps, noise).tolist() == [
+    objective = diffusion()
+    assert objective.loss(lambda x, t: noise, images, timesteps, noise).tolist() == [
         0,
         0,
         0,
     ]
-    zero = process.loss_per_image(lambda x, t: torch.zeros_like(x), images, timesteps, noise)
+    zero = objective.loss(lambda x, t: torch.zeros_like(x), images, timesteps, noise)
     torch.testing.assert_close(zero, noise.square().flatten(1).mean(dim=1))
 
 
 def test_the_network_is_shown_x_t_and_t_and_receives_gradients() -> None:
     images, noise, timesteps = normal(*SHAPE), normal(*SHAPE, seed=1), torch.tensor([1, 30, T])
-    process, weight, seen = diffusion(), torch.ones((), requires_grad=True), []
+    objective, weight, seen = diffusion(), torch.ones((), requires_grad=True), []
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         seen.extend([x, t])
         return weight * x
 
-    process.loss_per_image(predict, images, timesteps, noise).mean().backward()
-    x_t = process.add_noise(images, timesteps, noise)
+    objective.loss(predict, images, timesteps, noise).mean().backward()
+    x_t = objective.process.add_noise(images, timesteps, noise)
     torch.testing.assert_close(seen[0], x_t)
     assert torch.equal(seen[1], timesteps)
     assert weight.grad is not None
@@ -183,14 +229,14 @@ def test_the_network_is_shown_x_t_and_t_and_receives_gradients() -> None:
 
 def test_a_16_bit_prediction_is_used_in_the_images_type() -> None:
     images, noise = normal(*SHAPE, dtype=torch.float32), normal(*SHAPE, seed=1, dtype=torch.float32)
-    process, timesteps = diffusion(), torch.tensor([1, 30, T])
-    losses = process.loss_per_image(
+    objective, timesteps = diffusion(), torch.tensor([1, 30, T])
+    losses = objective.loss(
         lambda x, t: torch.zeros_like(x).bfloat16(), images, timesteps, noise
     )
     torch.testing.assert_close(losses, noise.square().mean(dim=(1, 2, 3)))
     start = normal(*SHAPE, dtype=torch.float32)
-    sampled = ddim_sample(lambda x, t: x.bfloat16(), process, start, generator(), steps=4)
-    widened = ddim_sample(lambda x, t: x.bfloat16().float(), process, start, generator(), steps=4)
+    sampled = ddim_sample(lambda x, t: x.bfloat16(), objective, start, generator(), steps=4)
+    widened = ddim_sample(lambda x, t: x.bfloat16().float(), objective, start, generator(), steps=4)
     assert torch.equal(sampled.images, widened.images)
 
 
@@ -202,31 +248,31 @@ def test_a_16_bit_prediction_is_used_in_the_images_type() -> None:
         ({"noise": torch.zeros(3, 2, 4, 4)}, r"noise is \(3, 2, 4, 4\).*\(3, 2, 4, 5\)"),
         ({"noise": torch.zeros(SHAPE, dtype=torch.float16)}, "noise is .*float16"),
         (
-            {"timesteps": torch.ones(2, dtype=torch.long)},
-            r"timesteps is \(2,\).*each of the 3 images",
+            {"times": torch.ones(2, dtype=torch.long)},
+            r"times is \(2,\).*each of the 3 images",
         ),
-        ({"timesteps": torch.ones(3)}, "timesteps is .*float32.*int64"),
-        ({"timesteps": torch.tensor([0, 1, 2])}, f"from 0 to 2.*1..{T}"),
-        ({"timesteps": torch.tensor([1, 2, T + 1])}, f"from 1 to {T + 1}.*1..{T}"),
-        ({"images": torch.zeros(SHAPE, device="meta")}, "images is on meta, the diffusion on cpu"),
-        ({"timesteps": torch.ones(3, dtype=torch.long, device="meta")}, "timesteps is on meta"),
+        ({"times": torch.ones(3)}, "times is .*float32.*int64"),
+        ({"times": torch.tensor([0, 1, 2])}, f"from 0 to 2.*1..{T}"),
+        ({"times": torch.tensor([1, 2, T + 1])}, f"from 1 to {T + 1}.*1..{T}"),
+        ({"images": torch.zeros(SHAPE, device="meta")}, "images is on meta, the process on cpu"),
+        ({"times": torch.ones(3, dtype=torch.long, device="meta")}, "times is on meta"),
     ],
 )
 def test_add_noise_refuses_what_does_not_fit(change: dict[str, Tensor], words: str) -> None:
     arguments = {
         "images": torch.zeros(SHAPE),
-        "timesteps": torch.ones(3, dtype=torch.long),
+        "times": torch.ones(3, dtype=torch.long),
         "noise": torch.zeros(SHAPE),
     }
     with pytest.raises(ValueError, match=words):
-        diffusion().add_noise(**(arguments | change))
+        diffusion().process.add_noise(**(arguments | change))
 
 
 def test_a_prediction_that_would_broadcast_is_refused() -> None:
     images, timesteps = torch.zeros(SHAPE), torch.ones(3, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"predict_noise returned \(3, 1, 4, 5\)"):
-        diffusion().loss_per_image(lambda x, t: x[:, :1], images, timesteps, torch.zeros(SHAPE))
-    with pytest.raises(ValueError, match=r"predict_noise returned \(3, 1, 4, 5\)"):
+    with pytest.raises(ValueError, match=r"the network returned \(3, 1, 4, 5\)"):
+        diffusion().loss(lambda x, t: x[:, :1], images, timesteps, torch.zeros(SHAPE))
+    with pytest.raises(ValueError, match=r"the network returned \(3, 1, 4, 5\)"):
         ddim_sample(lambda x, t: x[:, :1], diffusion(), images, generator(), steps=3)
 
 
@@ -328,10 +374,10 @@ def test_sampling_a_gaussian_reproduces_its_mean_and_deviation(sampler: str) -> 
     """For data N(m, s²) the best ε is known: E[ε | x_t] = sqrt(1-ᾱ) (x_t - sqrt(ᾱ) m) / (ᾱ s² + 1 -
     ᾱ).
     """
-    m, s, count, process = 0.4, 0.3, 20_000, diffusion(500)
+    m, s, count, objective = 0.4, 0.3, 20_000, diffusion(500)
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        alpha_bar = float(process.schedule.alpha_bars[int(t[0]) - 1])
+        alpha_bar = float(objective.process.schedule.alpha_bars[int(t[0]) - 1])
         return (
             math.sqrt(1 - alpha_bar)
             * (x - math.sqrt(alpha_bar) * m)
@@ -340,11 +386,11 @@ def test_sampling_a_gaussian_reproduces_its_mean_and_deviation(sampler: str) -> 
 
     start = normal(count, 1, 1, 1, dtype=torch.float32)
     if sampler == "ddim":
-        images = ddim_sample(predict, process, start, generator(1), steps=250, clip=False).images
+        images = ddim_sample(predict, objective, start, generator(1), steps=250, clip=False).images
     else:
         variance: Literal["beta", "posterior"] = "beta" if sampler == "beta" else "posterior"
         images = ancestral_sample(
-            predict, process, start, generator(1), variance=variance, clip=False
+            predict, objective, start, generator(1), variance=variance, clip=False
         ).images
     # Five standard errors, and 1 % of s for the finite number of steps.
     assert images.mean() == pytest.approx(m, abs=5 * s / math.sqrt(count) + 0.01 * s)
@@ -356,18 +402,18 @@ def test_the_exact_noise_leads_back_to_the_image(from_timestep: int) -> None:
     """A network that knows x_0 reconstructs it from any timestep, whatever noise is drawn on the
     way.
     """
-    process, images, noise = diffusion(), normal(*SHAPE).clamp(-1, 1), normal(*SHAPE, seed=1)
+    objective, images, noise = diffusion(), normal(*SHAPE).clamp(-1, 1), normal(*SHAPE, seed=1)
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        alpha_bar = process.schedule.alpha_bars[t - 1].view(-1, 1, 1, 1)
+        alpha_bar = objective.process.schedule.alpha_bars[t - 1].view(-1, 1, 1, 1)
         return (x - alpha_bar.sqrt() * images) / (1 - alpha_bar).sqrt()
 
-    start = process.add_noise(images, torch.full((3,), from_timestep), noise)
-    ancestral = ancestral_sample(predict, process, start, generator(), from_timestep=from_timestep)
+    start = objective.process.add_noise(images, torch.full((3,), from_timestep), noise)
+    ancestral = ancestral_sample(predict, objective, start, generator(), from_timestep=from_timestep)
     torch.testing.assert_close(ancestral.images, images)
     for steps, eta in ((1, 0.0), (7, 0.0), (T, 0.5)):
         ddim = ddim_sample(
-            predict, process, start, generator(), steps=steps, eta=eta, from_timestep=from_timestep
+            predict, objective, start, generator(), steps=steps, eta=eta, from_timestep=from_timestep
         )
         torch.testing.assert_close(ddim.images, images)
 
@@ -509,5 +555,5 @@ def test_ancestral_refuses_what_does_not_fit() -> None:
 
 def test_a_generator_elsewhere_is_refused() -> None:
     elsewhere = SimpleNamespace(device=torch.device("cuda", 0))
-    with pytest.raises(ValueError, match="generator is on cuda:0, start on cpu"):
-        ddim_sample(network, diffusion(), torch.zeros(SHAPE), elsewhere, steps=5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="generator is on cuda:0, the images on cpu"):
+        ddim_sample(network, diffusion(), torch.zeros(SHAPE), elsewhere, steps=5, eta=1.0)  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ from srfed.evaluation.metrics.memorisation import (
     merge_audits,
     nearest_distances,
 )
-from srfed.model import build_diffusion, build_model, build_partition
+from srfed.model import build_model, build_objective, build_partition
 from srfed.training.local import LocalTrainer, initial_state, load_tensors
 
 torch.set_num_threads(1)
@@ -320,14 +320,20 @@ def generated_by_a_model(train: Images) -> Images:
             },
         }
     )
-    model, diffusion = build_model(config, 1), build_diffusion(config, torch.device("cpu"))
+    model, objective = build_model(config, 1), build_objective(config, torch.device("cpu"))
     partition = build_partition(config, model)
-    trainer = LocalTrainer(config, model, partition, diffusion, "digit", train)
+    trainer = LocalTrainer(config, model, partition, objective, "digit", train)
     state = trainer.train(1, {}, initial_state(model, partition)).state
     load_tensors(model, state.exclusive_average)
     model.eval()
     return generate(
-        model, diffusion, config.sampling, count=100, shape=(8, 8, 1), seed=0, task="digit"
+        objective.denoiser(model),
+        objective.process,
+        config.sampling,
+        count=100,
+        shape=(8, 8, 1),
+        seed=0,
+        task="digit",
     ).images
 
 

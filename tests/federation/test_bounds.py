@@ -15,7 +15,7 @@ from srfed.data import load_tasks
 from srfed.errors import UserError
 from srfed.federation.aggregation import client_weights
 from srfed.federation.bounds import TrainPlan
-from srfed.model import build_diffusion, build_model, build_partition
+from srfed.model import build_model, build_objective, build_partition
 from srfed.training.local import LocalTrainer, initial_state
 from srfed.training.minibatches import MinibatchOrder
 from srfed.training.optimizer import ADAM_REACH, BETA1, BETA2, PartOptimizer, reach_of_round
@@ -57,7 +57,7 @@ def test_a_round_is_computed_as_the_trainer_takes_it(changes: dict[str, Any]) ->
         name: tensor.clone() for name, tensor in partition.take_shared(model.state_dict()).items()
     }
     trainer = LocalTrainer(
-        config, model, partition, build_diffusion(config, torch.device("cpu")), "digit-0", images
+        config, model, partition, build_objective(config, torch.device("cpu")), "digit-0", images
     )
     for number in (1, 2, 3):
         plan = TrainPlan.of(config, partition, "digit-0", len(images), state.steps)

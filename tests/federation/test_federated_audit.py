@@ -38,8 +38,8 @@ def test_the_last_evaluation_reports_every_clients_audit(run: RunFolder) -> None
     network = EmbeddedFeatures()
     for info, task in zip(trained.tasks, load_tasks(run.config.data, 3), strict=True):
         samples = generate(
-            trained.model_of(info),
-            trained.diffusion,
+            trained.denoiser(info),
+            trained.objective.process,
             run.config.sampling,
             count=10,
             shape=trained.shape,

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from srfed.config import FederationConfig, RunConfig, parse_config
-from srfed.diffusion.process import Diffusion
+from srfed.diffusion.objectives.noise import NoisePrediction
 from srfed.federation.aggregation import aggregate, client_weights, weighted_mean
-from srfed.model import build_diffusion, build_model, build_partition
+from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.partition import Partition
 from srfed.networks.unet import UNet
 from srfed.training.local import ClientState, LocalResult, LocalTrainer
@@ -62,16 +62,14 @@ def run_config(stages: Any, **training: Any) -> RunConfig:
     )
 
 
-class RecordingDiffusion(Diffusion):
+class RecordingObjective(NoisePrediction):
     """The forward process itself, noting the minibatches, timesteps and noise that it is given."""
 
     draws: Draws
 
-    def loss_per_image(
-        self, predict_noise: Any, images: Tensor, timesteps: Tensor, noise: Tensor
-    ) -> Tensor:
-        self.draws.append((images, timesteps, noise))
-        return super().loss_per_image(predict_noise, images, timesteps, noise)
+    def loss(self, forward: Any, images: Tensor, times: Tensor, noise: Tensor) -> Tensor:
+        self.draws.append((images, times, noise))
+        return super().loss(forward, images, times, noise)
 
 
 class Federation:
@@ -83,17 +81,17 @@ class Federation:
         self.config = config
         self.model: UNet = build_model(config, 1)
         self.partition: Partition = build_partition(config, self.model)
-        schedule = build_diffusion(config, torch.device("cpu")).schedule
+        schedule = build_objective(config, torch.device("cpu")).process.schedule
         names = [f"task{i}" for i in range(len(sizes))]
         self.shared = self.perturbed(0, self.partition.shared)
         self.states: dict[str, ClientState] = {}
-        self.recorders: dict[str, RecordingDiffusion] = {}
+        self.recorders: dict[str, RecordingObjective] = {}
         self.trainers: dict[str, LocalTrainer] = {}
         self.results: dict[str, LocalResult] = {}
         for i, (name, size) in enumerate(zip(names, sizes, strict=True)):
             exclusive = self.perturbed(i + 1, self.partition.exclusive)
             self.states[name] = ClientState(exclusive, dict(exclusive))
-            self.recorders[name] = RecordingDiffusion(schedule)
+            self.recorders[name] = RecordingObjective(schedule)
             self.recorders[name].draws = []
             images = np.random.default_rng(i).integers(0, 256, (size, 8, 8, 1), dtype=np.uint8)
             arguments = (config, self.model, self.partition, self.recorders[name], name, images)

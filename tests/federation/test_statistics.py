@@ -581,8 +581,8 @@ def test_sites_with_the_images_of_a_simulation_train_and_score_as_it_does(
 
 def images_of(trained: TrainedRun | TrainedSite, client: str) -> np.ndarray:
     return generate(
-        trained.model_of(trained.find_task(client)),
-        trained.diffusion,
+        trained.denoiser(trained.find_task(client)),
+        trained.objective.process,
         trained.config.sampling,
         count=6,
         shape=trained.shape,

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from srfed.errors import DamagedError, UserError
 from srfed.evaluation.task import evaluate_task
-from srfed.model import build_diffusion
+from srfed.model import build_objective
 from srfed.observer import Observers
 from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
 from srfed.reporting.curves import shown_on_terminal
@@ -478,7 +478,7 @@ def test_curves_that_cannot_be_begun_are_the_users_to_mend(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("final", [False, True])
 @pytest.mark.parametrize(
-    "changes", [{}, {"sampling.sampler": "ancestral"}, {"evaluation.ssim_images": 0}]
+    "changes", [{}, {"sampling.sampler": "ancestral"}, {"sampling.sampler": "dpm_solver"}, {"evaluation.ssim_images": 0}]
 )
 def test_the_passes_of_an_evaluation_are_those_that_the_network_is_asked_for(
     changes: dict[str, Any], final: bool
@@ -487,14 +487,14 @@ def test_the_passes_of_an_evaluation_are_those_that_the_network_is_asked_for(
     images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), dtype=np.uint8)
     asked = 0
 
-    def predict_noise(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def denoiser(x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
         nonlocal asked
         asked += len(x)
         return torch.zeros_like(x)
 
     evaluate_task(
-        predict_noise,
-        build_diffusion(config, torch.device("cpu")),
+        denoiser,
+        build_objective(config, torch.device("cpu")).process,
         config,
         task="t",
         train=images,

@@ -21,7 +21,7 @@ from srfed.evaluation.features.embedded import EmbeddedFeatures
 from srfed.evaluation.features.statistics import FeatureStatistics
 from srfed.evaluation.generation import generate
 from srfed.evaluation.metrics.frechet import frechet_distance
-from srfed.model import build_diffusion, build_model, build_partition
+from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.partition import divide
 from srfed.runs.adapting import computed_here, tensors_hash
 from srfed.runs.run import TrainedRun, TrainedSite
@@ -77,10 +77,10 @@ def loss_on(run: TrainedRun, shared: Tensors, exclusive: Tensors, images: np.nda
     load_tensors(model, shared, exclusive)
     generator = torch.Generator().manual_seed(5)
     pictures = to_model_range(images).repeat(4, 1, 1, 1)
-    timesteps = torch.randint(1, run.diffusion.timesteps + 1, (len(pictures),), generator=generator)
+    timesteps = run.objective.draw_times(len(pictures), generator)
     noise = torch.randn(pictures.shape, generator=generator)
     with torch.no_grad():
-        return float(run.diffusion.loss_per_image(model, pictures, timesteps, noise).mean())
+        return float(run.objective.loss(model, pictures, timesteps, noise).mean())
 
 
 # --- The training --------------------------------------------------------------------------------
@@ -128,8 +128,8 @@ def test_frozen_is_a_clients_training_from_the_common_initialisation(
     model = build_model(own, 1)
     partition = build_partition(own, model)
     state = initial_state(model, partition)
-    diffusion = build_diffusion(own, torch.device("cpu"))
-    trainer = LocalTrainer(own, model, partition, diffusion, NEW, new_images)
+    objective = build_objective(own, torch.device("cpu"))
+    trainer = LocalTrainer(own, model, partition, objective, NEW, new_images)
     for number in (1, 2):
         state = trainer.train(number, trained.shared, state).state
     assert same_bits(state.exclusive_average, adapted["frozen"][1].exclusive)
@@ -145,7 +145,7 @@ def test_where_the_core_moves_it_is_averaged_step_by_step_too(
     average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = initial_state(model, partition)
     trainer = LocalTrainer(
-        own, model, partition, build_diffusion(own, torch.device("cpu")), NEW, new_images
+        own, model, partition, build_objective(own, torch.device("cpu")), NEW, new_images
     )
     results = list(
         adapt(trained.config, trained.shared, new_images, task=NEW, mode="thawed", steps=5, every=1)
@@ -343,8 +343,8 @@ def test_an_owners_own_pictures_are_brought_to_the_runs_form(
     site = TrainedSite(out / "frozen" / "clinic-9", CPU)
     assert site.shape == trained.shape
     images = generate(
-        site.model_of(site.tasks[0]),
-        site.diffusion,
+        site.denoiser(site.tasks[0]),
+        site.objective.process,
         site.config.sampling,
         count=2,
         shape=site.shape,

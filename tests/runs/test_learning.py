@@ -27,8 +27,8 @@ def test_samples_belong_to_their_tasks(tmp_path: Path) -> None:
     assert accuracy_on_real_images(tasks) > 0.95
     samples = {
         info.task: generate(
-            run.model_of(info),
-            run.diffusion,
+            run.denoiser(info),
+            run.objective.process,
             config.sampling,
             count=50,
             shape=run.shape,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 from scipy.stats import spearmanr
-from srfed.diffusion.sampling import ancestral_sample
+from srfed.diffusion.sampler import drawn_from, sample
+from srfed.diffusion.samplers.ancestral import Ancestral
 
 from simulations import figures, new_task, similarity
 from srfed.api import train_run
@@ -113,8 +114,8 @@ def test_the_two_matrices_of_samples_and_the_commands_files(
     )
     for place, (info, task) in enumerate(zip(trained.tasks, tasks, strict=True)):
         samples = generate(
-            trained.model_of(info),
-            trained.diffusion,
+            trained.denoiser(info),
+            trained.objective.process,
             trained.config.sampling,
             count=12,
             shape=trained.shape,
@@ -205,8 +206,14 @@ def test_figure_2_holds_the_states_of_the_ancestral_sampler(
     generator = derive_generator(5, "samples", "digit-1", 0)
     start = torch.randn(1, 1, 8, 8, generator=generator)
     timesteps = list(range(50, -1, -5))
-    states = ancestral_sample(
-        trained.model_of(trained.tasks[1]), trained.diffusion, start, generator, record=timesteps
+    states = sample(
+        Ancestral(),
+        trained.denoiser(trained.tasks[1]),
+        trained.objective.process,
+        start,
+        drawn_from(generator),
+        steps=1,
+        record=timesteps,
     ).states
     for column, timestep in enumerate(timesteps):
         expected = to_uint8(states[timestep])[0, ..., 0]
@@ -229,8 +236,8 @@ def test_twenty_samples_a_task_of_any_run(
         opened = TrainedRun(run.path, CPU)
         for row, task in enumerate(opened.tasks):
             images = generate(
-                opened.model_of(task),
-                opened.diffusion,
+                opened.denoiser(task),
+                opened.objective.process,
                 opened.config.sampling,
                 count=20,
                 shape=opened.shape,

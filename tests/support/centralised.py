@@ -12,8 +12,8 @@ from torch.func import functional_call
 
 from srfed.config import RunConfig, parse_config
 from srfed.data import Task
-from srfed.diffusion.process import Diffusion
-from srfed.model import build_diffusion, build_model, build_partition
+from srfed.diffusion.objectives.noise import NoisePrediction
+from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.unet import UNet
 from srfed.training.centralised import CentralisedResult, CentralisedState, CentralisedTrainer
 from srfed.training.local import ClientState, LocalResult, LocalTrainer
@@ -93,16 +93,14 @@ class Draw:
     noise: Tensor
 
 
-class RecordingDiffusion(Diffusion):
+class RecordingObjective(NoisePrediction):
     """The forward process itself, noting what it is asked."""
 
     draws: list[Draw]
 
-    def loss_per_image(
-        self, predict_noise: Any, images: Tensor, timesteps: Tensor, noise: Tensor
-    ) -> Tensor:
-        self.draws.append(Draw(images, timesteps, noise))
-        return super().loss_per_image(predict_noise, images, timesteps, noise)
+    def loss(self, forward: Any, images: Tensor, times: Tensor, noise: Tensor) -> Tensor:
+        self.draws.append(Draw(images, times, noise))
+        return super().loss(forward, images, times, noise)
 
 
 class Central:
@@ -111,14 +109,14 @@ class Central:
     """
 
     def __init__(
-        self, config: RunConfig, tasks: Sequence[Task], diffusion: type[RecordingDiffusion]
+        self, config: RunConfig, tasks: Sequence[Task], objective: type[RecordingObjective]
     ) -> None:
         self.config, self.tasks = config, tasks
         self.model = build_model(config, 1)
         self.partition = build_partition(config, self.model)
-        self.diffusion = diffusion(build_diffusion(config, torch.device("cpu")).schedule)
-        self.diffusion.draws = []
-        self.trainer = CentralisedTrainer(config, self.model, self.partition, self.diffusion, tasks)
+        self.objective = objective(build_objective(config, torch.device("cpu")).process.schedule)
+        self.objective.draws = []
+        self.trainer = CentralisedTrainer(config, self.model, self.partition, self.objective, tasks)
         shared = perturbed(self.model, 0, self.partition.shared)
         states = {}
         for i, task in enumerate(tasks):
@@ -142,7 +140,7 @@ class Central:
 
 
 def central(config: RunConfig, *sizes: int) -> Central:
-    return Central(config, some_tasks(*sizes), RecordingDiffusion)
+    return Central(config, some_tasks(*sizes), RecordingObjective)
 
 
 def owners(tasks: Sequence[Task], draw: Draw) -> list[int]:
@@ -224,7 +222,7 @@ class ByHand:
             self.steps[part] += 1
 
     def follow(self, draws_per_step: int) -> None:
-        draws = self.of.diffusion.draws
+        draws = self.of.objective.draws
         assert draws
         assert len(draws) % draws_per_step == 0
         for first in range(0, len(draws), draws_per_step):
@@ -290,7 +288,7 @@ def locally(config: RunConfig, of: Central, *rounds: int) -> list[LocalResult]:
     results = []
     for i, task in enumerate(of.tasks):
         trainer = LocalTrainer(
-            config, build_model(config, 1), of.partition, of.diffusion, task.name, task.train, i
+            config, build_model(config, 1), of.partition, of.objective, task.name, task.train, i
         )
         shared, state = of.start.shared, of.start.tasks[task.name]
         for number in rounds:

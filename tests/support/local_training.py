@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from srfed.config import RunConfig, parse_config
-from srfed.diffusion.process import Diffusion
-from srfed.model import build_diffusion, build_model, build_partition
+from srfed.diffusion.objectives.noise import NoisePrediction
+from srfed.model import build_model, build_objective, build_partition
 from srfed.training.local import LocalResult, LocalTrainer, initial_state, load_tensors
 
 T = 100
@@ -79,19 +79,17 @@ class Draw:
     weights: Tensors
 
 
-class RecordingDiffusion(Diffusion):
+class RecordingObjective(NoisePrediction):
     """The forward process itself, noting what it is asked: so no test depends on how draws are
     seeded.
     """
 
     draws: list[Draw]
 
-    def loss_per_image(
-        self, predict_noise: Any, images: Tensor, timesteps: Tensor, noise: Tensor
-    ) -> Tensor:
-        weights = {name: tensor.clone() for name, tensor in predict_noise.state_dict().items()}
-        self.draws.append(Draw(images, timesteps, noise, weights))
-        return super().loss_per_image(predict_noise, images, timesteps, noise)
+    def loss(self, forward: Any, images: Tensor, times: Tensor, noise: Tensor) -> Tensor:
+        weights = {name: tensor.clone() for name, tensor in forward.state_dict().items()}
+        self.draws.append(Draw(images, times, noise, weights))
+        return super().loss(forward, images, times, noise)
 
 
 class Client:
@@ -110,10 +108,11 @@ class Client:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
         self.start = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.partition = build_partition(config, self.model)
-        self.diffusion = RecordingDiffusion(build_diffusion(config, torch.device("cpu")).schedule)
-        self.diffusion.draws = []
+        process = build_objective(config, torch.device("cpu")).process
+        self.objective = RecordingObjective(process.schedule)
+        self.objective.draws = []
         self.trainer = LocalTrainer(
-            config, self.model, self.partition, self.diffusion, task, images
+            config, self.model, self.partition, self.objective, task, images
         )
         self.shared = self.partition.take_shared(self.start)
         self.state = initial_state(self.model, self.partition)
@@ -133,7 +132,7 @@ class Client:
 
     @property
     def draws(self) -> list[Draw]:
-        return self.diffusion.draws
+        return self.objective.draws
 
 
 class Reference:

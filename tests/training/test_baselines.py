@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from srfed.errors import UserError
-from srfed.model import build_model, noise_of_task
+from srfed.model import build_model, build_objective, denoiser_of_task
 from srfed.networks.partition import divide
 from srfed.training.local import LocalResult
 from support.centralised import (
@@ -42,7 +42,7 @@ def test_the_proximal_term_pulls_with_mu_times_the_distance() -> None:
     assert same_bits(first.shared, first_free.shared), "no distance yet"
     place, second = client_steps(2, proximal=strength)
     shared, exclusive = leaves(first.shared), leaves(first.state.exclusive)
-    ddpm_losses(place.model, {**shared, **exclusive}, place.diffusion.draws[1]).mean().backward()
+    ddpm_losses(place.model, {**shared, **exclusive}, place.objective.draws[1]).mean().backward()
     expected = {
         n: t - RATE * (t.grad + strength * (t - place.start.shared[n])) for n, t in shared.items()
     }
@@ -57,7 +57,7 @@ def test_the_proximal_term_is_the_gradient_of_fedprox() -> None:
     place, result = client_steps(3, proximal=0.7, optimizer="adam")
     shared, exclusive = leaves(place.start.shared), leaves(place.start.tasks["task0"].exclusive)
     optimizer = torch.optim.Adam([*shared.values(), *exclusive.values()], lr=RATE, fused=True)
-    for draw in place.diffusion.draws:
+    for draw in place.objective.draws:
         optimizer.zero_grad()
         distance = sum((t - place.start.shared[n]).square().sum() for n, t in shared.items())
         (
@@ -72,10 +72,10 @@ def test_exclusive_updates_leave_every_bit_of_the_core_and_train_the_task() -> N
     place, result = client_steps(3, update="exclusive", proximal=1.0)
     assert same_bits(result.shared, place.start.shared)
     assert result.shared_steps == 0
-    assert result.state.steps == result.state.exclusive_steps == len(place.diffusion.draws) == 3
+    assert result.state.steps == result.state.exclusive_steps == len(place.objective.draws) == 3
     exclusive = leaves(place.start.tasks["task0"].exclusive)
     optimizer = torch.optim.SGD(exclusive.values(), lr=RATE)
-    for draw in place.diffusion.draws:
+    for draw in place.objective.draws:
         optimizer.zero_grad()
         ddpm_losses(place.model, {**place.start.shared, **exclusive}, draw).mean().backward()
         optimizer.step()
@@ -98,7 +98,7 @@ def test_only_the_rows_of_tasks_in_the_minibatch_have_a_gradient() -> None:
         *[5] * 6,
     )
     trained.train(1)
-    present = set(owners(trained.tasks, trained.diffusion.draws[0]))
+    present = set(owners(trained.tasks, trained.objective.draws[0]))
     assert 1 < len(present) < 6, "this seed tells nothing"
     before, after = (state.shared["task_table.weight"] for state in (trained.start, trained.state))
     moved = {row for row in range(6) if not torch.equal(before[row], after[row])}
@@ -124,6 +124,7 @@ def test_a_task_samples_with_its_own_row() -> None:
     model.load_state_dict(weights)
     plain.load_state_dict({n: t for n, t in weights.items() if n != "task_table.weight"})
     x, timesteps = torch.randn(4, 1, 8, 8), torch.tensor([1, 5, 50, 100])
+    objective = build_objective(config, torch.device("cpu"))
     outputs = []
     for task in range(3):
         row = weights["task_table.weight"][task]
@@ -131,8 +132,9 @@ def test_a_task_samples_with_its_own_row() -> None:
             lambda _module, _inputs, output, row=row: output + row
         )
         with torch.no_grad():
-            outputs.append(noise_of_task(model, task)(x, timesteps))
-            torch.testing.assert_close(outputs[-1], plain(x, timesteps))
+            outputs.append(denoiser_of_task(objective, model, task)(x, timesteps))
+            expected = objective.denoiser(plain)(x, timesteps)
+            torch.testing.assert_close(outputs[-1], expected)
         hook.remove()
     assert not torch.allclose(outputs[0], outputs[1], atol=1e-3)
     with pytest.raises(ValueError, match="cannot do without"):
@@ -141,7 +143,7 @@ def test_a_task_samples_with_its_own_row() -> None:
         plain(x, timesteps, torch.zeros(4, dtype=torch.long))
     for task in (-1, 3):
         with pytest.raises(UserError, match="tasks 0 to 2"):
-            noise_of_task(model, task)
+            denoiser_of_task(objective, model, task)
 
 
 RULES: list[Any] = ["none", "io", 1, 2, 3, 4, "all", ["up.0.*"], ["stem", "head"]]

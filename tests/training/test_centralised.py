@@ -20,7 +20,7 @@ from support.centralised import (
     ByHand,
     Central,
     Draw,
-    RecordingDiffusion,
+    RecordingObjective,
     assert_close,
     assert_moved,
     central,
@@ -64,6 +64,9 @@ def test_training_is_a_plain_loop_over_the_same_draws(
         batch_size=6,
         minibatches="continued",
         learning_rate=RATE if optimizer == "sgd" else 1e-3,
+        # From seed 0, SGD is chaotic: a group of two values at one pixel is near to equal, and 1e-7
+        # at the start becomes half of the way that φ goes.
+        seed=1,
     )
     trained = central(config, 7, 9, 8)
     trained.train(1, 2)
@@ -80,7 +83,7 @@ def test_training_is_a_plain_loop_over_the_same_draws(
 def test_one_balanced_step_of_gradient_descent_is_eq_8_on_the_union_batch() -> None:
     trained = central(run_config("balanced", centralised_batch_size=12), 5, 7, 9)
     trained.train(1)
-    draws = trained.diffusion.draws
+    draws = trained.objective.draws
     assert [set(owners(trained.tasks, draw)) for draw in draws] == [{0}, {1}, {2}]
     shared = leaves(trained.start.shared)
     exclusive = [leaves(trained.start.tasks[task.name].exclusive) for task in trained.tasks]
@@ -185,7 +188,7 @@ def test_a_task_that_is_not_drawn_stays_as_it_is_and_the_core_moves_in_each_step
     for number in range(1, 9):
         before = trained.state
         trained.train(number)
-        (drawn,) = set(owners(trained.tasks, trained.diffusion.draws[-1]))
+        (drawn,) = set(owners(trained.tasks, trained.objective.draws[-1]))
         seen.add(drawn)
         assert_moved(before.shared, trained.state.shared)
         assert list(trained.results[-1].loss_by_task) == [f"task{drawn}"]
@@ -202,13 +205,11 @@ def test_a_task_that_is_not_drawn_stays_as_it_is_and_the_core_moves_in_each_step
     assert seen == {0, 1, 2}
 
 
-class NoNetwork(RecordingDiffusion):
+class NoNetwork(RecordingObjective):
     """Costs nothing, for tests of what is drawn."""
 
-    def loss_per_image(
-        self, predict_noise: Any, images: Tensor, timesteps: Tensor, noise: Tensor
-    ) -> Tensor:
-        self.draws.append(Draw(images, timesteps, noise))
+    def loss(self, forward: Any, images: Tensor, times: Tensor, noise: Tensor) -> Tensor:
+        self.draws.append(Draw(images, times, noise))
         return noise.flatten(1).mean(dim=1).requires_grad_()
 
 
@@ -221,9 +222,9 @@ def test_tasks_are_drawn_uniformly_and_anew_in_each_round() -> None:
             NoNetwork,
         )
         for number in (1, 2):
-            trained.diffusion.draws = []
+            trained.objective.draws = []
             trained.train(number)
-            sequence = [owners(trained.tasks, draw)[0] for draw in trained.diffusion.draws]
+            sequence = [owners(trained.tasks, draw)[0] for draw in trained.objective.draws]
             counts.update(sequence)
             successions.update(pairwise(sequence))
             sequences.add(tuple(sequence))
@@ -240,7 +241,7 @@ def test_a_task_learns_from_nobody_elses_images() -> None:
     config = run_config(
         "balanced", "all", centralised_batch_size=12, local_steps=2, optimizer="adam"
     )
-    clean, other = (Central(config, each, RecordingDiffusion) for each in (tasks, poisoned))
+    clean, other = (Central(config, each, RecordingObjective) for each in (tasks, poisoned))
     clean.train(1)
     other.train(1)
     assert [same_bits(clean.exclusive(i), other.exclusive(i)) for i in range(3)] == [
@@ -255,18 +256,18 @@ def test_pooled_images_come_alike_and_balanced_tasks() -> None:
     task as often.
     """
     pooled = Central(
-        run_config("pooled", local_steps=8, batch_size=1), some_tasks(3, 12, 9), RecordingDiffusion
+        run_config("pooled", local_steps=8, batch_size=1), some_tasks(3, 12, 9), RecordingObjective
     )
     pooled.train(1)
-    drawn = [i for draw in pooled.diffusion.draws for i in owners(pooled.tasks, draw)]
+    drawn = [i for draw in pooled.objective.draws for i in owners(pooled.tasks, draw)]
     assert Counter(drawn) == {0: 3, 1: 12, 2: 9}
     balanced = Central(
         run_config("balanced", local_steps=8, batch_size=3),
         some_tasks(3, 12, 9),
-        RecordingDiffusion,
+        RecordingObjective,
     )
     balanced.train(1)
-    drawn = [i for draw in balanced.diffusion.draws for i in owners(balanced.tasks, draw)]
+    drawn = [i for draw in balanced.objective.draws for i in owners(balanced.tasks, draw)]
     assert Counter(drawn) == {0: 24, 1: 24, 2: 24}
 
 
@@ -279,12 +280,12 @@ def test_a_round_has_as_many_images_as_a_federated_one(method: str, size: int | 
     config = run_config(
         method, local_steps=2, batch_size=12, centralised_batch_size=size, minibatches="continued"
     )
-    trained = Central(config, some_tasks(5, 7, 30), RecordingDiffusion)
+    trained = Central(config, some_tasks(5, 7, 30), RecordingObjective)
     trained.train(1)
     assert (
         trained.results[0].images
         == 3 * 2 * 12
-        == sum(len(draw.images) for draw in trained.diffusion.draws)
+        == sum(len(draw.images) for draw in trained.objective.draws)
     )
     assert trained.state.steps == 3 * 2 * 12 // (size or 12)
 
@@ -350,7 +351,7 @@ def test_a_batch_above_the_images_is_refused_unless_batches_may_run_on(
     trained = Central(
         run_config(method, **settings, minibatches="continued"),
         some_tasks(5, 7, 9),
-        RecordingDiffusion,
+        RecordingObjective,
     )
     trained.train(1)
     assert trained.results[0].images == 24

@@ -59,7 +59,7 @@ def test_a_round_is_a_function_of_seed_task_round_and_what_it_starts_from(
     torch.manual_seed(1)
     expected = fresh.trainer.train(5, shared, state)
     other = LocalTrainer(
-        config, used.model, used.partition, used.diffusion, "b", some_images(6, seed=3)
+        config, used.model, used.partition, used.objective, "b", some_images(6, seed=3)
     )
     torch.manual_seed(2)
     used.train(1, 2)
@@ -374,14 +374,15 @@ SAMPLE_IN_MANY_WAYS = """
 import torch
 from srfed.config import SamplingConfig
 from srfed.evaluation.generation import generate
-from srfed.model import build_diffusion, build_model
+from srfed.model import build_objective, build_model
 from support.local_training import run_config
 config = run_config()
 model = build_model(config, 1).eval()
-diffusion = build_diffusion(config, torch.device("cpu"))
-for sampler in ("ancestral", "ddim"):
+objective = build_objective(config, torch.device("cpu"))
+for sampler in ("ancestral", "ddim", "dpm_solver"):
     sampling = SamplingConfig(sampler=sampler, steps=2, batch_size=2)
-    generate(model, diffusion, sampling, count=3, shape=(8, 8, 1), seed=0, task="a", strip_steps=2)
+    arguments = dict(count=3, shape=(8, 8, 1), seed=0, task="a", strip_steps=2)
+    generate(objective.denoiser(model), objective.process, sampling, **arguments)
 """
 
 

@@ -8,20 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from srfed.model import build_diffusion
+from srfed.model import build_objective
 from support.local_training import Client, Draw, largest_difference, run_config, some_images
 
 # Setup
 
 
-def test_build_diffusion_applies_every_setting() -> None:
+def test_build_objective_applies_every_setting() -> None:
     settings = {"timesteps": 40, "beta_start": 2e-4, "beta_end": 0.01, "beta_scale": "none"}
-    betas = build_diffusion(run_config(diffusion=settings), torch.device("cpu")).schedule.betas
+    objective = build_objective(run_config(diffusion=settings), torch.device("cpu"))
+    betas = objective.process.schedule.betas
     torch.testing.assert_close(betas, torch.linspace(2e-4, 0.01, 40, dtype=torch.float64))
-    cosine = build_diffusion(
+    cosine = build_objective(
         run_config(diffusion={**settings, "schedule": "cosine"}), torch.device("cpu")
     )
-    assert cosine.schedule.betas[-1] == 0.999
+    assert cosine.process.schedule.betas[-1] == 0.999
 
 
 # Draws
