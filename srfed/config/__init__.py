@@ -14,6 +14,7 @@ from srfed.config.run import RunConfig, what_decides
 from srfed.config.sampling import SamplingConfig
 from srfed.config.settings import Section
 from srfed.config.training import TrainingConfig
+from srfed.config.updates import UpdatesConfig
 
 __all__ = [
     "STAGES",
@@ -28,6 +29,7 @@ __all__ = [
     "SamplingConfig",
     "Section",
     "TrainingConfig",
+    "UpdatesConfig",
     "describe",
     "load_config",
     "parse_config",
