@@ -19,9 +19,13 @@ from torch import Tensor
 
 from srfed.evaluation.metrics.memorisation import Audit
 from srfed.federation.agreement import RequestRefusedError
+from srfed.federation.layout import Layout, layout_bytes, layout_of
+from srfed.federation.updates import Delta
 from srfed.networks.partition import Shared
 from srfed.storage.client_store import PLAIN_NAME
 
+PROTOCOL = 2
+"""Rises whenever a message means something else. 1, before it was said, knew no update but φ_i."""
 DESCRIBE = "query.describe"
 TRAIN = "train"
 EVALUATE = "evaluate"
@@ -30,6 +34,8 @@ Samples = NewType("Samples", dict[str, Tensor])
 """Generated images, or statistics of features: what may leave an owner besides φ."""
 SHARED = "shared"
 """Array record of φ, both ways."""
+UPDATE = "update"
+"""Array record of what steps have made of Δ_i, client to server, in place of φ_i."""
 GENERATED = "generated"
 """Array record of generated images, client to server, uint8 N x H x W x C."""
 STATISTICS = "statistics"
@@ -62,7 +68,6 @@ MOST_ROUNDS = MOST_SAMPLES = 1_000_000
 
 LAYOUT = "layout"
 """The array of a record that says what its other arrays hold."""
-Layout = list[tuple[str, str, tuple[int, ...]]]
 Arrays = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -79,6 +84,7 @@ class Request:
         parent: the accepted attempt that the client is to start from; "none" before its first.
         samples: how many images to generate.
         final: the evaluation at the end of the run, with all its curves.
+        protocol: which the server speaks.
     """
 
     config: str
@@ -89,6 +95,7 @@ class Request:
     parent: str = "none"
     samples: int = 0
     final: bool = False
+    protocol: int = PROTOCOL
 
     def to_content(self, arrays: Arrays | None = None) -> RecordDict:
         return _content(REQUEST, asdict(self), arrays)
@@ -102,6 +109,9 @@ class Request:
             RequestRefusedError: it is of another protocol, a name is no plain file name, a number
                 is out of range.
         """
+        theirs = protocol_of(content, REQUEST)
+        if theirs != PROTOCOL:
+            raise RequestRefusedError(other_protocol("server", theirs, "site"))
         try:
             request = cls(**_fields(cls, content, REQUEST))
         except ValueError as error:
@@ -143,6 +153,7 @@ class Description:
         test_images: held-out images.
         partition: fingerprint of the shared part's names, shapes and dtypes.
         version: of srfed.
+        protocol: which the client speaks.
     """
 
     client: str
@@ -155,6 +166,7 @@ class Description:
     test_images: int
     partition: str
     version: str
+    protocol: int = PROTOCOL
 
     def to_content(self) -> RecordDict:
         return _content(REPLY, asdict(self))
@@ -188,6 +200,21 @@ class ReplyHeader:
         return cls(**_fields(cls, content, REPLY))
 
 
+def protocol_of(content: RecordDict, name: str) -> int:
+    """The protocol that a request or a description says it is of; 1 where it says none."""
+    record: Mapping[str, Any] = content.config_records.get(name, {})
+    said = record.get("protocol", 1) if record else PROTOCOL
+    return said if type(said) is int else 0
+
+
+def other_protocol(peer: str, theirs: int, here: str) -> str:
+    """That a peer speaks another protocol, and what mends it."""
+    return (
+        f"the {peer} speaks protocol {theirs} of srfed, this {here} {PROTOCOL}; install the same "
+        "srfed at both"
+    )
+
+
 def add_refusal(content: RecordDict, reason: str) -> None:
     """Tell the node that a request goes to why it has been refused."""
     content[REFUSAL] = ConfigRecord({"reason": reason})
@@ -205,9 +232,9 @@ def read_refusal(content: RecordDict) -> str:
 def reply_content(
     header: ReplyHeader,
     metrics: Mapping[str, float | list[float]],
-    arrays: Mapping[str, Shared | Samples] | None = None,
+    arrays: Mapping[str, Shared | Delta | Samples] | None = None,
 ) -> RecordDict:
-    """A reply: its header, numbers and tensors, which are φ, generated images or statistics."""
+    """A reply: its header, numbers and tensors: φ_i or its change, generated images, statistics."""
     content = _content(REPLY, asdict(header), arrays)
     content[METRICS] = MetricRecord({name: value for name, value in metrics.items()})
     return content
@@ -245,14 +272,6 @@ def read_audit(metrics: Mapping[str, float | list[float]]) -> Audit | None:
     return audit
 
 
-def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
-    """Name, dtype and shape of tensors, in their order."""
-    return [
-        (name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        for name, tensor in tensors.items()
-    ]
-
-
 def array_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Tensors as a Flower record: for each dtype one array with all their values, and an array that
     says whose.
@@ -267,11 +286,6 @@ def array_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     return ArrayRecord(
         {LAYOUT: Array(np.frombuffer(layout_bytes(layout_of(tensors)), np.uint8)), **packed}
     )
-
-
-def layout_bytes(layout: Layout) -> bytes:
-    """A layout as it travels: JSON, one way to write it."""
-    return json.dumps(layout, separators=(",", ":")).encode()
 
 
 def read_layout(record: ArrayRecord) -> Layout:

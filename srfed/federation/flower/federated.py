@@ -20,6 +20,7 @@ from srfed.evaluation.references import RealFloor, References, Scores, score_sta
 from srfed.evaluation.shares import share_of_samples
 from srfed.federation.aggregation import aggregate, client_weights
 from srfed.federation.bounds import EvaluatePlan, TrainPlan
+from srfed.federation.contract import Contract
 from srfed.federation.flower.clients import FlowerClients, Screened
 from srfed.federation.flower.identity import kept_roster
 from srfed.federation.flower.roster import Expected, Member, Roster
@@ -86,6 +87,7 @@ class Federated:
         model = build_model(config, shape[-1])
         self._partition = build_partition(config, model)
         shared = self._partition.take_shared(model.state_dict())
+        self._contract = Contract.of(config, shared)
         if found is None:
             self.state = RunState(
                 lineage=run.lineage,
@@ -283,7 +285,7 @@ class Federated:
         images = self._roster.known[client].images
         plan = TrainPlan.of(self.config, self._partition, client, images, self._minibatches(client))
         reach = reach_of_round(self.config, request.round, plan.shared_steps, self.state.shared)
-        return screen_train(reply, header, plan, reach, self.state.shared)
+        return screen_train(reply, header, self._contract, plan, reach, self.state.shared)
 
     def _judge(
         self, server_round: int, screened: Screened[EvaluateReply], final: bool
@@ -346,9 +348,14 @@ class Federated:
             request.final,
         )
         if not plan.statistics:
-            return screen_samples(reply, header, plan)
+            return screen_samples(reply, header, self._contract, plan)
         return screen_statistics(
-            reply, header, plan, network.dimension_of(plan.shape[-1]), network.fingerprint
+            reply,
+            header,
+            self._contract,
+            plan,
+            network.dimension_of(plan.shape[-1]),
+            network.fingerprint,
         )
 
     def _score(self, accepted: Mapping[str, EvaluateReply]) -> tuple[Scores, float | None]:
