@@ -32,6 +32,7 @@ from srfed.errors import UserError
 from srfed.evaluation.features.load import FeatureNetwork, load_feature_network
 from srfed.evaluation.generation import generate
 from srfed.federation.bounds import EvaluatePlan
+from srfed.federation.contract import Contract
 from srfed.federation.flower import client_app
 from srfed.federation.flower.client_app import app as real_app
 from srfed.federation.flower.guard import wire_guard
@@ -420,6 +421,7 @@ def test_faulty_statistics_are_refused_with_the_reason(
     plan = EvaluatePlan.of(by_moments.run.config, (8, 8, 1), 16, len(tasks[0].test), 10, final=True)
     asked = (
         ReplyHeader(header.client, header.attempt, header.round),
+        Contract(by_moments.run.config, []),
         plan,
         64,
         network.fingerprint,

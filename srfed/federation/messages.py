@@ -61,6 +61,8 @@ REFUSED = 101
 """Flower error code of a client that does not do what it was asked; the reason is in its own words.
 """
 
+IMPOSSIBLE_CONFIG = "the request's config is impossible"
+"""A client's words for settings that it cannot read."""
 LONGEST_CONFIG = 65_536
 """Characters of a configuration; ours have some 3,000."""
 MOST_ROUNDS = MOST_SAMPLES = 1_000_000
@@ -134,9 +136,7 @@ class Request:
                     f"the request's {field} is impossible", f"{number}, allowed: 0 to {most}"
                 )
         if len(request.config) > LONGEST_CONFIG:
-            raise RequestRefusedError(
-                "the request's config is impossible", f"{len(request.config)} characters"
-            )
+            raise RequestRefusedError(IMPOSSIBLE_CONFIG, f"{len(request.config)} characters")
         return request
 
 

@@ -31,6 +31,7 @@ from srfed.federation.layout import Layout, layout_bytes, layout_of, value_bytes
 from srfed.federation.messages import (
     FAILED,
     GENERATED,
+    IMPOSSIBLE_CONFIG,
     LAYOUT,
     METRICS,
     PROTOCOL,
@@ -117,7 +118,13 @@ def screen_description(message: Message) -> Description:
     if message.has_error():
         if message.error.code == REFUSED:
             # The guard's own refusals say why; other errors may quote anything.
-            raise RefusedError(reason_of_failure(message))
+            words = reason_of_failure(message)
+            if IMPOSSIBLE_CONFIG in words:
+                # Sites from before there was a protocol see but settings that they do not know.
+                words += (
+                    f"; install the same srfed at both if its own speaks no protocol {PROTOCOL}"
+                )
+            raise RefusedError(words)
         raise RefusedError("it cannot describe itself; the reason is in its client.log")
     theirs = protocol_of(message.content, REPLY)
     if theirs != PROTOCOL:
@@ -382,7 +389,8 @@ def _check_like(tensors: Mapping[str, Tensor], expected: Layout) -> None:
     for name, dtype, shape in layout_of(tensors):
         if (dtype, shape) != known[name]:
             raise RefusedError(
-                f"tensor {name!r} is {dtype} {shape}, not {known[name][0]} {known[name][1]}"
+                f"tensor {name!r} is torch.{dtype} {shape}, not torch.{known[name][0]} "
+                f"{known[name][1]}"
             )
 
 

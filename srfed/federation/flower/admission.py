@@ -17,7 +17,7 @@ from srfed.federation.agreement import (
     Agreement,
     RequestRefusedError,
 )
-from srfed.federation.messages import DESCRIBE, EVALUATE, TRAIN, Request
+from srfed.federation.messages import DESCRIBE, EVALUATE, IMPOSSIBLE_CONFIG, TRAIN, Request
 from srfed.federation.site import Site, deployed_site, is_simulated, own_task, site_of
 from srfed.files import exists
 from srfed.storage.client_store import NO_PARENT
@@ -106,6 +106,4 @@ def _asked(request: Request) -> RunConfig:
     try:
         return parse_config_json(request.config)
     except UserError as error:
-        raise RequestRefusedError(
-            "the request's config is impossible", str(error)[:1000]
-        ) from error
+        raise RequestRefusedError(IMPOSSIBLE_CONFIG, str(error)[:1000]) from error
