@@ -10,7 +10,7 @@ from torch import Tensor
 
 from srfed.config import RunConfig
 from srfed.federation.bounds import DESCRIPTION, EvaluatePlan, Number, TrainPlan
-from srfed.federation.layout import Layout, layout_of, value_bytes
+from srfed.federation.layout import Layout, layout_of, value_bytes, value_count
 from srfed.federation.messages import (
     GENERATED,
     SETS,
@@ -22,6 +22,7 @@ from srfed.federation.messages import (
 )
 from srfed.federation.updates import Length, layout_of_update, longest_update, update_in_words
 from srfed.training.optimizer import Reach
+from srfed.units import bytes_in_words
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,19 @@ class Contract:
         )
         return None if usual == none else Reach(usual, largest, usual, largest)
 
-    def in_words(self) -> tuple[str, str]:
-        """What comes in each round, and what goes: tensors, and bytes of their values."""
-        (up,) = self.update.values()
-        comes = f"φ, {len(self.shared)} tensors, {value_bytes(self.shared):,} bytes"
+    def in_words(self) -> list[str]:
+        """What comes and what goes in each round, in bytes of the tensors' values."""
+        down, (up,) = self.shared, self.update.values()
+        shared = f"φ, {value_count(down):,} parameters in {len(down)} tensors"
         if not self.config.updates.steps:
-            return comes, f"φ, as trained here, {len(up)} tensors, {value_bytes(up):,} bytes"
+            return [f"{_bytes(down)} come and as many go: {shared}"]
         how = update_in_words(self.config.updates)
-        return comes, f"its change, {how}, {len(up)} tensors, {value_bytes(up):,} bytes"
+        return [
+            f"{_bytes(down)} come: {shared}",
+            f"{_bytes(up)} go: its change, {how}, in {len(up)} tensors",
+        ]
+
+
+def _bytes(layout: Layout) -> str:
+    size = value_bytes(layout)
+    return f"{size:,} bytes ({bytes_in_words(size)})"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from srfed.evaluation.metrics.memorisation import Audit
 from srfed.federation.agreement import RequestRefusedError
-from srfed.federation.layout import Layout, layout_bytes, layout_of
+from srfed.federation.layout import Layout, layout_bytes, layout_of, zeros_of
 from srfed.federation.updates import Delta
 from srfed.networks.partition import Shared
 from srfed.storage.client_store import PLAIN_NAME
@@ -342,6 +342,11 @@ def read_tensors(content: RecordDict, name: str) -> dict[str, Tensor]:
     if spare:
         raise ValueError(f"there are values that no array claims: {spare}")
     return tensors
+
+
+def wire_bytes(layout: Layout) -> int:
+    """Bytes of a record of such tensors, as counted of a record that holds them."""
+    return array_record(zeros_of(layout)).count_bytes()
 
 
 def content_bytes(content: RecordDict) -> int:
