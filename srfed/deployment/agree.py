@@ -208,18 +208,22 @@ def in_words(agreement: Agreement, config: RunConfig) -> str:
             else []
         ),
     ]
-    own, change = agreement.resources, ""
-    if config.updates.steps and shared.bytes_up is not None:
+    own = agreement.resources
+    phi = (
+        f"φ, {shared.tensors} tensors, {shared.bytes:,} bytes ({bytes_in_words(shared.bytes)}), "
+        f"fingerprint {shared.fingerprint[:12]}; exclusive stages {stages}"
+    )
+    change = []
+    if config.updates.steps and (up := shared.bytes_up) is not None:
         how = update_in_words(config.updates)
-        change = (
-            f"{shared.bytes_up:,} bytes ({bytes_in_words(shared.bytes_up)}), the change, {how}, of "
-        )
+        change = [f"{up:,} bytes ({bytes_in_words(up)}): the change, {how}, of"]
     return "\n".join(
         [
             "would leave",
-            f"  each round:  {change}φ, {shared.tensors} tensors, {shared.bytes:,} bytes "
-            f"({bytes_in_words(shared.bytes)}), fingerprint {shared.fingerprint[:12]}; exclusive "
-            f"stages {stages}",
+            *(
+                f"{label:<14} {line}"
+                for label, line in zip(("  each round:", ""), [*change, phi], strict=False)
+            ),
             "               its mean loss, and that of each quarter of the timesteps; the seconds "
             "it took",
             f"  evaluation:  {often}: {what}",
