@@ -39,6 +39,7 @@ from srfed.federation.screening import (
     screen_statistics,
     screen_train,
 )
+from srfed.federation.updates import update_in_words
 from srfed.model import build_model, build_partition
 from srfed.networks.partition import Shared
 from srfed.observer import Observer
@@ -126,7 +127,11 @@ class Federated:
         begun = True
         self.state = replace(self.state, known=self._roster.known)
         training = config.training
-        if training.optimizer == "sgd" and training.gradient_clip is None:
+        if (
+            training.optimizer == "sgd"
+            and training.gradient_clip is None
+            and self._contract.reach(None) is None
+        ):
             tell.on_notice(
                 "training.gradient_clip is null: plain SGD can move φ as far as it likes, so "
                 "updates have no bound"
@@ -249,10 +254,12 @@ class Federated:
         shortened = {
             client: reply.shortened for client, reply in accepted.items() if reply.shortened < 1
         }
+        steps_on_it = update_in_words(self.config.updates)
+        maker = training.optimizer + (f" ({steps_on_it})" if steps_on_it else "")
         for client, factor in shortened.items():
             self._tell.on_notice(
                 f"round {server_round}: {client}: its update is {1 / factor:.3g} times as long as "
-                f"{training.optimizer} usually makes one in these steps; shortened to that"
+                f"{maker} usually makes one in these steps; shortened to that"
             )
         seconds = time.perf_counter() - self._started
         images = sum(reply.plan.images for reply in accepted.values())
