@@ -19,6 +19,7 @@ from srfed.federation.agreement import LeastImages
 from srfed.federation.contract import DESCRIBED, Contract
 from srfed.federation.flower import client_app
 from srfed.federation.flower.in_process import InlineGrid
+from srfed.federation.flower.packing import read_layout, request_content, unpack, wire_bytes
 from srfed.federation.messages import (
     DESCRIBE,
     EVALUATE,
@@ -29,8 +30,6 @@ from srfed.federation.messages import (
     REQUEST,
     TRAIN,
     Request,
-    read_layout,
-    wire_bytes,
 )
 from srfed.federation.screening import RefusedError, screen_description
 from srfed.model import build_model, build_partition
@@ -89,7 +88,7 @@ def test_what_travels_is_what_the_contract_says(tmp_path: Path, overrides: dict[
 
 
 def greeting(**fields: Any) -> Message:
-    content = Request(tiny_config().to_json(), "lineage").to_content()
+    content = request_content(Request(tiny_config().to_json(), "lineage"))
     record = content.config_records[REQUEST]
     for name, value in fields.items():
         if value is None:
@@ -159,10 +158,10 @@ def test_a_site_that_cannot_read_new_settings_is_refused_with_what_mends_it(
     node_config = {"client-id": "a", "data": str(tmp_path / "i.npz"), "state-dir": str(tmp_path)}
     grid._contexts[1] = Context(0, 1, node_config, RecordDict(), {})
     agreed_site(tmp_path, tiny_config(SITE))
-    message = Message(Request(text, "lineage").to_content(), 1, DESCRIBE)
+    message = Message(request_content(Request(text, "lineage")), 1, DESCRIBE)
     (reply,) = grid.send_and_receive([message])
     with pytest.raises(RefusedError, match=f"the same srfed at both if .* protocol {PROTOCOL}"):
-        screen_description(reply)
+        screen_description(unpack(reply))
 
 
 # --- In words ------------------------------------------------------------------------------------

@@ -19,15 +19,8 @@ from tiny_run import all_bits, begin, records, round_lines, run_in_process, run_
 from srfed.errors import UserError
 from srfed.federation.flower import client_app
 from srfed.federation.flower.in_process import InlineGrid
-from srfed.federation.messages import (
-    GENERATED,
-    LAYOUT,
-    METRICS,
-    REPLY,
-    SHARED,
-    array_record,
-    read_tensors,
-)
+from srfed.federation.flower.packing import LAYOUT, array_record, read_tensors
+from srfed.federation.messages import GENERATED, METRICS, REPLY, SHARED
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 

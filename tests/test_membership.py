@@ -29,18 +29,10 @@ from srfed.errors import UserError
 from srfed.federation.flower.client_app import app as real_app
 from srfed.federation.flower.identity import ROSTER_FILE, kept_roster, read_roster
 from srfed.federation.flower.in_process import InlineGrid
+from srfed.federation.flower.packing import array_record, read_tensors
 from srfed.federation.flower.roster import Expected, Roster
 from srfed.federation.flower.server_app import begin_or_go_on, run_federation
-from srfed.federation.messages import (
-    DESCRIBE,
-    EVALUATE,
-    FAILED,
-    REPLY,
-    SHARED,
-    TRAIN,
-    array_record,
-    read_tensors,
-)
+from srfed.federation.messages import DESCRIBE, EVALUATE, FAILED, REPLY, SHARED, TRAIN
 from srfed.files import write_json
 from srfed.keys import key_fingerprint, read_key
 from srfed.storage.checkpoint import read_manifest

@@ -30,8 +30,9 @@ from srfed.federation.flower import client_app
 from srfed.federation.flower.exchange import StoppedError, stop_requested
 from srfed.federation.flower.guard import wire_guard
 from srfed.federation.flower.in_process import InlineGrid
+from srfed.federation.flower.packing import array_record, read_tensors
 from srfed.federation.layout import layout_of
-from srfed.federation.messages import SHARED, TRAIN, UPDATE, array_record, read_tensors
+from srfed.federation.messages import SHARED, TRAIN, UPDATE
 from srfed.federation.updates import (
     Delta,
     Length,

@@ -20,8 +20,8 @@ from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.shares import share_of_samples
 from srfed.federation.agreement import COMMAND
 from srfed.federation.contract import Contract
+from srfed.federation.flower.packing import wire_bytes
 from srfed.federation.layout import zeros_of
-from srfed.federation.messages import wire_bytes
 from srfed.federation.updates import Delta, encode_update
 from srfed.files import make_folder, open_to_others
 from srfed.model import build_model, build_partition

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from srfed.errors import UserError
@@ -32,7 +30,6 @@ from srfed.federation.messages import (
     FAILED,
     GENERATED,
     IMPOSSIBLE_CONFIG,
-    LAYOUT,
     METRICS,
     PROTOCOL,
     REFUSED,
@@ -42,27 +39,18 @@ from srfed.federation.messages import (
     STATISTICS,
     UPDATE,
     Description,
+    Failure,
+    Packed,
+    Reply,
     ReplyHeader,
     other_protocol,
     protocol_of,
     read_audit,
-    read_metrics,
-    read_tensors,
 )
 from srfed.federation.updates import Delta, decode_update, norm_of
 from srfed.storage.client_store import check_name
 from srfed.training.optimizer import Reach
 from srfed.units import printable
-
-LOST = frozenset(
-    {
-        ErrorCode.NODE_UNAVAILABLE,
-        ErrorCode.CLIENT_APP_CRASHED,
-        ErrorCode.MESSAGE_UNAVAILABLE,
-        ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
-    }
-)
-"""Flower's errors that mean that a client is gone; the others mean that it has failed."""
 
 
 class RefusedError(Exception):
@@ -111,14 +99,14 @@ class EvaluateReply:
     audit: Audit | None
 
 
-def screen_description(message: Message) -> Description:
+def screen_description(reply: Reply) -> Description:
     """Check what a client says of itself: its fields, printable texts, possible numbers. Raises
     RefusedError.
     """
-    if message.has_error():
-        if message.error.code == REFUSED:
+    if reply.failure is not None:
+        if reply.failure.code == REFUSED:
             # The guard's own refusals say why; other errors may quote anything.
-            words = reason_of_failure(message)
+            words = reason_of_failure(reply.failure)
             if IMPOSSIBLE_CONFIG in words:
                 # Sites from before there was a protocol see but settings that they do not know.
                 words += (
@@ -126,12 +114,12 @@ def screen_description(message: Message) -> Description:
                 )
             raise RefusedError(words)
         raise RefusedError("it cannot describe itself; the reason is in its client.log")
-    theirs = protocol_of(message.content, REPLY)
+    theirs = protocol_of(reply.header)
     if theirs != PROTOCOL:
         raise RefusedError(other_protocol("site", theirs, "server"))
     try:
-        _check_records(message.content, DESCRIBED)
-        description = Description.of(message.content)
+        _check_records(reply, DESCRIBED)
+        description = Description.of(reply.header)
     except (ValueError, RefusedError) as error:
         raise RefusedError(
             f"it describes itself in another way ({error}); is its srfed another version?"
@@ -146,7 +134,7 @@ def screen_description(message: Message) -> Description:
 
 
 def screen_train(
-    message: Message,
+    reply: Reply,
     expected: ReplyHeader,
     contract: Contract,
     plan: TrainPlan,
@@ -157,7 +145,7 @@ def screen_train(
     numbers, its length. Steps on it are undone: what is accepted is φ_i, in φ's own type.
 
     Args:
-        message: the reply as it came.
+        reply: as it came.
         expected: the client and attempt that it must answer for.
         contract: what the run's messages hold.
         plan: what the client was to do.
@@ -168,9 +156,9 @@ def screen_train(
         RefusedError: it is not what was asked for.
     """
     form = contract.trained(plan)
-    _check_header(message, expected, form)
-    tensors = _tensors(message, form)
-    metrics = read_metrics(message.content)
+    _check_header(reply, expected, form)
+    tensors = _tensors(reply, form)
+    metrics = reply.numbers
     _check_numbers(metrics, form.numbers)
     if SHARED in form.arrays:
         update = tensors[SHARED]
@@ -205,18 +193,18 @@ def _moved(
 
 
 def screen_samples(
-    message: Message, expected: ReplyHeader, contract: Contract, plan: EvaluatePlan
+    reply: Reply, expected: ReplyHeader, contract: Contract, plan: EvaluatePlan
 ) -> EvaluateReply:
     """Check samples: number, shape, uint8; and the numbers beside them. Raises RefusedError."""
     form = contract.evaluated(plan, None)
-    _check_header(message, expected, form)
-    arrays = _tensors(message, form)[GENERATED]
-    curve, audit = _evaluation_numbers(message, plan, form)
+    _check_header(reply, expected, form)
+    arrays = _tensors(reply, form)[GENERATED]
+    curve, audit = _evaluation_numbers(reply, plan, form)
     return EvaluateReply(arrays["images"], arrays["strip"], None, curve, audit)
 
 
 def screen_statistics(
-    message: Message,
+    reply: Reply,
     expected: ReplyHeader,
     contract: Contract,
     plan: EvaluatePlan,
@@ -227,7 +215,7 @@ def screen_statistics(
     samples.
 
     Args:
-        message: the reply as it came.
+        reply: as it came.
         expected: the client and attempt that it must answer for.
         contract: what the run's messages hold.
         plan: what the client was to do.
@@ -238,13 +226,13 @@ def screen_statistics(
         RefusedError: it is not what was asked for.
     """
     form = contract.evaluated(plan, dimension)
-    _check_header(message, expected, form)
-    if ReplyHeader.of(message.content).features != features:
+    _check_header(reply, expected, form)
+    if ReplyHeader.of(reply.header).features != features:
         raise RefusedError(
             "its features are of another network, other weights or another resize rule"
         )
-    arrays = _tensors(message, form)[STATISTICS]
-    curve, audit = _evaluation_numbers(message, plan, form)
+    arrays = _tensors(reply, form)[STATISTICS]
+    curve, audit = _evaluation_numbers(reply, plan, form)
     statistics = {}
     for name, count in zip(SETS, (plan.samples, plan.test_images, plan.images), strict=True):
         mean, scatter = arrays[f"{name}.mean"], arrays[f"{name}.scatter"]
@@ -258,14 +246,14 @@ def screen_statistics(
     return EvaluateReply(None, None, ClientStatistics(**statistics), curve, audit)
 
 
-def reason_of_failure(message: Message) -> str:
+def reason_of_failure(failure: Failure) -> str:
     """An error reply in one line, printable."""
-    if message.error.code == FAILED:
+    if failure.code == FAILED:
         return "it failed; the reason is in the client's own log"
-    reason = printable(message.error.reason or "no reason given")
-    if message.error.code == REFUSED:
+    reason = printable(failure.reason or "no reason given")
+    if failure.code == REFUSED:
         return printable(f"it refuses: {reason}")
-    return printable(f"it failed: Flower's error {message.error.code}, {reason}")
+    return printable(f"it failed: Flower's error {failure.code}, {reason}")
 
 
 def _shortening(norm: float, reach: Reach) -> float:
@@ -281,12 +269,12 @@ def _shortening(norm: float, reach: Reach) -> float:
 
 
 def _evaluation_numbers(
-    message: Message, plan: EvaluatePlan, form: Form
+    reply: Reply, plan: EvaluatePlan, form: Form
 ) -> tuple[dict[int, float], Audit | None]:
     """SSIM-rec by timestep, and the audit; raises RefusedError where a number is not what it can
     be.
     """
-    metrics = read_metrics(message.content)
+    metrics = reply.numbers
     # The client knows whether its held-out images can be a measure; where they cannot there is no
     # audit.
     _check_numbers(metrics, form.numbers_of(metrics))
@@ -306,12 +294,12 @@ def _evaluation_numbers(
         raise RefusedError(f"its memorisation audit is malformed: {error}") from error
 
 
-def _check_header(message: Message, expected: ReplyHeader, form: Form) -> None:
-    if message.has_error():
-        raise RefusedError(reason_of_failure(message))
-    _check_records(message.content, form)
+def _check_header(reply: Reply, expected: ReplyHeader, form: Form) -> None:
+    if reply.failure is not None:
+        raise RefusedError(reason_of_failure(reply.failure))
+    _check_records(reply, form)
     try:
-        header = replace(ReplyHeader.of(message.content), features=expected.features)
+        header = replace(ReplyHeader.of(reply.header), features=expected.features)
     except ValueError as error:
         raise RefusedError(f"its header is malformed: {error}") from error
     if header != expected:
@@ -320,16 +308,15 @@ def _check_header(message: Message, expected: ReplyHeader, form: Form) -> None:
         )
 
 
-def _check_records(content: RecordDict, form: Form) -> None:
+def _check_records(reply: Reply, form: Form) -> None:
     """No record and no field that nobody asked for, and no text longer than a text may be."""
     records = {REPLY, *form.arrays, *([METRICS] if form.numbers else [])}
-    extra = [name for name in content if name not in records]
+    extra = [name for name in reply.records if name not in records]
     if extra:
         raise RefusedError(f"{len(extra)} records that nobody asked for: {extra[0]!r:.100}")
-    record = content.config_records.get(REPLY, ConfigRecord())
-    if unknown := [name for name in record if name not in form.header]:
+    if unknown := [name for name in reply.header if name not in form.header]:
         raise RefusedError(f"{len(unknown)} fields that nobody asked for: {unknown[0]!r:.100}")
-    for name, value in record.items():
+    for name, value in reply.header.items():
         text = value if isinstance(value, str) else ""
         if len(text) > LONGEST_TEXT or text != printable(text, LONGEST_TEXT):
             raise RefusedError(
@@ -337,16 +324,17 @@ def _check_records(content: RecordDict, form: Form) -> None:
             )
 
 
-def _tensors(message: Message, form: Form) -> dict[str, dict[str, Tensor]]:
+def _tensors(reply: Reply, form: Form) -> dict[str, dict[str, Tensor]]:
     """The tensors of each record, as its layout has them; looks at a record's size before it reads
     it.
     """
     records = {}
     for name, layout in form.arrays.items():
-        if name in message.content.array_records:
-            _check_size(message.content.array_records[name], layout)
+        if (packed := reply.arrays.get(name)) is None:
+            raise RefusedError(f"it has no arrays {name!r}")
+        _check_size(packed, layout)
         try:
-            tensors = read_tensors(message.content, name)
+            tensors = packed.read()
         except Exception as error:
             # numpy's reader of .npy headers raises what Python's tokenizer and parser raise,
             # besides its own.
@@ -357,23 +345,15 @@ def _tensors(message: Message, form: Form) -> dict[str, dict[str, Tensor]]:
     return records
 
 
-def _check_size(record: ArrayRecord, expected: Layout) -> None:
+def _check_size(packed: Packed, expected: Layout) -> None:
     """Number of arrays, bytes of the layout and of all others, of a record that has not been read
     yet.
     """
-    if len(record) > MOST_ARRAYS:
-        raise RefusedError(f"it sent {len(record)} arrays, where {MOST_ARRAYS} are the most")
+    if packed.count > MOST_ARRAYS:
+        raise RefusedError(f"it sent {packed.count} arrays, where {MOST_ARRAYS} are the most")
     for what, sent, asked in (
-        (
-            "its layout is",
-            len(record[LAYOUT].data) if LAYOUT in record else 0,
-            len(layout_bytes(expected)),
-        ),
-        (
-            "its values are",
-            sum(len(array.data) for key, array in record.items() if key != LAYOUT),
-            value_bytes(expected),
-        ),
+        ("its layout is", packed.layout_size, len(layout_bytes(expected))),
+        ("its values are", packed.value_size, value_bytes(expected)),
     ):
         if sent > SLACK * asked + SLACK_BYTES:
             raise RefusedError(f"{what} {sent} bytes long, where {asked} were asked for")

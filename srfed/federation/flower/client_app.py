@@ -17,6 +17,12 @@ from srfed.evaluation.metrics.memorisation import draw_nearest_pairs
 from srfed.evaluation.task import TaskEvaluation, evaluate_task
 from srfed.federation.flower.admission import Admitted, admit
 from srfed.federation.flower.guard import wire_guard
+from srfed.federation.flower.packing import (
+    description_content,
+    read_refusal,
+    read_tensors,
+    reply_content,
+)
 from srfed.federation.messages import (
     GENERATED,
     SETS,
@@ -27,9 +33,6 @@ from srfed.federation.messages import (
     ReplyHeader,
     Samples,
     audit_metrics,
-    read_refusal,
-    read_tensors,
-    reply_content,
 )
 from srfed.federation.site_log import write_to_log
 from srfed.federation.updates import Delta, difference, encode_update
@@ -75,7 +78,7 @@ def describe(message: Message, context: Context) -> Message:
         partition=worker_for(admitted).partition_fingerprint,
         version=__version__,
     )
-    return Message(description.to_content(), reply_to=message)
+    return Message(description_content(description), reply_to=message)
 
 
 @app.train()

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
-from flwr.app import Message
 from flwr.serverapp import Grid
 
 from srfed.data import Task, load_recorded_tasks, record_tasks
@@ -29,6 +28,7 @@ from srfed.federation.messages import (
     SETS,
     SHARED,
     TRAIN,
+    Reply,
     ReplyHeader,
     Request,
 )
@@ -287,7 +287,7 @@ class Federated:
         """Minibatches behind a client's accepted attempt."""
         return self.state.minibatches.get(client, 0)
 
-    def _screen_update(self, reply: Message, header: ReplyHeader, request: Request) -> TrainReply:
+    def _screen_update(self, reply: Reply, header: ReplyHeader, request: Request) -> TrainReply:
         client = request.client
         images = self._roster.known[client].images
         plan = TrainPlan.of(self.config, self._partition, client, images, self._minibatches(client))
@@ -343,7 +343,7 @@ class Federated:
         )
 
     def _screen_evaluation(
-        self, reply: Message, header: ReplyHeader, request: Request
+        self, reply: Reply, header: ReplyHeader, request: Request
     ) -> EvaluateReply:
         known, network = self._roster.known[request.client], self._evaluation.network
         plan = EvaluatePlan.of(

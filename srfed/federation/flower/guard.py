@@ -19,17 +19,15 @@ from srfed.federation.agreement import RequestRefusedError
 from srfed.federation.bounds import EvaluatePlan, TrainPlan
 from srfed.federation.contract import DESCRIBED, Form
 from srfed.federation.flower.admission import Admitted, admit
+from srfed.federation.flower.packing import LAYOUT, read_layout, read_request
 from srfed.federation.layout import Layout, layout_bytes
 from srfed.federation.messages import (
     DESCRIBE,
     EVALUATE,
     FAILED,
-    LAYOUT,
     METRICS,
     REFUSED,
     REPLY,
-    Request,
-    read_layout,
 )
 from srfed.federation.site import Site, deployed_site, is_simulated, site_of
 from srfed.federation.site_log import write_to_log
@@ -158,4 +156,4 @@ def _site(message: Message, context: Context) -> Site:
     """Whose log it is: a deployed site knows that whatever the message says."""
     if not is_simulated(context):
         return deployed_site(context.node_config)
-    return site_of(context, parse_config_json(Request.of(message.content).config))
+    return site_of(context, parse_config_json(read_request(message.content).config))
