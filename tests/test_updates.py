@@ -1,5 +1,6 @@
 """Steps on an update: against closed forms and plain loops, and in whole runs over the wire."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -301,6 +302,19 @@ def test_a_memory_is_stored_with_its_attempt_and_older_stores_have_none(tmp_path
     assert loaded["quantise"].keys() == {"mid.weight", "mid.bias"}
     assert torch.equal(loaded["quantise"]["mid.weight"], torch.arange(3.0))
     assert store.load("b-1").memory == {}
+
+
+def test_a_run_of_before_there_were_steps_is_opened_and_has_none(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", {"federation.rounds": 1})
+    text = run.config_file.read_text()
+    start = text.index("updates:")
+    run.config_file.write_text(text[:start] + text[text.index("federation:") :])
+    identity = json.loads(run.identity_file.read_text())
+    identity["settings"] = {
+        name: value for name, value in identity["settings"].items() if "updates" not in name
+    }
+    run.identity_file.write_text(json.dumps(identity))
+    assert RunFolder.open(run.path).config.updates == UpdatesConfig()
 
 
 # --- Whole runs ----------------------------------------------------------------------------------

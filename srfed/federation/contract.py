@@ -1,4 +1,4 @@
-"""The contract: what each kind of message may hold, declared once. The client packs by it, its
+"""The contract: what each kind of message may hold, declared once. The client takes φ by it, its
 guard lets nothing else out, the server screens by it, and ``deploy check`` says it in words.
 """
 
