@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srfed.commands.options import Parser
-from srfed.config import RunConfig, load_config
+from srfed.config import RunConfig, UNetConfig, load_config
 from srfed.device import arithmetic, autocast, memory_layout, resolve_device
-from srfed.model import build_diffusion, build_model, build_partition
+from srfed.model import build_model, build_objective, build_partition
 from srfed.training.local import LocalResult, LocalTrainer, initial_state
 from srfed.training.step import LocalStep
 
@@ -80,10 +80,10 @@ def _trainer(config: RunConfig, images: np.ndarray, *, captures: bool) -> Callab
         name: tensor.clone() for name, tensor in partition.take_shared(model.state_dict()).items()
     }
     model = model.to(device, memory_format=memory_layout(config.resources))  # type: ignore[call-overload]
-    diffusion = build_diffusion(config, device)
-    step = LocalStep(config, model, partition, diffusion)
+    objective = build_objective(config, device)
+    step = LocalStep(config, model, partition, objective)
     step.captures = step.captures and captures
-    trainer = LocalTrainer(config, model, partition, diffusion, "benchmark", images, 0, step)
+    trainer = LocalTrainer(config, model, partition, objective, "benchmark", images, 0, step)
     return lambda: trainer.train(1, shared, state)
 
 
@@ -99,6 +99,7 @@ def _diffusers(config: RunConfig, images: np.ndarray) -> float:
     from diffusers import UNet2DModel
 
     device, resources, model = resolve_device(config.resources), config.resources, config.model
+    assert isinstance(model, UNetConfig)
     stages = range(len(model.channels))
     torch.manual_seed(0)
     network: Any = UNet2DModel(  # type: ignore[no-untyped-call]
@@ -119,7 +120,7 @@ def _diffusers(config: RunConfig, images: np.ndarray) -> float:
     )
     network = network.to(device, memory_format=memory_layout(resources))
     optimizer = torch.optim.Adam(network.parameters(), lr=config.training.learning_rate, fused=True)
-    diffusion = build_diffusion(config, device)
+    objective = build_objective(config, device)
     scaled = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1).to(device)
     # diffusers halves 28 px to 14, 7 and 3, and cannot come back; it is given the next multiple of
     # eight.
@@ -132,11 +133,13 @@ def _diffusers(config: RunConfig, images: np.ndarray) -> float:
         batch: Tensor = scaled[
             torch.randint(len(scaled), (config.training.batch_size,), device=device)
         ]
-        timesteps = torch.randint(1, diffusion.timesteps + 1, (len(batch),), device=device)
+        timesteps = torch.randint(1, objective.process.timesteps + 1, (len(batch),), device=device)
         noise = torch.randn_like(batch)
         optimizer.zero_grad(set_to_none=True)
         with autocast(resources, device):
-            predicted = network(diffusion.add_noise(batch, timesteps, noise), timesteps).sample
+            predicted = network(
+                objective.process.add_noise(batch, timesteps, noise), timesteps
+            ).sample
         F.mse_loss(predicted.float(), noise).backward()
         optimizer.step()
 

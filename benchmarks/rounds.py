@@ -20,7 +20,7 @@ from srfed.cores import usable_cores
 from srfed.data import load_tasks, to_model_range
 from srfed.federation.flower.in_process import run_in_process
 from srfed.federation.flower.ray import run_on_ray
-from srfed.model import build_diffusion, build_model
+from srfed.model import build_model, build_objective
 from srfed.runs.requested import requested_config
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
@@ -64,7 +64,7 @@ def plain_loop(config: RunConfig, threads: int) -> float:
     tasks = load_tasks(config.data, config.federation.clients)
     images = torch.cat([to_model_range(task.train) for task in tasks])
     model = build_model(config, images.shape[1])
-    diffusion = build_diffusion(config, device)
+    objective = build_objective(config, device)
     optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate, fused=True)
     steps = (training.local_steps or 1) * len(tasks)
     speeds = []
@@ -72,8 +72,8 @@ def plain_loop(config: RunConfig, threads: int) -> float:
         start = time.perf_counter()
         for _ in range(steps):
             batch = images[torch.randint(len(images), (training.batch_size,))]
-            timesteps = torch.randint(1, diffusion.timesteps + 1, (len(batch),))
-            loss = diffusion.loss_per_image(model, batch, timesteps, torch.randn_like(batch)).mean()
+            timesteps = torch.randint(1, objective.process.timesteps + 1, (len(batch),))
+            loss = objective.loss(model, batch, timesteps, torch.randn_like(batch)).mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(

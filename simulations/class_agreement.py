@@ -35,8 +35,8 @@ def _judge(options: argparse.Namespace) -> None:
     print(f"the judge on held-out real images: {accuracy_on_real_images(tasks):.3f}")
     samples = {
         info.task: generate(
-            run.model_of(info),
-            run.diffusion,
+            run.denoiser(info),
+            run.objective.process,
             run.config.sampling,
             count=options.n,
             shape=run.shape,

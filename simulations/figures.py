@@ -66,8 +66,8 @@ def reverse_process(run: TrainedRun, seed: int) -> dict[str, Images]:
         again, place = divmod(number, len(run.tasks))
         task = run.tasks[place]
         rows[task.task if again == 0 else f"{task.task} ({again + 1})"] = generate(
-            run.model_of(task),
-            run.diffusion,
+            run.denoiser(task),
+            run.objective.process,
             sampling,
             count=1,
             shape=run.shape,
@@ -82,8 +82,8 @@ def samples(run: TrainedRun, seed: int) -> dict[str, Images]:
     """Twenty samples of each task, uint8 20 x H x W x C by name, by the run's own sampler."""
     return {
         task.task: generate(
-            run.model_of(task),
-            run.diffusion,
+            run.denoiser(task),
+            run.objective.process,
             run.config.sampling,
             count=SAMPLES,
             shape=run.shape,
@@ -103,7 +103,7 @@ def _draw(options: argparse.Namespace) -> None:
     torch.set_num_threads(run.config.resources.client_cpus)
     out = options.out or Path(f"figure-{options.figure}.png")
     if options.figure == "2":
-        timesteps = run.diffusion.timesteps
+        timesteps = run.objective.process.timesteps
         titles = [f"t={timestep}" for timestep in strip_timesteps(timesteps, STATES)]
         write_png(out, draw_grid(reverse_process(run, options.seed), titles))
         words = f"the reverse process of {STRIPS} samples, t = {timesteps} to 0"

@@ -180,8 +180,8 @@ def _similarity(options: argparse.Namespace) -> None:
     distances = layer_distances([run.exclusive_of(info) for info in infos], run.initial_exclusive)
     samples = {
         info.task: generate(
-            run.model_of(info),
-            run.diffusion,
+            run.denoiser(info),
+            run.objective.process,
             run.config.sampling,
             count=options.samples,
             shape=run.shape,

@@ -6,11 +6,12 @@ run = srfed.train(srfed.load_config("configs/mnist.yaml"), run_dir="runs/mnist")
 images = run.sample("digit-3", 64)
 """
 
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from srfed.config import RunConfig, load_config, parse_config
 from srfed.data.images import Images
@@ -25,6 +26,9 @@ from srfed.runs.run import TrainedRun, TrainedSite
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder, usual_folder
 
+if TYPE_CHECKING:
+    from srfed.networks.network import Network
+
 TASKS_FILE = "tasks.npz"
 """Where a run's folder keeps tasks that were given as arrays."""
 
@@ -32,6 +36,7 @@ TASKS_FILE = "tasks.npz"
 def train(
     config: RunConfig,
     tasks: Sequence[Task] | None = None,
+    network: "type[Network] | None" = None,
     *,
     observers: Iterable[Observer] = (),
     run_dir: str | Path | None = None,
@@ -46,6 +51,9 @@ def train(
         config: what is asked, see :func:`srfed.load_config`.
         tasks: the owners' images; None takes those that ``config.data`` names. They are kept in the
             run's folder, and their number is the number of clients.
+        network: a class of your own, :class:`srfed.networks.network.Network`; None takes that of
+            ``config.model``. It must stand in a module that every process can import; its options
+            are ``model.options``.
         observers: told what happens; what one raises ends the run, with all finished rounds kept.
         run_dir: the run's folder, new or empty; None takes runs/<name>-<time>.
         resume: go on with the run in ``run_dir``, which must have been begun with this
@@ -59,6 +67,8 @@ def train(
             it can be known then.
     """
     folder = None if run_dir is None else Path(run_dir).absolute()
+    if network is not None:
+        config = _with_network(config, network)
     run = _resumed(config, tasks, folder) if resume else _begun(config, tasks, folder)
     if not finished(run):
         from srfed.reporting.curves import Curves
@@ -126,8 +136,8 @@ class Run:
 
         info = self._trained.find_task(str(task))
         return generate(
-            self._trained.model_of(info),
-            self._trained.diffusion,
+            self._trained.denoiser(info),
+            self._trained.objective.process,
             self.config.sampling,
             count=n,
             shape=self._trained.shape,
@@ -313,6 +323,19 @@ def train_run(run: RunFolder, observers: Iterable[Observer] = ()) -> None:
         from srfed.federation.flower.in_process import run_in_process
 
         run_in_process(run, observers)
+
+
+def _with_network(config: RunConfig, network: "type[Network]") -> RunConfig:
+    """The configuration with a network of one's own, by the name under which it can be loaded."""
+    module = network.__module__
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if module == "__main__" and script is not None:
+        # Other processes know a script by its file's name alone.
+        module = Path(script).stem
+    content = config.model_dump(mode="json")
+    kept = {key: v for key, v in content["model"].items() if key in ("exclusive_stages", "options")}
+    content["model"] = {**kept, "network": f"{module}:{network.__qualname__}"}
+    return parse_config(content, "network")
 
 
 def _begun(config: RunConfig, tasks: Sequence[Task] | None, folder: Path | None) -> RunFolder:

@@ -1,41 +1,76 @@
 """From a configuration to the objects that training and sampling work with."""
 
+import inspect
 from collections.abc import Callable
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
-from srfed.config import RunConfig
-from srfed.diffusion.process import Diffusion, PredictNoise
+from srfed.config import OwnNetworkConfig, RunConfig
+from srfed.config.choices import NETWORKS, OBJECTIVES, chosen, constants
+from srfed.diffusion.objective import Objective
+from srfed.diffusion.process import Denoiser
 from srfed.diffusion.schedule import build_schedule
 from srfed.errors import UserError
+from srfed.networks.initialise import initialise
+from srfed.networks.network import Network
 from srfed.networks.partition import Partition, divide
-from srfed.networks.unet import UNet
 from srfed.randomness import derive_seed
 
 
-def build_model(config: RunConfig, image_channels: int) -> UNet:
-    """The UNet with the run's common initialisation: the same bits for every party (CPU,
+def build_model(config: RunConfig, image_channels: int) -> Network:
+    """The run's network with the common initialisation: the same bits for every party (CPU,
     float32).
+
+    Raises:
+        UserError: a network of one's own cannot be loaded or made, or has what is no parameter.
     """
-    model = config.model
+    settings = config.model
+    if isinstance(settings, OwnNetworkConfig):
+        made, taken = _own_network(settings.network), dict(settings.options)
+    else:
+        made = chosen(NETWORKS, settings.network)
+        taken = constants(made, settings)
+    if "tasks" in inspect.signature(made).parameters:
+        taken["tasks"] = config.federation.clients
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, "initialisation"))
-        return UNet(
-            image_channels=image_channels,
-            channels=model.channels,
-            blocks_per_stage=model.blocks_per_stage,
-            attention_stages=model.attention_stages,
-            attention_head_channels=model.attention_head_channels,
-            groups=model.groups,
-            dropout=model.dropout,
-            task_embedding=model.task_embedding,
-            tasks=config.federation.clients,
-            zero_head=model.zero_head,
+        # For what a constructor draws and :func:`initialise` does not draw anew.
+        torch.manual_seed(derive_seed(config.seed, "construction"))
+        try:
+            network: Network = made(image_channels=image_channels, **taken)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"model.network = {settings.network} cannot be made: {error}"
+            ) from error
+    if odd := sorted({*network.state_dict()} ^ {name for name, _ in network.named_parameters()}):
+        raise UserError(
+            f"model.network = {settings.network} keeps {odd[0]!r}, which is no parameter of its "
+            "own: a state that nobody trains can be neither shared nor private; allowed: buffers "
+            "with persistent=False, and no parameter twice"
         )
+    initialise(network, config.seed)
+    return network
 
 
-def build_partition(config: RunConfig, model: UNet) -> Partition:
+def _own_network(name: str) -> type[Network]:
+    """The class of "module:Class"; raises UserError where there is no such network."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except Exception as error:
+        raise UserError(
+            f"model.network = {name} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Network)):
+        raise UserError(
+            f"model.network = {name} is no network; allowed: a class of "
+            "srfed.networks.network.Network"
+        )
+    return found
+
+
+def build_partition(config: RunConfig, model: Network) -> Partition:
     """The run's partition of the model's tensors; raises UserError for a pattern that matches
     nothing.
     """
@@ -45,14 +80,15 @@ def build_partition(config: RunConfig, model: UNet) -> Partition:
         raise UserError(f"model.{error}") from error
 
 
-def noise_of_task(
-    model: UNet, task: int, forward: Callable[..., Tensor] | None = None
-) -> PredictNoise:
-    """ε(x_t, t) of one task: the model, told the task's position in every call if it has a table of
-    tasks.
+def denoiser_of_task(
+    objective: Objective, model: Network, task: int, forward: Callable[..., Tensor] | None = None
+) -> Denoiser:
+    """E[x_0 | x_t] of one task, with the weights that the model has when it is called.
 
     Args:
-        model: the network.
+        objective: what the model predicts.
+        model: the network, in evaluation mode, told the task's position in every call if it has a
+            table of tasks.
         task: the task's position.
         forward: the network's forward pass, if not the model itself.
 
@@ -62,28 +98,32 @@ def noise_of_task(
     called = forward or model
     position = task_of_table(model, task)
     if position is None:
-        return called
-    return lambda x, timesteps: called(
-        x, timesteps, torch.full_like(timesteps, position, dtype=torch.long)
+        return objective.denoiser(called)
+    return objective.denoiser(
+        lambda x, times: called(x, times, torch.full_like(times, position, dtype=torch.long))
     )
 
 
-def task_of_table(model: UNet, task: int) -> int | None:
+def task_of_table(model: Network, task: int) -> int | None:
     """A task's row in the model's table of tasks; None where it has no table.
 
     Raises:
         UserError: the model has a table, and no such task in it.
     """
-    if model.task_table is None:
+    if not model.tasks:
         return None
-    if not 0 <= task < model.task_table.num_embeddings:
+    if not 0 <= task < model.tasks:
         raise UserError(
-            f"model.task_embedding = shared has tasks 0 to {model.task_table.num_embeddings - 1}, "
-            f"and no {task}; a deployed site has no number"
+            f"model.task_embedding = shared has tasks 0 to {model.tasks - 1}, and no {task}; a "
+            "deployed site has no number"
         )
     return task
 
 
-def build_diffusion(config: RunConfig, device: torch.device) -> Diffusion:
-    """The run's forward process, its tables on ``device``."""
-    return Diffusion(build_schedule(**config.diffusion.model_dump()), device)
+def build_objective(config: RunConfig, device: torch.device) -> Objective:
+    """What the run's network learns to predict, its tables on ``device``."""
+    settings = config.diffusion
+    schedule = build_schedule(**constants(build_schedule, settings))
+    made = chosen(OBJECTIVES, settings.prediction)
+    objective: Objective = made(schedule, device, **constants(made, settings))
+    return objective

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_run import begin, run_in_process, write_tiny_yaml
 
 from srfed.federation.flower.exchange import stop_requested
 from srfed.storage.run_folder import RunFolder
+from support.tiny_run import begin, run_in_process, write_tiny_yaml
 
 
 @pytest.fixture(scope="session")

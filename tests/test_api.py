@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.supercore.task_identity import TaskIdentity
-from tiny_run import CLIENTS, all_bits, begin, records, run_in_process, tiny_config
 
 import srfed
 from srfed.data import load_tasks
 from srfed.federation.flower.exchange import stop_requested
 from srfed.records import RoundRecord
 from srfed.storage.run_folder import RunFolder
+from support.tiny_run import CLIENTS, all_bits, begin, records, run_in_process, tiny_config
 
 TWO = {"federation.rounds": 2}
 

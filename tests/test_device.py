@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_run import begin, run_in_process, store_of, tiny_config
 from torch import Tensor, nn
 
 from srfed import simulate
@@ -24,6 +23,8 @@ from srfed.networks.blocks import SelfAttention
 from srfed.training.local import LocalResult, LocalTrainer, initial_state
 from srfed.training.optimizer import PartOptimizer
 from srfed.training.step import LocalStep
+from support.local_training import run_config
+from support.tiny_run import begin, run_in_process, store_of, tiny_config
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -237,3 +238,14 @@ def test_a_gpu_trains_and_draws_as_a_cpu_does() -> None:
         for device in ("cpu", "cuda")
     ]
     assert np.abs(images[0].astype(int) - images[1].astype(int)).max() <= 1
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device(run_config().resources) == torch.device("cpu")
+    with pytest.raises(UserError, match=r"device = cuda, but .* allowed: auto, cpu"):
+        resolve_device(run_config(resources={"device": "cuda"}).resources)
+    with pytest.raises(UserError, match=r"precision = bfloat16 needs CUDA"):
+        resolve_device(run_config(resources={"precision": "bfloat16"}).resources)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device(run_config(resources={"device": "cpu"}).resources) == torch.device("cpu")

@@ -29,8 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--inception-weights", metavar="FILE", help="default: the run's, or the official ones"
     )
-    parser.add_argument("--sampler", metavar="NAME", help="ddim or ancestral; default: the run's")
-    parser.add_argument("--steps", type=int, metavar="N", help="DDIM steps; default: the run's")
+    parser.add_argument(
+        "--sampler", metavar="NAME", help="ddim, dpm_solver or ancestral; default: the run's"
+    )
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="steps of ddim and dpm_solver; default: the run's"
+    )
     parser.add_argument(
         "--eta", type=float, metavar="X", help="DDIM's noise, 0 to 1; default: the run's"
     )

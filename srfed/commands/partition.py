@@ -13,7 +13,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = Parser(
         prog="srfed partition",
-        description="Print which of the UNet's modules are shared and which exclusive, with "
+        description="Print which of the network's modules are shared and which exclusive, with "
         "parameters and bytes.",
     )
     parser.add_argument(

@@ -36,8 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--n", type=int, default=64, metavar="N", help="images of each task (default 64)"
     )
-    parser.add_argument("--sampler", metavar="NAME", help="ddim or ancestral; default: the run's")
-    parser.add_argument("--steps", type=int, metavar="N", help="DDIM steps; default: the run's")
+    parser.add_argument(
+        "--sampler", metavar="NAME", help="ddim, dpm_solver or ancestral; default: the run's"
+    )
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="steps of ddim and dpm_solver; default: the run's"
+    )
     parser.add_argument(
         "--eta", type=float, metavar="X", help="DDIM's noise, 0 to 1; default: the run's"
     )
@@ -95,8 +99,8 @@ def _sample(options: argparse.Namespace) -> None:
     images = {}
     for task in tqdm(tasks, desc="sampling", unit="task", disable=None, leave=False):
         images[task.task] = generate(
-            trained.model_of(task),
-            trained.diffusion,
+            trained.denoiser(task),
+            trained.objective.process,
             sampling,
             count=options.n,
             shape=trained.shape,

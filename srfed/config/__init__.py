@@ -8,7 +8,7 @@ from srfed.config.evaluation import EvaluationConfig
 from srfed.config.explain import describe
 from srfed.config.federation import FederationConfig
 from srfed.config.loading import load_config, parse_config, parse_config_json, read_settings
-from srfed.config.model import STAGES, ModelConfig
+from srfed.config.model import STAGES, ModelConfig, OwnNetworkConfig, UNetConfig
 from srfed.config.resources import ResourcesConfig
 from srfed.config.run import RunConfig, what_decides
 from srfed.config.sampling import SamplingConfig
@@ -24,11 +24,13 @@ __all__ = [
     "EvaluationConfig",
     "FederationConfig",
     "ModelConfig",
+    "OwnNetworkConfig",
     "ResourcesConfig",
     "RunConfig",
     "SamplingConfig",
     "Section",
     "TrainingConfig",
+    "UNetConfig",
     "UpdatesConfig",
     "describe",
     "load_config",

@@ -1,11 +1,17 @@
-"""The forward process."""
+"""The forward process, and what the network learns to predict."""
 
 import math
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import model_validator
 
+from srfed.config.choices import OBJECTIVES
 from srfed.config.settings import Section, setting
+
+if TYPE_CHECKING:
+    PredictionName = str
+else:
+    PredictionName = Literal[tuple(OBJECTIVES)]
 
 
 class DiffusionConfig(Section):
@@ -21,6 +27,29 @@ class DiffusionConfig(Section):
         "match_1000",
         description="match_1000 multiplies the linear β by 1000/T, so that x_T is noise for every "
         "T",
+    )
+    prediction: PredictionName = setting(
+        "noise",
+        description="what the network learns to predict: noise is ε, as in the paper; velocity is "
+        "v "
+        "of Salimans & Ho (2022); edm a preconditioned denoiser with noise levels of its own "
+        "(Karras et al. 2022), for which the schedule only says what a timestep of SSIM-rec is",
+    )
+    sigma_data: float = setting(
+        0.5, gt=0, le=10, description="edm: standard deviation of the images' values in [-1, 1]"
+    )
+    sigma_min: float = setting(
+        0.002, gt=0, le=1, description="edm: noise level of the sampler's last step before x_0"
+    )
+    sigma_max: float = setting(80.0, gt=1, le=1e4, description="edm: noise level of pure noise")
+    rho: float = setting(
+        7.0, ge=1, le=100, description="edm: larger takes shorter steps near the image"
+    )
+    log_sigma_mean: float = setting(
+        -1.2, ge=-10, le=10, description="edm: mean of ln σ of the noise levels in training"
+    )
+    log_sigma_deviation: float = setting(
+        1.2, gt=0, le=10, description="edm: standard deviation of ln σ in training"
     )
 
     @model_validator(mode="after")

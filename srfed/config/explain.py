@@ -5,10 +5,11 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from srfed.config.run import REMOVED, RunConfig
+from srfed.config.model import SECTIONS, Options
+from srfed.config.run import REMOVED, RunConfig, sections_of
 from srfed.config.settings import Section
 
 OLD_NUMBER = re.compile(r"[-+]?[0-9][0-9a-fA-FoOxX_:]*")
@@ -18,7 +19,7 @@ OLD_NUMBER = re.compile(r"[-+]?[0-9][0-9a-fA-FoOxX_:]*")
 def describe() -> str:
     """One line for each setting: name, type, default, meaning."""
     lines = []
-    for name, field in _settings(RunConfig):
+    for name, field in _settings():
         default = (
             json.dumps(json.loads(RunConfig().to_json())[name])
             if "." not in name
@@ -29,16 +30,25 @@ def describe() -> str:
 
 
 def _default(name: str) -> str:
+    """As JSON; of a setting that the default network has not, what its own section has."""
     section, key = name.split(".")
-    return json.dumps(json.loads(RunConfig().to_json())[section][key])
+    values = json.loads(RunConfig().to_json())[section]
+    if key not in values:
+        (own,) = [each for each in sections_of(section) if key in each.model_fields][:1]
+        values = {key: own.model_fields[key].get_default()}
+    return json.dumps(values[key])
 
 
-def _settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from _settings(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", field
+def _settings() -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting once, by its name."""
+    for name, field in RunConfig.model_fields.items():
+        if name in ("name", "seed"):
+            yield name, field
+            continue
+        found: dict[str, FieldInfo] = {}
+        for section in sections_of(name):
+            found = {**section.model_fields, **found}
+        yield from ((f"{name}.{key}", member) for key, member in found.items())
 
 
 def _allowed(field: FieldInfo) -> str:
@@ -67,6 +77,8 @@ def _bound_words(metadata: Sequence[Any]) -> str:
 
 def _type_words(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation == get_args(Options)[0]:
+        return "names with numbers, texts, true | false, or lists of these"
     if origin is Literal:
         return " | ".join(str(value) for value in arguments)
     if origin is Annotated:
@@ -89,17 +101,22 @@ def _type_words(annotation: Any) -> str:
 def explain(content: dict[str, Any], error: ValidationError) -> list[str]:
     """Each thing that is wrong, once: the key, the value, what is allowed."""
     lines: dict[str, None] = {}
-    known = dict(_settings(RunConfig))
+    known = dict(_settings())
     for problem in error.errors(include_url=False):
         path = [str(part) for part in problem["loc"]]
+        siblings: type[Section] = RunConfig
+        if path[:1] == ["model"] and len(path) > 1 and path[1] in SECTIONS:
+            # A section of several kinds has the kind's name in its path.
+            siblings = SECTIONS[path.pop(1)]
+        elif len(path) > 1:
+            (siblings,) = sections_of(path[0])
         name = ".".join(path[:2]) if ".".join(path[:2]) in known else ".".join(path[:1])
         if problem["type"] == "extra_forbidden" and ".".join(path) in REMOVED:
             lines[
                 f"{'.'.join(path)} is no setting any more: {REMOVED['.'.join(path)]}; leave it out"
             ] = None
         elif problem["type"] == "extra_forbidden":
-            siblings = RunConfig.model_fields[path[0]].annotation if len(path) > 1 else RunConfig
-            allowed = ", ".join(siblings.model_fields) if isinstance(siblings, type) else ""
+            allowed = ", ".join(siblings.model_fields)
             lines[f"unknown key `{'.'.join(path)}`; allowed: {allowed}"] = None
         elif problem["type"] == "value_error":
             where = f"{'.'.join(path)}: " if path else ""
@@ -114,7 +131,8 @@ def explain(content: dict[str, Any], error: ValidationError) -> list[str]:
                 if isinstance(value, str) and OLD_NUMBER.fullmatch(value)
                 else ""
             )
-            lines[f"{name} = {shown} is not allowed; allowed: {_allowed(known[name])}{hint}"] = None
+            field = siblings.model_fields.get(path[1], known[name]) if "." in name else known[name]
+            lines[f"{name} = {shown} is not allowed; allowed: {_allowed(field)}{hint}"] = None
         else:
             lines[
                 f"{name} = {json.dumps(problem['input'])} is not allowed; it must be a section of "

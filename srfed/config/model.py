@@ -1,16 +1,59 @@
-"""The UNet and its partition."""
+"""The network and its partition: a section for each network that srfed has, and one for anybody's
+own.
+"""
 
-from typing import Annotated, Literal, Self
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
+from srfed.config.choices import NETWORKS
 from srfed.config.settings import Section, setting
 
 STAGES = 4
 """Resolution stages of the UNet (the paper's "four layers")."""
 
 
-class ModelConfig(Section):
+OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+"""A network of one's own, "module:Class"."""
+Option = bool | int | float | str | tuple[bool | int | float | str, ...] | None
+
+
+def _pairs(options: Any) -> Any:
+    """A mapping as a sorted tuple of pairs, which can be a key; anything else is pydantic's to
+    refuse.
+    """
+    if not isinstance(options, Mapping):
+        return options
+    return tuple(
+        (name, tuple(value) if isinstance(value, list) else value)
+        for name, value in sorted(options.items())
+    )
+
+
+Options = Annotated[tuple[tuple[str, Option], ...], BeforeValidator(_pairs), PlainSerializer(dict)]
+
+
+def _check_patterns(stages: object) -> None:
+    if isinstance(stages, tuple) and not (stages and all(stages)):
+        raise ValueError("exclusive_stages has an empty pattern; write `none` to share everything")
+
+
+class UNetConfig(Section):
+    network: Literal["unet"] = setting(
+        "unet",
+        description='the network: "unet", or "module:Class" of your own '
+        "(srfed.networks.network.Network), which takes exclusive_stages and options alone",
+    )
     channels: Annotated[
         tuple[Annotated[int, Field(ge=4, le=4096)], ...],
         Field(min_length=STAGES, max_length=STAGES),
@@ -66,9 +109,62 @@ class ModelConfig(Section):
                     f"attention_head_channels {self.attention_head_channels} does not divide the "
                     f"{count} channels of stage {stage}"
                 )
-        stages = self.exclusive_stages
-        if isinstance(stages, tuple) and not (stages and all(stages)):
-            raise ValueError(
-                "exclusive_stages has an empty pattern; write `none` to share everything"
-            )
+        _check_patterns(self.exclusive_stages)
         return self
+
+    @field_validator("network", mode="before")
+    @classmethod
+    def _known(cls, network: object) -> object:
+        if network not in NETWORKS:
+            raise ValueError(
+                f"network {network!r} is unknown; allowed: {', '.join(NETWORKS)}, or module:Class"
+            )
+        return network
+
+    @property
+    def draws(self) -> bool:
+        """Whether a forward pass in training draws at random."""
+        return self.dropout > 0
+
+
+class OwnNetworkConfig(Section):
+    """Settings of a network that srfed has not."""
+
+    network: str = setting(pattern=OWN.pattern, description="module:Class")
+    exclusive_stages: (
+        Literal["none", "io", "all"] | Annotated[int, Field(strict=True, ge=1)] | tuple[str, ...]
+    ) = setting(1, description="the partition, of the network's own shells")
+    options: Options = setting(
+        (), description="names and values for the constructor of a network of your own"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_patterns(self.exclusive_stages)
+        return self
+
+    @property
+    def draws(self) -> bool:
+        """Whether a forward pass in training draws at random: it may."""
+        return True
+
+    @property
+    def task_embedding(self) -> Literal["none"]:
+        """srfed tells a network of one's own no task by a setting."""
+        return "none"
+
+
+def _kind(section: Any) -> str:
+    """Which of the sections a value is."""
+    named = (
+        section.get("network") if isinstance(section, Mapping) else getattr(section, "network", "")
+    )
+    return "own" if isinstance(named, str) and ":" in named else "unet"
+
+
+SECTIONS: Mapping[str, type[Section]] = {"unet": UNetConfig, "own": OwnNetworkConfig}
+"""By the name that an error's path has for them."""
+ModelConfig = Annotated[
+    Annotated[UNetConfig, Tag("unet")] | Annotated[OwnNetworkConfig, Tag("own")],
+    Discriminator(_kind),
+]

@@ -15,7 +15,7 @@ from srfed.config.data import DataConfig
 from srfed.config.diffusion import DiffusionConfig
 from srfed.config.evaluation import EvaluationConfig
 from srfed.config.federation import FederationConfig
-from srfed.config.model import ModelConfig
+from srfed.config.model import SECTIONS, ModelConfig, UNetConfig
 from srfed.config.resources import ResourcesConfig
 from srfed.config.sampling import SamplingConfig
 from srfed.config.settings import Decides, Section, decides, setting
@@ -49,7 +49,7 @@ class RunConfig(Section):
         default_factory=lambda: DiffusionConfig(), description="the forward process"
     )
     model: ModelConfig = setting(
-        default_factory=lambda: ModelConfig(), description="the UNet and its partition"
+        default_factory=lambda: UNetConfig(), description="the network and its partition"
     )
     training: TrainingConfig = setting(
         default_factory=lambda: TrainingConfig(), description="what a client does"
@@ -183,9 +183,9 @@ class RunConfig(Section):
         """The settings that decide the result and differ, each as "section.key: own -> other"."""
         own, others = self._decisive(), other._decisive()
         return [
-            f"{name}: {json.dumps(value)} -> {json.dumps(others[name])}"
-            for name, value in own.items()
-            if value != others[name]
+            f"{name}: {json.dumps(own.get(name))} -> {json.dumps(others.get(name))}"
+            for name in {**own, **others}
+            if own.get(name) != others.get(name)
         ]
 
     def settings(self) -> dict[str, Any]:
@@ -211,9 +211,20 @@ class RunConfig(Section):
 def what_decides(name: str) -> Decides:
     """What the setting of this name, "section.key" or "seed", decides."""
     section, _, key = name.rpartition(".")
-    model = RunConfig.model_fields[section].annotation if section else RunConfig
-    assert isinstance(model, type)
+    (model,) = [each for each in sections_of(section) if key in each.model_fields][:1]
     return decides(model, key)
+
+
+def sections_of(name: str) -> list[type[Section]]:
+    """The classes that a section of this name can be; of the empty name, the whole
+    configuration's.
+    """
+    if name == "model":
+        return list(SECTIONS.values())
+    section = RunConfig.model_fields[name].annotation if name else RunConfig
+    assert isinstance(section, type)
+    assert issubclass(section, Section)
+    return [section]
 
 
 def fingerprint_of(settings: Mapping[str, Any]) -> str:

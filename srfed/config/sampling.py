@@ -1,16 +1,28 @@
 """The reverse process."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from srfed.config.choices import SAMPLERS
 from srfed.config.settings import Section, setting
+
+if TYPE_CHECKING:
+    SamplerName = str
+else:
+    SamplerName = Literal[tuple(SAMPLERS)]
 
 
 class SamplingConfig(Section):
-    sampler: Literal["ddim", "ancestral"] = setting(
-        "ddim", decides="scores", description="DDIM, or Algorithm 2 over all T timesteps"
+    sampler: SamplerName = setting(
+        "ddim",
+        decides="scores",
+        description="DDIM; Algorithm 2 over all T timesteps (ancestral); or DPM-Solver++ 2M, a "
+        "second-order solver without noise of its own",
     )
     steps: int = setting(
-        25, ge=1, decides="scores", description="DDIM's steps; ancestral sampling always takes T"
+        25,
+        ge=1,
+        decides="scores",
+        description="steps of DDIM and DPM-Solver++; ancestral always takes T",
     )
     eta: float = setting(
         1.0,
@@ -23,4 +35,4 @@ class SamplingConfig(Section):
         "beta", decides="scores", description="σ_t² of ancestral sampling: β_t or β̃_t"
     )
     clip: bool = setting(True, decides="scores", description="clamp each predicted x_0 to [-1, 1]")
-    batch_size: int = setting(256, ge=1, decides="scores", description="images sampled at once")
+    batch_size: int = setting(256, ge=1, decides="nothing", description="images sampled at once")

@@ -5,14 +5,8 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import model_validator
 
+from srfed.config.choices import UPDATE_STEPS
 from srfed.config.settings import Section, setting
-
-UPDATE_STEPS = {
-    "clip": "srfed.federation.updates.clip:Clip",
-    "quantise": "srfed.federation.updates.quantise:Quantise",
-}
-"""Every step by its name, as "module:Class", in the order in which steps may follow each other: a
-clipped update can be quantised, codes cannot be clipped."""
 
 if TYPE_CHECKING:
     StepName = str

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from srfed.config import SamplingConfig
+from srfed.config.choices import SAMPLERS, chosen, constants
 from srfed.data import to_uint8
 from srfed.data.images import Images
-from srfed.diffusion.process import Diffusion, PredictNoise
-from srfed.diffusion.sampling import Sampled, ancestral_sample, ddim_sample
+from srfed.diffusion.process import Denoiser, Process
+from srfed.diffusion.sampler import Sampler, drawn_for_each, sample
 from srfed.randomness import derive_generator
 
 
@@ -29,8 +29,8 @@ class Generated:
 
 
 def generate(
-    predict_noise: PredictNoise,
-    diffusion: Diffusion,
+    denoiser: Denoiser,
+    process: Process,
     sampling: SamplingConfig,
     *,
     count: int,
@@ -41,12 +41,12 @@ def generate(
 ) -> Generated:
     """Generate ``count`` images of one task.
 
-    The images depend on (seed, task, count) and on ``sampling`` alone. x_T is drawn for whole
-    batches, so with DDIM at η = 0 asking for more images leaves the first ones as they were.
+    Each image has draws of its own, so it depends on (seed, task, its number) and on the sampler
+    alone: not on how many are asked for, nor on how many are sampled at once.
 
     Args:
-        predict_noise: ε of (φ, θ_i), on the diffusion's device, in evaluation mode.
-        diffusion: the forward process.
+        denoiser: E[x_0 | x_t] of (φ, θ_i), on the process's device, in evaluation mode.
+        process: the forward process.
         sampling: sampler, steps, batch size.
         count: number of images.
         shape: H, W, C of one image.
@@ -55,16 +55,23 @@ def generate(
         strip_steps: pictures in the strip, evenly spaced from T to 0.
     """
     height, width, channels = shape
-    record = strip_timesteps(diffusion.timesteps, strip_steps)
+    sampler = build_sampler(sampling)
+    record = strip_timesteps(process.timesteps, strip_steps)
     images = [np.empty((0, height, width, channels), np.uint8)]
     strip = images[0]
-    for batch, first in enumerate(range(0, count, sampling.batch_size)):
-        generator = derive_generator(seed, "samples", task, batch)
-        wanted = min(sampling.batch_size, count - first)
-        size = (sampling.batch_size, channels, height, width)
-        start = torch.randn(size, generator=generator)[:wanted].to(diffusion.device)
+    for first in range(0, count, sampling.batch_size):
+        numbers = range(first, min(first + sampling.batch_size, count))
+        draw = drawn_for_each([derive_generator(seed, "samples", task, n) for n in numbers])
+        noise = draw(torch.empty((len(numbers), channels, height, width), device=process.device))
         sampled = sample(
-            predict_noise, diffusion, sampling, start, generator, record if first == 0 else []
+            sampler,
+            denoiser,
+            process,
+            process.start(noise),
+            draw,
+            steps=sampling.steps,
+            clip=sampling.clip,
+            record=record if first == 0 else [],
         )
         images.append(to_uint8(sampled.images))
         if first == 0 and record:
@@ -72,35 +79,11 @@ def generate(
     return Generated(np.concatenate(images), strip)
 
 
-def sample(
-    predict_noise: PredictNoise,
-    diffusion: Diffusion,
-    sampling: SamplingConfig,
-    start: Tensor,
-    generator: torch.Generator,
-    record: list[int],
-) -> Sampled:
-    """Run the configured sampler from x_T."""
-    if sampling.sampler == "ancestral":
-        return ancestral_sample(
-            predict_noise,
-            diffusion,
-            start,
-            generator,
-            variance=sampling.variance,
-            clip=sampling.clip,
-            record=record,
-        )
-    return ddim_sample(
-        predict_noise,
-        diffusion,
-        start,
-        generator,
-        steps=sampling.steps,
-        eta=sampling.eta,
-        clip=sampling.clip,
-        record=record,
-    )
+def build_sampler(sampling: SamplingConfig) -> Sampler:
+    """The sampler of ``sampling.sampler``, with its constants."""
+    made = chosen(SAMPLERS, sampling.sampler)
+    sampler: Sampler = made(**constants(made, sampling))
+    return sampler
 
 
 def strip_timesteps(timesteps: int, steps: int) -> list[int]:

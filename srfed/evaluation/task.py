@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from srfed.config import RunConfig
 from srfed.data import to_model_range
 from srfed.data.images import Images
-from srfed.diffusion.process import Diffusion, PredictNoise
+from srfed.diffusion.process import Denoiser, Process
 from srfed.errors import UserError
 from srfed.evaluation.features.embedded import EmbeddedFeatures
 from srfed.evaluation.generation import Generated, generate
@@ -39,8 +39,8 @@ class TaskEvaluation:
 
 
 def evaluate_task(
-    predict_noise: PredictNoise,
-    diffusion: Diffusion,
+    denoiser: Denoiser,
+    process: Process,
     config: RunConfig,
     *,
     task: str,
@@ -52,8 +52,8 @@ def evaluate_task(
     """Generate a task's share of the samples, and measure SSIM-rec on its own test images.
 
     Args:
-        predict_noise: ε of (φ, θ_i), averaged, in evaluation mode.
-        diffusion: the forward process.
+        denoiser: E[x_0 | x_t] of (φ, θ_i), averaged, in evaluation mode.
+        process: the forward process.
         config: the run's configuration.
         task: the task's name, part of every seed.
         train: the task's training images, uint8 N x H x W x C.
@@ -62,8 +62,8 @@ def evaluate_task(
         final: measure the whole SSIM-rec curve, not only t*, and audit for memorisation.
     """
     generated = generate(
-        predict_noise,
-        diffusion,
+        denoiser,
+        process,
         config.sampling,
         count=samples,
         shape=test.shape[1:],
@@ -77,7 +77,7 @@ def evaluate_task(
     return TaskEvaluation(
         generated,
         ssim_curve(
-            predict_noise, diffusion, config, task=task, images=judged, timesteps=sorted(timesteps)
+            denoiser, process, config, task=task, images=judged, timesteps=sorted(timesteps)
         ),
         len(judged),
         ssim_window(*test.shape[1:3]),
@@ -102,8 +102,8 @@ def _audit(
 
 
 def ssim_curve(
-    predict_noise: PredictNoise,
-    diffusion: Diffusion,
+    denoiser: Denoiser,
+    process: Process,
     config: RunConfig,
     *,
     task: str,
@@ -117,9 +117,9 @@ def ssim_curve(
         return {}
     return {
         timestep: ssim_of_reconstructions(
-            predict_noise,
-            diffusion,
-            to_model_range(images).to(diffusion.device),
+            denoiser,
+            process,
+            to_model_range(images).to(process.device),
             timestep,
             variance=config.sampling.variance,
             seed=config.seed,

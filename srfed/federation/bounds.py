@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from srfed.config import RunConfig
+from srfed.diffusion.process import QUARTERS
 from srfed.evaluation.metrics.memorisation import Memorisation
 from srfed.evaluation.metrics.ssim import ssim_window
 from srfed.federation.messages import AUDIT, SETS
 from srfed.networks.partition import Partition
 from srfed.training.local import phases
 from srfed.training.minibatches import MinibatchOrder
-from srfed.training.step import LOSS_QUARTERS
 
 LONGEST_TEXT = 100
 """Characters of a client's id, its task's name, and whatever else of it is shown."""
@@ -146,7 +146,7 @@ class TrainPlan:
             # began.
             "images": Number(1, MOST_IMAGES, whole=True),
             "loss": Number(0, LARGEST_LOSS),
-            "loss_by_quarter": Number(0, LARGEST_LOSS, count=LOSS_QUARTERS, gaps=True),
+            "loss_by_quarter": Number(0, LARGEST_LOSS, count=QUARTERS, gaps=True),
             "seconds": Number(0, self.seconds),
         }
 

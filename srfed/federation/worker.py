@@ -10,7 +10,7 @@ from torch import Tensor
 
 from srfed.config import RunConfig
 from srfed.device import captured_forward, memory_layout, resolve_device
-from srfed.diffusion.process import PredictNoise
+from srfed.diffusion.process import Denoiser
 from srfed.errors import UserError
 from srfed.evaluation.features.load import FeatureNetwork, load_feature_network
 from srfed.federation.agreement import not_agreed
@@ -19,7 +19,7 @@ from srfed.federation.flower.admission import Admitted
 from srfed.federation.layout import layout_of
 from srfed.federation.messages import SHARED, Request
 from srfed.federation.site import Site, own_task
-from srfed.model import build_diffusion, build_model, build_partition, noise_of_task
+from srfed.model import build_model, build_objective, build_partition, denoiser_of_task
 from srfed.storage.checkpoint import check_tensors
 from srfed.storage.client_store import NO_PARENT, ClientStore
 from srfed.training.local import ClientState, LocalTrainer, initial_state
@@ -43,8 +43,8 @@ class Worker:
         self.contract = Contract.of(config, self.partition.take_shared(model.state_dict()))
         layout = memory_layout(config.resources)
         self.model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
-        self.diffusion = build_diffusion(config, self.device)
-        self._step = LocalStep(config, self.model, self.partition, self.diffusion)
+        self.objective = build_objective(config, self.device)
+        self._step = LocalStep(config, self.model, self.partition, self.objective)
         self._forward = captured_forward(self.model, config.resources, self.device)
         self._trainers: dict[Site, LocalTrainer] = {}
 
@@ -56,7 +56,7 @@ class Worker:
                 self.config,
                 self.model,
                 self.partition,
-                self.diffusion,
+                self.objective,
                 site.client,
                 task.train,
                 site.index,
@@ -64,12 +64,12 @@ class Worker:
             )
         return self._trainers[site]
 
-    def noise_of(self, site: Site) -> PredictNoise:
-        """ε of the weights that the model has, in evaluation mode, told the site's place where that
-        is needed.
+    def denoiser(self, site: Site) -> Denoiser:
+        """E[x_0 | x_t] of the weights that the model has, in evaluation mode, told the site's place
+        where that is needed.
         """
         self.model.eval()
-        return noise_of_task(self.model, site.index, self._forward)
+        return denoiser_of_task(self.objective, self.model, site.index, self._forward)
 
     @cached_property
     def feature_network(self) -> FeatureNetwork:

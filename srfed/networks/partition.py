@@ -1,9 +1,9 @@
-"""The partition: which of the UNet's tensors are shared (φ) and which exclusive to a task (θ_i).
+"""The partition: which of a network's tensors are shared (φ) and which exclusive to a task (θ_i).
 
-A rule is a dial: ``none`` (everything shared), ``io`` (stem and head exclusive), k (also the k
-outermost down and up stages; k = 1 is the paper), ``all`` (everything exclusive), or a list of
-module-name patterns. A task's own vector (``task_vector``) is exclusive whatever the rule. Every
-tensor of the model is in exactly one part.
+A rule is a dial over the network's shells: ``none`` (everything shared), ``io`` (the outermost, of
+the UNet stem and head), k (k shells more, of the UNet down and up stages; k = 1 is the paper),
+``all`` (everything exclusive), or a list of name patterns. What the network owns, such as a task's
+vector, is exclusive whatever the rule. Every tensor is in exactly one part.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +13,8 @@ from hashlib import sha256
 from typing import Literal, NewType
 
 from torch import Tensor, nn
+
+from srfed.networks.network import Network
 
 Rule = Literal["none", "io", "all"] | int | Sequence[str]
 
@@ -51,21 +53,22 @@ class Partition:
         return sha256("\n".join(lines).encode()).hexdigest()
 
 
-def divide(model: nn.Module, rule: Rule) -> Partition:
-    """Divide a UNet's tensors by a rule.
+def divide(network: nn.Module, rule: Rule) -> Partition:
+    """Divide a network's tensors by a rule.
 
     Args:
-        model: a :class:`~srfed.networks.unet.UNet` (or, for patterns, any module).
-        rule: the dial's position. A pattern is a glob over tensor names; a pattern without a final
-            ``*`` that names a module takes everything below it (``up.0`` is ``up.0.*``).
+        network: a :class:`~srfed.networks.network.Network` (or, for patterns, any module).
+        rule: the dial's position: ``none``, ``io`` (the outermost shell), a number k (that, and k
+            shells more), ``all``; or patterns. A pattern is a glob over tensor names; a pattern
+            without a final ``*`` that names a module takes everything below it (``up.0`` is
+            ``up.0.*``).
 
     Raises:
         ValueError: an impossible rule, or a pattern that matches no tensor.
     """
-    names = list(model.state_dict())
-    exclusive = _exclusive_names(names, rule) | {
-        name for name in names if name.startswith("task_vector.")
-    }
+    names = list(network.state_dict())
+    owned = network.owned if isinstance(network, Network) else ()
+    exclusive = _matching(names, _patterns(network, rule)) | _matching(names, owned)
     return Partition(
         shared=tuple(name for name in names if name not in exclusive),
         exclusive=tuple(name for name in names if name in exclusive),
@@ -108,28 +111,29 @@ def _widest_module(name: str, parts: Mapping[str, str]) -> str:
     return name
 
 
-def _exclusive_names(names: Sequence[str], rule: Rule) -> set[str]:
+def _patterns(network: nn.Module, rule: Rule) -> list[str]:
+    """The patterns that a rule stands for."""
     if rule == "none":
-        return set()
+        return []
     if rule == "all":
-        return set(names)
-    if rule == "io":
-        return _matching(names, ("stem", "head"))
-    if isinstance(rule, str):
+        return ["*"]
+    if isinstance(rule, Sequence) and not isinstance(rule, str):
+        if not rule:
+            raise ValueError("exclusive_stages is an empty list; write `none` to share everything")
+        return list(rule)
+    if not isinstance(rule, int) and rule != "io":
         raise ValueError(
             f"exclusive_stages {rule!r} is no rule; allowed: none, io, all, a number, or patterns"
         )
-    if isinstance(rule, int):
-        stages = {name.split(".")[1] for name in names if name.startswith("down.")}
-        if not 1 <= rule <= len(stages):
-            raise ValueError(
-                f"exclusive_stages {rule} is impossible; the model has stages 1 to {len(stages)}"
-            )
-        outermost = [f"{side}.{stage}" for stage in range(rule) for side in ("down", "up")]
-        return _matching(names, ("stem", "head", *outermost))
-    if not rule:
-        raise ValueError("exclusive_stages is an empty list; write `none` to share everything")
-    return _matching(names, rule)
+    shells = network.shells() if isinstance(network, Network) else []
+    stages, last = (0 if rule == "io" else int(rule)), len(shells) - 1
+    if not (1 <= stages <= last or (rule == "io" and shells)):
+        raise ValueError(
+            f"exclusive_stages {rule} is impossible; the network has stages 1 to {last}"
+            if last >= 1
+            else f"exclusive_stages {rule} is impossible; the network has {len(shells)} shells"
+        )
+    return [pattern for shell in shells[: stages + 1] for pattern in shell]
 
 
 def _matching(names: Sequence[str], patterns: Iterable[str]) -> set[str]:

@@ -21,6 +21,7 @@ from srfed.networks.blocks import (
     TimestepEmbedding,
     Upsample,
 )
+from srfed.networks.network import Network
 
 
 class DownStage(nn.Module):
@@ -128,8 +129,8 @@ class TaskVector(nn.Module):
         return embedding + self.value
 
 
-class UNet(nn.Module):
-    """Noise prediction ε(x_t, t) for images of any size from 5 px and any number of channels.
+class UNet(Network):
+    """The prediction of (x_t, t) for images of any size from 5 px and any number of channels.
 
     Modules, in the order of the forward pass: ``stem``, ``timestep``, ``task_table`` or
     ``task_vector`` if any, ``down.0`` to ``down.3``, ``bottleneck``, ``up.3`` to ``up.0``,
@@ -191,23 +192,31 @@ class UNet(nn.Module):
         )
         self.up = nn.ModuleList(UpStage(*stage_arguments(stage)) for stage in range(len(channels)))
         self.head = Head(channels[0], image_channels, groups)
-        # Last, so that the other tensors' initial values are those of a network without.
         self.task_table = (
             nn.Embedding(tasks, embedding_dimension) if task_embedding == "shared" else None
         )
+        self.tasks = tasks if task_embedding == "shared" else 0
         self.task_vector = (
             TaskVector(embedding_dimension) if task_embedding == "exclusive" else None
         )
+        self.owned = ("task_vector",) if task_embedding == "exclusive" else ()
         if zero_head:
             for parameter in self.head.conv.parameters():
                 nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor, timesteps: Tensor, tasks: Tensor | None = None) -> Tensor:
-        """Predict the noise in x_t.
+    def shells(self) -> list[tuple[str, ...]]:
+        """Stem and head, then each stage's two sides; bottleneck and timestep embedding are the
+        core.
+        """
+        stages = [(f"down.{stage}", f"up.{stage}") for stage in range(len(self.down))]
+        return [("stem", "head"), *stages]
+
+    def forward(self, x: Tensor, time: Tensor, tasks: Tensor | None = None) -> Tensor:
+        """What the run's objective asks for, at x_t: the noise in it, for one.
 
         Args:
             x: N x C x H x W, float.
-            timesteps: (N,) in 1..T.
+            time: (N,), in units of timesteps.
             tasks: (N,) int64, positions of the images' tasks; for a network with a shared task
                 embedding only.
 
@@ -222,16 +231,14 @@ class UNet(nn.Module):
                 f"the UNet takes N x {self.image_channels} x H x W images of at least 5 px, not "
                 f"{tuple(x.shape)}"
             )
-        if timesteps.shape != x.shape[:1]:
-            raise ValueError(
-                f"{x.shape[0]} images need as many timesteps, not {tuple(timesteps.shape)}"
-            )
+        if time.shape != x.shape[:1]:
+            raise ValueError(f"{x.shape[0]} images need as many times, not {tuple(time.shape)}")
         if (tasks is None) != (self.task_table is None):
             raise ValueError(
                 "the images' tasks are for a UNet with a shared task embedding, which cannot do "
                 "without"
             )
-        embedding = self.timestep(timesteps)
+        embedding = self.timestep(time)
         if self.task_table is not None:
             embedding = embedding + self.task_table(tasks)
         if self.task_vector is not None:

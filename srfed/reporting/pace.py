@@ -62,7 +62,7 @@ def evaluation_passes(config: RunConfig, clients: int, *, final: bool) -> int:
     SSIM-rec.
     """
     evaluation, sampling = config.evaluation, config.sampling
-    steps = sampling.steps if sampling.sampler == "ddim" else config.diffusion.timesteps
+    steps = config.diffusion.timesteps if sampling.sampler == "ancestral" else sampling.steps
     samples = evaluation.samples if final else evaluation.samples_between
     timesteps = {evaluation.ssim_timestep, *(evaluation.ssim_curve if final else ())}
     return samples * steps + clients * evaluation.ssim_images * sum(timesteps)

@@ -29,7 +29,7 @@ from srfed.evaluation.features.statistics import FeatureStatistics
 from srfed.evaluation.generation import generate
 from srfed.evaluation.metrics.frechet import frechet_distance
 from srfed.files import exists, held, list_folder, read_json, try_output, write_bytes, write_json
-from srfed.model import build_diffusion, build_model
+from srfed.model import build_model, build_objective
 from srfed.storage.site_model import MODELS, save_site_model
 from srfed.training.adaptation import Adapted, Mode, adapt
 from srfed.training.local import load_tensors
@@ -159,7 +159,8 @@ def score_adaptation(
     """
     device = resolve_device(config.resources)
     model = build_model(config, task.train.shape[-1]).to(device).eval()
-    diffusion = build_diffusion(config, device)
+    objective = build_objective(config, device)
+    denoiser = objective.denoiser(model)
     held_out = FeatureStatistics.of(network(task.test))
     floor = frechet_distance(FeatureStatistics.of(network(task.train)), held_out)
     for adapted in adapt(
@@ -167,8 +168,8 @@ def score_adaptation(
     ):
         load_tensors(model, adapted.shared, adapted.exclusive)
         images = generate(
-            model,
-            diffusion,
+            denoiser,
+            objective.process,
             config.sampling,
             count=samples,
             shape=task.train.shape[1:],

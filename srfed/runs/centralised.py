@@ -12,7 +12,7 @@ from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.references import RealFloor, References
 from srfed.evaluation.shares import share_of_samples
 from srfed.evaluation.task import evaluate_task
-from srfed.model import build_diffusion, build_model, build_partition, noise_of_task
+from srfed.model import build_model, build_objective, build_partition, denoiser_of_task
 from srfed.networks.partition import Shared
 from srfed.observer import Observer
 from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
@@ -58,9 +58,9 @@ class Centralised:
         shared = Shared(copies(self._partition.take_shared(model.state_dict())))
         self._model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
         self._forward = captured_forward(self._model, config.resources, device)
-        self._diffusion = build_diffusion(config, device)
+        self._objective = build_objective(config, device)
         self._trainer = CentralisedTrainer(
-            config, self._model, self._partition, self._diffusion, self._images
+            config, self._model, self._partition, self._objective, self._images
         )
         network = load_feature_network(
             config.evaluation.feature_network, config.evaluation.inception_weights, device
@@ -173,8 +173,8 @@ class Centralised:
             load_tensors(self._model, own.shared_average, own.tasks[task.name].exclusive_average)
             self._model.eval()
             evaluated = evaluate_task(
-                noise_of_task(self._model, place, self._forward),
-                self._diffusion,
+                denoiser_of_task(self._objective, self._model, place, self._forward),
+                self._objective.process,
                 self._config,
                 task=task.name,
                 train=task.train,

@@ -66,13 +66,16 @@ def requested_sampling(
     content = config.model_dump(mode="json")
     content["sampling"] |= {key: value for key, value in given.items() if value is not None}
     sampling = parse_config(content, "--sampler, --steps, --eta").sampling
-    for option, value in (("--steps", steps), ("--eta", eta)):
-        if value is not None and sampling.sampler != "ddim":
-            raise UserError(
-                f"{option} {value} would be ignored: the {sampling.sampler} sampler always takes "
-                f"all {config.diffusion.timesteps} steps, with noise; leave it out, or name "
-                "--sampler ddim"
-            )
+    if steps is not None and sampling.sampler == "ancestral":
+        raise UserError(
+            f"--steps {steps} would be ignored: the ancestral sampler always takes all "
+            f"{config.diffusion.timesteps} steps; leave it out, or name --sampler ddim"
+        )
+    if eta is not None and sampling.sampler != "ddim":
+        raise UserError(
+            f"--eta {eta} would be ignored: the noise of the {sampling.sampler} sampler is fixed; "
+            "leave it out, or name --sampler ddim"
+        )
     return sampling
 
 

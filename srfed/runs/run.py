@@ -9,10 +9,10 @@ from torch import Tensor
 
 from srfed.config import ResourcesConfig
 from srfed.device import captured_forward, resolve_device
-from srfed.diffusion.process import PredictNoise
+from srfed.diffusion.process import Denoiser
 from srfed.errors import UserError
 from srfed.files import exists
-from srfed.model import build_diffusion, build_model, build_partition, noise_of_task
+from srfed.model import build_model, build_objective, build_partition, denoiser_of_task
 from srfed.records import TaskInfo
 from srfed.storage.checkpoint import check_tensors
 from srfed.storage.client_store import ClientStore
@@ -47,7 +47,7 @@ class TrainedSite:
         check_tensors(str(stored.path), {**self.shared, **exclusive}, model.state_dict())
         load_tensors(model, self.shared, exclusive)
         self._model = captured_forward(model.to(self.device).eval(), resources, self.device)
-        self.diffusion = build_diffusion(self.config, self.device)
+        self.objective = build_objective(self.config, self.device)
         self.tasks = [TaskInfo(stored.client, stored.client, 0, 0)]
 
     def find_task(self, wanted: str) -> TaskInfo:
@@ -58,9 +58,9 @@ class TrainedSite:
             )
         return self.tasks[0]
 
-    def model_of(self, task: TaskInfo) -> PredictNoise:
-        """ε of the averaged (φ, θ_i), in evaluation mode."""
-        return self._model
+    def denoiser(self, task: TaskInfo) -> Denoiser:
+        """E[x_0 | x_t] of the averaged (φ, θ_i), in evaluation mode."""
+        return self.objective.denoiser(self._model)
 
 
 class TrainedRun:
@@ -88,7 +88,7 @@ class TrainedRun:
         checkpoints.check(self._state, self.partition.take_shared(self._model.state_dict()))
         self._model.to(self.device)
         self._forward = captured_forward(self._model, resources, self.device)
-        self.diffusion = build_diffusion(self.config, self.device)
+        self.objective = build_objective(self.config, self.device)
         self.tasks: list[TaskInfo] = MetricsLog(self._run.metrics).tasks()
         if not self.tasks:
             raise UserError(
@@ -104,13 +104,13 @@ class TrainedRun:
         names = ", ".join(f"{position} ({task.task})" for position, task in enumerate(self.tasks))
         raise UserError(f"--task {wanted!r} is not in this run; it has {names}")
 
-    def model_of(self, task: TaskInfo) -> PredictNoise:
-        """ε of a task's averaged (φ, θ_i), in evaluation mode; the next call reuses the same
-        module.
+    def denoiser(self, task: TaskInfo) -> Denoiser:
+        """E[x_0 | x_t] of a task's averaged (φ, θ_i), in evaluation mode; the next call reuses
+        the same module.
         """
         load_tensors(self._model, self.shared, self.exclusive_of(task))
         self._model.eval()
-        return noise_of_task(self._model, self.tasks.index(task), self._forward)
+        return denoiser_of_task(self.objective, self._model, self.tasks.index(task), self._forward)
 
     @property
     def shared(self) -> dict[str, Tensor]:

@@ -125,8 +125,8 @@ def evaluate_run(
     )
     curves = {
         info.task: ssim_curve(
-            trained.model_of(info),
-            trained.diffusion,
+            trained.denoiser(info),
+            trained.objective.process,
             config,
             task=info.client,
             images=task.test[: wanted.ssim_images],
@@ -213,8 +213,8 @@ def _samples(
     share = share_of_samples(wanted.samples, len(trained.tasks))
     for info in trained.tasks:
         samples[info.task] = generate(
-            trained.model_of(info),
-            trained.diffusion,
+            trained.denoiser(info),
+            trained.objective.process,
             wanted.sampling,
             count=share,
             shape=trained.shape,

@@ -15,9 +15,9 @@ from torch import Tensor
 from srfed.config import RunConfig, parse_config
 from srfed.device import resolve_device
 from srfed.errors import UserError
-from srfed.model import build_diffusion, build_model, build_partition
+from srfed.model import build_model, build_objective, build_partition
+from srfed.networks.network import Network
 from srfed.networks.partition import Partition, divide
-from srfed.networks.unet import UNet
 from srfed.training.local import ClientState, LocalTrainer, initial_state, load_tensors
 
 Mode = Literal["frozen", "thawed", "scratch"]
@@ -152,7 +152,7 @@ def adapt(
 
 def _chunks(
     config: RunConfig,
-    model: UNet,
+    model: Network,
     parts: Partition,
     trained: Partition,
     shared: dict[str, Tensor],
@@ -163,7 +163,7 @@ def _chunks(
 ) -> Iterator[Adapted]:
     device = resolve_device(config.resources)
     model.to(device)
-    diffusion = build_diffusion(config, device)
+    objective = build_objective(config, device)
     every = config.training.local_steps or steps
     for chunk, first in enumerate(range(0, steps, every), start=1):
         count = min(every, steps - first)
@@ -172,7 +172,7 @@ def _chunks(
             config.model_copy(update={"training": training}),
             model,
             trained,
-            diffusion,
+            objective,
             task,
             images,
         )
@@ -184,12 +184,12 @@ def _chunks(
         )
 
 
-def _check(config: RunConfig, model: UNet, parts: Partition) -> None:
+def _check(config: RunConfig, model: Network, parts: Partition) -> None:
     stages = config.model.exclusive_stages
     if not parts.exclusive or not parts.shared:
         lacks = "exclusive layers to fit" if not parts.exclusive else "shared core to build on"
         raise UserError(f"the run has no {lacks}: its model.exclusive_stages is {stages}")
-    if model.task_table is not None:
+    if model.tasks:
         raise UserError(
             "the run's core has a table of its tasks (model.task_embedding shared), with no row "
             "for a new one"

@@ -17,10 +17,11 @@ from torch.func import functional_call
 from srfed.config import RunConfig
 from srfed.data import Task, to_model_range
 from srfed.device import arithmetic, autocast, memory_layout, to_device
-from srfed.diffusion.process import Diffusion, PredictNoise
+from srfed.diffusion.objective import Objective
+from srfed.diffusion.process import Forward
 from srfed.errors import UserError
+from srfed.networks.network import Network
 from srfed.networks.partition import Exclusive, Partition, Shared
-from srfed.networks.unet import UNet
 from srfed.randomness import derive_generator
 from srfed.training.ema import step_decay, update_average
 from srfed.training.local import ClientState, copies
@@ -82,9 +83,9 @@ class CentralisedTrainer:
 
     Args:
         config: the run's configuration; ``training.method`` is not federated.
-        model: a UNet of the run's shape, on the device to train on.
+        model: a network of the run's shape, on the device to train on.
         partition: the run's partition of it.
-        diffusion: the forward process, on the same device.
+        objective: what the model learns to predict, on the same device.
         tasks: all tasks, in order.
 
     Raises:
@@ -94,16 +95,16 @@ class CentralisedTrainer:
     def __init__(
         self,
         config: RunConfig,
-        model: UNet,
+        model: Network,
         partition: Partition,
-        diffusion: Diffusion,
+        objective: Objective,
         tasks: Sequence[Task],
     ) -> None:
-        self._config, self._model, self._partition, self._diffusion = (
+        self._config, self._model, self._partition, self._objective = (
             config,
             model,
             partition,
-            diffusion,
+            objective,
         )
         self._device = next(model.parameters()).device
         self._names = [task.name for task in tasks]
@@ -160,8 +161,8 @@ class CentralisedTrainer:
         }
         # Minibatches of each order so far; a pool's are the optimizer's steps.
         seen = {name: own.steps for name, own in state.tasks.items()} | {POOL: state.steps}
-        all_losses = LossMeter(self._diffusion.timesteps)
-        task_losses = {name: LossMeter(self._diffusion.timesteps) for name in self._images}
+        all_losses = LossMeter(self._objective.process)
+        task_losses = {name: LossMeter(self._objective.process) for name in self._images}
         start = time.perf_counter()
         for step in range(self._steps):
             shares = self._shares(round_number, step, seen)
@@ -169,18 +170,18 @@ class CentralisedTrainer:
             for share in shares:
                 own = exclusive.get(share.name, {})
                 batch = draw_minibatch(
-                    self._config, self._diffusion, share.images, share.name, round_number, step
+                    self._config, self._objective, share.images, share.name, round_number, step
                 )
                 dropout = seeded_dropout(self._config, device, share.name, round_number, step)
                 with autocast(self._config.resources, device), dropout:
-                    losses = self._diffusion.loss_per_image(
-                        self._predict_noise({**shared, **own}, share.tasks), *batch
+                    losses = self._objective.loss(
+                        self._forward({**shared, **own}, share.tasks), *batch
                     )
                 if own:
                     on_exclusive[share.name].clear_gradients()
                 losses.mean().backward()
-                all_losses.add(losses.detach(), batch.timesteps)
-                task_losses[share.name].add(losses.detach(), batch.timesteps)
+                all_losses.add(losses.detach(), batch.times)
+                task_losses[share.name].add(losses.detach(), batch.times)
                 if own:
                     _clip(own, training.gradient_clip)
                     on_exclusive[share.name].step()
@@ -232,11 +233,9 @@ class CentralisedTrainer:
             shares.append(_Share(name, self._images[name][indices], self._tasks[name][indices]))
         return shares
 
-    def _predict_noise(self, weights: Mapping[str, Tensor], tasks: Tensor) -> PredictNoise:
-        further = () if self._model.task_table is None else (tasks,)
-        return lambda x, timesteps: functional_call(
-            self._model, dict(weights), (x, timesteps, *further)
-        )
+    def _forward(self, weights: Mapping[str, Tensor], tasks: Tensor) -> Forward:
+        further = () if not self._model.tasks else (tasks,)
+        return lambda x, times: functional_call(self._model, dict(weights), (x, times, *further))
 
 
 def centralised_orders(config: RunConfig, images: Mapping[str, int]) -> dict[str, MinibatchOrder]:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from srfed.config import RunConfig, TrainingConfig
 from srfed.data import to_model_range
 from srfed.device import arithmetic, memory_layout, to_device
-from srfed.diffusion.process import Diffusion
+from srfed.diffusion.objective import Objective
 from srfed.model import task_of_table
+from srfed.networks.network import Network
 from srfed.networks.partition import Exclusive, Partition, Shared
-from srfed.networks.unet import UNet
 from srfed.training.ema import step_decay, update_average
 from srfed.training.minibatches import Minibatch, MinibatchOrder, draw_minibatch, seeded_dropout
 from srfed.training.optimizer import learning_rate_factor
@@ -69,7 +69,7 @@ class LocalResult:
     seconds: float
 
 
-def initial_state(model: UNet, partition: Partition) -> ClientState:
+def initial_state(model: Network, partition: Partition) -> ClientState:
     """The state before a client's first round: θ_i as the model was initialised, no moments."""
     exclusive = partition.take_exclusive(model.state_dict())
     return ClientState(Exclusive(copies(exclusive)), Exclusive(copies(exclusive)))
@@ -89,9 +89,10 @@ class LocalTrainer:
 
     Args:
         config: the run's configuration.
-        model: any UNet of the run's shape, on the device to train on; its weights are overwritten.
+        model: any network of the run's shape, on the device to train on; its weights are
+            overwritten.
         partition: the run's partition of it.
-        diffusion: the forward process, on the same device.
+        objective: what the model learns to predict, on the same device.
         task: the task's name, part of every seed.
         images: the task's training images, uint8 N x H x W x C.
         index: the task's position, which a model with a table of tasks is told.
@@ -104,9 +105,9 @@ class LocalTrainer:
     def __init__(
         self,
         config: RunConfig,
-        model: UNet,
+        model: Network,
         partition: Partition,
-        diffusion: Diffusion,
+        objective: Objective,
         task: str,
         images: np.ndarray,
         index: int = 0,
@@ -115,10 +116,10 @@ class LocalTrainer:
         self._config = config
         self._model = model
         self._index = task_of_table(model, index)
-        self._diffusion = diffusion
+        self._objective = objective
         self._task = task
         self._device = next(model.parameters()).device
-        self._step = step or LocalStep(config, model, partition, diffusion)
+        self._step = step or LocalStep(config, model, partition, objective)
         layout = memory_layout(config.resources)
         self._images = to_model_range(images).to(self._device).contiguous(memory_format=layout)
         training = config.training
@@ -181,7 +182,7 @@ class LocalTrainer:
             name: t.to(self._device, copy=True) for name, t in state.exclusive_average.items()
         }
         exclusive_step = state.exclusive_steps
-        meter = LossMeter(self._diffusion.timesteps)
+        meter = LossMeter(self._objective.process)
         start = time.perf_counter()
         for step, (parts, indices) in enumerate(zip(steps, orders, strict=True)):
             batch = self._draw(indices, round_number, step)
@@ -191,7 +192,7 @@ class LocalTrainer:
                 decay = step_decay(training.ema_decay, training.ema_warmup, exclusive_step)
                 update_average(average, trained.exclusive, decay)
                 exclusive_step += 1
-            meter.add(losses, batch.timesteps)
+            meter.add(losses, batch.times)
         loss, loss_by_quarter, images_by_quarter = meter.read()
         seconds = time.perf_counter() - start
 
@@ -215,7 +216,7 @@ class LocalTrainer:
 
     def _draw(self, indices: Tensor, round_number: int, step: int) -> Minibatch:
         images = self._images[to_device(indices, self._device)]
-        return draw_minibatch(self._config, self._diffusion, images, self._task, round_number, step)
+        return draw_minibatch(self._config, self._objective, images, self._task, round_number, step)
 
     def _tasks(self, count: int) -> Tensor | None:
         return (

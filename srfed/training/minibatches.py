@@ -11,7 +11,7 @@ from torch import Tensor
 
 from srfed.config import RunConfig, TrainingConfig
 from srfed.device import to_device
-from srfed.diffusion.process import Diffusion
+from srfed.diffusion.objective import Objective
 from srfed.errors import UserError
 from srfed.randomness import derive_generator, derive_seed
 
@@ -95,19 +95,17 @@ class MinibatchOrder:
 
 
 class Minibatch(NamedTuple):
-    """What one step trains on: images in [-1, 1] (N x C x H x W), timesteps in 1..T (N,), noise as
-    the images.
-    """
+    """What a step trains on: images in [-1, 1] (N x C x H x W), times (N,), noise as the images."""
 
     images: Tensor
-    timesteps: Tensor
+    times: Tensor
     noise: Tensor
 
 
 def draw_minibatch(
-    config: RunConfig, diffusion: Diffusion, images: Tensor, task: str, round_number: int, step: int
+    config: RunConfig, objective: Objective, images: Tensor, task: str, round_number: int, step: int
 ) -> Minibatch:
-    """Timesteps and noise for images, which are mirrored where the run asks for it (lines 3 to 5 of
+    """Times and noise for images, which are mirrored where the run asks for it (lines 3 to 5 of
     Algorithm 1).
     """
     device = images.device
@@ -116,9 +114,9 @@ def draw_minibatch(
     if config.data.horizontal_flip:
         mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
         images = torch.where(to_device(mirrored, device), images.flip(-1), images)
-    timesteps = torch.randint(1, diffusion.timesteps + 1, (len(images),), generator=generator)
+    times = objective.draw_times(len(images), generator)
     noise = torch.randn(images.shape, generator=generator)
-    return Minibatch(images, to_device(timesteps, device), to_device(noise, device))
+    return Minibatch(images, to_device(times, device), to_device(noise, device))
 
 
 @contextmanager
@@ -126,7 +124,7 @@ def seeded_dropout(
     config: RunConfig, device: torch.device, task: str, round_number: int, step: int
 ) -> Iterator[None]:
     """Dropout takes no generator of its own; lend it the process's, seeded for this step."""
-    if not config.model.dropout:
+    if not config.model.draws:
         yield
         return
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -7,13 +7,12 @@ from torch import Tensor, nn
 
 from srfed.config import RunConfig
 from srfed.device import Captured, autocast
-from srfed.diffusion.process import Diffusion
+from srfed.diffusion.objective import Objective
+from srfed.diffusion.process import QUARTERS, Process
+from srfed.networks.network import Network
 from srfed.networks.partition import Partition
-from srfed.networks.unet import UNet
 from srfed.training.minibatches import Minibatch
 from srfed.training.optimizer import PartOptimizer
-
-LOSS_QUARTERS = 4
 
 
 class LocalStep:
@@ -25,9 +24,9 @@ class LocalStep:
 
     Args:
         config: the run's configuration.
-        model: a UNet of the run's shape, on the device to train on.
+        model: a network of the run's shape, on the device to train on.
         partition: the run's partition of it.
-        diffusion: the forward process, on the same device.
+        objective: what the model learns to predict, on the same device.
 
     Attributes:
         captures: whether steps are captured, and so have to be prepared.
@@ -35,9 +34,9 @@ class LocalStep:
     """
 
     def __init__(
-        self, config: RunConfig, model: UNet, partition: Partition, diffusion: Diffusion
+        self, config: RunConfig, model: Network, partition: Partition, objective: Objective
     ) -> None:
-        self._config, self._model, self._diffusion = config, model, diffusion
+        self._config, self._model, self._objective = config, model, objective
         self._device = next(model.parameters()).device
         parameters = dict(model.named_parameters())
         self.shared = {name: parameters[name] for name in partition.shared}
@@ -98,14 +97,14 @@ class LocalStep:
         self,
         parts: tuple[str, ...],
         images: Tensor,
-        timesteps: Tensor,
+        times: Tensor,
         noise: Tensor,
         *tasks: Tensor,
     ) -> Tensor:
         training = self._config.training
-        predict_noise = (lambda x, t: self._model(x, t, *tasks)) if tasks else self._model
+        forward = (lambda x, t: self._model(x, t, *tasks)) if tasks else self._model
         with autocast(self._config.resources, self._device):
-            losses = self._diffusion.loss_per_image(predict_noise, images, timesteps, noise)
+            losses = self._objective.loss(forward, images, times, noise)
         for optimizer in self._optimizers.values():
             optimizer.clear_gradients()
         losses.mean().backward()
@@ -135,12 +134,12 @@ class LocalStep:
 
 
 class LossMeter:
-    """Collects losses on the device, in all and by quarter of the timestep range; read once, at the
-    end.
+    """Collects losses on the device, in all and by quarter of the way from image to noise; read
+    once, at the end.
     """
 
-    def __init__(self, timesteps: int) -> None:
-        self._timesteps = timesteps
+    def __init__(self, process: Process) -> None:
+        self._process = process
         self._losses: list[Tensor] = []
         self._drawn: list[Tensor] = []
 
@@ -149,18 +148,18 @@ class LossMeter:
         """Images seen, with repetition."""
         return sum(len(losses) for losses in self._losses)
 
-    def add(self, losses: Tensor, timesteps: Tensor) -> None:
-        """Take in (N,) losses of images at these timesteps."""
+    def add(self, losses: Tensor, times: Tensor) -> None:
+        """Take in (N,) losses of images at these times."""
         self._losses.append(losses)
-        self._drawn.append(timesteps)
+        self._drawn.append(times)
 
     def read(self) -> tuple[float, tuple[float, ...], tuple[int, ...]]:
         """Mean loss, mean loss of each quarter, images behind each of these."""
         # On the CPU, which adds in a fixed order.
         losses = torch.cat(self._losses).cpu().double()
-        quarters = (torch.cat(self._drawn).cpu() - 1) * LOSS_QUARTERS // self._timesteps
-        sums = torch.zeros(LOSS_QUARTERS, dtype=torch.float64).index_add_(0, quarters, losses)
-        counts = torch.bincount(quarters, minlength=LOSS_QUARTERS)
+        quarters = self._process.quarter(torch.cat(self._drawn).cpu())
+        sums = torch.zeros(QUARTERS, dtype=torch.float64).index_add_(0, quarters, losses)
+        counts = torch.bincount(quarters, minlength=QUARTERS)
         return (
             float(sums.sum() / len(losses)),
             tuple((sums / counts).tolist()),

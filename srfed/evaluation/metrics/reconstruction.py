@@ -5,15 +5,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from srfed.diffusion.process import Diffusion, PredictNoise
-from srfed.diffusion.sampling import ancestral_sample
+from srfed.diffusion.process import Denoiser, Process
+from srfed.diffusion.sampler import drawn_from, sample
+from srfed.diffusion.samplers.ancestral import Ancestral
 from srfed.evaluation.metrics.ssim import ssim
 from srfed.randomness import derive_generator
 
 
 def ssim_of_reconstructions(
-    predict_noise: PredictNoise,
-    diffusion: Diffusion,
+    denoiser: Denoiser,
+    process: Process,
     images: Tensor,
     timestep: int,
     *,
@@ -24,8 +25,8 @@ def ssim_of_reconstructions(
     """Diffuse images to x_t*, run Algorithm 2 back to x_0, and compare (see docs/evaluation.md).
 
     Args:
-        predict_noise: ε of (φ, θ_i), in evaluation mode.
-        diffusion: the forward process, on the images' device.
+        denoiser: E[x_0 | x_t] of (φ, θ_i), in evaluation mode.
+        process: the forward process, on the images' device.
         images: test images of task i, N x C x H x W in [-1, 1], N at least 1.
         timestep: t*, in 1..T.
         variance: σ_t² of Algorithm 2.
@@ -37,13 +38,15 @@ def ssim_of_reconstructions(
     """
     generator = derive_generator(seed, "reconstruction", task, timestep)
     noise = torch.randn(images.shape, generator=generator).to(images.device)
-    timesteps = torch.full((len(images),), timestep, dtype=torch.long, device=images.device)
-    restored = ancestral_sample(
-        predict_noise,
-        diffusion,
-        diffusion.add_noise(images, timesteps, noise),
-        generator,
+    time = process.time_of(timestep)
+    times = torch.full((len(images),), time, dtype=process.time_dtype, device=images.device)
+    restored = sample(
+        Ancestral(variance),
+        denoiser,
+        process,
+        process.add_noise(images, times, noise),
+        drawn_from(generator),
+        steps=process.timesteps,
         from_timestep=timestep,
-        variance=variance,
     ).images
     return float(ssim((images + 1) / 2, (restored.clamp(-1, 1) + 1) / 2).mean())

@@ -136,8 +136,8 @@ def evaluate(message: Message, context: Context) -> Message:
         )
     load_tensors(worker.model, shared, state.exclusive_average)
     evaluated = evaluate_task(
-        worker.noise_of(site),
-        worker.diffusion,
+        worker.denoiser(site),
+        worker.objective.process,
         config,
         task=client,
         train=task.train,

@@ -6,20 +6,19 @@ it in φ's own type, float32, one rounding an operation and value by value, so t
 nor backend change a bit; sums are float64.
 
 A step is a class in a file of its own, and a line in
-:data:`srfed.config.updates.UPDATE_STEPS`.
+:data:`srfed.config.choices.UPDATE_STEPS`; its constants are settings of the section ``updates``.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import NewType, Protocol
 
 import torch
 from torch import Tensor
 
 from srfed.config import RunConfig, UpdatesConfig
-from srfed.config.updates import UPDATE_STEPS
+from srfed.config.choices import UPDATE_STEPS, chosen, constants
 from srfed.federation.layout import Layout
 from srfed.randomness import derive_generator
 
@@ -43,9 +42,9 @@ class Length:
 
 
 class UpdateStep(Protocol):
-    """One thing that is done to an update before it travels."""
-
-    def __init__(self, settings: UpdatesConfig) -> None: ...
+    """One thing that is done to an update before it travels; its constructor takes settings of the
+    section ``updates`` as keyword arguments of the same names.
+    """
 
     def layout(self, layout: Layout) -> Layout:
         """What travels in place of tensors of this layout."""
@@ -79,8 +78,8 @@ def steps_of(settings: UpdatesConfig) -> dict[str, UpdateStep]:
     """The steps of a run by name, in their order."""
     steps: dict[str, UpdateStep] = {}
     for name in settings.steps:
-        module, _, cls = UPDATE_STEPS[name].partition(":")
-        steps[name] = getattr(import_module(module), cls)(settings)
+        step = chosen(UPDATE_STEPS, name)
+        steps[name] = step(**constants(step, settings))
     return steps
 
 

@@ -2,7 +2,6 @@
 
 import torch
 
-from srfed.config import UpdatesConfig
 from srfed.federation.layout import Layout
 from srfed.federation.updates import Delta, Length, Memory, norm_of
 
@@ -13,8 +12,8 @@ ROUNDING = 1e-6
 class Clip:
     """Δ · min(1, c / ‖Δ‖), over all tensors together."""
 
-    def __init__(self, settings: UpdatesConfig) -> None:
-        self._norm = settings.clip_norm
+    def __init__(self, *, clip_norm: float) -> None:
+        self._norm = clip_norm
 
     def layout(self, layout: Layout) -> Layout:
         return layout

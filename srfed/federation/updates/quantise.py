@@ -10,7 +10,6 @@ import math
 import torch
 from torch import Tensor
 
-from srfed.config import UpdatesConfig
 from srfed.federation.layout import Layout
 from srfed.federation.updates import Delta, Length, Memory
 
@@ -27,8 +26,8 @@ class Quantise:
     and never more than one scale a value.
     """
 
-    def __init__(self, settings: UpdatesConfig) -> None:
-        self._bits = settings.quantise_bits
+    def __init__(self, *, quantise_bits: int) -> None:
+        self._bits = quantise_bits
         self._most = 2 ** (self._bits - 1) - 1
 
     def layout(self, layout: Layout) -> Layout:

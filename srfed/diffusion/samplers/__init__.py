@@ -1,0 +1,1 @@
+"""Ways through the reverse process, one class a file; ``srfed/config/choices.py`` names them."""

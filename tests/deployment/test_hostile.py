@@ -1,0 +1,258 @@
+"""A hostile server and a hostile client, as real processes over a real SuperLink."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from srfed.config import load_config
+from srfed.data import load_tasks
+from srfed.deployment.agree import agree_as_rehearsed
+from srfed.deployment.deployment import Deployment
+from srfed.deployment.flower import CONNECTION
+from srfed.federation.messages import REFUSED
+from srfed.storage.metrics_log import MetricsLog
+from support.tiny_run import TINY, tiny_config
+
+pytestmark = pytest.mark.slow
+
+HONEST, HOSTILE = "digit-0", "digit-1"
+SETTINGS: dict[str, Any] = {
+    "federation.clients": 2,
+    "federation.rounds": 2,
+    "evaluation.mode": "statistics",
+    "evaluation.samples": 40,
+    "evaluation.samples_between": 40,
+}
+
+PROJECT = """
+[project]
+name = "hostile"
+version = "1.0.0"
+description = "A server that asks for more than was agreed"
+license = "Apache-2.0"
+
+[tool.flwr.app]
+publisher = "nobody"
+
+[tool.flwr.app.components]
+serverapp = "hostile.server:app"
+clientapp = "srfed.federation.flower.client_app:app"
+
+[tool.flwr.app.config]
+orders = ""
+"""
+
+SERVER = '''"""Sends what a file of orders says to every site, and writes down what each one answers."""
+
+import json
+import time
+from pathlib import Path
+
+from flwr.app import Message
+from flwr.serverapp import ServerApp
+
+from srfed.config import parse_config
+from srfed.federation.flower.packing import request_content, unpack
+from srfed.federation.messages import SHARED, Description, Request
+from srfed.model import build_model, build_partition
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid, context):
+    orders = json.loads(Path(context.run_config["orders"]).read_text())
+    while len(nodes := list(grid.get_node_ids())) < orders["sites"]:
+        time.sleep(0.2)
+    honest = parse_config(orders["config"])
+    greeting = request_content(Request(honest.to_json(), "lineage"))
+    replies = grid.send_and_receive([Message(greeting, node, "query.describe") for node in nodes], timeout=300)
+    sites = {Description.of(unpack(reply).header).client: reply.metadata.src_node_id for reply in replies}
+    model = build_model(honest, 1)
+    shared = build_partition(honest, model).take_shared(model.state_dict())
+    asked = {}
+    for what, kind, config, fields in orders["requests"]:
+        values = {"client": orders["victim"], "round": 1, "attempt": f"attempt-{len(asked)}", **fields}
+        values.setdefault("lineage", "lineage")
+        content = request_content(Request(json.dumps(config), **values), {SHARED: shared})
+        (identity,) = grid.push_messages([Message(content, sites[orders["victim"]], kind)])
+        asked[identity] = what
+    answers = {}
+    while len(answers) < len(asked):
+        for reply in grid.pull_messages([identity for identity, what in asked.items() if what not in answers]):
+            error = [reply.error.code, reply.error.reason] if reply.has_error() else None
+            answers[asked[reply.metadata.reply_to_message_id]] = error or sorted(reply.content)
+        time.sleep(0.2)
+    Path(orders["answers"]).write_text(json.dumps(answers))
+'''
+
+SITECUSTOMIZE = f'''"""Python runs this at its start: at one site the trainer sends a φ that nobody has trained."""
+
+import os
+import sys
+
+if os.environ.get("SRFED_DEPLOYMENT_PART") == "site {HOSTILE}":
+    import importlib.abc
+    import importlib.util
+
+    class Hook(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path, target=None):
+            if name != "srfed.training.local":
+                return None
+            sys.meta_path.remove(self)
+            spec = importlib.util.find_spec(name)
+            run = spec.loader.exec_module
+
+            def exec_module(module):
+                import dataclasses
+
+                run(module)
+                honest = module.LocalTrainer.train
+
+                def train(*arguments):
+                    result = honest(*arguments)
+                    return dataclasses.replace(
+                        result, shared={{name: tensor + 1000 for name, tensor in result.shared.items()}}
+                    )
+
+                module.LocalTrainer.train = train
+
+            spec.loader.exec_module = exec_module
+            return spec
+
+    sys.meta_path.insert(0, Hook())
+'''
+
+
+def nested(overrides: dict[str, Any]) -> dict[str, Any]:
+    """The tiny federation as a server would write it, with some "section.key" set otherwise."""
+    content: dict[str, Any] = {
+        "name": "tiny",
+        **{section: dict(keys) for section, keys in TINY.items()},
+    }
+    for name, value in {**SETTINGS, **overrides}.items():
+        section, key = name.split(".")
+        content.setdefault(section, {})[key] = value
+    return content
+
+
+REQUESTS: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
+    (
+        "the whole network",
+        "train",
+        {"model.exclusive_stages": "none"},
+        {},
+        "not agreed: model.exclusive_stages",
+    ),
+    (
+        "one training image",
+        "evaluate",
+        {"data.images_per_task": 1, "training.local_steps": 2000, "evaluation.mode": "samples"},
+        {"round": 2},
+        "not agreed: data.images_per_task",
+    ),
+    (
+        "statistics of one image",
+        "evaluate",
+        {},
+        {"round": 2, "final": True, "samples": 1},
+        "not agreed: evaluation.samples",
+    ),
+    (
+        "a folder elsewhere",
+        "train",
+        {},
+        {"lineage": "../../x"},
+        "the request's lineage is impossible",
+    ),
+    ("the last round there is", "train", {}, {"round": 10**9}, "the request's round is impossible"),
+    (
+        "the site's memory and processes",
+        "train",
+        {"evaluation.inception_weights": "/dev/zero", "resources.client_cpus": 100_000},
+        {},
+        "",
+    ),
+]
+
+
+def test_neither_a_hostile_server_nor_a_hostile_client_gets_further_than_its_own_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(tmp_path / "hook"), os.environ.get("PYTHONPATH", "")])
+    )
+    for path, text in {
+        "hook/sitecustomize.py": SITECUSTOMIZE,
+        "app/pyproject.toml": PROJECT,
+        "app/hostile/__init__.py": "",
+        "app/hostile/server.py": SERVER,
+        "config.yaml": yaml.safe_dump(nested({})),
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    orders, answers, state = tmp_path / "orders.json", tmp_path / "answers.json", tmp_path / "state"
+    requests = [
+        [what, kind, nested(changes), fields] for what, kind, changes, fields, _ in REQUESTS
+    ]
+    orders.write_text(
+        json.dumps(
+            {
+                "sites": 2,
+                "config": nested({}),
+                "victim": HONEST,
+                "requests": requests,
+                "answers": str(answers),
+            }
+        )
+    )
+    config = load_config(tmp_path / "config.yaml")
+    with Deployment(tmp_path / "d", tls=False, authentication=False) as deployment:
+        deployment.start_superlink()
+        for task in load_tasks(tiny_config().data, 2):
+            data = tmp_path / f"{task.name}.npz"
+            np.savez(data, train_images=task.train, test_images=task.test)
+            agree_as_rehearsed(config, data, state, task.name)
+            deployment.add_site(task.name, data, state, wait=False)
+        for client in (HONEST, HOSTILE):
+            deployment.wait_for_site(client)
+        before = {path for path in tmp_path.rglob("*") if (tmp_path / "d") not in path.parents}
+        told = deployment.flwr(
+            "run",
+            str(tmp_path / "app"),
+            CONNECTION,
+            "--stream",
+            "--run-config",
+            f'orders="{orders}"',
+            timeout=480,
+        )
+        assert answers.exists(), told
+        answered = json.loads(answers.read_text())
+        after = {path for path in tmp_path.rglob("*") if (tmp_path / "d") not in path.parents}
+        run = deployment.run(tmp_path / "run", tmp_path / "config.yaml")
+        assert run.wait(480) is not None
+        assert run.result()[0] == "finished:completed", "\n".join(run.lines())
+
+    log = (state / HONEST / "client.log").read_text()
+    for what, _, _, _, words in REQUESTS:
+        if words:
+            assert answered[what] == [REFUSED, words], what
+            assert f"refused: {words}" in log
+    # What is this machine's own affair is not taken from the server, and so does no harm.
+    assert answered["the site's memory and processes"] == ["metrics", "reply", "shared"]
+    # Of all these requests one was served: one attempt, where it belongs; nothing else was written
+    # or removed.
+    assert before <= after | {tmp_path / "run"}
+    (attempt,) = [path for path in after - before if path.name == "state.safetensors"]
+    assert attempt.parent.parent == state / HONEST / "lineages" / "lineage"
+    assert all(state in path.parents for path in after - before - {answers})
+
+    rounds = MetricsLog(tmp_path / "run" / "metrics.jsonl").rounds()
+    assert [line["accepted"] for line in rounds] == [[HONEST], [HONEST]]
+    assert all(list(line["refused"]) == [HOSTILE] for line in rounds)
+    assert all(np.isfinite(line["loss"]) and line["loss"] < 10 for line in rounds)

@@ -1,0 +1,44 @@
+"""Fixtures that several files of this folder share."""
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+
+from srfed.storage.run_folder import RunFolder
+from support.faults import app_with
+from support.membership import SETTINGS, ChangingGrid, failing_in, start
+from support.tiny_run import begin
+
+
+@pytest.fixture
+def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("srfed.federation.flower.roster.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("srfed.federation.flower.roster.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("srfed.federation.flower.exchange.LONGEST_PAUSE", 0.05)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A whole run, three rounds with all three clients."""
+    return start(begin(tmp_path_factory.mktemp("undisturbed") / "run", SETTINGS))
+
+
+@pytest.fixture(scope="session")
+def without(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunFolder]:
+    """A run in which a client, by its position, is there but fails in some rounds."""
+
+    @cache
+    def failed(index: int, *rounds: int) -> RunFolder:
+        run = begin(tmp_path_factory.mktemp("without") / "run", SETTINGS)
+        return start(run, ChangingGrid(run, app_with(index, train=failing_in(*rounds))))
+
+    return failed
+
+
+@pytest.fixture(scope="session")
+def half(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run of three clients that ended after its first round."""
+    return start(
+        begin(tmp_path_factory.mktemp("half") / "run", {**SETTINGS, "federation.rounds": 1})
+    )

@@ -1,0 +1,450 @@
+"""What crosses the wire: never θ_i, its moments or an image of S_i; and the guard that sees to
+it.
+"""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ConfigRecord, Context, Error, Message, MetricRecord
+from flwr.clientapp import ClientApp
+
+from srfed.config import RunConfig
+from srfed.data import load_tasks, to_model_range
+from srfed.federation.flower import client_app
+from srfed.federation.flower.guard import wire_guard
+from srfed.federation.flower.in_process import InlineGrid
+from srfed.federation.flower.packing import (
+    LAYOUT,
+    array_record,
+    read_layout,
+    read_tensors,
+    request_content,
+)
+from srfed.federation.layout import layout_bytes
+from srfed.federation.messages import (
+    DESCRIBE,
+    EVALUATE,
+    GENERATED,
+    METRICS,
+    REFUSED,
+    REPLY,
+    SHARED,
+    TRAIN,
+    Request,
+)
+from srfed.federation.site import STATE_DIR_VARIABLE
+from srfed.model import build_model, build_partition
+from srfed.storage.checkpoint import read_checkpoint
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
+from support.tiny_run import accepted_attempts, begin, round_lines, run_on_grid, tiny_config
+from support.wire import SECRET, RecordingGrid, is_bare_error, log_of
+
+# --- What the type checker refuses ---------------------------------------------------------------
+
+LEAKING_PROGRAM = """
+from srfed.federation.flower.packing import reply_content
+from srfed.federation.messages import GENERATED, SHARED, ReplyHeader, Samples
+from srfed.training.local import ClientState, LocalResult
+def reply(header: ReplyHeader, result: LocalResult, state: ClientState, made: Samples) -> None:
+    reply_content(header, {}, {SHARED: result.shared, GENERATED: made})
+    reply_content(header, {}, {SHARED: state.exclusive})
+    reply_content(header, {}, {SHARED: state.exclusive_average})
+    reply_content(header, {}, {SHARED: state.exclusive_moments})
+"""
+
+
+def test_mypy_refuses_a_program_that_hands_what_is_exclusive_to_the_packer(tmp_path: Path) -> None:
+    program = tmp_path / "leaks.py"
+    program.write_text(LEAKING_PROGRAM)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", root / "pyproject.toml", program],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=root,
+    )
+    wrong = re.findall(r"leaks\.py:(\d+): error: .*incompatible type", done.stdout)
+    assert wrong == ["7", "8", "9"], done.stdout + done.stderr
+
+
+# --- A whole run, every message recorded ---------------------------------------------------------
+
+
+def contents(tensor: torch.Tensor) -> bytes | None:
+    """The bytes of a tensor, unless they are so few, or so equal, that they prove nothing."""
+    data = tensor.contiguous().numpy().tobytes()
+    return data if len(data) > 16 and len(tensor.unique()) > 1 else None
+
+
+def private_tensors(run: RunFolder) -> Iterator[tuple[str, torch.Tensor]]:
+    """All that any kept attempt of any client holds, except its copy of φ's moments."""
+    for folder in run.clients.glob(f"*/lineages/{run.lineage}/*"):
+        checkpoint = read_checkpoint(folder)
+        for group in ("exclusive", "exclusive_average", "exclusive_moments"):
+            for name, tensor in checkpoint.group(group).items():
+                yield f"{folder.parents[2].name} {group} {name}", tensor
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"training.update": "joint", "training.shared_moments": "reset"},
+        {
+            "training.update": "alternating",
+            "training.shared_moments": "keep",
+            "model.exclusive_stages": "io",
+        },
+    ],
+    ids=["joint-reset", "alternating-keep-io"],
+)
+def test_no_private_tensor_and_no_image_is_in_any_message_of_a_whole_run(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    run = begin(tmp_path / "run", {**settings, "federation.keep_attempts": 9})
+    grid = run_on_grid(run, RecordingGrid)
+    assert isinstance(grid, RecordingGrid)
+    # Three descriptions, nine updates, six evaluations.
+    assert len(grid.requests) == len(grid.replies) == 3 + 9 + 6
+    partition = build_partition(run.config, build_model(run.config, 1))
+    assert set(partition.shared) <= grid.names
+    assert not [
+        name for name in grid.names if any(name.endswith(own) for own in partition.exclusive)
+    ]
+
+    haystack = grid.data
+    # The search finds what does travel ...
+    shared = read_checkpoint(run.server / "round-00002").group("shared")
+    assert all(
+        contents(tensor) is None or contents(tensor) in haystack for tensor in shared.values()
+    )
+    # ... and nothing of what must not.
+    searched = 0
+    for what, tensor in private_tensors(run):
+        needle = contents(tensor)
+        searched += needle is not None
+        assert needle is None or needle not in haystack, what
+    assert searched > 9 * 3
+    for task in load_tasks(run.config.data, 3):
+        for images in (task.train, task.test):
+            for image, scaled in zip(images, to_model_range(images), strict=True):
+                assert image.tobytes() not in haystack
+                assert scaled.numpy().tobytes() not in haystack
+
+
+def test_the_recorded_traffic_is_what_travelled(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", {"federation.rounds": 2})
+    grid = run_on_grid(run, RecordingGrid)
+    assert isinstance(grid, RecordingGrid)
+
+    def array_bytes(messages: list[Message], kind: str, number: int) -> int:
+        chosen = [
+            m
+            for m in messages
+            if m.metadata.message_type == kind and m.metadata.group_id == str(number)
+        ]
+        assert len(chosen) == 3
+        records = [
+            record for message in chosen for record in message.content.array_records.values()
+        ]
+        return sum(
+            len(name.encode()) + len(a.data) for record in records for name, a in record.items()
+        )
+
+    lines = [(TRAIN, line) for line in round_lines(run)]
+    lines += [(EVALUATE, line) for line in MetricsLog(run.metrics).evaluations()]
+    assert len(lines) == 3
+    for kind, line in lines:
+        for direction, messages in (("bytes_up", grid.replies), ("bytes_down", grid.requests)):
+            tensors = array_bytes(messages, kind, line["round"])
+            # Beside the tensors: header, numbers and, downwards, the configuration.
+            assert tensors < line[direction] < tensors + 3 * 4096
+    # φ's float32 weights of three clients, and .npy headers of at most 128 bytes each.
+    model = build_model(run.config, 1)
+    partition = build_partition(run.config, model)
+    state = model.state_dict()
+    payload = 3 * 4 * sum(state[name].numel() for name in partition.shared)
+    assert (
+        payload
+        < lines[0][1]["bytes_up"]
+        < payload + 3 * len(partition.shared) * (128 + 64) + 3 * 4096
+    )
+
+
+def test_clients_send_deltas_of_nothing_when_nothing_is_shared(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", {"federation.rounds": 1, "model.exclusive_stages": "all"})
+    grid = run_on_grid(run, RecordingGrid)
+    assert isinstance(grid, RecordingGrid)
+    assert grid.names == {"images", "strip"}
+    assert round_lines(run)[0]["bytes_up"] < 2000
+
+
+# --- The guard itself ----------------------------------------------------------------------------
+LEAK = np.frombuffer(SECRET.encode(), np.uint8)
+Handler = Callable[[Message, Context], Message]
+Leak = Callable[[Message], None]
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    return tiny_config()
+
+
+@pytest.fixture
+def ask(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Message]:
+    """Send one request to the client of digit-0, with or without the guard, and return its
+    reply.
+    """
+    monkeypatch.setenv(STATE_DIR_VARIABLE, str(tmp_path))
+
+    def send(
+        kind: str, handler: Handler, *, guarded: bool, samples: int = 4, config: RunConfig = config
+    ) -> Message:
+        app = ClientApp(mods=[wire_guard] if guarded else [])
+        category, _, action = kind.partition(".")
+        getattr(app, category)(action or "default")(handler)
+        grid = InlineGrid(app, 1)
+        model = build_model(config, 1)
+        shared = build_partition(config, model).take_shared(model.state_dict())
+        attempt = f"attempt-{len(list(tmp_path.glob('*/lineages/lineage/*')))}"
+        request = Request(
+            config.to_json(), "lineage", "digit-0", round=1, attempt=attempt, samples=samples
+        )
+        content = request_content(request, {SHARED: shared} if kind != DESCRIBE else None)
+        return grid.send_and_receive([Message(content, 1, kind)])[0]
+
+    return send
+
+
+def add_array(record: str, name: str) -> Leak:
+    def leak(reply: Message) -> None:
+        tensors = (
+            read_tensors(reply.content, record) if record in reply.content.array_records else {}
+        )
+        reply.content[record] = array_record({**tensors, name: torch.from_numpy(LEAK.copy())})
+
+    return leak
+
+
+def add_bare_array(record: str, name: str) -> Leak:
+    """An array that the layout does not mention."""
+
+    def leak(reply: Message) -> None:
+        reply.content.array_records[record][name] = Array(LEAK)
+
+    return leak
+
+
+def add_number(record: str, name: str, value: Any) -> Leak:
+    def leak(reply: Message) -> None:
+        numbers = dict(reply.content.metric_records.get(record, {}))
+        reply.content[record] = MetricRecord({**numbers, name: value})
+
+    return leak
+
+
+def add_field(record: str, name: str, value: Any) -> Leak:
+    def leak(reply: Message) -> None:
+        fields = dict(reply.content.config_records.get(record, {}))
+        reply.content[record] = ConfigRecord({**fields, name: value})
+
+    return leak
+
+
+def replace_array(record: str, name: str, values: np.ndarray) -> Leak:
+    def leak(reply: Message) -> None:
+        tensors = read_tensors(reply.content, record)
+        assert name in tensors
+        reply.content[record] = array_record({**tensors, name: torch.from_numpy(values)})
+
+    return leak
+
+
+def append_bytes(record: str, name: str) -> Leak:
+    """Bytes behind an array's values: numpy reads over them, but they would travel."""
+
+    def leak(reply: Message) -> None:
+        arrays = reply.content.array_records[record]
+        array = arrays[name]
+        arrays[name] = Array(
+            array.dtype, array.shape, array.stype, array.data + SECRET.encode() * 40
+        )
+
+    return leak
+
+
+def respelled_layout(record: str) -> Leak:
+    """The same layout with white space in it, which could be counted."""
+
+    def leak(reply: Message) -> None:
+        arrays = reply.content.array_records[record]
+        text = layout_bytes(read_layout(arrays)).replace(b",", b", ")
+        arrays[LAYOUT] = Array(np.frombuffer(text, np.uint8))
+
+    return leak
+
+
+AS_NUMBERS = [float(byte) for byte in SECRET.encode()]
+LEAKS: dict[str, tuple[str, Leak]] = {
+    "an exclusive tensor among φ": (TRAIN, add_array(SHARED, "head.conv.weight")),
+    "an exclusive tensor in a record of its own": (
+        TRAIN,
+        add_array("exclusive", "head.conv.weight"),
+    ),
+    "moments of θ among φ": (TRAIN, add_array(SHARED, "exp_avg.head.conv.weight")),
+    "training images under the name of a shared tensor": (
+        TRAIN,
+        replace_array(SHARED, "bottleneck.attention.norm.bias", np.zeros((142, 64), np.float32)),
+    ),
+    "bytes behind the shared tensors": (TRAIN, append_bytes(SHARED, "float32")),
+    "bytes behind the layout": (TRAIN, append_bytes(SHARED, LAYOUT)),
+    "an array that the layout does not mention": (TRAIN, add_bare_array(SHARED, "uint8")),
+    "a layout in other words": (TRAIN, respelled_layout(SHARED)),
+    "moments nobody asked for": (TRAIN, add_array("shared-moments", "exp_avg.stem.weight")),
+    "training images with an update": (TRAIN, add_array(GENERATED, "images")),
+    "training images in an unknown record": (TRAIN, add_array("debug", "batch")),
+    "training images with a description": (DESCRIBE, add_array(GENERATED, "images")),
+    "training images beside the samples": (EVALUATE, add_array(GENERATED, "originals")),
+    "samples that are not uint8": (
+        EVALUATE,
+        replace_array(GENERATED, "images", np.zeros((4, 8, 8, 1))),
+    ),
+    "more samples than asked for": (
+        EVALUATE,
+        replace_array(GENERATED, "images", np.zeros((142, 8, 8, 1), np.uint8)),
+    ),
+    "an unknown number": (TRAIN, add_number(METRICS, "pixel", 0.5)),
+    "a known number in an unknown record": (TRAIN, add_number("more", "loss", 0.5)),
+    "pixels in place of a number": (TRAIN, add_number(METRICS, "loss", AS_NUMBERS)),
+    "pixels in the list of losses": (TRAIN, add_number(METRICS, "loss_by_quarter", AS_NUMBERS)),
+    "pixels in the list of SSIM": (EVALUATE, add_number(METRICS, "ssim", AS_NUMBERS)),
+    "a number with a description": (DESCRIBE, add_number(METRICS, "loss", 0.5)),
+    "a long text": (TRAIN, add_field(REPLY, "client", SECRET * 20)),
+    "bytes": (TRAIN, add_field(REPLY, "client", SECRET.encode())),
+    "a list": (TRAIN, add_field(REPLY, "round", [1, 2, 3])),
+    "an unknown field": (TRAIN, add_field(REPLY, "note", SECRET)),
+    "a record of text": (EVALUATE, add_field("notes", "client", SECRET)),
+    "an unknown field of a description": (DESCRIBE, add_field(REPLY, "path", SECRET)),
+}
+REAL = {TRAIN: client_app.train, EVALUATE: client_app.evaluate, DESCRIBE: client_app.describe}
+
+
+def is_refusal(reply: Message, words: str) -> bool:
+    return reply.has_error() and reply.error.code == REFUSED and reply.error.reason == words
+
+
+@pytest.mark.parametrize("kind", [DESCRIBE, TRAIN, EVALUATE])
+def test_an_honest_reply_passes_the_guard_unchanged(ask: Callable[..., Message], kind: str) -> None:
+    guarded, free = (ask(kind, REAL[kind], guarded=guarded) for guarded in (True, False))
+    assert guarded.has_content()
+    assert list(guarded.content) == list(free.content)
+    for name, record in guarded.content.array_records.items():
+        assert list(record.items()) == list(free.content.array_records[name].items())
+
+
+@pytest.mark.parametrize("what", LEAKS)
+def test_the_guard_turns_a_leak_into_a_bare_error_and_logs_why(
+    ask: Callable[..., Message], tmp_path: Path, what: str
+) -> None:
+    kind, leak = LEAKS[what]
+
+    def leaky(message: Message, context: Context) -> Message:
+        reply = REAL[kind](message, context)
+        leak(reply)
+        return reply
+
+    assert ask(kind, leaky, guarded=False).has_content(), "without the guard it leaves"
+    reply = ask(kind, leaky, guarded=True)
+    assert is_bare_error(reply)
+    assert "NotAllowedError" in log_of(tmp_path)
+    assert len(log_of(tmp_path).splitlines()[0]) < 200
+
+
+def test_images_leave_only_when_the_request_asks_for_samples(ask: Callable[..., Message]) -> None:
+    def leaky(message: Message, context: Context) -> Message:
+        reply = client_app.evaluate(message, context)
+        strip = read_tensors(reply.content, GENERATED)["strip"]
+        reply.content[GENERATED] = array_record(
+            {"images": torch.zeros((4, 8, 8, 1), dtype=torch.uint8), "strip": strip}
+        )
+        return reply
+
+    assert ask(EVALUATE, leaky, guarded=True, samples=4).has_content()
+    assert is_bare_error(ask(EVALUATE, leaky, guarded=True, samples=0))
+
+
+def test_the_text_of_an_exception_stays_at_the_client(
+    ask: Callable[..., Message], tmp_path: Path
+) -> None:
+    def failing(message: Message, context: Context) -> Message:
+        raise RuntimeError(f"cannot open /data/{SECRET}.png")
+
+    free = ask(TRAIN, failing, guarded=False)
+    assert SECRET in (free.error.reason or ""), "without the guard it leaves"
+    assert is_bare_error(ask(TRAIN, failing, guarded=True))
+    assert SECRET in log_of(tmp_path)
+    assert "RuntimeError" in log_of(tmp_path)
+
+
+def test_an_error_reply_of_the_handlers_own_is_replaced(ask: Callable[..., Message]) -> None:
+    def failing(message: Message, context: Context) -> Message:
+        return Message(Error(7, f"lost {SECRET}"), reply_to=message)
+
+    assert SECRET in (ask(TRAIN, failing, guarded=False).error.reason or "")
+    assert is_bare_error(ask(TRAIN, failing, guarded=True))
+
+
+def test_a_message_of_unknown_kind_gets_no_content(ask: Callable[..., Message]) -> None:
+    def obliging(message: Message, context: Context) -> Message:
+        return Message(message.content, reply_to=message)
+
+    assert ask("query.weights", obliging, guarded=False).has_content()
+    assert is_refusal(
+        ask("query.weights", obliging, guarded=True), "the request is of an unknown kind"
+    )
+
+
+def test_a_request_of_another_protocol_gets_a_bare_error(tmp_path: Path) -> None:
+    grid = InlineGrid(client_app.app, 1)
+    request = request_content(Request("{}", "lineage"))
+    del request["request"]
+    assert is_refusal(
+        grid.send_and_receive([Message(request, 1, TRAIN)])[0], "the request is of another protocol"
+    )
+
+
+def test_a_phi_of_another_model_is_refused_at_the_client(
+    ask: Callable[..., Message], tmp_path: Path
+) -> None:
+    other = tiny_config({"model.channels": [8, 16, 16, 32]})
+
+    def swapped(message: Message, context: Context) -> Message:
+        tensors = read_tensors(message.content, SHARED)
+        name = next(name for name, tensor in tensors.items() if tensor.ndim == 4)
+        message.content[SHARED] = array_record({**tensors, name: torch.zeros(1, 1)})
+        return client_app.train(message, context)
+
+    assert is_bare_error(ask(TRAIN, swapped, guarded=True, config=other))
+    assert "the φ received has" in log_of(tmp_path)
+
+
+def test_an_attempt_is_stored_before_its_update_leaves(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", {"federation.rounds": 3, "federation.keep_attempts": 9})
+    run_on_grid(run, InlineGrid)
+    for folder in accepted_attempts(run).values():
+        attempts = sorted(folder.parent.iterdir())
+        chain = [read_checkpoint(path).manifest for path in attempts]
+        assert [m["round"] for m in chain] == [1, 2, 3]
+        assert chain[0]["parent"] == "none"
+        assert all(later["parent"] == earlier["attempt"] for earlier, later in pairwise(chain))

@@ -1,0 +1,558 @@
+"""metrics.jsonl, TensorBoard, the table and the pictures say the same, and nothing twice."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from srfed.errors import DamagedError, UserError
+from srfed.evaluation.task import evaluate_task
+from srfed.model import build_diffusion
+from srfed.observer import Observers
+from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
+from srfed.reporting.curves import shown_on_terminal
+from srfed.reporting.pace import Pace, evaluation_passes
+from srfed.reporting.pictures import GAP, SMALLEST_CELL, draw_grid, write_png
+from srfed.reporting.summary import summarise, totals
+from srfed.storage.metrics_log import MetricsLog
+from srfed.storage.run_folder import RunFolder
+from srfed.units import bytes_in_words, seconds_in_words
+from support.tiny_run import begin, files_of_at_most, round_lines, tiny_config
+
+TASKS = [TaskInfo("client-b", "zebra", 1200, 40), TaskInfo("client-a", "ant", 30, 10)]
+
+
+def round_record(number: int, **changes: Any) -> RoundRecord:
+    values: dict[str, Any] = {
+        "round": number,
+        "loss": 1 / number,
+        "loss_by_client": {"client-a": 0.25, "client-b": 0.75},
+        "loss_by_quarter": [0.1, 0.2, 0.3, math.nan],
+        "accepted": ["client-a", "client-b"],
+        "refused": {},
+        "missing": {},
+        "images": 96,
+        "images_per_second": 48.0,
+        "bytes_up": 1_000_000,
+        "bytes_down": 2_000_000,
+        "learning_rate": 5e-4,
+        "update_norm": 0.5,
+        "disagreement": 0.25,
+        "seconds": 2.0,
+    }
+    return RoundRecord(**{**values, **changes})
+
+
+def evaluation_record(number: int, **changes: Any) -> EvaluationRecord:
+    picture = np.zeros((3, 8, 8, 1), np.uint8)
+    values: dict[str, Any] = {
+        "round": number,
+        "final": False,
+        "score_name": "fd_embedded",
+        "score": 12.3456,
+        "score_by_client": {"client-b": 20.5},
+        "floor": 1.25,
+        "samples": 12,
+        "references": 50,
+        "ssim_timestep": 50,
+        "ssim": {10: 0.99, 50: 0.875},
+        "ssim_by_client": {"client-a": 0.8, "client-b": 0.95},
+        "ssim_window": 7,
+        "audits": {},
+        "grids": {"client-a": picture, "client-b": picture},
+        "strips": {"client-a": picture, "client-b": picture},
+        "refused": {},
+        "missing": {},
+        "bytes_up": 500_000,
+        "bytes_down": 250_000,
+        "seconds": 3.0,
+    }
+    return EvaluationRecord(**{**values, **changes})
+
+
+# --- metrics.jsonl -------------------------------------------------------------------------------
+
+
+def test_records_come_back_as_they_were_written_without_pictures(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.begin(0, TASKS)
+    log.add_round(round_record(1))
+    log.add_evaluation(evaluation_record(1))
+    assert log.tasks() == TASKS
+    (line,) = log.rounds()
+    assert line == {
+        "kind": "round",
+        **vars(round_record(1)),
+        "loss_by_quarter": [0.1, 0.2, 0.3, None],
+    }
+    (line,) = log.evaluations()
+    assert line["ssim"] == {"10": 0.99, "50": 0.875}
+    assert not {"grids", "strips"} & set(line)
+    assert all(json.loads(text) for text in log.path.read_text().splitlines())
+    assert "NaN" not in log.path.read_text()
+
+
+def test_going_on_drops_a_half_written_line_and_the_rounds_to_come(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.begin(0, TASKS)
+    for number in (1, 2, 3):
+        log.add_round(round_record(number))
+        log.add_evaluation(evaluation_record(number))
+    with log.path.open("a") as file:
+        file.write('{"kind": "round", "round": 4, "lo')
+    assert [line["round"] for line in log.rounds()] == [1, 2, 3]
+    log.begin(2, TASKS)
+    log.add_round(round_record(3, loss=0.125))
+    assert [line["round"] for line in log.rounds()] == [1, 2, 3]
+    assert log.rounds()[-1]["loss"] == 0.125
+    assert [line["round"] for line in log.evaluations()] == [1, 2]
+    assert len(log.path.read_text().splitlines()) == 1 + 3 + 2
+
+
+def test_a_log_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        MetricsLog(tmp_path / "file" / "metrics.jsonl").add_round(round_record(1))
+
+
+@pytest.mark.parametrize(
+    ("line", "number"),
+    [
+        (b"\xff\xfe", 2),
+        (b"\0" * 9, 2),
+        (b"12", 2),
+        (b'{"kind": "round"}', 2),
+        (b'{"kind": "news", "round": 1}', 2),
+    ],
+)
+def test_a_line_that_is_none_of_ours_is_named(tmp_path: Path, line: bytes, number: int) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.begin(0, TASKS)
+    with log.path.open("ab") as file:
+        file.write(line)
+    assert log.rounds() == [], "without an end it is what a crash has left"
+    with log.path.open("ab") as file:
+        file.write(b"\n")
+    for read in (log.rounds, log.evaluations, log.tasks, lambda: log.begin(1, TASKS)):
+        with pytest.raises(
+            DamagedError, match=f"metrics.jsonl is damaged in line {number}; remove that line"
+        ):
+            read()
+
+
+def test_a_log_says_its_format_and_one_of_a_newer_srfed_is_refused(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.begin(0, TASKS)
+    head = json.loads(log.path.read_text())
+    assert head["format"] == 1
+    log.path.write_text(json.dumps({**head, "format": 2}) + "\n")
+    with pytest.raises(UserError, match="has format 2, which a newer srfed wrote"):
+        log.tasks()
+    log.path.write_text(json.dumps({key: head[key] for key in head if key != "format"}) + "\n")
+    assert log.tasks() == TASKS
+
+
+# --- The table -----------------------------------------------------------------------------------
+
+
+def cells(text: str, name: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(name)]
+    return line.removeprefix(name).split()
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> MetricsLog:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.begin(0, TASKS)
+    log.add_round(round_record(1))
+    log.add_round(round_record(2))
+    log.add_evaluation(evaluation_record(2))
+    return log
+
+
+def test_the_table_shows_the_numbers_of_the_last_round_and_evaluation(log: MetricsLog) -> None:
+    text = summarise(log, 75)
+    assert cells(text, "task ") == ["images", "loss", "fd_embedded", "SSIM-rec@50"]
+    assert cells(text, "zebra") == ["1,200", "0.7500", "20.500", "0.950"]
+    assert cells(text, "ant") == ["30", "0.2500", "-", "0.800"]
+    assert cells(text, "all tasks") == ["1,230", "0.5000", "12.346", "0.875"]
+    assert text.index("zebra") < text.index("ant"), (
+        "in the order of the data set, not of the alphabet"
+    )
+    assert "the real training images score 1.250" in text
+    assert "12 samples to 50 held-out" in text
+    assert "t=10: 0.990, t=50: 0.875" in text
+    assert "2 rounds, 192 images; training 4s, evaluation 3s, this command 1m15s in all" in text
+    assert "2.5 MB from the clients, 4.2 MB to them" in text
+    sums = totals(log)
+    assert (sums.rounds, sums.images, sums.bytes_up, sums.bytes_down) == (
+        2,
+        192,
+        2_500_000,
+        4_250_000,
+    )
+
+
+def test_the_table_of_a_run_without_evaluation_or_without_anything_is_short(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "none.jsonl")
+    assert "0 rounds, 0 images" in summarise(log, 1)
+    log.begin(0, TASKS)
+    log.add_round(round_record(1))
+    assert "1 rounds, 96 images" in summarise(log, 1)
+
+
+def test_the_table_copes_with_switched_off_ssim_and_an_unknown_floor(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.begin(0, TASKS)
+    log.add_round(round_record(1, loss_by_client={"client-a": 0.25}))
+    log.add_evaluation(evaluation_record(1, ssim={}, ssim_by_client={}, ssim_window=0, floor=None))
+    text = summarise(log, 1)
+    assert cells(text, "zebra") == ["1,200", "-", "20.500", "-"]
+    assert cells(text, "all tasks")[-1] == "-"
+    assert "brought back" not in text
+
+
+def test_a_finished_runs_table_is_made_of_its_metrics(finished_run: RunFolder) -> None:
+    log = MetricsLog(finished_run.metrics)
+    text, last, evaluation = summarise(log, 1), log.rounds()[-1], log.evaluations()[-1]
+    for task in log.tasks():
+        assert cells(text, task.task) == [
+            str(task.images),
+            f"{last['loss_by_client'][task.client]:.4f}",
+            f"{evaluation['score_by_client'][task.client]:.3f}",
+            f"{evaluation['ssim_by_client'][task.client]:.3f}",
+        ]
+    assert last["loss"] == pytest.approx(sum(last["loss_by_client"].values()) / 3)
+    assert evaluation["ssim"]["5"] == pytest.approx(sum(evaluation["ssim_by_client"].values()) / 3)
+
+
+# --- Pictures ------------------------------------------------------------------------------------
+
+
+def test_a_grid_shows_every_image_at_its_place_beside_its_label() -> None:
+    rows = {
+        "a": np.full((3, 8, 8, 1), 10, np.uint8),
+        "a longer label": np.stack([np.full((8, 8, 1), value, np.uint8) for value in (100, 200)]),
+    }
+    grid = draw_grid(rows)
+    factor = SMALLEST_CELL // 8
+    step = 8 * factor + GAP
+    assert grid.dtype == np.uint8
+    assert grid.shape[0] == 2 * step
+    label = grid.shape[1] - 3 * step
+    assert label > 14 * 5
+    for row, column, value in ((0, 0, 10), (0, 2, 10), (1, 0, 100), (1, 1, 200), (1, 2, 255)):
+        cell = grid[row * step : row * step + 8 * factor, label + column * step :][:, : 8 * factor]
+        assert (cell == value).all(), (row, column)
+    for row in (0, 1):
+        text = grid[row * step : row * step + 8 * factor, :label]
+        assert text.min() < 128, "a label in dark on white"
+        assert text.max() == 255
+
+
+def test_a_grid_keeps_colours_and_large_images_as_they_are() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (1, 64, 48, 3), dtype=np.uint8)
+    grid = draw_grid({"x": image})
+    assert (grid[:64, -48 - GAP : -GAP] == image[0]).all()
+    two_channels = draw_grid({"x": image[..., :2]})
+    assert (two_channels[:64, -48 - GAP : -GAP] == image[0][..., :1]).all()
+
+
+def test_a_grid_may_have_rows_without_images(tmp_path: Path) -> None:
+    grid = draw_grid(
+        {"x": np.zeros((2, 8, 8, 1), np.uint8), "none": np.zeros((0, 8, 8, 1), np.uint8)}
+    )
+    write_png(tmp_path / "new" / "grid.png", grid)
+    assert (np.asarray(Image.open(tmp_path / "new" / "grid.png")) == grid).all()
+
+
+# --- Words ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (3145728, "3.1 MB"),
+        (2.5e9, "2.5 GB"),
+        (7e12, "7.0 TB"),
+    ],
+)
+def test_bytes_in_words(count: float, words: str) -> None:
+    assert bytes_in_words(count) == words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (75, "1m15s"),
+        (3599.7, "1h00m"),
+        (3725, "1h02m"),
+        (90000, "25h00m"),
+    ],
+)
+def test_seconds_in_words(seconds: float, words: str) -> None:
+    assert seconds_in_words(seconds) == words
+
+
+class Shown:
+    """What the loop does with a record: it is put on record, and then shown."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.log, self.tell = MetricsLog(run.metrics), Observers(shown_on_terminal(run))
+
+    def begin(self, last_round: int, tasks: list[TaskInfo]) -> None:
+        everybody, _ = self.log.begin(last_round, tasks)
+        self.tell.on_begin(everybody, last_round)
+
+    def on_round(self, record: RoundRecord) -> None:
+        self.log.add_round(record)
+        self.tell.on_round(record)
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        self.log.add_evaluation(record)
+        self.tell.on_evaluation(record)
+
+    def close(self) -> None:
+        self.tell.on_end()
+
+
+# --- TensorBoard and the reporter
+# ------------------------------------------------------------------
+
+
+def accumulate(run: RunFolder) -> EventAccumulator:
+    events = EventAccumulator(str(run.tensorboard), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    return events
+
+
+def scalars(run: RunFolder, tag: str) -> dict[int, float]:
+    return {event.step: event.value for event in accumulate(run).Scalars(tag)}
+
+
+def test_every_number_of_a_run_is_a_curve_and_every_picture_is_there(
+    finished_run: RunFolder,
+) -> None:
+    events = accumulate(finished_run)
+    log = MetricsLog(finished_run.metrics)
+    for tag, key in {
+        "loss/mean": "loss",
+        "speed/images_per_second": "images_per_second",
+        "speed/seconds_per_round": "seconds",
+        "traffic/bytes_up": "bytes_up",
+        "traffic/bytes_down": "bytes_down",
+        "optimisation/learning_rate": "learning_rate",
+        "optimisation/shared_update_norm": "update_norm",
+        "optimisation/client_disagreement": "disagreement",
+    }.items():
+        expected = {line["round"]: pytest.approx(line[key], rel=1e-5) for line in log.rounds()}
+        assert {event.step: event.value for event in events.Scalars(tag)} == expected, tag
+    for tag, key in {"fd_embedded/all": "score", "fd_embedded/real_images": "floor"}.items():
+        expected = {line["round"]: pytest.approx(line[key], rel=1e-5) for line in log.evaluations()}
+        assert {event.step: event.value for event in events.Scalars(tag)} == expected, tag
+    assert [event.step for event in events.Scalars("ssim_rec/t=5")] == [2, 3]
+    assert [event.step for event in events.Scalars("ssim_rec/t=10")] == [3], (
+        "the curve is for the end"
+    )
+    tags = set(events.Tags()["scalars"])
+    for client in ("digit-0", "digit-1", "digit-2"):
+        assert {f"loss_by_client/{client}", f"fd_embedded_by_client/{client}"} <= tags
+        assert f"ssim_rec_by_client/{client}" in tags
+    assert {f"loss_by_timestep/quarter_{quarter}" for quarter in (1, 2, 3, 4)} <= tags
+    for tag in ("samples", "reverse_process"):
+        shown = events.Images(tag)
+        assert [image.step for image in shown] == [2, 3]
+        name = {"samples": "round", "reverse_process": "reverse-process"}[tag]
+        with Image.open(finished_run.samples / f"{name}-00003.png") as picture:
+            assert (shown[-1].width, shown[-1].height) == picture.size
+    (text,) = events.Tensors("config/text_summary")
+    assert "    local_steps: 2" in text.tensor_proto.string_val[0].decode()
+
+
+def test_going_on_takes_later_rounds_out_of_the_curves(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run")
+    first = Shown(run)
+    first.begin(0, TASKS)
+    for number in (1, 2, 3):
+        first.on_round(round_record(number, loss=1.0))
+    first.on_evaluation(evaluation_record(3))
+    first.close()
+    second = Shown(run)
+    second.begin(1, TASKS)
+    second.on_round(round_record(2, loss=2.0))
+    second.close()
+    assert scalars(run, "loss/mean") == {1: 1.0, 2: 2.0}
+    assert [line["loss"] for line in round_lines(run)] == [1.0, 2.0]
+    assert accumulate(run).Tags()["images"] == [] or not accumulate(run).Images("samples")
+
+
+def test_the_reporter_prints_one_plain_line_a_round_and_names_who_was_absent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reporter = Shown(begin(tmp_path / "run", {"federation.rounds": 10}))
+    reporter.begin(0, TASKS)
+    capsys.readouterr()
+    reporter.tell.on_progress("round 1", 1, 2)
+    reporter.on_round(
+        round_record(1, refused={"client-a": "it lies"}, missing={"client-b": "not connected"})
+    )
+    reporter.on_evaluation(evaluation_record(1))
+    reporter.close()
+    reporter.close()
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert lines[0].startswith(
+        "round  1/10  loss 1.0000  48 images/s  up 1.0 MB  down 2.0 MB  left "
+    )
+    assert lines[1:3] == ["  refused client-a: it lies", "  missing client-b: not connected"]
+    assert lines[3].startswith(
+        "evaluation 1: fd_embedded 12.346 (12 samples; real training images 1.250)  SSIM-rec@50"
+    )
+    assert printed.err == ""
+
+
+def test_an_evaluation_counts_as_made_only_if_it_is_the_one_that_is_due(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", {"federation.rounds": 2})
+    reporter = Shown(run)
+    reporter.begin(0, TASKS)
+    reporter.on_evaluation(evaluation_record(2, final=False))
+    assert not reporter.log.has_evaluation(2, final=True), "the last round asks for the final one"
+    reporter.on_evaluation(evaluation_record(1, final=False))
+    assert reporter.log.has_evaluation(1, final=False)
+    reporter.on_evaluation(evaluation_record(2, final=True))
+    assert reporter.log.has_evaluation(2, final=True)
+    reporter.close()
+
+
+def test_a_run_directory_keeps_its_lineage_and_its_configuration(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", {"training.learning_rate": 1e-5})
+    again = RunFolder.open(run.path)
+    assert (again.lineage, again.config) == (run.lineage, run.config)
+    assert again.config == tiny_config({"training.learning_rate": 1e-5})
+    assert begin(tmp_path / "other").lineage != run.lineage
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_is_full_for_the_curves_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = begin(tmp_path / "run")
+    reporter = Shown(run)
+    reporter.begin(0, TASKS)
+    reporter.on_round(round_record(1))
+    (events,) = run.tensorboard.iterdir()
+    with files_of_at_most(events.stat().st_size):
+        reporter.on_round(round_record(2))
+        reporter.on_round(round_record(3))
+        reporter.close()
+    notices = [line for line in capsys.readouterr().err.splitlines() if "cannot write" in line]
+    assert notices == [
+        f"cannot write {run.tensorboard}: File too large; its curves end here, and the run goes on"
+    ]
+    assert [line["round"] for line in round_lines(run)] == [1, 2, 3]
+    assert scalars(run, "loss/mean")[1] == 1.0
+
+
+def test_curves_that_cannot_be_begun_are_the_users_to_mend(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run")
+    run.tensorboard.write_text("in the way")
+    with pytest.raises(UserError, match=f"^cannot write {run.tensorboard}: "):
+        Shown(run).begin(0, TASKS)
+
+
+# --- The time left ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{}, {"sampling.sampler": "ancestral"}, {"evaluation.ssim_images": 0}]
+)
+def test_the_passes_of_an_evaluation_are_those_that_the_network_is_asked_for(
+    changes: dict[str, Any], final: bool
+) -> None:
+    config = tiny_config({"diffusion.timesteps": 50, "federation.clients": 1, **changes})
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), dtype=np.uint8)
+    asked = 0
+
+    def predict_noise(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        nonlocal asked
+        asked += len(x)
+        return torch.zeros_like(x)
+
+    evaluate_task(
+        predict_noise,
+        build_diffusion(config, torch.device("cpu")),
+        config,
+        task="t",
+        train=images,
+        test=images[:5],
+        samples=config.evaluation.samples if final else config.evaluation.samples_between,
+        final=final,
+    )
+    assert asked == evaluation_passes(config, 1, final=final) > 0
+
+
+def test_the_time_left_counts_every_evaluation_to_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds of 2 s, evaluations of 10 s between and 40 s at the end, whose passes are in that
+    proportion.
+    """
+    evaluation = {"every": 2, "samples": 400, "samples_between": 100, "ssim_images": 0}
+    config = tiny_config(
+        {
+            "federation.rounds": 6,
+            **{f"evaluation.{key}": value for key, value in evaluation.items()},
+        }
+    )
+    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 0.0)
+    pace = Pace(config)
+    pace.begin(0)
+    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 2.0)
+    # None measured yet: 100 images of 5 steps, at a third of the time of a trained image.
+    between = 500 * (2.0 / 96) / 3
+    assert pace.seconds_left(round_record(1), clients=3) == pytest.approx(5 * 2 + between * (2 + 4))
+    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 4.0)
+    assert pace.seconds_left(round_record(2), clients=3) == pytest.approx(4 * 2 + between * (2 + 4))
+    pace.count(evaluation_record(2, seconds=10.0), clients=3)
+    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 16.0)
+    assert pace.seconds_left(round_record(3), clients=3) == pytest.approx(3 * 2 + 10 + 40)
+    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 32.0)
+    pace.count(evaluation_record(4, seconds=10.0), clients=3)
+    assert pace.seconds_left(round_record(6), clients=3) == pytest.approx(40)
+
+
+def test_the_last_round_says_that_an_evaluation_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reporter = Shown(begin(tmp_path / "run", {"federation.rounds": 1}))
+    reporter.begin(0, TASKS)
+    reporter.on_round(round_record(1, seconds=600.0))
+    reporter.close()
+    assert not capsys.readouterr().out.strip().endswith("left 0s")
+
+
+def test_the_time_left_of_a_run_that_goes_on_is_that_of_its_own_rounds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reporter = Shown(begin(tmp_path / "run", {"federation.rounds": 11}))
+    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 0.0)
+    reporter.begin(8, TASKS)
+    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 600.0)
+    # No time for a pass: what is left are two rounds, of ten minutes each.
+    reporter.on_round(round_record(9, seconds=0.0))
+    reporter.close()
+    assert capsys.readouterr().out.strip().endswith("left 20m00s")
