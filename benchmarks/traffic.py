@@ -1,4 +1,5 @@
-"""Bytes of a round along the partition's dial: ``python -m benchmarks.traffic``.
+"""Bytes of a round along the partition's dial, and with steps on the update: ``python -m
+benchmarks.traffic``.
 
 Runs one real round in process for each setting and prints what the messages held, beside the least
 possible (4 bytes a parameter of φ), per client and direction.
@@ -19,7 +20,15 @@ from srfed.runs.requested import requested_config
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 
-SETTINGS = ("none", "io", "1", "2", "3", "4", "all")
+CASES = {
+    **{
+        f"exclusive {stages}": [f"model.exclusive_stages={stages}"]
+        for stages in ("none", "io", "1", "2", "3", "4", "all")
+    },
+    "clip": ["updates.steps=[clip]"],
+    "quantise, 8 bits": ["updates.steps=[quantise]"],
+    "quantise, 4 bits": ["updates.steps=[quantise]", "updates.quantise_bits=4"],
+}
 
 
 def main() -> None:
@@ -28,12 +37,12 @@ def main() -> None:
     parser.add_argument("--data-dir", help="where the images are")
     options = parser.parse_args()
     print(
-        f"{'exclusive':<10} {'φ, parameters':>14} {'down, bytes':>12} {'up, bytes':>12} "
+        f"{'case':<17} {'φ, parameters':>14} {'down, bytes':>12} {'up, bytes':>12} "
         f"{'up / (4 |φ|)':>13}"
     )
-    for setting in SETTINGS:
+    for case, settings in CASES.items():
         overrides = [
-            f"model.exclusive_stages={setting}",
+            *settings,
             "federation.clients=1",
             "federation.rounds=1",
             "training.local_steps=1",
@@ -53,7 +62,7 @@ def main() -> None:
             (line,) = MetricsLog(run.metrics).rounds()
         ratio = f"{line['bytes_up'] / (4 * shared):.4f}" if shared else "-"
         print(
-            f"{setting:<10} {shared:>14,} {line['bytes_down']:>12,} {line['bytes_up']:>12,} "
+            f"{case:<17} {shared:>14,} {line['bytes_down']:>12,} {line['bytes_up']:>12,} "
             f"{ratio:>13}"
         )
 

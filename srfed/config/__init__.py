@@ -14,6 +14,7 @@ from srfed.config.run import RunConfig, what_decides
 from srfed.config.sampling import SamplingConfig
 from srfed.config.settings import Section
 from srfed.config.training import TrainingConfig
+from srfed.config.updates import UpdatesConfig
 
 __all__ = [
     "STAGES",
@@ -30,6 +31,7 @@ __all__ = [
     "Section",
     "TrainingConfig",
     "UNetConfig",
+    "UpdatesConfig",
     "describe",
     "load_config",
     "parse_config",

@@ -25,6 +25,12 @@ SAMPLERS: Mapping[str, str] = {
 }
 """``sampling.sampler``; a class of :class:`srfed.diffusion.sampler.Sampler`."""
 
+UPDATE_STEPS: Mapping[str, str] = {
+    "clip": "srfed.federation.updates.clip:Clip",
+    "quantise": "srfed.federation.updates.quantise:Quantise",
+}
+"""``updates.steps``; classes of :class:`srfed.federation.updates.UpdateStep`, in the order in which
+they may follow each other: a clipped update can be quantised, codes cannot be clipped."""
 
 NETWORKS: Mapping[str, str] = {"unet": "srfed.networks.unet:UNet"}
 """``model.network``; a class of :class:`srfed.networks.network.Network`, whose settings are a

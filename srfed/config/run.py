@@ -20,6 +20,7 @@ from srfed.config.resources import ResourcesConfig
 from srfed.config.sampling import SamplingConfig
 from srfed.config.settings import Decides, Section, decides, setting
 from srfed.config.training import TrainingConfig
+from srfed.config.updates import UpdatesConfig
 from srfed.config.yaml import Dumper
 
 REMOVED = {
@@ -52,6 +53,9 @@ class RunConfig(Section):
     )
     training: TrainingConfig = setting(
         default_factory=lambda: TrainingConfig(), description="what a client does"
+    )
+    updates: UpdatesConfig = setting(
+        default_factory=lambda: UpdatesConfig(), description="how a client's update travels"
     )
     federation: FederationConfig = setting(
         default_factory=lambda: FederationConfig(), description="what the server does"
@@ -114,6 +118,11 @@ class RunConfig(Section):
         training, clients = self.training, self.federation.clients
         if training.method == "federated":
             return
+        if self.updates.steps:
+            raise ValueError(
+                f"updates.steps {json.dumps(self.updates.steps)} means nothing under "
+                f"training.method {training.method}; allowed: []"
+            )
         if training.method == "pooled" and self.model.exclusive_stages != "none":
             raise ValueError(
                 f"training.method pooled has no exclusive layers, and model.exclusive_stages is "

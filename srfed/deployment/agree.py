@@ -19,11 +19,15 @@ from srfed.federation.agreement import (
     LeastImages,
     RequestRefusedError,
     SiteResources,
+    not_agreed,
     rules_of,
     samples_of,
     weak_numbers,
 )
+from srfed.federation.contract import Contract
 from srfed.federation.flower.admission import images_of
+from srfed.federation.layout import value_bytes
+from srfed.federation.updates import update_in_words
 from srfed.files import exists
 from srfed.model import build_model, build_partition
 from srfed.storage.client_store import check_name
@@ -74,6 +78,7 @@ def propose(
         )
     model = build_model(config, task.train.shape[-1])
     tensors, partition = model.state_dict(), build_partition(config, model)
+    contract = Contract.of(config, partition.take_shared(tensors))
     rules = rules_of(config)
     agreement = Agreement(
         client=client,
@@ -82,6 +87,7 @@ def propose(
         shared=AgreedShared(
             tensors=len(partition.shared),
             bytes=sum(tensors[name].nbytes for name in partition.shared),
+            bytes_up=sum(map(value_bytes, contract.update.values())),
             fingerprint=partition.fingerprint(tensors),
         ),
         images=images_of(task),
@@ -143,10 +149,14 @@ def standing(state_dir: Path, client: str) -> Agreement | None:
     return Agreement.load(folder) if exists(folder / AGREEMENT_FILE) else None
 
 
-def fits(agreement: Agreement, config: RunConfig) -> str:
-    """Whether a configuration is within an agreement, in one line."""
+def fits(agreement: Agreement, config: RunConfig, shared: str | None = None) -> str:
+    """Whether a configuration, and the φ of this fingerprint if it is known, is within an
+    agreement, in one line.
+    """
     try:
         agreement.admit(config)
+        if shared not in (None, agreement.shared.fingerprint):
+            raise not_agreed("the tensors of φ", "this srfed makes others of the same settings")
         asked, final = samples_of(config), config.federation.rounds
         agreement.admit_evaluation(config, final, asked.final, final=True)
         between = [number for number in range(1, final) if config.evaluation_due(number)][:1]
@@ -199,12 +209,21 @@ def in_words(agreement: Agreement, config: RunConfig) -> str:
         ),
     ]
     own = agreement.resources
+    phi = (
+        f"φ, {shared.tensors} tensors, {shared.bytes:,} bytes ({bytes_in_words(shared.bytes)}), "
+        f"fingerprint {shared.fingerprint[:12]}; exclusive stages {stages}"
+    )
+    change = []
+    if config.updates.steps and (up := shared.bytes_up) is not None:
+        how = update_in_words(config.updates)
+        change = [f"{up:,} bytes ({bytes_in_words(up)}): the change, {how}, of"]
     return "\n".join(
         [
             "would leave",
-            f"  each round:  φ, {shared.tensors} tensors, {shared.bytes:,} bytes "
-            f"({bytes_in_words(shared.bytes)}), fingerprint {shared.fingerprint[:12]}; exclusive "
-            f"stages {stages}",
+            *(
+                f"{label:<14} {line}"
+                for label, line in zip(("  each round:", ""), [*change, phi], strict=False)
+            ),
             "               its mean loss, and that of each quarter of the timesteps; the seconds "
             "it took",
             f"  evaluation:  {often}: {what}",

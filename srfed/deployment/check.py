@@ -19,6 +19,10 @@ from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.shares import share_of_samples
 from srfed.federation.agreement import COMMAND
+from srfed.federation.contract import Contract
+from srfed.federation.flower.packing import wire_bytes
+from srfed.federation.layout import zeros_of
+from srfed.federation.updates import Delta, encode_update
 from srfed.files import make_folder, open_to_others
 from srfed.model import build_model, build_partition
 from srfed.reporting.pictures import draw_grid, write_png
@@ -71,8 +75,8 @@ def check_site(
         sum(tensors[name].nbytes for name in names)
         for names in (partition.shared, partition.exclusive)
     )
-    parameters = sum(tensors[name].numel() for name in partition.shared)
-    needed = _bytes_of_store(config, task, shared, exclusive)
+    contract = Contract.of(config, partition.take_shared(tensors))
+    needed = _bytes_of_store(contract, task, shared, exclusive)
     free = shutil.disk_usage(state_dir).free
     if free < needed:
         raise UserError(
@@ -88,7 +92,12 @@ def check_site(
     )
 
     agreement = standing(state_dir, client)
-    fitting = f"none yet; agree with: {COMMAND}" if agreement is None else fits(agreement, config)
+    fitting = (
+        f"none yet; agree with: {COMMAND}"
+        if agreement is None
+        else fits(agreement, config, partition.fingerprint(tensors))
+    )
+    (down,), (up,) = contract.request.values(), contract.update.values()
     return "\n".join(
         [
             f"images:     {data}",
@@ -113,8 +122,12 @@ def check_site(
             f"            {bytes_in_words(free)} free, up to {bytes_in_words(needed)} needed",
             f"computes:   on {device.type}",
             "",
-            f"each round: {shared:,} bytes ({bytes_in_words(shared)}) come and as many go: "
-            f"φ, {parameters:,} parameters in {len(partition.shared)} tensors",
+            *(
+                f"{label:<11} {line}"
+                for label, line in zip(("each round:", ""), contract.in_words(), strict=False)
+            ),
+            f"            with names, shapes and headers {wire_bytes(down):,} and "
+            f"{wire_bytes(up):,} bytes",
             "also go:    the client's id, numbers of images and their size, losses and times, a "
             "fingerprint of the partition",
             *_of_evaluation(config, height * width * channels),
@@ -156,12 +169,15 @@ def _of_evaluation(config: RunConfig, pixels: int) -> list[str]:
     return [f"evaluation: {first}", *(f"            {line}" for line in numbers)]
 
 
-def _bytes_of_store(config: RunConfig, task: Task, shared: int, exclusive: int) -> int:
+def _bytes_of_store(contract: Contract, task: Task, shared: int, exclusive: int) -> int:
     """What the site's store takes at most: its attempts, and the copy of the decoded images."""
+    config = contract.config
     moments = 2 if config.training.optimizer == "adam" else 1
     attempt = exclusive * (2 + moments)  # θ_i, its moving average, its moments
     if config.training.shared_moments == "keep":
         attempt += shared * moments
+    _, memory = encode_update(config, Delta(zeros_of(contract.shared)), {}, task.name, 0)
+    attempt += sum(tensor.nbytes for kept in memory.values() for tensor in kept.values())
     # The kept ones, the ancestor of the oldest, and the one that is being written before the last
     # is dropped.
     return (config.federation.keep_attempts + 2) * attempt + task.train.nbytes + task.test.nbytes

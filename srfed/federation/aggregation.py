@@ -123,13 +123,6 @@ def aggregate(
     )
 
 
-def update_norm(shared: Tensors, update: Tensors) -> float:
-    """‖φ_i - φ^r‖, in float64."""
-    return math.sqrt(
-        _squared_norm({name: update[name].double() - shared[name].double() for name in shared})
-    )
-
-
 def _server_step(
     settings: FederationConfig, mean: Tensors, rate: float, optimizer: Tensors
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

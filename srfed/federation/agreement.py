@@ -86,10 +86,14 @@ class _Part(BaseModel):
 
 
 class AgreedShared(_Part):
-    """φ, the tensors that travel in each round, both ways."""
+    """φ, the tensors that travel in each round: as they are to the client, and back as they are or
+    as what ``updates.steps`` make of their change.
+    """
 
     tensors: _Count
     bytes: _Count
+    bytes_up: _Count | None = None
+    """What goes back; None in agreements from before there were steps: as much as comes."""
     fingerprint: str
     """Of their names, shapes and dtypes; see
     :meth:`srfed.networks.partition.Partition.fingerprint`.

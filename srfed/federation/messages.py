@@ -1,27 +1,22 @@
 """What the server and the clients say to each other: the one place that names a message's fields.
 
 Every request carries the run's configuration, so that a client needs nothing but its own data;
-every reply names its client and attempt, so that the server can tell what it got. Tensors travel as
-Flower arrays (``.npy`` bytes, never pickled).
+every reply names its client and attempt, so that the server can tell what it got. How that becomes
+Flower's messages is :mod:`srfed.federation.flower.packing`.
 """
 
-import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, NewType, Self
+from dataclasses import dataclass, field, fields
+from typing import Any, NewType, Protocol, Self
 
-import numpy as np
-import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from numpy.typing import NDArray
 from torch import Tensor
 
 from srfed.evaluation.metrics.memorisation import Audit
 from srfed.federation.agreement import RequestRefusedError
-from srfed.networks.partition import Shared
 from srfed.storage.client_store import PLAIN_NAME
 
+PROTOCOL = 2
+"""Rises whenever a message means something else. 1, before it was said, knew no update but φ_i."""
 DESCRIBE = "query.describe"
 TRAIN = "train"
 EVALUATE = "evaluate"
@@ -30,6 +25,8 @@ Samples = NewType("Samples", dict[str, Tensor])
 """Generated images, or statistics of features: what may leave an owner besides φ."""
 SHARED = "shared"
 """Array record of φ, both ways."""
+UPDATE = "update"
+"""Array record of what steps have made of Δ_i, client to server, in place of φ_i."""
 GENERATED = "generated"
 """Array record of generated images, client to server, uint8 N x H x W x C."""
 STATISTICS = "statistics"
@@ -55,15 +52,12 @@ REFUSED = 101
 """Flower error code of a client that does not do what it was asked; the reason is in its own words.
 """
 
+IMPOSSIBLE_CONFIG = "the request's config is impossible"
+"""A client's words for settings that it cannot read."""
 LONGEST_CONFIG = 65_536
 """Characters of a configuration; ours have some 3,000."""
 MOST_ROUNDS = MOST_SAMPLES = 1_000_000
 """Far above what any run has, and below what overflows anything."""
-
-LAYOUT = "layout"
-"""The array of a record that says what its other arrays hold."""
-Layout = list[tuple[str, str, tuple[int, ...]]]
-Arrays = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -79,6 +73,7 @@ class Request:
         parent: the accepted attempt that the client is to start from; "none" before its first.
         samples: how many images to generate.
         final: the evaluation at the end of the run, with all its curves.
+        protocol: which the server speaks.
     """
 
     config: str
@@ -89,21 +84,22 @@ class Request:
     parent: str = "none"
     samples: int = 0
     final: bool = False
-
-    def to_content(self, arrays: Arrays | None = None) -> RecordDict:
-        return _content(REQUEST, asdict(self), arrays)
+    protocol: int = PROTOCOL
 
     @classmethod
-    def of(cls, content: RecordDict) -> Self:
-        """Read a request, the one door for all that it says: names become folders, numbers become
-        work.
+    def of(cls, said: Mapping[str, Any]) -> Self:
+        """Read a request's fields, the one door for all that it says: names become folders, numbers
+        become work.
 
         Raises:
             RequestRefusedError: it is of another protocol, a name is no plain file name, a number
                 is out of range.
         """
+        theirs = protocol_of(said)
+        if theirs != PROTOCOL:
+            raise RequestRefusedError(other_protocol("server", theirs, "site"))
         try:
-            request = cls(**_fields(cls, content, REQUEST))
+            request = cls(**_fields(cls, said, REQUEST))
         except ValueError as error:
             raise RequestRefusedError(
                 "the request is of another protocol", str(error)[:200]
@@ -111,22 +107,20 @@ class Request:
         names = {"lineage": request.lineage, "attempt": request.attempt, "parent": request.parent}
         if request.client:
             names["client"] = request.client
-        for field, name in names.items():
+        for key, name in names.items():
             if not PLAIN_NAME.fullmatch(name):
-                raise RequestRefusedError(f"the request's {field} is impossible", f"{name[:100]!a}")
+                raise RequestRefusedError(f"the request's {key} is impossible", f"{name[:100]!a}")
         numbers = {
             "round": (request.round, MOST_ROUNDS),
             "samples": (request.samples, MOST_SAMPLES),
         }
-        for field, (number, most) in numbers.items():
+        for key, (number, most) in numbers.items():
             if not 0 <= number <= most:
                 raise RequestRefusedError(
-                    f"the request's {field} is impossible", f"{number}, allowed: 0 to {most}"
+                    f"the request's {key} is impossible", f"{number}, allowed: 0 to {most}"
                 )
         if len(request.config) > LONGEST_CONFIG:
-            raise RequestRefusedError(
-                "the request's config is impossible", f"{len(request.config)} characters"
-            )
+            raise RequestRefusedError(IMPOSSIBLE_CONFIG, f"{len(request.config)} characters")
         return request
 
 
@@ -143,6 +137,7 @@ class Description:
         test_images: held-out images.
         partition: fingerprint of the shared part's names, shapes and dtypes.
         version: of srfed.
+        protocol: which the client speaks.
     """
 
     client: str
@@ -155,14 +150,12 @@ class Description:
     test_images: int
     partition: str
     version: str
-
-    def to_content(self) -> RecordDict:
-        return _content(REPLY, asdict(self))
+    protocol: int = PROTOCOL
 
     @classmethod
-    def of(cls, content: RecordDict) -> Self:
+    def of(cls, said: Mapping[str, Any]) -> Self:
         """Read a description; raises ValueError where a field is missing or of the wrong type."""
-        return cls(**_fields(cls, content, REPLY))
+        return cls(**_fields(cls, said, REPLY))
 
 
 @dataclass(frozen=True)
@@ -181,42 +174,73 @@ class ReplyHeader:
     features: str = ""
 
     @classmethod
-    def of(cls, content: RecordDict) -> Self:
+    def of(cls, said: Mapping[str, Any]) -> Self:
         """Read a reply's header; raises ValueError where a field is missing or of the wrong
         type.
         """
-        return cls(**_fields(cls, content, REPLY))
+        return cls(**_fields(cls, said, REPLY))
 
 
-def add_refusal(content: RecordDict, reason: str) -> None:
-    """Tell the node that a request goes to why it has been refused."""
-    content[REFUSAL] = ConfigRecord({"reason": reason})
+@dataclass(frozen=True)
+class Failure:
+    """An error in place of a reply: code (FAILED, REFUSED or one of Flower's) and reason."""
+
+    code: int
+    reason: str
 
 
-def read_refusal(content: RecordDict) -> str:
-    """Why the server refuses this node, in its words, which are not to be trusted; empty where it
-    says nothing.
+class Packed(Protocol):
+    """The tensors of one record as they came: what can be known of them before they are read."""
+
+    @property
+    def count(self) -> int:
+        """How many arrays there are, the layout's among them."""
+
+    @property
+    def layout_size(self) -> int:
+        """Bytes of the layout; 0 where there is none."""
+
+    @property
+    def value_size(self) -> int:
+        """Bytes of all other arrays."""
+
+    def read(self) -> dict[str, Tensor]:
+        """The tensors, in the order of the message; raises whatever it pleases on what are none."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back from a client, nothing of it read or believed.
+
+    Attributes:
+        failure: where it is none; all else is empty then.
+        records: the names of all its records.
+        header: the fields of its header.
+        numbers: its numbers, and lists of numbers.
+        arrays: its tensors by record.
     """
-    record: Mapping[str, Any] = content.config_records.get(REFUSAL, {})
-    reason = record.get("reason")
-    return reason if isinstance(reason, str) else ""
+
+    failure: Failure | None = None
+    records: tuple[str, ...] = ()
+    header: Mapping[str, Any] = field(default_factory=dict)
+    numbers: Mapping[str, float | list[float]] = field(default_factory=dict)
+    arrays: Mapping[str, Packed] = field(default_factory=dict)
 
 
-def reply_content(
-    header: ReplyHeader,
-    metrics: Mapping[str, float | list[float]],
-    arrays: Mapping[str, Shared | Samples] | None = None,
-) -> RecordDict:
-    """A reply: its header, numbers and tensors, which are φ, generated images or statistics."""
-    content = _content(REPLY, asdict(header), arrays)
-    content[METRICS] = MetricRecord({name: value for name, value in metrics.items()})
-    return content
+def protocol_of(said: Mapping[str, Any]) -> int:
+    """The protocol that the fields of a request or a description are of; 1 where they say none, and
+    ours where there are no fields at all.
+    """
+    protocol = said.get("protocol", 1) if said else PROTOCOL
+    return protocol if type(protocol) is int else 0
 
 
-def read_metrics(content: RecordDict) -> dict[str, float | list[float]]:
-    """The numbers of a reply; empty where it has none."""
-    record: Mapping[str, Any] = content.metric_records.get(METRICS, {})
-    return dict(record)
+def other_protocol(peer: str, theirs: int, here: str) -> str:
+    """That a peer speaks another protocol, and what mends it."""
+    return (
+        f"the {peer} speaks protocol {theirs} of srfed, this {here} {PROTOCOL}; install the same "
+        "srfed at both"
+    )
 
 
 def audit_metrics(audit: Audit) -> dict[str, float | list[float]]:
@@ -245,117 +269,7 @@ def read_audit(metrics: Mapping[str, float | list[float]]) -> Audit | None:
     return audit
 
 
-def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
-    """Name, dtype and shape of tensors, in their order."""
-    return [
-        (name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        for name, tensor in tensors.items()
-    ]
-
-
-def array_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Tensors as a Flower record: for each dtype one array with all their values, and an array that
-    says whose.
-
-    Flower asks for every array of a message separately, which costs a SuperLink far more than the
-    bytes do.
-    """
-    values: dict[str, list[NDArray[Any]]] = {}
-    for (_, dtype, _), tensor in zip(layout_of(tensors), tensors.values(), strict=True):
-        values.setdefault(dtype, []).append(np.asarray(tensor.detach().cpu()).ravel())
-    packed = {dtype: Array(np.concatenate(parts)) for dtype, parts in values.items()}
-    return ArrayRecord(
-        {LAYOUT: Array(np.frombuffer(layout_bytes(layout_of(tensors)), np.uint8)), **packed}
-    )
-
-
-def layout_bytes(layout: Layout) -> bytes:
-    """A layout as it travels: JSON, one way to write it."""
-    return json.dumps(layout, separators=(",", ":")).encode()
-
-
-def read_layout(record: ArrayRecord) -> Layout:
-    """The layout of a record; raises ValueError where it has none or is not one."""
-    if LAYOUT not in record:
-        raise ValueError("there is no layout")
-    values = record[LAYOUT].numpy()
-    if values.dtype != np.uint8 or values.ndim != 1:
-        raise ValueError(f"the layout is {values.dtype} {values.shape}")
-    layout = []
-    for entry in json.loads(values.tobytes()):
-        name, dtype, shape = entry
-        if not isinstance(name, str) or not isinstance(dtype, str) or not isinstance(shape, list):
-            raise ValueError(f"the layout has {entry!r:.100}")
-        if not all(type(extent) is int and extent >= 0 for extent in shape):
-            raise ValueError(f"the layout gives {name!r:.100} the shape {shape!r:.100}")
-        layout.append((name, dtype, tuple(shape)))
-    return layout
-
-
-def read_tensors(content: RecordDict, name: str) -> dict[str, Tensor]:
-    """The tensors of one array record, in the order of the message.
-
-    Raises:
-        ValueError: no such record, or one that is not what its layout says.
-    """
-    if name not in content.array_records:
-        raise ValueError(f"the message has no arrays {name!r}")
-    record = content.array_records[name]
-    layout = read_layout(record)
-    values = {dtype: array.numpy() for dtype, array in record.items() if dtype != LAYOUT}
-    used = dict.fromkeys(values, 0)
-    tensors: dict[str, Tensor] = {}
-    for key, dtype, shape in layout:
-        size = math.prod(shape)
-        if (
-            key in tensors
-            or dtype not in values
-            or str(values[dtype].dtype) != dtype
-            or values[dtype].ndim != 1
-        ):
-            raise ValueError(f"array {key!r:.100} of {dtype!r:.20} is named twice or has no values")
-        part = values[dtype][used[dtype] : used[dtype] + size]
-        if len(part) != size:
-            raise ValueError(f"array {key!r:.100} lacks {size - len(part)} of its {size} values")
-        used[dtype] += size
-        # A copy, because tensors that share memory cannot be stored side by side.
-        tensors[key] = torch.from_numpy(part.reshape(shape).copy())
-    spare = {
-        dtype: len(values[dtype]) - count
-        for dtype, count in used.items()
-        if len(values[dtype]) != count
-    }
-    if spare:
-        raise ValueError(f"there are values that no array claims: {spare}")
-    return tensors
-
-
-def content_bytes(content: RecordDict) -> int:
-    """Bytes of a message's content: tensors with their names, and the other records as
-    serialised.
-    """
-    total = 0
-    for record in content.values():
-        total += record.count_bytes() if isinstance(record, ArrayRecord) else len(record.deflate())
-    return total
-
-
-def message_bytes(message: Message) -> int:
-    """As :func:`content_bytes`; an error reply counts its reason."""
-    if message.has_content():
-        return content_bytes(message.content)
-    return len(message.error.reason or "")
-
-
-def _content(name: str, values: Mapping[str, Any], arrays: Arrays | None = None) -> RecordDict:
-    content = RecordDict({name: ConfigRecord(dict(values))})
-    for record, tensors in (arrays or {}).items():
-        content[record] = array_record(tensors)
-    return content
-
-
-def _fields(cls: type[Any], content: RecordDict, name: str) -> dict[str, Any]:
-    record: Mapping[str, Any] = content.config_records.get(name, {})
+def _fields(cls: type[Any], record: Mapping[str, Any], name: str) -> dict[str, Any]:
     values = {}
     for entry in fields(cls):
         value = record.get(entry.name)

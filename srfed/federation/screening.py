@@ -1,24 +1,20 @@
 """Screening: what a reply must be before it may touch φ. One bad reply is refused, never the round.
 
-What it may say is declared in :mod:`srfed.federation.bounds`; here every reply, description and
+What it may say is declared in :mod:`srfed.federation.contract`; here every reply, description and
 error is held to it, the size of what is to be read before it is read.
 """
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from srfed.errors import UserError
 from srfed.evaluation.features.statistics import FeatureStatistics
 from srfed.evaluation.metrics.memorisation import Audit
 from srfed.evaluation.references import ClientStatistics
-from srfed.federation.aggregation import update_norm
 from srfed.federation.bounds import (
-    DESCRIPTION,
     LARGEST_FEATURE,
     LONGEST_TEXT,
     MOST_ARRAYS,
@@ -28,38 +24,33 @@ from srfed.federation.bounds import (
     Number,
     TrainPlan,
 )
+from srfed.federation.contract import DESCRIBED, Contract, Form
+from srfed.federation.layout import Layout, layout_bytes, layout_of, value_bytes
 from srfed.federation.messages import (
-    AUDIT,
     FAILED,
     GENERATED,
-    LAYOUT,
+    IMPOSSIBLE_CONFIG,
     METRICS,
+    PROTOCOL,
     REFUSED,
     REPLY,
     SETS,
     SHARED,
     STATISTICS,
+    UPDATE,
     Description,
+    Failure,
+    Packed,
+    Reply,
     ReplyHeader,
-    layout_bytes,
-    layout_of,
+    other_protocol,
+    protocol_of,
     read_audit,
-    read_metrics,
-    read_tensors,
 )
+from srfed.federation.updates import Delta, decode_update, norm_of
 from srfed.storage.client_store import check_name
 from srfed.training.optimizer import Reach
 from srfed.units import printable
-
-LOST = frozenset(
-    {
-        ErrorCode.NODE_UNAVAILABLE,
-        ErrorCode.CLIENT_APP_CRASHED,
-        ErrorCode.MESSAGE_UNAVAILABLE,
-        ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
-    }
-)
-"""Flower's errors that mean that a client is gone; the others mean that it has failed."""
 
 
 class RefusedError(Exception):
@@ -108,18 +99,27 @@ class EvaluateReply:
     audit: Audit | None
 
 
-def screen_description(message: Message) -> Description:
+def screen_description(reply: Reply) -> Description:
     """Check what a client says of itself: its fields, printable texts, possible numbers. Raises
     RefusedError.
     """
-    if message.has_error():
-        if message.error.code == REFUSED:
+    if reply.failure is not None:
+        if reply.failure.code == REFUSED:
             # The guard's own refusals say why; other errors may quote anything.
-            raise RefusedError(reason_of_failure(message))
+            words = reason_of_failure(reply.failure)
+            if IMPOSSIBLE_CONFIG in words:
+                # Sites from before there was a protocol see but settings that they do not know.
+                words += (
+                    f"; install the same srfed at both if its own speaks no protocol {PROTOCOL}"
+                )
+            raise RefusedError(words)
         raise RefusedError("it cannot describe itself; the reason is in its client.log")
+    theirs = protocol_of(reply.header)
+    if theirs != PROTOCOL:
+        raise RefusedError(other_protocol("site", theirs, "server"))
     try:
-        _check_records(message.content, {REPLY}, {field.name for field in fields(Description)})
-        description = Description.of(message.content)
+        _check_records(reply, DESCRIBED)
+        description = Description.of(reply.header)
     except (ValueError, RefusedError) as error:
         raise RefusedError(
             f"it describes itself in another way ({error}); is its srfed another version?"
@@ -128,44 +128,53 @@ def screen_description(message: Message) -> Description:
         check_name(description.client)
     except UserError as error:
         raise RefusedError(str(error)) from error
-    _check_numbers({name: getattr(description, name) for name in DESCRIPTION}, DESCRIPTION)
+    declared = DESCRIBED.header_numbers
+    _check_numbers({name: getattr(description, name) for name in declared}, declared)
     return description
 
 
 def screen_train(
-    message: Message,
+    reply: Reply,
     expected: ReplyHeader,
+    contract: Contract,
     plan: TrainPlan,
     reach: Reach | None,
     shared: Mapping[str, Tensor],
 ) -> TrainReply:
     """Check an update against φ^r: who, which attempt, key set, shapes, dtypes, finite values,
-    numbers, its length.
+    numbers, its length. Steps on it are undone: what is accepted is φ_i, in φ's own type.
 
     Args:
-        message: the reply as it came.
+        reply: as it came.
         expected: the client and attempt that it must answer for.
+        contract: what the run's messages hold.
         plan: what the client was to do.
-        reach: how far it can have moved φ; None where nothing bounds it.
+        reach: how far its optimizer can have moved φ; None where nothing bounds it.
         shared: φ^r, in the partition's order.
 
     Raises:
         RefusedError: it is not what was asked for.
     """
-    _check_header(message, expected, {SHARED})
-    update = _tensors(message, SHARED, shared)
-    metrics = read_metrics(message.content)
-    _check_numbers(metrics, plan.numbers())
-    shortened = 1.0
-    if reach is not None:
-        shortened = _shortening(update_norm(shared, update), reach)
+    form = contract.trained(plan)
+    _check_header(reply, expected, form)
+    tensors = _tensors(reply, form)
+    metrics = reply.numbers
+    _check_numbers(metrics, form.numbers)
+    if SHARED in form.arrays:
+        update = tensors[SHARED]
+        moved = {name: tensor.double() - shared[name].double() for name, tensor in update.items()}
+    else:
+        try:
+            delta = decode_update(contract.config.updates, Delta(tensors[UPDATE]), contract.shared)
+        except ValueError as error:
+            raise RefusedError(f"its update cannot be decoded: {error}") from error
+        _check_finite(delta)
+        moved = {name: tensor.double() for name, tensor in delta.items()}
+        update = _moved(shared, moved, 1.0)
+    reach = contract.reach(reach)
+    shortened = 1.0 if reach is None else _shortening(norm_of(moved), reach)
     if shortened < 1:
-        update = {
-            name: (
-                shared[name].double() + shortened * (tensor.double() - shared[name].double())
-            ).to(tensor.dtype)
-            for name, tensor in update.items()
-        }
+        update = _moved(shared, moved, shortened)
     quarters = metrics["loss_by_quarter"]
     assert isinstance(quarters, list), "the numbers were checked"
     return TrainReply(
@@ -173,30 +182,42 @@ def screen_train(
     )
 
 
-def screen_samples(message: Message, expected: ReplyHeader, plan: EvaluatePlan) -> EvaluateReply:
+def _moved(
+    shared: Mapping[str, Tensor], moved: Mapping[str, Tensor], factor: float
+) -> dict[str, Tensor]:
+    """φ^r and so much of an update, in φ's own type."""
+    return {
+        name: (shared[name].double() + factor * delta).to(shared[name].dtype)
+        for name, delta in moved.items()
+    }
+
+
+def screen_samples(
+    reply: Reply, expected: ReplyHeader, contract: Contract, plan: EvaluatePlan
+) -> EvaluateReply:
     """Check samples: number, shape, uint8; and the numbers beside them. Raises RefusedError."""
-    _check_header(message, expected, {GENERATED})
-    arrays = _tensors(
-        message,
-        GENERATED,
-        {
-            name: torch.empty((count, *plan.shape), dtype=torch.uint8, device="meta")
-            for name, count in (("images", plan.samples), ("strip", plan.strip))
-        },
-    )
-    curve, audit = _evaluation_numbers(message, plan)
+    form = contract.evaluated(plan, None)
+    _check_header(reply, expected, form)
+    arrays = _tensors(reply, form)[GENERATED]
+    curve, audit = _evaluation_numbers(reply, plan, form)
     return EvaluateReply(arrays["images"], arrays["strip"], None, curve, audit)
 
 
 def screen_statistics(
-    message: Message, expected: ReplyHeader, plan: EvaluatePlan, dimension: int, features: str
+    reply: Reply,
+    expected: ReplyHeader,
+    contract: Contract,
+    plan: EvaluatePlan,
+    dimension: int,
+    features: str,
 ) -> EvaluateReply:
     """Check statistics: of this feature network, of so many samples, possible numbers; SSIM as for
     samples.
 
     Args:
-        message: the reply as it came.
+        reply: as it came.
         expected: the client and attempt that it must answer for.
+        contract: what the run's messages hold.
         plan: what the client was to do.
         dimension: D, of the features.
         features: fingerprint of the feature network.
@@ -204,19 +225,14 @@ def screen_statistics(
     Raises:
         RefusedError: it is not what was asked for.
     """
-    _check_header(message, expected, {STATISTICS})
-    if ReplyHeader.of(message.content).features != features:
+    form = contract.evaluated(plan, dimension)
+    _check_header(reply, expected, form)
+    if ReplyHeader.of(reply.header).features != features:
         raise RefusedError(
             "its features are of another network, other weights or another resize rule"
         )
-    shapes = {"mean": (dimension,), "scatter": (dimension, dimension)}
-    templates = {
-        f"{name}.{part}": torch.empty(shape, dtype=torch.float64, device="meta")
-        for name in SETS
-        for part, shape in shapes.items()
-    }
-    arrays = _tensors(message, STATISTICS, templates)
-    curve, audit = _evaluation_numbers(message, plan)
+    arrays = _tensors(reply, form)[STATISTICS]
+    curve, audit = _evaluation_numbers(reply, plan, form)
     statistics = {}
     for name, count in zip(SETS, (plan.samples, plan.test_images, plan.images), strict=True):
         mean, scatter = arrays[f"{name}.mean"], arrays[f"{name}.scatter"]
@@ -230,14 +246,14 @@ def screen_statistics(
     return EvaluateReply(None, None, ClientStatistics(**statistics), curve, audit)
 
 
-def reason_of_failure(message: Message) -> str:
+def reason_of_failure(failure: Failure) -> str:
     """An error reply in one line, printable."""
-    if message.error.code == FAILED:
+    if failure.code == FAILED:
         return "it failed; the reason is in the client's own log"
-    reason = printable(message.error.reason or "no reason given")
-    if message.error.code == REFUSED:
+    reason = printable(failure.reason or "no reason given")
+    if failure.code == REFUSED:
         return printable(f"it refuses: {reason}")
-    return printable(f"it failed: Flower's error {message.error.code}, {reason}")
+    return printable(f"it failed: Flower's error {failure.code}, {reason}")
 
 
 def _shortening(norm: float, reach: Reach) -> float:
@@ -253,16 +269,15 @@ def _shortening(norm: float, reach: Reach) -> float:
 
 
 def _evaluation_numbers(
-    message: Message, plan: EvaluatePlan
+    reply: Reply, plan: EvaluatePlan, form: Form
 ) -> tuple[dict[int, float], Audit | None]:
     """SSIM-rec by timestep, and the audit; raises RefusedError where a number is not what it can
     be.
     """
-    metrics = read_metrics(message.content)
+    metrics = reply.numbers
     # The client knows whether its held-out images can be a measure; where they cannot there is no
     # audit.
-    audited = plan.audited and any(name.startswith(AUDIT) for name in metrics)
-    _check_numbers(metrics, plan.numbers() | (plan.audit_numbers() if audited else {}))
+    _check_numbers(metrics, form.numbers_of(metrics))
     curve: dict[int, float] = {}
     if plan.timesteps:
         timesteps, values = metrics["ssim_timesteps"], metrics["ssim"]
@@ -279,14 +294,12 @@ def _evaluation_numbers(
         raise RefusedError(f"its memorisation audit is malformed: {error}") from error
 
 
-def _check_header(message: Message, expected: ReplyHeader, arrays: Collection[str]) -> None:
-    if message.has_error():
-        raise RefusedError(reason_of_failure(message))
-    _check_records(
-        message.content, {REPLY, METRICS, *arrays}, {field.name for field in fields(ReplyHeader)}
-    )
+def _check_header(reply: Reply, expected: ReplyHeader, form: Form) -> None:
+    if reply.failure is not None:
+        raise RefusedError(reason_of_failure(reply.failure))
+    _check_records(reply, form)
     try:
-        header = replace(ReplyHeader.of(message.content), features=expected.features)
+        header = replace(ReplyHeader.of(reply.header), features=expected.features)
     except ValueError as error:
         raise RefusedError(f"its header is malformed: {error}") from error
     if header != expected:
@@ -295,15 +308,15 @@ def _check_header(message: Message, expected: ReplyHeader, arrays: Collection[st
         )
 
 
-def _check_records(content: RecordDict, records: Collection[str], header: Collection[str]) -> None:
+def _check_records(reply: Reply, form: Form) -> None:
     """No record and no field that nobody asked for, and no text longer than a text may be."""
-    extra = [name for name in content if name not in records]
+    records = {REPLY, *form.arrays, *([METRICS] if form.numbers else [])}
+    extra = [name for name in reply.records if name not in records]
     if extra:
         raise RefusedError(f"{len(extra)} records that nobody asked for: {extra[0]!r:.100}")
-    record = content.config_records.get(REPLY, ConfigRecord())
-    if unknown := [name for name in record if name not in header]:
+    if unknown := [name for name in reply.header if name not in form.header]:
         raise RefusedError(f"{len(unknown)} fields that nobody asked for: {unknown[0]!r:.100}")
-    for name, value in record.items():
+    for name, value in reply.header.items():
         text = value if isinstance(value, str) else ""
         if len(text) > LONGEST_TEXT or text != printable(text, LONGEST_TEXT):
             raise RefusedError(
@@ -311,54 +324,58 @@ def _check_records(content: RecordDict, records: Collection[str], header: Collec
             )
 
 
-def _tensors(message: Message, name: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a record, which are to be like the expected ones; looks at its size before it
-    reads it.
+def _tensors(reply: Reply, form: Form) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each record, as its layout has them; looks at a record's size before it reads
+    it.
     """
-    if name in message.content.array_records:
-        _check_size(message.content.array_records[name], expected)
-    try:
-        tensors = read_tensors(message.content, name)
-    except Exception as error:
-        # numpy's reader of .npy headers raises what Python's tokenizer and parser raise, besides
-        # its own.
-        raise RefusedError(f"its arrays {name!r} cannot be read: {error}") from error
-    _check_like(tensors, expected)
-    return tensors
+    records = {}
+    for name, layout in form.arrays.items():
+        if (packed := reply.arrays.get(name)) is None:
+            raise RefusedError(f"it has no arrays {name!r}")
+        _check_size(packed, layout)
+        try:
+            tensors = packed.read()
+        except Exception as error:
+            # numpy's reader of .npy headers raises what Python's tokenizer and parser raise,
+            # besides its own.
+            raise RefusedError(f"its arrays {name!r} cannot be read: {error}") from error
+        _check_like(tensors, layout)
+        _check_finite(tensors)
+        records[name] = {key: tensors[key] for key, _, _ in layout}
+    return records
 
 
-def _check_size(record: ArrayRecord, expected: Mapping[str, Tensor]) -> None:
+def _check_size(packed: Packed, expected: Layout) -> None:
     """Number of arrays, bytes of the layout and of all others, of a record that has not been read
     yet.
     """
-    if len(record) > MOST_ARRAYS:
-        raise RefusedError(f"it sent {len(record)} arrays, where {MOST_ARRAYS} are the most")
-    layout = len(layout_bytes(layout_of(expected)))
-    values = sum(tensor.nbytes for tensor in expected.values())
+    if packed.count > MOST_ARRAYS:
+        raise RefusedError(f"it sent {packed.count} arrays, where {MOST_ARRAYS} are the most")
     for what, sent, asked in (
-        ("its layout is", len(record[LAYOUT].data) if LAYOUT in record else 0, layout),
-        (
-            "its values are",
-            sum(len(array.data) for key, array in record.items() if key != LAYOUT),
-            values,
-        ),
+        ("its layout is", packed.layout_size, len(layout_bytes(expected))),
+        ("its values are", packed.value_size, value_bytes(expected)),
     ):
         if sent > SLACK * asked + SLACK_BYTES:
             raise RefusedError(f"{what} {sent} bytes long, where {asked} were asked for")
 
 
-def _check_like(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+def _check_like(tensors: Mapping[str, Tensor], expected: Layout) -> None:
+    known = {name: (dtype, shape) for name, dtype, shape in expected}
+    missing, extra = sorted(set(known) - set(tensors)), sorted(set(tensors) - set(known))
     if missing or extra:
         raise RefusedError(
             f"{len(missing)} tensors are missing {missing[:1]} and {len(extra)} unknown {extra[:1]}"
         )
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
+    for name, dtype, shape in layout_of(tensors):
+        if (dtype, shape) != known[name]:
             raise RefusedError(
-                f"tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, not "
-                f"{expected[name].dtype} {tuple(expected[name].shape)}"
+                f"tensor {name!r} is torch.{dtype} {shape}, not torch.{known[name][0]} "
+                f"{known[name][1]}"
             )
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise RefusedError(f"tensor {name!r} has values that are not finite")
 

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-from flwr.app import Context
+from typing import Any, Protocol
 
 from srfed.config import DataConfig, RunConfig
 from srfed.data import (
@@ -33,6 +31,22 @@ NODE_CONFIG = ("client-id", "data", "state-dir")
 """What a site's SuperNode is told, all three."""
 CLIENT_STORES = "clients"
 """Where a run's folder holds the stores of simulated clients."""
+
+
+class Surroundings(Protocol):
+    """Flower's ``Context``, as far as a site and a run follow from it."""
+
+    @property
+    def run_id(self) -> int:
+        """The run's number."""
+
+    @property
+    def node_config(self) -> Mapping[str, Any]:
+        """What the node was started with."""
+
+    @property
+    def run_config(self) -> Mapping[str, Any]:
+        """What the run was started with."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,7 @@ class Site:
                 self.note(said)
 
 
-def site_of(context: Context, config: RunConfig) -> Site:
+def site_of(context: Surroundings, config: RunConfig) -> Site:
     """The site that a message has reached.
 
     Raises:
@@ -84,7 +98,7 @@ def site_of(context: Context, config: RunConfig) -> Site:
     return deployed_site(context.node_config)
 
 
-def is_simulated(context: Context) -> bool:
+def is_simulated(context: Surroundings) -> bool:
     """Whether the node is one of a simulation's, which Flower numbers and nobody has configured."""
     return (
         isinstance(context.node_config.get("partition-id"), int)
@@ -113,7 +127,7 @@ def deployed_site(node_config: Mapping[str, Any]) -> Site:
     return Site(client, paths[0], paths[1])
 
 
-def run_folder(context: Context) -> Path:
+def run_folder(context: Surroundings) -> Path:
     """The folder of the run that a Flower app belongs to, from its run configuration's ``run-dir``.
 
     Raises:
@@ -139,7 +153,7 @@ def own_task(config: DataConfig, site: Site) -> Task:
     return load_own_task(config, site.data, site.client, site.folder)
 
 
-def _simulated_state_dir(context: Context) -> Path:
+def _simulated_state_dir(context: Surroundings) -> Path:
     state_dir = context.node_config.get("state-dir") or os.environ.get(STATE_DIR_VARIABLE)
     return Path(str(state_dir)) if state_dir else run_folder(context) / CLIENT_STORES
 

@@ -14,8 +14,10 @@ from srfed.diffusion.process import Denoiser
 from srfed.errors import UserError
 from srfed.evaluation.features.load import FeatureNetwork, load_feature_network
 from srfed.federation.agreement import not_agreed
+from srfed.federation.contract import Contract
 from srfed.federation.flower.admission import Admitted
-from srfed.federation.messages import Request
+from srfed.federation.layout import layout_of
+from srfed.federation.messages import SHARED, Request
 from srfed.federation.site import Site, own_task
 from srfed.model import build_model, build_objective, build_partition, denoiser_of_task
 from srfed.storage.checkpoint import check_tensors
@@ -38,6 +40,7 @@ class Worker:
         self.partition = build_partition(config, model)
         self._initial_state = initial_state(model, self.partition)
         self.partition_fingerprint = self.partition.fingerprint(model.state_dict())
+        self.contract = Contract.of(config, self.partition.take_shared(model.state_dict()))
         layout = memory_layout(config.resources)
         self.model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
         self.objective = build_objective(config, self.device)
@@ -101,12 +104,10 @@ class Worker:
     def check_shared(self, shared: Mapping[str, Tensor]) -> None:
         """Raise UserError unless the tensors are φ of this run, by name, shape and type."""
         _check_names("φ", shared, self.partition.shared)
-        own = self.model.state_dict()
-        for name, tensor in shared.items():
-            if tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
-                raise UserError(
-                    f"the φ received has {name} as {tensor.dtype} {tuple(tensor.shape)}"
-                )
+        agreed = set(self.contract.request[SHARED])
+        for name, dtype, shape in layout_of(shared):
+            if (name, dtype, shape) not in agreed:
+                raise UserError(f"the φ received has {name} as {dtype} {shape}")
 
 
 def worker_for(admitted: Admitted) -> Worker:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from srfed.errors import UserError
 from srfed.files import exists, held, list_folder, make_folder
 from srfed.networks.partition import Exclusive
@@ -38,6 +40,8 @@ PLAIN_NAME = re.compile(rf"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME 
 """What a client, a lineage or an attempt may be called: it becomes a folder's name."""
 MOST_ROUNDS = 1_000_000
 _GROUPS = ("exclusive", "exclusive_average", "exclusive_moments", "shared_moments")
+_MEMORY = "memory"
+"""Its tensors are named "<step>:<tensor>"; stores of earlier versions have none."""
 _KINDS = {"parent": str, "round": int, "steps": int, "exclusive_steps": int}
 _UNVERSIONED_LINEAGE = re.compile(r"[0-9a-f]{12}")
 """Lineages of stores from before formats had versions; they lay beside ``models`` and ``samples``.
@@ -102,6 +106,7 @@ class ClientStore:
             shared_moments=checkpoint.group("shared_moments"),
             steps=manifest["steps"],
             exclusive_steps=manifest["exclusive_steps"],
+            memory=_by_step(checkpoint.group(_MEMORY)),
         )
 
     def check_descent(self, parent: str, round_number: int, *, training: bool) -> None:
@@ -144,6 +149,11 @@ class ClientStore:
         """
         check_name(attempt)
         groups = {group: getattr(state, group) for group in _GROUPS}
+        groups[_MEMORY] = {
+            f"{step}:{name}": tensor
+            for step, tensors in state.memory.items()
+            for name, tensor in tensors.items()
+        }
         size = sum(tensor.nbytes for members in groups.values() for tensor in members.values())
         # A process that outlives its SuperNode for a moment must not have its half-written folder
         # pruned.
@@ -277,6 +287,14 @@ def _ancestors(manifests: dict[str, dict[str, Any]], newest: str) -> Iterator[st
         yield name
         number = _round(manifests, name)
         name = str(manifests[name]["parent"])
+
+
+def _by_step(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    memory: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        step, _, member = name.partition(":")
+        memory.setdefault(step, {})[member] = tensor
+    return memory
 
 
 def _round(manifests: dict[str, dict[str, Any]], name: str) -> int:

@@ -32,6 +32,7 @@ class ClientState:
         shared_moments: Adam's moments of φ, under ``training.shared_moments: keep`` only.
         steps: minibatches seen so far; the place in the minibatch order.
         exclusive_steps: optimizer steps of θ_i so far; the place in the average's warm-up.
+        memory: what the steps on the update have kept, by step; of φ's names.
     """
 
     exclusive: Exclusive
@@ -40,6 +41,7 @@ class ClientState:
     shared_moments: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
     exclusive_steps: int = 0
+    memory: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class LocalResult:
 
     Attributes:
         shared: φ_i, the client's φ after its local steps.
-        state: what the client keeps.
+        state: what the client keeps, but for its memory: the update has not been encoded yet.
         loss: mean over the images seen of the loss, eq. (7).
         loss_by_quarter: the same for timesteps in each quarter of 1..T; NaN where none was drawn.
         images_by_quarter: images behind each of these, with repetition.

@@ -38,10 +38,13 @@ class Reach:
         usual: one learning rate a step for every value; honest clients with Adam come 0.13 to 0.42
             of it far.
         largest: more than the optimizer can do, whatever the images.
+        usual_value, largest_value: the same of a single value, in any round of the run.
     """
 
     usual: float
     largest: float
+    usual_value: float
+    largest_value: float
 
 
 def reach_of_round(
@@ -59,17 +62,26 @@ def reach_of_round(
         shared: φ at the round's beginning.
     """
     training = config.training
+    # The schedule's rates only fall: no round's is above the first one's.
+    highest = training.learning_rate * learning_rate_factor(config, 1)
     rate = training.learning_rate * learning_rate_factor(config, round_number)
     rounding = ROUNDING * math.sqrt(
         sum(float(tensor.double().square().sum()) for tensor in shared.values())
     )
     if training.optimizer == "adam":
         step = MARGIN * rate * math.sqrt(sum(tensor.numel() for tensor in shared.values()))
-        return Reach(steps * (step + rounding), steps * (ADAM_REACH * step + rounding))
+        value = MARGIN * highest
+        return Reach(
+            usual=steps * (step + rounding),
+            largest=steps * (ADAM_REACH * step + rounding),
+            usual_value=steps * (value + rounding),
+            largest_value=steps * (ADAM_REACH * value + rounding),
+        )
     if training.gradient_clip is None:
         return None
     farthest = steps * (MARGIN * rate * training.gradient_clip + rounding)
-    return Reach(farthest, farthest)
+    value = steps * (MARGIN * highest * training.gradient_clip + rounding)
+    return Reach(farthest, farthest, value, value)
 
 
 class PartOptimizer:

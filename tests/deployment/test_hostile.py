@@ -57,6 +57,7 @@ from flwr.app import Message
 from flwr.serverapp import ServerApp
 
 from srfed.config import parse_config
+from srfed.federation.flower.packing import request_content, unpack
 from srfed.federation.messages import SHARED, Description, Request
 from srfed.model import build_model, build_partition
 
@@ -69,16 +70,16 @@ def main(grid, context):
     while len(nodes := list(grid.get_node_ids())) < orders["sites"]:
         time.sleep(0.2)
     honest = parse_config(orders["config"])
-    greeting = Request(honest.to_json(), "lineage").to_content()
+    greeting = request_content(Request(honest.to_json(), "lineage"))
     replies = grid.send_and_receive([Message(greeting, node, "query.describe") for node in nodes], timeout=300)
-    sites = {Description.of(reply.content).client: reply.metadata.src_node_id for reply in replies}
+    sites = {Description.of(unpack(reply).header).client: reply.metadata.src_node_id for reply in replies}
     model = build_model(honest, 1)
     shared = build_partition(honest, model).take_shared(model.state_dict())
     asked = {}
     for what, kind, config, fields in orders["requests"]:
         values = {"client": orders["victim"], "round": 1, "attempt": f"attempt-{len(asked)}", **fields}
         values.setdefault("lineage", "lineage")
-        content = Request(json.dumps(config), **values).to_content({SHARED: shared})
+        content = request_content(Request(json.dumps(config), **values), {SHARED: shared})
         (identity,) = grid.push_messages([Message(content, sites[orders["victim"]], kind)])
         asked[identity] = what
     answers = {}

@@ -33,15 +33,8 @@ from srfed.federation.agreement import (
 )
 from srfed.federation.flower.client_app import app
 from srfed.federation.flower.in_process import InlineGrid
-from srfed.federation.messages import (
-    DESCRIBE,
-    EVALUATE,
-    REFUSED,
-    SHARED,
-    TRAIN,
-    Request,
-    read_metrics,
-)
+from srfed.federation.flower.packing import read_metrics, request_content
+from srfed.federation.messages import DESCRIBE, EVALUATE, REFUSED, SHARED, TRAIN, Request
 from srfed.federation.site import own_task
 from srfed.model import build_model, build_partition
 from support.tiny_run import TINY, tiny_config
@@ -89,8 +82,8 @@ class AgreedSite:
         }
         if kind == EVALUATE:
             values = {"samples": 20, **values}
-        content = Request(text, **values).to_content(
-            {SHARED: self.shared} if kind != DESCRIBE else None
+        content = request_content(
+            Request(text, **values), {SHARED: self.shared} if kind != DESCRIBE else None
         )
         return self.grid.send_and_receive([Message(content, 1, kind)])[0]
 

@@ -18,15 +18,8 @@ from flwr.common.constant import SType
 from srfed.errors import UserError
 from srfed.federation.flower import client_app
 from srfed.federation.flower.in_process import InlineGrid
-from srfed.federation.messages import (
-    GENERATED,
-    LAYOUT,
-    METRICS,
-    REPLY,
-    SHARED,
-    array_record,
-    read_tensors,
-)
+from srfed.federation.flower.packing import LAYOUT, array_record, read_tensors
+from srfed.federation.messages import GENERATED, METRICS, REPLY, SHARED
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from support.faults import Tensors, app_with, fail, set_field, set_number, without

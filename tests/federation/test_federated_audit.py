@@ -16,7 +16,8 @@ from srfed.evaluation.features.embedded import EmbeddedFeatures
 from srfed.evaluation.generation import generate
 from srfed.evaluation.metrics.memorisation import audit
 from srfed.federation.flower import client_app
-from srfed.federation.messages import EVALUATE, METRICS, read_metrics
+from srfed.federation.flower.packing import read_metrics
+from srfed.federation.messages import EVALUATE, METRICS
 from srfed.reporting.curves import shown_on_terminal
 from srfed.runs.run import TrainedRun
 from srfed.storage.metrics_log import MetricsLog

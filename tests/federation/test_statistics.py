@@ -28,10 +28,12 @@ from srfed.errors import UserError
 from srfed.evaluation.features.load import FeatureNetwork, load_feature_network
 from srfed.evaluation.generation import generate
 from srfed.federation.bounds import EvaluatePlan
+from srfed.federation.contract import Contract
 from srfed.federation.flower import client_app
 from srfed.federation.flower.client_app import app as real_app
 from srfed.federation.flower.guard import wire_guard
 from srfed.federation.flower.in_process import InlineGrid
+from srfed.federation.flower.packing import array_record, read_tensors, request_content, unpack
 from srfed.federation.flower.server_app import run_federation
 from srfed.federation.messages import (
     EVALUATE,
@@ -43,8 +45,6 @@ from srfed.federation.messages import (
     TRAIN,
     ReplyHeader,
     Request,
-    array_record,
-    read_tensors,
 )
 from srfed.federation.screening import RefusedError, screen_statistics
 from srfed.federation.site import STATE_DIR_VARIABLE
@@ -82,7 +82,7 @@ class Recorded(NamedTuple):
             for reply in self.grid.replies
             if reply.metadata.message_type == EVALUATE and reply.metadata.group_id == str(number)
         ]
-        return {ReplyHeader.of(reply.content).client: reply for reply in chosen}
+        return {ReplyHeader.of(unpack(reply).header).client: reply for reply in chosen}
 
 
 def recorded(path: Path, settings: dict[str, Any]) -> Recorded:
@@ -252,9 +252,10 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Messag
         model = build_model(config, 1)
         shared = build_partition(config, model).take_shared(model.state_dict())
         attempt = f"attempt-{guarded}"
-        content = Request(
+        request = Request(
             config.to_json(), "lineage", "digit-0", round=1, attempt=attempt, samples=4
-        ).to_content({SHARED: shared})
+        )
+        content = request_content(request, {SHARED: shared})
         return InlineGrid(app, 1).send_and_receive([Message(content, 1, kind)])[0]
 
     return send
@@ -417,22 +418,23 @@ def test_faulty_statistics_are_refused_with_the_reason(
     by_moments: Recorded, network: FeatureNetwork, tasks: list[Task], what: str
 ) -> None:
     honest = by_moments.replies(3)["digit-0"]
-    header = ReplyHeader.of(honest.content)
+    header = ReplyHeader.of(unpack(honest).header)
     plan = EvaluatePlan.of(by_moments.run.config, (8, 8, 1), 16, len(tasks[0].test), 10, final=True)
     asked = (
         ReplyHeader(header.client, header.attempt, header.round),
+        Contract(by_moments.run.config, []),
         plan,
         64,
         network.fingerprint,
     )
-    accepted = screen_statistics(honest, *asked).statistics
+    accepted = screen_statistics(unpack(honest), *asked).statistics
     assert accepted is not None
     assert (accepted.generated.count, accepted.train.count) == (10, 16)
     change, expected = FAULTS[what]
     faulty = copy.deepcopy(honest)
     change(faulty)
     with pytest.raises(RefusedError) as caught:
-        screen_statistics(faulty, *asked)
+        screen_statistics(unpack(faulty), *asked)
     assert expected in str(caught.value)
 
 

@@ -9,7 +9,8 @@ from flwr.clientapp import ClientApp
 
 from srfed.federation.flower.client_app import app as real_app
 from srfed.federation.flower.in_process import InlineGrid
-from srfed.federation.messages import SHARED, TRAIN, array_record, read_tensors
+from srfed.federation.flower.packing import array_record, read_tensors
+from srfed.federation.messages import SHARED, TRAIN
 from srfed.storage.run_folder import RunFolder
 from support.faults import Tensors
 from support.membership import MIDDLE, ROUNDS, SETTINGS, SOON, ChangingGrid, failure, resume, start

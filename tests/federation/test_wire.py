@@ -21,21 +21,24 @@ from srfed.data import load_tasks, to_model_range
 from srfed.federation.flower import client_app
 from srfed.federation.flower.guard import wire_guard
 from srfed.federation.flower.in_process import InlineGrid
+from srfed.federation.flower.packing import (
+    LAYOUT,
+    array_record,
+    read_layout,
+    read_tensors,
+    request_content,
+)
+from srfed.federation.layout import layout_bytes
 from srfed.federation.messages import (
     DESCRIBE,
     EVALUATE,
     GENERATED,
-    LAYOUT,
     METRICS,
     REFUSED,
     REPLY,
     SHARED,
     TRAIN,
     Request,
-    array_record,
-    layout_bytes,
-    read_layout,
-    read_tensors,
 )
 from srfed.federation.site import STATE_DIR_VARIABLE
 from srfed.model import build_model, build_partition
@@ -48,7 +51,8 @@ from support.wire import SECRET, RecordingGrid, is_bare_error, log_of
 # --- What the type checker refuses ---------------------------------------------------------------
 
 LEAKING_PROGRAM = """
-from srfed.federation.messages import GENERATED, SHARED, ReplyHeader, Samples, reply_content
+from srfed.federation.flower.packing import reply_content
+from srfed.federation.messages import GENERATED, SHARED, ReplyHeader, Samples
 from srfed.training.local import ClientState, LocalResult
 def reply(header: ReplyHeader, result: LocalResult, state: ClientState, made: Samples) -> None:
     reply_content(header, {}, {SHARED: result.shared, GENERATED: made})
@@ -70,7 +74,7 @@ def test_mypy_refuses_a_program_that_hands_what_is_exclusive_to_the_packer(tmp_p
         cwd=root,
     )
     wrong = re.findall(r"leaks\.py:(\d+): error: .*incompatible type", done.stdout)
-    assert wrong == ["6", "7", "8"], done.stdout + done.stderr
+    assert wrong == ["7", "8", "9"], done.stdout + done.stderr
 
 
 # --- A whole run, every message recorded ---------------------------------------------------------
@@ -217,7 +221,7 @@ def ask(
         request = Request(
             config.to_json(), "lineage", "digit-0", round=1, attempt=attempt, samples=samples
         )
-        content = request.to_content({SHARED: shared} if kind != DESCRIBE else None)
+        content = request_content(request, {SHARED: shared} if kind != DESCRIBE else None)
         return grid.send_and_receive([Message(content, 1, kind)])[0]
 
     return send
@@ -413,7 +417,7 @@ def test_a_message_of_unknown_kind_gets_no_content(ask: Callable[..., Message]) 
 
 def test_a_request_of_another_protocol_gets_a_bare_error(tmp_path: Path) -> None:
     grid = InlineGrid(client_app.app, 1)
-    request = Request("{}", "lineage").to_content()
+    request = request_content(Request("{}", "lineage"))
     del request["request"]
     assert is_refusal(
         grid.send_and_receive([Message(request, 1, TRAIN)])[0], "the request is of another protocol"

@@ -7,7 +7,8 @@ from flwr.app import ArrayRecord, Message
 from flwr.clientapp import ClientApp
 
 from srfed.federation.flower.in_process import InlineGrid
-from srfed.federation.messages import FAILED, read_layout
+from srfed.federation.flower.packing import read_layout
+from srfed.federation.messages import FAILED
 
 
 class RecordingGrid(InlineGrid):

@@ -17,7 +17,8 @@ from srfed.federation.agreement import (
     Agreement,
     RequestRefusedError,
 )
-from srfed.federation.messages import DESCRIBE, EVALUATE, TRAIN, Request
+from srfed.federation.flower.packing import read_request
+from srfed.federation.messages import DESCRIBE, EVALUATE, IMPOSSIBLE_CONFIG, TRAIN, Request
 from srfed.federation.site import Site, deployed_site, is_simulated, own_task, site_of
 from srfed.files import exists
 from srfed.storage.client_store import NO_PARENT
@@ -51,7 +52,7 @@ def admit(message: Message, context: Context) -> Admitted:
         RequestRefusedError: it asks for what is not agreed, or there is no agreement.
         UserError: the site itself is not as it should be.
     """
-    request = Request.of(message.content)
+    request = read_request(message.content)
     kind = message.metadata.message_type
     if kind not in (DESCRIBE, TRAIN, EVALUATE):
         raise RequestRefusedError("the request is of an unknown kind", f"{kind[:100]!a}")
@@ -106,6 +107,4 @@ def _asked(request: Request) -> RunConfig:
     try:
         return parse_config_json(request.config)
     except UserError as error:
-        raise RequestRefusedError(
-            "the request's config is impossible", str(error)[:1000]
-        ) from error
+        raise RequestRefusedError(IMPOSSIBLE_CONFIG, str(error)[:1000]) from error

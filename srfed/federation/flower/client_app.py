@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -16,24 +17,30 @@ from srfed.evaluation.metrics.memorisation import draw_nearest_pairs
 from srfed.evaluation.task import TaskEvaluation, evaluate_task
 from srfed.federation.flower.admission import Admitted, admit
 from srfed.federation.flower.guard import wire_guard
+from srfed.federation.flower.packing import (
+    description_content,
+    read_refusal,
+    read_tensors,
+    reply_content,
+)
 from srfed.federation.messages import (
     GENERATED,
     SETS,
     SHARED,
     STATISTICS,
+    UPDATE,
     Description,
     ReplyHeader,
     Samples,
     audit_metrics,
-    read_refusal,
-    read_tensors,
-    reply_content,
 )
 from srfed.federation.site_log import write_to_log
+from srfed.federation.updates import Delta, difference, encode_update
 from srfed.federation.worker import Worker, features_for, worker_for
+from srfed.networks.partition import Shared
 from srfed.reporting.pictures import draw_grid, write_png
 from srfed.storage.site_model import save_site_model
-from srfed.training.local import LocalResult, load_tensors
+from srfed.training.local import ClientState, LocalResult, load_tensors
 from srfed.units import printable
 
 app = ClientApp(mods=[wire_guard])
@@ -71,19 +78,19 @@ def describe(message: Message, context: Context) -> Message:
         partition=worker_for(admitted).partition_fingerprint,
         version=__version__,
     )
-    return Message(description.to_content(), reply_to=message)
+    return Message(description_content(description), reply_to=message)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train one round from the parent attempt, store the new attempt durably, return φ_i."""
+    """Train one round from the parent attempt, store the new attempt durably, return φ_i, or what
+    the steps make of its change.
+    """
     admitted = admit(message, context)
     request, site, worker = admitted.request, admitted.site, worker_for(admitted)
-    result = worker.trainer(site).train(
-        request.round,
-        _shared(message, worker),
-        worker.state(site, request, training=True),
-    )
+    shared, parent = _shared(message, worker), worker.state(site, request, training=True)
+    result = worker.trainer(site).train(request.round, shared, parent)
+    state, arrays = _update(admitted, shared, parent, result)
     metrics: dict[str, float | list[float]] = {
         "examples": float(len(admitted.task.train)),
         "loss": result.loss,
@@ -92,8 +99,8 @@ def train(message: Message, context: Context) -> Message:
         "seconds": result.seconds,
         "shared_steps": float(result.shared_steps),
     }
-    content = reply_content(_header(admitted), metrics, {SHARED: result.shared})
-    worker.store(site, request).save(request.attempt, request.parent, request.round, result.state)
+    content = reply_content(_header(admitted), metrics, arrays)
+    worker.store(site, request).save(request.attempt, request.parent, request.round, state)
     return Message(content, reply_to=message)
 
 
@@ -166,6 +173,23 @@ def evaluate(message: Message, context: Context) -> Message:
         )
     metrics["seconds"] = time.perf_counter() - start
     return Message(reply_content(header, metrics, arrays), reply_to=message)
+
+
+def _update(
+    admitted: Admitted, shared: Mapping[str, Tensor], parent: ClientState, result: LocalResult
+) -> tuple[ClientState, dict[str, Shared | Delta]]:
+    """What the client keeps of a round, and what it sends."""
+    config, request = admitted.config, admitted.request
+    if not config.updates.steps:
+        return result.state, {SHARED: result.shared}
+    update, memory = encode_update(
+        config,
+        difference(result.shared, shared),
+        parent.memory,
+        admitted.site.client,
+        request.round,
+    )
+    return replace(result.state, memory=memory), {UPDATE: update}
 
 
 def _ssim_metrics(evaluated: TaskEvaluation) -> dict[str, float | list[float]]:

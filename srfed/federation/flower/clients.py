@@ -7,15 +7,16 @@ from typing import Generic, TypeVar
 from uuid import uuid4
 
 from flwr.app import ArrayRecord, Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from srfed.config import RunConfig
 from srfed.errors import UserError
 from srfed.federation.flower.exchange import Exchange, exchange
+from srfed.federation.flower.packing import array_record, message_bytes, request_content, unpack
 from srfed.federation.flower.roster import Roster
-from srfed.federation.messages import ReplyHeader, Request, array_record, message_bytes
+from srfed.federation.messages import Reply, ReplyHeader, Request
 from srfed.federation.screening import (
-    LOST,
     EvaluateReply,
     RefusedError,
     TrainReply,
@@ -27,6 +28,16 @@ from srfed.units import seconds_in_words
 
 TTL_MARGIN = 60.0
 """Seconds that a message outlives the wait for its reply, for the way back through a SuperLink."""
+
+LOST = frozenset(
+    {
+        ErrorCode.NODE_UNAVAILABLE,
+        ErrorCode.CLIENT_APP_CRASHED,
+        ErrorCode.MESSAGE_UNAVAILABLE,
+        ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    }
+)
+"""Flower's errors that mean that a client is gone; the others mean that it has failed."""
 
 ReplyT = TypeVar("ReplyT", TrainReply, EvaluateReply)
 
@@ -71,7 +82,7 @@ class FlowerClients:
         requests: Iterable[Request],
         arrays: Mapping[str, Shared],
         what: str,
-        screen: Callable[[Message, ReplyHeader, Request], ReplyT],
+        screen: Callable[[Reply, ReplyHeader, Request], ReplyT],
         *,
         away: Iterable[str] = (),
     ) -> Screened[ReplyT]:
@@ -105,7 +116,10 @@ class FlowerClients:
         def again(client: str, reply: Message | None) -> bool:
             if not self._waits or (reply is not None and reply.has_content()):
                 return False
-            failures[client] = "cannot be reached" if reply is None else reason_of_failure(reply)
+            failure = None if reply is None else unpack(reply).failure
+            failures[client] = (
+                "cannot be reached" if failure is None else reason_of_failure(failure)
+            )
             self._tell.on_notice(f"{what}: {client}: {failures[client]}; asking it again")
             return True
 
@@ -130,7 +144,7 @@ class FlowerClients:
         return self._screened(outcome, sent, screen, away)
 
     def _message(self, kind: str, request: Request, records: Mapping[str, ArrayRecord]) -> Message:
-        content = request.to_content()
+        content = request_content(request)
         for name, record in records.items():
             content[name] = record
         # A client that is waited for may have no node yet; its message is addressed when it is
@@ -143,17 +157,17 @@ class FlowerClients:
         self,
         outcome: Exchange,
         sent: Mapping[str, Request],
-        screen: Callable[[Message, ReplyHeader, Request], ReplyT],
+        screen: Callable[[Reply, ReplyHeader, Request], ReplyT],
         away: Iterable[str],
     ) -> Screened[ReplyT]:
         accepted: dict[str, ReplyT] = {}
         attempts: dict[str, str] = {}
         refused: dict[str, str] = {}
         missing = dict.fromkeys(away, "not connected")
-        for client, reply in outcome.replies.items():
-            request = sent[client]
-            if reply.has_error() and reply.error.code in LOST:
-                missing[client] = reason_of_failure(reply)
+        for client, message in outcome.replies.items():
+            request, reply = sent[client], unpack(message)
+            if reply.failure is not None and reply.failure.code in LOST:
+                missing[client] = reason_of_failure(reply.failure)
                 continue
             header = ReplyHeader(client, request.attempt, request.round)
             try:
@@ -161,7 +175,7 @@ class FlowerClients:
                 attempts[client] = request.attempt
             except RefusedError as error:
                 refused[client] = str(error)
-                if reply.has_content():
+                if reply.failure is None:
                     self._roster.recheck(client)
         for client in outcome.requests:
             if client not in outcome.replies:

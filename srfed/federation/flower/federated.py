@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
-from flwr.app import Message
 from flwr.serverapp import Grid
 
 from srfed.data import Task, load_recorded_tasks, record_tasks
@@ -20,6 +19,7 @@ from srfed.evaluation.references import RealFloor, References, Scores, score_sta
 from srfed.evaluation.shares import share_of_samples
 from srfed.federation.aggregation import aggregate, client_weights
 from srfed.federation.bounds import EvaluatePlan, TrainPlan
+from srfed.federation.contract import Contract
 from srfed.federation.flower.clients import FlowerClients, Screened
 from srfed.federation.flower.identity import kept_roster
 from srfed.federation.flower.roster import Expected, Member, Roster
@@ -28,6 +28,7 @@ from srfed.federation.messages import (
     SETS,
     SHARED,
     TRAIN,
+    Reply,
     ReplyHeader,
     Request,
 )
@@ -38,6 +39,7 @@ from srfed.federation.screening import (
     screen_statistics,
     screen_train,
 )
+from srfed.federation.updates import update_in_words
 from srfed.model import build_model, build_partition
 from srfed.networks.partition import Shared
 from srfed.observer import Observer
@@ -86,6 +88,7 @@ class Federated:
         model = build_model(config, shape[-1])
         self._partition = build_partition(config, model)
         shared = self._partition.take_shared(model.state_dict())
+        self._contract = Contract.of(config, shared)
         if found is None:
             self.state = RunState(
                 lineage=run.lineage,
@@ -124,7 +127,11 @@ class Federated:
         begun = True
         self.state = replace(self.state, known=self._roster.known)
         training = config.training
-        if training.optimizer == "sgd" and training.gradient_clip is None:
+        if (
+            training.optimizer == "sgd"
+            and training.gradient_clip is None
+            and self._contract.reach(None) is None
+        ):
             tell.on_notice(
                 "training.gradient_clip is null: plain SGD can move φ as far as it likes, so "
                 "updates have no bound"
@@ -247,10 +254,12 @@ class Federated:
         shortened = {
             client: reply.shortened for client, reply in accepted.items() if reply.shortened < 1
         }
+        steps_on_it = update_in_words(self.config.updates)
+        maker = training.optimizer + (f" ({steps_on_it})" if steps_on_it else "")
         for client, factor in shortened.items():
             self._tell.on_notice(
                 f"round {server_round}: {client}: its update is {1 / factor:.3g} times as long as "
-                f"{training.optimizer} usually makes one in these steps; shortened to that"
+                f"{maker} usually makes one in these steps; shortened to that"
             )
         seconds = time.perf_counter() - self._started
         images = sum(reply.plan.images for reply in accepted.values())
@@ -278,12 +287,12 @@ class Federated:
         """Minibatches behind a client's accepted attempt."""
         return self.state.minibatches.get(client, 0)
 
-    def _screen_update(self, reply: Message, header: ReplyHeader, request: Request) -> TrainReply:
+    def _screen_update(self, reply: Reply, header: ReplyHeader, request: Request) -> TrainReply:
         client = request.client
         images = self._roster.known[client].images
         plan = TrainPlan.of(self.config, self._partition, client, images, self._minibatches(client))
         reach = reach_of_round(self.config, request.round, plan.shared_steps, self.state.shared)
-        return screen_train(reply, header, plan, reach, self.state.shared)
+        return screen_train(reply, header, self._contract, plan, reach, self.state.shared)
 
     def _judge(
         self, server_round: int, screened: Screened[EvaluateReply], final: bool
@@ -334,7 +343,7 @@ class Federated:
         )
 
     def _screen_evaluation(
-        self, reply: Message, header: ReplyHeader, request: Request
+        self, reply: Reply, header: ReplyHeader, request: Request
     ) -> EvaluateReply:
         known, network = self._roster.known[request.client], self._evaluation.network
         plan = EvaluatePlan.of(
@@ -346,9 +355,14 @@ class Federated:
             request.final,
         )
         if not plan.statistics:
-            return screen_samples(reply, header, plan)
+            return screen_samples(reply, header, self._contract, plan)
         return screen_statistics(
-            reply, header, plan, network.dimension_of(plan.shape[-1]), network.fingerprint
+            reply,
+            header,
+            self._contract,
+            plan,
+            network.dimension_of(plan.shape[-1]),
+            network.fingerprint,
         )
 
     def _score(self, accepted: Mapping[str, EvaluateReply]) -> tuple[Scores, float | None]:

@@ -9,7 +9,6 @@ import math
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import fields
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -17,27 +16,18 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from srfed.config import parse_config_json
 from srfed.errors import UserError
 from srfed.federation.agreement import RequestRefusedError
-from srfed.federation.bounds import EvaluatePlan, Number, TrainPlan
+from srfed.federation.bounds import EvaluatePlan, TrainPlan
+from srfed.federation.contract import DESCRIBED, Form
 from srfed.federation.flower.admission import Admitted, admit
+from srfed.federation.flower.packing import LAYOUT, read_layout, read_request
+from srfed.federation.layout import Layout, layout_bytes
 from srfed.federation.messages import (
     DESCRIBE,
     EVALUATE,
     FAILED,
-    GENERATED,
-    LAYOUT,
     METRICS,
     REFUSED,
     REPLY,
-    SETS,
-    SHARED,
-    STATISTICS,
-    Description,
-    Layout,
-    ReplyHeader,
-    Request,
-    layout_bytes,
-    layout_of,
-    read_layout,
 )
 from srfed.federation.site import Site, deployed_site, is_simulated, site_of
 from srfed.federation.site_log import write_to_log
@@ -85,12 +75,13 @@ def check_outgoing(kind: str, admitted: Admitted, content: RecordDict) -> None:
     """Compare a reply with what was admitted; raises NotAllowedError naming what it must not
     hold.
     """
-    arrays, numbers, header = _allowed(kind, admitted)
+    form = _form(kind, admitted)
+    numbers = form.all_numbers
     for name, record in content.items():
         if isinstance(record, ArrayRecord):
-            if name not in arrays:
+            if name not in form.arrays:
                 raise NotAllowedError(f"arrays {name!r} in a reply to {kind}")
-            _check_arrays(name, record, arrays[name], kind)
+            _check_arrays(name, record, form.arrays[name], kind)
         elif isinstance(record, MetricRecord):
             extra = sorted(set(record) - set(numbers))
             if name != METRICS or extra:
@@ -100,7 +91,7 @@ def check_outgoing(kind: str, admitted: Admitted, content: RecordDict) -> None:
                     f"another list or number as {unlike[0]!r} in a reply to {kind}"
                 )
         elif isinstance(record, ConfigRecord):
-            extra = sorted(set(record) - header)
+            extra = sorted(set(record) - form.header)
             if name != REPLY or extra:
                 raise NotAllowedError(f"field {extra[:1]} in record {name!r} of a reply to {kind}")
             for key, value in record.items():
@@ -137,36 +128,20 @@ def _check_arrays(name: str, record: ArrayRecord, expected: Layout, kind: str) -
             )
 
 
-def _allowed(
-    kind: str, admitted: Admitted
-) -> tuple[dict[str, Layout], dict[str, Number], frozenset[str]]:
-    """Arrays by record, numbers and header fields that a reply to this kind may hold."""
-    config, request, task = admitted.config, admitted.request, admitted.task
-    header = frozenset(field.name for field in fields(ReplyHeader))
+def _form(kind: str, admitted: Admitted) -> Form:
+    """What a reply to this kind of request may hold."""
     if kind == DESCRIBE:
-        return {}, {}, frozenset(field.name for field in fields(Description))
+        return DESCRIBED
+    config, request, task = admitted.config, admitted.request, admitted.task
     worker, (height, width, channels) = worker_for(admitted), task.train.shape[1:]
     if kind == EVALUATE:
         shape, images = (height, width, channels), (len(task.train), len(task.test))
-        evaluated = EvaluatePlan.of(config, shape, *images, request.samples, request.final)
-        numbers = evaluated.numbers() | (evaluated.audit_numbers() if evaluated.audited else {})
-        layout: Layout
-        if evaluated.statistics:
-            dimension = features_for(admitted).dimension_of(channels)
-            shapes = {"mean": (dimension,), "scatter": (dimension, dimension)}
-            layout = [
-                (f"{name}.{part}", "float64", size)
-                for name in SETS
-                for part, size in shapes.items()
-            ]
-            return {STATISTICS: layout}, numbers, header
-        counts = {"images": evaluated.samples, "strip": evaluated.strip}
-        layout = [(name, "uint8", (count, *shape)) for name, count in counts.items()]
-        return {GENERATED: layout}, numbers, header
-    shared = worker.partition.take_shared(worker.model.state_dict())
-    arrays = {SHARED: layout_of(shared)}
-    trained = TrainPlan.of(config, worker.partition, admitted.site.client, len(task.train), 0)
-    return arrays, trained.numbers(), header
+        plan = EvaluatePlan.of(config, shape, *images, request.samples, request.final)
+        dimension = features_for(admitted).dimension_of(channels) if plan.statistics else None
+        return worker.contract.evaluated(plan, dimension)
+    return worker.contract.trained(
+        TrainPlan.of(config, worker.partition, admitted.site.client, len(task.train), 0)
+    )
 
 
 def _log(message: Message, context: Context, text: str) -> None:
@@ -181,4 +156,4 @@ def _site(message: Message, context: Context) -> Site:
     """Whose log it is: a deployed site knows that whatever the message says."""
     if not is_simulated(context):
         return deployed_site(context.node_config)
-    return site_of(context, parse_config_json(Request.of(message.content).config))
+    return site_of(context, parse_config_json(read_request(message.content).config))

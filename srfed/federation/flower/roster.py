@@ -19,7 +19,8 @@ from srfed.errors import UserError
 from srfed.federation.bounds import LONGEST_TEXT, MOST_STEPS
 from srfed.federation.flower.exchange import POLL_SECONDS, StoppedError, stop_requested
 from srfed.federation.flower.identity import registered_by_hand
-from srfed.federation.messages import DESCRIBE, Description, Request, add_refusal
+from srfed.federation.flower.packing import add_refusal, request_content, unpack
+from srfed.federation.messages import DESCRIBE, Description, Request
 from srfed.federation.screening import RefusedError, screen_description
 from srfed.keys import key_fingerprint
 from srfed.storage.server_checkpoints import KnownClient
@@ -154,7 +155,7 @@ class Roster:
             for node in sorted(self._connected - (known - self._doubted)):
                 if node in self._refused and now - self._refused[node][0] < ASK_AGAIN_SECONDS:
                     continue
-                content = self._request.to_content()
+                content = request_content(self._request)
                 reason = self._refused.get(node, (0.0, ""))[1]
                 if reason != self._told.get(node, ""):
                     add_refusal(content, reason)
@@ -306,7 +307,7 @@ class Roster:
         may not.
         """
         try:
-            description = screen_description(reply)
+            description = screen_description(unpack(reply))
         except RefusedError as error:
             raise UserError(f"node {node}: {error}") from error
         client, expected = description.client, self._expected
