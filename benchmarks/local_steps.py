@@ -19,7 +19,9 @@ from srfed.commands.options import Parser
 from srfed.config import RunConfig, UNetConfig, load_config
 from srfed.device import arithmetic, autocast, memory_layout, resolve_device
 from srfed.model import build_model, build_objective, build_partition
-from srfed.training.local import LocalResult, LocalTrainer, initial_state
+from srfed.networks.partition import Shared
+from srfed.training.local import LocalResult, LocalTrainer
+from srfed.training.part import copies, initial_state
 from srfed.training.step import LocalStep
 
 NETWORKS = {"digits": (1, 8), "mnist": (1, 28), "mnist_paper": (3, 32)}
@@ -76,9 +78,7 @@ def _trainer(config: RunConfig, images: np.ndarray, *, captures: bool) -> Callab
     model = build_model(config, images.shape[-1])
     partition = build_partition(config, model)
     state = initial_state(model, partition)
-    shared = {
-        name: tensor.clone() for name, tensor in partition.take_shared(model.state_dict()).items()
-    }
+    shared = Shared(copies(partition.take_shared(model.state_dict())))
     model = model.to(device, memory_format=memory_layout(config.resources))  # type: ignore[call-overload]
     objective = build_objective(config, device)
     step = LocalStep(config, model, partition, objective)

@@ -20,7 +20,8 @@ from srfed.evaluation.generation import generate
 from srfed.federation.flower.ray import client_share
 from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.blocks import SelfAttention
-from srfed.training.local import LocalResult, LocalTrainer, initial_state
+from srfed.training.local import LocalResult, LocalTrainer
+from srfed.training.part import initial_state
 from srfed.training.optimizer import PartOptimizer
 from srfed.training.step import LocalStep
 from support.local_training import run_config
@@ -200,9 +201,9 @@ def all_tensors(result: LocalResult) -> Tensor:
     state = result.state
     parts = (
         result.shared,
-        state.exclusive,
-        state.exclusive_average,
-        state.exclusive_moments,
+        state.exclusive.weights,
+        state.exclusive.average,
+        state.exclusive.moments,
         state.shared_moments,
     )
     return torch.cat([tensor.flatten() for part in parts for tensor in part.values()])

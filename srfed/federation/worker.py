@@ -22,7 +22,8 @@ from srfed.federation.site import Site, own_task
 from srfed.model import build_model, build_objective, build_partition, denoiser_of_task
 from srfed.storage.checkpoint import check_tensors
 from srfed.storage.client_store import NO_PARENT, ClientStore
-from srfed.training.local import ClientState, LocalTrainer, initial_state
+from srfed.training.local import LocalTrainer
+from srfed.training.part import ClientState, initial_state
 from srfed.training.step import LocalStep
 
 
@@ -97,8 +98,10 @@ class Worker:
         if request.parent == NO_PARENT:
             return self._initial_state
         state = store.load(request.parent)
-        _check_names("θ_i", state.exclusive, self.partition.exclusive)
-        check_tensors(str(store.folder), state.exclusive, self._initial_state.exclusive)
+        _check_names("θ_i", state.exclusive.weights, self.partition.exclusive)
+        check_tensors(
+            str(store.folder), state.exclusive.weights, self._initial_state.exclusive.weights
+        )
         return state
 
     def check_shared(self, shared: Mapping[str, Tensor]) -> None:

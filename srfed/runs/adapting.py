@@ -32,7 +32,7 @@ from srfed.files import exists, held, list_folder, read_json, try_output, write_
 from srfed.model import build_model, build_objective
 from srfed.storage.site_model import MODELS, save_site_model
 from srfed.training.adaptation import Adapted, Mode, adapt
-from srfed.training.local import load_tensors
+from srfed.training.part import load_tensors
 
 IDENTITY, LOCK = "adaptation.json", "lock"
 DIGITS = 16

@@ -21,7 +21,7 @@ from srfed.storage.client_store import NO_PARENT, ClientStore
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import RunState, ServerCheckpoints
 from srfed.training.centralised import CentralisedResult, CentralisedState, CentralisedTrainer
-from srfed.training.local import copies, initial_state, load_tensors
+from srfed.training.part import Part, copies, initial_state, load_tensors
 from srfed.training.optimizer import learning_rate_factor
 
 
@@ -74,8 +74,7 @@ class Centralised:
         state = found or RunState(
             lineage=run.lineage,
             round=0,
-            shared=shared,
-            shared_average=Shared(copies(shared)),
+            shared=Part(shared, Shared(copies(shared))),
             shape=(height, width, channels),
             clients=tuple(task.name for task in self._images),
         )
@@ -104,11 +103,9 @@ class Centralised:
         }
         for task in self._images:
             check_tensors(
-                str(self._store(task).folder), tasks[task.name].exclusive, self._initial.exclusive
+                str(self._store(task).folder), tasks[task.name].exclusive.weights, self._initial.exclusive.weights
             )
-        return CentralisedState(
-            state.shared, state.shared_average, tasks, state.shared_moments, state.shared_steps
-        )
+        return CentralisedState(state.shared, tasks)
 
     def _save(self, number: int, state: RunState) -> RunState:
         attempt = f"round-{number:05d}"
@@ -124,9 +121,6 @@ class Centralised:
             state,
             round=number,
             shared=self._own.shared,
-            shared_average=self._own.shared_average,
-            shared_moments=self._own.shared_moments,
-            shared_steps=self._own.steps,
             attempts={task.name: attempt for task in self._images},
         )
 
@@ -139,8 +133,8 @@ class Centralised:
         self, number: int, before: CentralisedState, result: CentralisedResult, seconds: float
     ) -> RoundRecord:
         squares = [
-            (tensor.double() - before.shared[name].double()).square().sum()
-            for name, tensor in result.state.shared.items()
+            (tensor.double() - before.shared.weights[name].double()).square().sum()
+            for name, tensor in result.state.shared.weights.items()
         ]
         return RoundRecord(
             round=number,
@@ -170,7 +164,9 @@ class Centralised:
         )
         images, strips, curves, windows, audits = {}, {}, {}, [], {}
         for place, task in enumerate(self._images):
-            load_tensors(self._model, own.shared_average, own.tasks[task.name].exclusive_average)
+            load_tensors(
+                self._model, own.shared.average, own.tasks[task.name].exclusive.average
+            )
             self._model.eval()
             evaluated = evaluate_task(
                 denoiser_of_task(self._objective, self._model, place, self._forward),

@@ -20,7 +20,7 @@ from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import ServerCheckpoints
 from srfed.storage.site_model import SiteModel
-from srfed.training.local import initial_state, load_tensors
+from srfed.training.part import initial_state, load_tensors
 
 
 class TrainedSite:
@@ -115,12 +115,12 @@ class TrainedRun:
     @property
     def shared(self) -> dict[str, Tensor]:
         """The averaged φ."""
-        return self._state.shared_average
+        return self._state.shared.average
 
     @property
     def initial_exclusive(self) -> dict[str, Tensor]:
         """θ_0, the initialisation that all tasks have in common."""
-        return self._initial.exclusive
+        return self._initial.exclusive.weights
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -142,13 +142,13 @@ class TrainedRun:
             UserError: the run was deployed, and θ_i is at its site.
         """
         if task.client not in self._state.attempts:
-            return self._initial.exclusive_average
+            return self._initial.exclusive.average
         store = ClientStore(self._run.clients, task.client, self._run.lineage, 1)
         if not exists(self._run.clients / task.client):
             raise UserError(
                 f"{self._run.path} has no θ of {task.client!r}: a deployed site keeps its own; "
                 "sample there with --store <state-dir>/<client-id>"
             )
-        average = store.load(self._state.attempts[task.client]).exclusive_average
-        check_tensors(str(store.folder), average, self._initial.exclusive_average)
+        average = store.load(self._state.attempts[task.client]).exclusive.average
+        check_tensors(str(store.folder), average, self._initial.exclusive.average)
         return average

@@ -30,7 +30,7 @@ from srfed.storage.checkpoint import (
     remove_remains,
     write_checkpoint,
 )
-from srfed.training.local import ClientState
+from srfed.training.part import ClientState, Part
 from srfed.units import bytes_in_words
 
 NO_PARENT = "none"
@@ -100,12 +100,14 @@ class ClientStore:
         checkpoint = read_checkpoint(self._present / attempt, _KINDS)
         manifest = checkpoint.manifest
         return ClientState(
-            exclusive=Exclusive(checkpoint.group("exclusive")),
-            exclusive_average=Exclusive(checkpoint.group("exclusive_average")),
-            exclusive_moments=checkpoint.group("exclusive_moments"),
+            exclusive=Part(
+                Exclusive(checkpoint.group("exclusive")),
+                Exclusive(checkpoint.group("exclusive_average")),
+                checkpoint.group("exclusive_moments"),
+                manifest["exclusive_steps"],
+            ),
             shared_moments=checkpoint.group("shared_moments"),
-            steps=manifest["steps"],
-            exclusive_steps=manifest["exclusive_steps"],
+            minibatches=manifest["steps"],
             memory=_by_step(checkpoint.group(_MEMORY)),
         )
 
@@ -148,7 +150,14 @@ class ClientStore:
                 its parent; the store is as it was.
         """
         check_name(attempt)
-        groups = {group: getattr(state, group) for group in _GROUPS}
+        own = state.exclusive
+        groups: dict[str, dict[str, Tensor]] = dict(
+            zip(
+                _GROUPS,
+                (own.weights, own.average, own.moments, state.shared_moments),
+                strict=True,
+            )
+        )
         groups[_MEMORY] = {
             f"{step}:{name}": tensor
             for step, tensors in state.memory.items()
@@ -170,8 +179,8 @@ class ClientStore:
                 "parent": parent,
                 "line": self.line(parent) if parent in known else attempt,
                 "round": round_number,
-                "steps": state.steps,
-                "exclusive_steps": state.exclusive_steps,
+                "steps": state.minibatches,
+                "exclusive_steps": own.steps,
             }
             remove_remains(self.folder)
             write_checkpoint(self.folder / attempt, Checkpoint(groups, manifest))

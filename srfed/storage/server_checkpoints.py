@@ -19,6 +19,7 @@ from srfed.storage.checkpoint import (
     write_checkpoint,
 )
 from srfed.storage.client_store import NO_PARENT
+from srfed.training.part import Part
 
 _GROUPS = ("shared", "shared_average", "optimizer", "shared_moments")
 _KINDS = {
@@ -59,11 +60,9 @@ class RunState:
     Attributes:
         lineage: the run with all its resumptions.
         round: the last finished round; 0 before the first.
-        shared: φ.
-        shared_average: the moving average of φ.
+        shared: φ; Adam's moments of it where one party trains it, and its steps are local ones, the
+            place in the average's warm-up.
         optimizer: the server optimizer's state.
-        shared_moments: Adam's moments of φ, where one party trains it.
-        shared_steps: local steps on φ so far; the place in the average's warm-up.
         attempts: the accepted attempt of each client that ever had one.
         shape: H, W, C of the images.
         clients: ids of all clients that have taken part.
@@ -74,11 +73,8 @@ class RunState:
 
     lineage: str
     round: int
-    shared: Shared
-    shared_average: Shared
+    shared: Part[Shared]
     optimizer: dict[str, Tensor] = field(default_factory=dict)
-    shared_moments: dict[str, Tensor] = field(default_factory=dict)
-    shared_steps: int = 0
     attempts: dict[str, str] = field(default_factory=dict)
     shape: tuple[int, int, int] = (0, 0, 0)
     clients: tuple[str, ...] = ()
@@ -107,14 +103,21 @@ class ServerCheckpoints:
         manifest = {
             "lineage": state.lineage,
             "round": state.round,
-            "shared_steps": state.shared_steps,
+            "shared_steps": state.shared.steps,
             "attempts": state.attempts,
             "shape": list(state.shape),
             "clients": list(state.clients),
             "known": {client: asdict(known) for client, known in state.known.items()},
             "minibatches": state.minibatches,
         }
-        groups = {group: getattr(state, group) for group in _GROUPS}
+        shared = state.shared
+        groups: dict[str, dict[str, Tensor]] = dict(
+            zip(
+                _GROUPS,
+                (shared.weights, shared.average, state.optimizer, shared.moments),
+                strict=True,
+            )
+        )
         write_checkpoint(self._path(state.round), Checkpoint(groups, manifest))
         for number in self.rounds()[: -self._keep]:
             remove_checkpoint(self._path(number))
@@ -162,13 +165,15 @@ class ServerCheckpoints:
         except (AttributeError, TypeError) as error:
             raise DamagedError(f"{path} is damaged: {error}") from error
         return RunState(
-            shared=Shared(checkpoint.group("shared")),
-            shared_average=Shared(checkpoint.group("shared_average")),
+            shared=Part(
+                Shared(checkpoint.group("shared")),
+                Shared(checkpoint.group("shared_average")),
+                checkpoint.group("shared_moments"),
+                manifest["shared_steps"],
+            ),
             optimizer=checkpoint.group("optimizer"),
-            shared_moments=checkpoint.group("shared_moments"),
             lineage=manifest["lineage"],
             round=manifest["round"],
-            shared_steps=manifest["shared_steps"],
             attempts=manifest["attempts"],
             shape=shape,
             clients=tuple(manifest["clients"]),
@@ -180,7 +185,7 @@ class ServerCheckpoints:
         """Raise UserError unless a state's φ and its average have the names and shapes of the
         model's ``shared``.
         """
-        for tensors in (state.shared, state.shared_average):
+        for tensors in (state.shared.weights, state.shared.average):
             check_tensors(str(self._path(state.round)), tensors, shared)
 
     def _path(self, number: int) -> Path:

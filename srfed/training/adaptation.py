@@ -17,8 +17,9 @@ from srfed.device import resolve_device
 from srfed.errors import UserError
 from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.network import Network
-from srfed.networks.partition import Partition, divide
-from srfed.training.local import ClientState, LocalTrainer, initial_state, load_tensors
+from srfed.networks.partition import Partition, Shared, divide
+from srfed.training.local import LocalTrainer
+from srfed.training.part import ClientState, copies, initial_state, load_tensors
 
 Mode = Literal["frozen", "thawed", "scratch"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -142,9 +143,7 @@ def adapt(
     # The moving average of a client covers what is exclusive to it. Where φ moves too, all of the
     # model is.
     trained = parts if mode == "frozen" else divide(model, "all")
-    start = {
-        name: tensor.clone() for name, tensor in trained.take_shared(model.state_dict()).items()
-    }
+    start = Shared(copies(trained.take_shared(model.state_dict())))
     return _chunks(
         own, model, parts, trained, start, initial_state(model, trained), task, images, steps
     )
@@ -155,7 +154,7 @@ def _chunks(
     model: Network,
     parts: Partition,
     trained: Partition,
-    shared: dict[str, Tensor],
+    shared: Shared,
     state: ClientState,
     task: str,
     images: np.ndarray,
@@ -178,7 +177,7 @@ def _chunks(
         )
         result = trainer.train(chunk, shared, state)
         state = result.state
-        whole = {**result.shared, **state.exclusive_average}
+        whole = {**result.shared, **state.exclusive.average}
         yield Adapted(
             chunk, first + count, result.loss, parts.take_shared(whole), parts.take_exclusive(whole)
         )

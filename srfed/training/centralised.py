@@ -8,7 +8,7 @@ task alike. A round has as many images as a federated one, so that equal rounds 
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +16,17 @@ from torch.func import functional_call
 
 from srfed.config import RunConfig
 from srfed.data import Task, to_model_range
-from srfed.device import arithmetic, autocast, memory_layout, to_device
+from srfed.device import arithmetic, memory_layout, to_device
 from srfed.diffusion.objective import Objective
 from srfed.diffusion.process import Forward
 from srfed.errors import UserError
 from srfed.networks.network import Network
 from srfed.networks.partition import Exclusive, Partition, Shared
 from srfed.randomness import derive_generator
-from srfed.training.ema import step_decay, update_average
-from srfed.training.local import ClientState, copies
 from srfed.training.minibatches import MinibatchOrder, draw_minibatch, seeded_dropout
-from srfed.training.optimizer import PartOptimizer, learning_rate_factor
-from srfed.training.step import LossMeter
+from srfed.training.optimizer import learning_rate_factor
+from srfed.training.part import ClientState, LivePart, Part, copies
+from srfed.training.step import LossMeter, Share, training_step
 
 POOL = "all tasks"
 """Stands for a task's name in the seeds of pooled training."""
@@ -38,19 +37,12 @@ class CentralisedState:
     """All that the next round depends on (CPU tensors by name).
 
     Attributes:
-        shared: φ.
-        shared_average: its moving average.
-        shared_moments: Adam's moments of φ.
-        steps: optimizer steps so far, all of them on φ.
-        tasks: what belongs to each task, by name: θ_i, its average, its moments, and how many
-            minibatches it had.
+        shared: φ, every step of which is the optimizer's.
+        tasks: what belongs to each task, by name: θ_i, and how many minibatches it had.
     """
 
-    shared: Shared
-    shared_average: Shared
+    shared: Part[Shared]
     tasks: dict[str, ClientState]
-    shared_moments: dict[str, Tensor] = field(default_factory=dict)
-    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,15 +55,6 @@ class CentralisedResult:
     loss_by_quarter: tuple[float, ...]
     images: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Share:
-    """What one task, or the pool, brings to one minibatch."""
-
-    name: str
-    images: Tensor
-    tasks: Tensor
 
 
 class CentralisedTrainer:
@@ -113,6 +96,15 @@ class CentralisedTrainer:
             to_model_range(t.train).to(self._device).contiguous(memory_format=self._layout)
             for t in tasks
         ]
+        self._shared = LivePart(
+            config.training, _parameters(model, partition.shared, self._layout)
+        )
+        self._exclusive = {
+            name: LivePart(
+                config.training, _parameters(model, partition.exclusive, self._layout)
+            )
+            for name in [*self._names, POOL]
+        }
         self._orders = centralised_orders(config, {task.name: len(task.train) for task in tasks})
         training = config.training
         size = training.centralised_batch_size or training.batch_size
@@ -139,79 +131,52 @@ class CentralisedTrainer:
             return self._train(round_number, state)
 
     def _train(self, round_number: int, state: CentralisedState) -> CentralisedResult:
-        training, device = self._config.training, self._device
+        training = self._config.training
         self._model.train()
         factor = learning_rate_factor(self._config, round_number)
-        shared_rate = factor * training.learning_rate
-        exclusive_rate = factor * (training.exclusive_learning_rate or training.learning_rate)
-        shared = _parameters(state.shared, self._partition.shared, device, self._layout)
-        exclusive = {
-            name: _parameters(own.exclusive, self._partition.exclusive, device, self._layout)
-            for name, own in state.tasks.items()
-        }
-        on_shared = PartOptimizer(training, shared, shared_rate, state.shared_moments)
-        on_exclusive = {
-            name: PartOptimizer(training, exclusive[name], exclusive_rate, own.exclusive_moments)
-            for name, own in state.tasks.items()
-        }
-        shared_average = {name: t.to(device, copy=True) for name, t in state.shared_average.items()}
-        averages = {
-            name: {key: t.to(device, copy=True) for key, t in own.exclusive_average.items()}
-            for name, own in state.tasks.items()
-        }
+        rate = factor * (training.exclusive_learning_rate or training.learning_rate)
+        self._shared.begin(state.shared, factor * training.learning_rate)
+        for name, own in state.tasks.items():
+            self._exclusive[name].begin(own.exclusive, rate)
         # Minibatches of each order so far; a pool's are the optimizer's steps.
-        seen = {name: own.steps for name, own in state.tasks.items()} | {POOL: state.steps}
+        seen = {name: own.minibatches for name, own in state.tasks.items()}
+        seen[POOL] = state.shared.steps
         all_losses = LossMeter(self._objective.process)
         task_losses = {name: LossMeter(self._objective.process) for name in self._images}
         start = time.perf_counter()
         for step in range(self._steps):
-            shares = self._shares(round_number, step, seen)
-            on_shared.clear_gradients()
-            for share in shares:
-                own = exclusive.get(share.name, {})
-                batch = draw_minibatch(
-                    self._config, self._objective, share.images, share.name, round_number, step
-                )
-                dropout = seeded_dropout(self._config, device, share.name, round_number, step)
-                with autocast(self._config.resources, device), dropout:
-                    losses = self._objective.loss(
-                        self._forward({**shared, **own}, share.tasks), *batch
-                    )
-                if own:
-                    on_exclusive[share.name].clear_gradients()
-                losses.mean().backward()
-                all_losses.add(losses.detach(), batch.times)
-                task_losses[share.name].add(losses.detach(), batch.times)
-                if own:
-                    _clip(own, training.gradient_clip)
-                    on_exclusive[share.name].step()
-                    decay = step_decay(training.ema_decay, training.ema_warmup, seen[share.name])
-                    update_average(averages[share.name], own, decay)
-                seen[share.name] += 1
-            if shared:
-                _divide_gradients(shared, len(shares))
-                _clip(shared, training.gradient_clip)
-                on_shared.step()
-                decay = step_decay(training.ema_decay, training.ema_warmup, state.steps + step)
-                update_average(shared_average, shared, decay)
+            names = self._names_of(round_number, step)
+            shares = [self._share(name, round_number, step, seen[name]) for name in names]
+            found = training_step(self._config, self._objective, self._shared, shares)
+            self._shared.count_step()
+            for name, share, losses in zip(names, shares, found, strict=True):
+                share.exclusive.count_step()
+                all_losses.add(losses, share.batch.times)
+                task_losses[name].add(losses, share.batch.times)
+                seen[name] += 1
         loss, loss_by_quarter, _ = all_losses.read()
         seconds = time.perf_counter() - start
         return CentralisedResult(
             state=CentralisedState(
-                shared=Shared(copies(shared)),
-                shared_average=Shared(copies(shared_average)),
+                shared=Part(
+                    Shared(copies(self._shared.weights)),
+                    Shared(copies(self._shared.average)),
+                    self._shared.export_moments(),
+                    self._shared.steps,
+                ),
                 tasks={
                     name: ClientState(
-                        exclusive=Exclusive(copies(exclusive[name])),
-                        exclusive_average=Exclusive(copies(averages[name])),
-                        exclusive_moments=on_exclusive[name].export_moments(),
-                        steps=seen[name],
-                        exclusive_steps=seen[name],
+                        Part(
+                            Exclusive(copies(part.weights)),
+                            Exclusive(copies(part.average)),
+                            part.export_moments(),
+                            seen[name],
+                        ),
+                        minibatches=seen[name],
                     )
-                    for name in state.tasks
+                    for name, part in self._exclusive.items()
+                    if name in state.tasks
                 },
-                shared_moments=on_shared.export_moments(),
-                steps=state.steps + self._steps,
             ),
             loss=loss,
             loss_by_task={
@@ -222,19 +187,27 @@ class CentralisedTrainer:
             seconds=seconds,
         )
 
-    def _shares(self, round_number: int, step: int, seen: Mapping[str, int]) -> list[_Share]:
+    def _names_of(self, round_number: int, step: int) -> list[str]:
+        """Whose minibatches a step sees."""
         names = list(self._images)
         if self._config.training.method == "one_task":
             generator = derive_generator(self._config.seed, "task", round_number, step)
             names = [names[int(torch.randint(len(names), (), generator=generator))]]
-        shares = []
-        for name in names:
-            indices = to_device(self._orders[name].indices(seen[name]), self._device)
-            shares.append(_Share(name, self._images[name][indices], self._tasks[name][indices]))
-        return shares
+        return names
+
+    def _share(self, name: str, round_number: int, step: int, seen: int) -> Share:
+        indices = to_device(self._orders[name].indices(seen), self._device)
+        images, tasks = self._images[name][indices], self._tasks[name][indices]
+        exclusive = self._exclusive[name]
+        return Share(
+            self._forward({**self._shared.weights, **exclusive.weights}, tasks),
+            exclusive,
+            draw_minibatch(self._config, self._objective, images, name, round_number, step),
+            seeded_dropout(self._config, self._device, name, round_number, step),
+        )
 
     def _forward(self, weights: Mapping[str, Tensor], tasks: Tensor) -> Forward:
-        further = () if not self._model.tasks else (tasks,)
+        further = (tasks,) if self._model.tasks else ()
         return lambda x, times: functional_call(self._model, dict(weights), (x, times, *further))
 
 
@@ -264,23 +237,13 @@ def centralised_orders(config: RunConfig, images: Mapping[str, int]) -> dict[str
 
 
 def _parameters(
-    tensors: Mapping[str, Tensor],
-    names: Sequence[str],
-    device: torch.device,
-    layout: torch.memory_format,
+    model: Network, names: Sequence[str], layout: torch.memory_format
 ) -> dict[str, nn.Parameter]:
-    copies_there = {name: tensors[name].to(device, copy=True) for name in names}
+    """Parameters of their own, of the shapes of the model's and where it is."""
+    own = model.state_dict()
     return {
-        name: nn.Parameter(tensor.contiguous(memory_format=layout) if tensor.ndim == 4 else tensor)
-        for name, tensor in copies_there.items()
+        name: nn.Parameter(
+            own[name].clone(memory_format=layout) if own[name].ndim == 4 else own[name].clone()
+        )
+        for name in names
     }
-
-
-def _divide_gradients(parameters: Mapping[str, nn.Parameter], shares: int) -> None:
-    if shares > 1:
-        torch._foreach_div_([p.grad for p in parameters.values() if p.grad is not None], shares)
-
-
-def _clip(parameters: Mapping[str, nn.Parameter], norm: float | None) -> None:
-    if norm is not None:
-        nn.utils.clip_grad_norm_(list(parameters.values()), norm, foreach=True)

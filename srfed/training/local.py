@@ -1,12 +1,12 @@
 """One client's local training: θ_i and φ on the client's own images, for one round."""
 
 import time
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from srfed.config import RunConfig, TrainingConfig
 from srfed.data import to_model_range
@@ -15,33 +15,10 @@ from srfed.diffusion.objective import Objective
 from srfed.model import task_of_table
 from srfed.networks.network import Network
 from srfed.networks.partition import Exclusive, Partition, Shared
-from srfed.training.ema import step_decay, update_average
 from srfed.training.minibatches import Minibatch, MinibatchOrder, draw_minibatch, seeded_dropout
 from srfed.training.optimizer import learning_rate_factor
+from srfed.training.part import ClientState, Part, copies
 from srfed.training.step import LocalStep, LossMeter
-
-
-@dataclass(frozen=True)
-class ClientState:
-    """All that a client keeps from one round to the next (CPU tensors by name).
-
-    Attributes:
-        exclusive: θ_i.
-        exclusive_average: the moving average of θ_i.
-        exclusive_moments: Adam's moments of θ_i.
-        shared_moments: Adam's moments of φ, under ``training.shared_moments: keep`` only.
-        steps: minibatches seen so far; the place in the minibatch order.
-        exclusive_steps: optimizer steps of θ_i so far; the place in the average's warm-up.
-        memory: what the steps on the update have kept, by step; of φ's names.
-    """
-
-    exclusive: Exclusive
-    exclusive_average: Exclusive
-    exclusive_moments: dict[str, Tensor] = field(default_factory=dict)
-    shared_moments: dict[str, Tensor] = field(default_factory=dict)
-    steps: int = 0
-    exclusive_steps: int = 0
-    memory: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,21 +44,6 @@ class LocalResult:
     shared_steps: int
     images: int
     seconds: float
-
-
-def initial_state(model: Network, partition: Partition) -> ClientState:
-    """The state before a client's first round: θ_i as the model was initialised, no moments."""
-    exclusive = partition.take_exclusive(model.state_dict())
-    return ClientState(Exclusive(copies(exclusive)), Exclusive(copies(exclusive)))
-
-
-@torch.no_grad()
-def load_tensors(model: nn.Module, *parts: Mapping[str, Tensor]) -> None:
-    """Copy tensors into a model in place, by name."""
-    target = model.state_dict()
-    for part in parts:
-        for name, tensor in part.items():
-            target[name].copy_(tensor)
 
 
 class LocalTrainer:
@@ -130,7 +92,7 @@ class LocalTrainer:
     def train(
         self,
         round_number: int,
-        shared: Mapping[str, Tensor],
+        shared: Shared,
         state: ClientState,
     ) -> LocalResult:
         """Train for one round from (φ, θ_i).
@@ -147,7 +109,7 @@ class LocalTrainer:
     def _train(
         self,
         round_number: int,
-        shared: Mapping[str, Tensor],
+        shared: Shared,
         state: ClientState,
     ) -> LocalResult:
         training, trained = self._config.training, self._step
@@ -155,11 +117,14 @@ class LocalTrainer:
         steps = [
             parts
             for count, parts in phases(
-                training, self._order.steps_per_pass, trained.exclusive, trained.shared
+                training,
+                self._order.steps_per_pass,
+                trained.exclusive.weights,
+                trained.shared.weights,
             )
             for _ in range(count)
         ]
-        orders = [self._order.indices(state.steps + step) for step in range(len(steps))]
+        orders = [self._order.indices(state.minibatches + step) for step in range(len(steps))]
         if trained.captures:
             for parts, indices in {
                 (parts, len(order)): (parts, order)
@@ -168,43 +133,38 @@ class LocalTrainer:
                 trained.prepare(
                     parts, self._draw(indices, round_number, 0), self._tasks(len(indices))
                 )
-        load_tensors(self._model, shared, state.exclusive)
         factor = learning_rate_factor(self._config, round_number)
         keeps = training.shared_moments == "keep"
+        moments = state.shared_moments if keeps else {}
+        # φ's moving average is the server's.
         trained.begin(
-            (factor * training.learning_rate, state.shared_moments if keeps else None),
+            (Part(shared, Shared({}), moments), factor * training.learning_rate),
             (
+                state.exclusive,
                 factor * (training.exclusive_learning_rate or training.learning_rate),
-                state.exclusive_moments,
             ),
         )
-        average = {
-            name: t.to(self._device, copy=True) for name, t in state.exclusive_average.items()
-        }
-        exclusive_step = state.exclusive_steps
         meter = LossMeter(self._objective.process)
         start = time.perf_counter()
         for step, (parts, indices) in enumerate(zip(steps, orders, strict=True)):
             batch = self._draw(indices, round_number, step)
             with seeded_dropout(self._config, self._device, self._task, round_number, step):
                 losses = trained.run(parts, batch, self._tasks(len(indices)))
-            if "exclusive" in parts:
-                decay = step_decay(training.ema_decay, training.ema_warmup, exclusive_step)
-                update_average(average, trained.exclusive, decay)
-                exclusive_step += 1
             meter.add(losses, batch.times)
         loss, loss_by_quarter, images_by_quarter = meter.read()
         seconds = time.perf_counter() - start
 
         return LocalResult(
-            shared=Shared(copies(trained.shared)),
+            shared=Shared(copies(trained.shared.weights)),
             state=ClientState(
-                exclusive=Exclusive(copies(trained.exclusive)),
-                exclusive_average=Exclusive(copies(average)),
-                exclusive_moments=trained.export_moments("exclusive"),
-                shared_moments=trained.export_moments("shared") if keeps else {},
-                steps=state.steps + len(steps),
-                exclusive_steps=exclusive_step,
+                exclusive=Part(
+                    Exclusive(copies(trained.exclusive.weights)),
+                    Exclusive(copies(trained.exclusive.average)),
+                    trained.exclusive.export_moments(),
+                    trained.exclusive.steps,
+                ),
+                shared_moments=trained.shared.export_moments() if keeps else {},
+                minibatches=state.minibatches + len(steps),
             ),
             loss=loss,
             loss_by_quarter=loss_by_quarter,
@@ -247,8 +207,3 @@ def phases(
         "shared": 0 if training.update == "exclusive" else steps,
     }
     return [(counts[name], (name,)) for name in present]
-
-
-def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU copies."""
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}

@@ -1,6 +1,8 @@
-"""One optimizer step of local training, and what it says of its losses."""
+"""One optimizer step, of one task or of several at once, and what it says of its losses."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,16 +10,82 @@ from torch import Tensor, nn
 from srfed.config import RunConfig
 from srfed.device import Captured, autocast
 from srfed.diffusion.objective import Objective
-from srfed.diffusion.process import QUARTERS, Process
+from srfed.diffusion.process import QUARTERS, Forward, Process
 from srfed.networks.network import Network
-from srfed.networks.partition import Partition
+from srfed.networks.partition import Exclusive, Partition, Shared
 from srfed.training.minibatches import Minibatch
-from srfed.training.optimizer import PartOptimizer
+from srfed.training.part import LivePart, Part, load_tensors
+
+
+class Share(NamedTuple):
+    """What one task, or a pool of tasks, brings to a training step.
+
+    Attributes:
+        forward: the network with φ and this task's θ_i.
+        exclusive: θ_i; without weights where all is shared.
+        batch: its minibatch.
+        drawing: the context that its forward pass draws in.
+    """
+
+    forward: Forward
+    exclusive: LivePart
+    batch: Minibatch
+    drawing: AbstractContextManager[None] = nullcontext()
+
+
+def training_step(
+    config: RunConfig,
+    objective: Objective,
+    shared: LivePart,
+    shares: Sequence[Share],
+    *,
+    clip_together: bool = False,
+    anchor: Mapping[str, Tensor] | None = None,
+) -> list[Tensor]:
+    """One optimizer step: φ descends the mean of the shares' losses, eq. (8), each θ_i its own
+    share's, eq. (7).
+
+    Only what requires a gradient moves. A share goes through the network by itself, which changes
+    nothing: no layer mixes images.
+
+    Args:
+        config: the run's configuration.
+        objective: what the network learns to predict.
+        shared: φ.
+        shares: at least one, of different tasks.
+        clip_together: clip all gradients by their common norm, and not each part's by its own.
+        anchor: φ at the round's beginning, where ``training.proximal`` pulls towards it.
+
+    Returns:
+        (N,) losses of each share, on the device.
+    """
+    training, found = config.training, []
+    shared.clear_gradients()
+    for share in shares:
+        share.exclusive.clear_gradients()
+        device = share.batch.images.device
+        with autocast(config.resources, device), share.drawing:
+            losses = objective.loss(share.forward, *share.batch)
+        losses.mean().backward()
+        found.append(losses.detach())
+    shared.divide_gradients(len(shares))
+    if anchor:
+        _pull_towards(shared.weights, anchor, training.proximal)
+    parts = [*(share.exclusive for share in shares), shared]
+    if training.gradient_clip is not None:
+        groups = [[p for part in parts for p in part.weights.values()]] if clip_together else [
+            list(part.weights.values()) for part in parts
+        ]
+        for group in groups:
+            nn.utils.clip_grad_norm_(group, training.gradient_clip, foreach=True)
+    for part in parts:
+        part.step()
+    return found
 
 
 class LocalStep:
-    """A minibatch's loss, its gradient and one step of the optimizers; captured as a CUDA graph
-    where there is CUDA.
+    """A client's training step on a network's own parameters; captured as a CUDA graph where there
+    is CUDA.
 
     One for each model, whichever client trains it: weights and moments are overwritten in place
     between clients.
@@ -30,7 +98,7 @@ class LocalStep:
 
     Attributes:
         captures: whether steps are captured, and so have to be prepared.
-        shared, exclusive: the model's parameters of φ and of θ_i, by name.
+        shared, exclusive: φ and θ_i.
     """
 
     def __init__(
@@ -39,16 +107,14 @@ class LocalStep:
         self._config, self._model, self._objective = config, model, objective
         self._device = next(model.parameters()).device
         parameters = dict(model.named_parameters())
-        self.shared = {name: parameters[name] for name in partition.shared}
-        self.exclusive = {name: parameters[name] for name in partition.exclusive}
-        self._optimizers = {
-            "shared": PartOptimizer(config.training, self.shared, 0.0),
-            "exclusive": PartOptimizer(config.training, self.exclusive, 0.0),
-        }
-        proximal = config.training.proximal
+        self.shared, self.exclusive = (
+            LivePart(config.training, {name: parameters[name] for name in names})
+            for names in (partition.shared, partition.exclusive)
+        )
+        self._parts = {"shared": self.shared, "exclusive": self.exclusive}
         self._anchor = (
-            {name: tensor.detach().clone() for name, tensor in self.shared.items()}
-            if proximal
+            {name: tensor.detach().clone() for name, tensor in self.shared.weights.items()}
+            if config.training.proximal
             else {}
         )
         self._captured: dict[tuple[str, ...], Captured] = {}
@@ -66,32 +132,23 @@ class LocalStep:
 
     @torch.no_grad()
     def begin(
-        self,
-        shared: tuple[float, Mapping[str, Tensor] | None],
-        exclusive: tuple[float, Mapping[str, Tensor] | None],
+        self, shared: tuple[Part[Shared], float], exclusive: tuple[Part[Exclusive], float]
     ) -> None:
-        """Begin a round from the weights that the model has now; each part with its rate and Adam's
-        moments.
-        """
-        self._optimizers["shared"].begin(*shared)
-        self._optimizers["exclusive"].begin(*exclusive)
-        for name, tensor in self._anchor.items():
-            tensor.copy_(self.shared[name])
+        """Begin a round from these parts, each at its rate."""
+        self.shared.begin(*shared)
+        self.exclusive.begin(*exclusive)
+        load_tensors(self._anchor, {name: self.shared.weights[name] for name in self._anchor})
 
     def run(self, parts: tuple[str, ...], batch: Minibatch, tasks: Tensor | None) -> Tensor:
         """Train these parts on a minibatch; (N,) losses, eq. (7), on the device."""
         arguments = (*batch, *(() if tasks is None else (tasks,)))
         self._set_trained(parts)
-        if not self.captures:
-            return self._step(parts, *arguments)
-        losses = self._of(parts)(*arguments).clone()
+        losses = (
+            self._of(parts)(*arguments).clone() if self.captures else self._step(parts, *arguments)
+        )
         for part in parts:
-            self._optimizers[part].mark_started(self._tensors(part))
+            self._parts[part].count_step(captured=self.captures)
         return losses
-
-    def export_moments(self, part: str) -> dict[str, Tensor]:
-        """Adam's moments of a part; see :meth:`PartOptimizer.export_moments`."""
-        return self._optimizers[part].export_moments()
 
     def _step(
         self,
@@ -101,21 +158,17 @@ class LocalStep:
         noise: Tensor,
         *tasks: Tensor,
     ) -> Tensor:
-        training = self._config.training
         forward = (lambda x, t: self._model(x, t, *tasks)) if tasks else self._model
-        with autocast(self._config.resources, self._device):
-            losses = self._objective.loss(forward, images, times, noise)
-        for optimizer in self._optimizers.values():
-            optimizer.clear_gradients()
-        losses.mean().backward()
-        if training.proximal and "shared" in parts:
-            _pull_towards(self.shared, self._anchor, training.proximal)
-        if training.gradient_clip is not None:
-            active = [parameter for part in parts for parameter in self._tensors(part).values()]
-            nn.utils.clip_grad_norm_(active, training.gradient_clip, foreach=True)
-        for optimizer in self._optimizers.values():
-            optimizer.step()
-        return losses.detach()
+        share = Share(forward, self.exclusive, Minibatch(images, times, noise))
+        (losses,) = training_step(
+            self._config,
+            self._objective,
+            self.shared,
+            [share],
+            clip_together=True,
+            anchor=self._anchor if "shared" in parts else None,
+        )
+        return losses
 
     def _of(self, parts: tuple[str, ...]) -> Captured:
         if parts not in self._captured:
@@ -124,13 +177,10 @@ class LocalStep:
             )
         return self._captured[parts]
 
-    def _tensors(self, part: str) -> Mapping[str, nn.Parameter]:
-        return self.shared if part == "shared" else self.exclusive
-
     def _set_trained(self, parts: Collection[str]) -> None:
-        for part in self._optimizers:
-            for parameter in self._tensors(part).values():
-                parameter.requires_grad_(part in parts)
+        for name, part in self._parts.items():
+            for parameter in part.weights.values():
+                parameter.requires_grad_(name in parts)
 
 
 class LossMeter:

@@ -44,7 +44,8 @@ from srfed.networks.partition import divide
 from srfed.storage.checkpoint import read_manifest
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
-from srfed.training.local import LocalTrainer, initial_state
+from srfed.training.local import LocalTrainer
+from srfed.training.part import initial_state
 from support.tiny_run import CLIENTS, all_bits, begin, run_in_process, server_bits, tiny_config
 
 HOSTS = ("fed.example.org", "10.0.0.5")

@@ -29,7 +29,8 @@ from srfed.evaluation.metrics.memorisation import (
     nearest_distances,
 )
 from srfed.model import build_model, build_objective, build_partition
-from srfed.training.local import LocalTrainer, initial_state, load_tensors
+from srfed.training.local import LocalTrainer
+from srfed.training.part import initial_state, load_tensors
 
 torch.set_num_threads(1)
 
@@ -324,7 +325,7 @@ def generated_by_a_model(train: Images) -> Images:
     partition = build_partition(config, model)
     trainer = LocalTrainer(config, model, partition, objective, "digit", train)
     state = trainer.train(1, {}, initial_state(model, partition)).state
-    load_tensors(model, state.exclusive_average)
+    load_tensors(model, state.exclusive.average)
     model.eval()
     return generate(
         objective.denoiser(model),

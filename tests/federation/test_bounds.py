@@ -16,7 +16,8 @@ from srfed.errors import UserError
 from srfed.federation.aggregation import client_weights
 from srfed.federation.bounds import TrainPlan
 from srfed.model import build_model, build_objective, build_partition
-from srfed.training.local import LocalTrainer, initial_state
+from srfed.training.local import LocalTrainer
+from srfed.training.part import initial_state
 from srfed.training.minibatches import MinibatchOrder
 from srfed.training.optimizer import ADAM_REACH, BETA1, BETA2, PartOptimizer, reach_of_round
 from srfed.units import printable
@@ -60,10 +61,10 @@ def test_a_round_is_computed_as_the_trainer_takes_it(changes: dict[str, Any]) ->
         config, model, partition, build_objective(config, torch.device("cpu")), "digit-0", images
     )
     for number in (1, 2, 3):
-        plan = TrainPlan.of(config, partition, "digit-0", len(images), state.steps)
+        plan = TrainPlan.of(config, partition, "digit-0", len(images), state.minibatches)
         result = trainer.train(number, shared, state)
         assert (plan.images, plan.shared_steps) == (result.images, result.shared_steps)
-        assert plan.minibatches == result.state.steps - state.steps
+        assert plan.minibatches == result.state.minibatches - state.minibatches
         moved = math.sqrt(
             sum(float((result.shared[n] - shared[n]).double().square().sum()) for n in shared)
         )

@@ -40,7 +40,8 @@ from srfed.model import build_model, build_objective, build_partition
 from srfed.storage.checkpoint import read_checkpoint
 from srfed.storage.client_store import NO_PARENT, ClientStore
 from srfed.storage.run_folder import RunFolder
-from srfed.training.local import ClientState, LocalTrainer, initial_state
+from srfed.training.local import LocalTrainer
+from srfed.training.part import ClientState, Part, initial_state
 from srfed.training.optimizer import reach_of_round
 from support.tiny_run import (
     accepted_attempts,
@@ -277,7 +278,7 @@ def test_an_honest_client_is_neither_refused_nor_shortened(overrides: dict[str, 
     )
     state, memory = initial_state(model, partition), {}
     for number in range(1, 5):
-        plan = TrainPlan.of(config, partition, "digit-0", len(images), state.steps)
+        plan = TrainPlan.of(config, partition, "digit-0", len(images), state.minibatches)
         result = trainer.train(number, shared, state)
         delta = difference(result.shared, shared)
         decoded, memory = there_and_back(overrides, delta, memory, number)
@@ -295,8 +296,8 @@ def test_a_memory_is_stored_with_its_attempt_and_older_stores_have_none(tmp_path
     store = ClientStore(tmp_path, "client", "lineage", 3)
     tensors, average = {"head.weight": torch.ones(2)}, {"head.weight": torch.zeros(2)}
     memory = {"quantise": {"mid.weight": torch.arange(3.0), "mid.bias": torch.ones(())}}
-    store.save("a-1", NO_PARENT, 1, ClientState(tensors, average, memory=memory))
-    store.save("b-1", NO_PARENT, 1, ClientState(tensors, average))
+    store.save("a-1", NO_PARENT, 1, ClientState(Part(tensors, average), memory=memory))
+    store.save("b-1", NO_PARENT, 1, ClientState(Part(tensors, average)))
     loaded = store.load("a-1").memory
     assert loaded.keys() == {"quantise"}
     assert loaded["quantise"].keys() == {"mid.weight", "mid.bias"}

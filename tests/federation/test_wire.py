@@ -53,12 +53,13 @@ from support.wire import SECRET, RecordingGrid, is_bare_error, log_of
 LEAKING_PROGRAM = """
 from srfed.federation.flower.packing import reply_content
 from srfed.federation.messages import GENERATED, SHARED, ReplyHeader, Samples
-from srfed.training.local import ClientState, LocalResult
+from srfed.training.local import LocalResult
+from srfed.training.part import ClientState
 def reply(header: ReplyHeader, result: LocalResult, state: ClientState, made: Samples) -> None:
     reply_content(header, {}, {SHARED: result.shared, GENERATED: made})
-    reply_content(header, {}, {SHARED: state.exclusive})
-    reply_content(header, {}, {SHARED: state.exclusive_average})
-    reply_content(header, {}, {SHARED: state.exclusive_moments})
+    reply_content(header, {}, {SHARED: state.exclusive.weights})
+    reply_content(header, {}, {SHARED: state.exclusive.average})
+    reply_content(header, {}, {SHARED: state.exclusive.moments})
 """
 
 

@@ -28,7 +28,8 @@ from srfed.runs.run import TrainedRun, TrainedSite
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.site_model import SiteModel
 from srfed.training.adaptation import MODES, Adapted, Mode, adapt, adaptation_config
-from srfed.training.local import LocalTrainer, initial_state, load_tensors
+from srfed.training.local import LocalTrainer
+from srfed.training.part import initial_state, load_tensors
 from support.images import save
 from support.tiny_run import tiny_config
 
@@ -132,7 +133,7 @@ def test_frozen_is_a_clients_training_from_the_common_initialisation(
     trainer = LocalTrainer(own, model, partition, objective, NEW, new_images)
     for number in (1, 2):
         state = trainer.train(number, trained.shared, state).state
-    assert same_bits(state.exclusive_average, adapted["frozen"][1].exclusive)
+    assert same_bits(state.exclusive.average, adapted["frozen"][1].exclusive)
 
 
 def test_where_the_core_moves_it_is_averaged_step_by_step_too(
@@ -154,7 +155,7 @@ def test_where_the_core_moves_it_is_averaged_step_by_step_too(
         state = trainer.train(step + 1, {}, state).state
         decay = min(own.training.ema_decay, (1 + step) / (10 + step))
         for name, tensor in average.items():
-            average[name] = decay * tensor + (1 - decay) * state.exclusive[name]
+            average[name] = decay * tensor + (1 - decay) * state.exclusive.weights[name]
             torch.testing.assert_close({**result.shared, **result.exclusive}[name], average[name])
 
 

@@ -30,9 +30,9 @@ def test_a_stored_state_comes_back_whole(tmp_path: Path) -> None:
     store = ClientStore(tmp_path, "client", "lineage", 3)
     store.save("a-1", NO_PARENT, 1, client_state(3.0))
     state = store.load("a-1")
-    assert (state.steps, state.exclusive_steps, state.shared_moments) == (3, 1, {})
-    assert torch.equal(state.exclusive["head.weight"], torch.full((64, 64), 3.0))
-    assert state.exclusive_moments["step.head.weight"].shape == ()
+    assert (state.minibatches, state.exclusive.steps, state.shared_moments) == (3, 1, {})
+    assert torch.equal(state.exclusive.weights["head.weight"], torch.full((64, 64), 3.0))
+    assert state.exclusive.moments["step.head.weight"].shape == ()
 
 
 @pytest.mark.parametrize("keep", [2, 3])
@@ -111,7 +111,7 @@ def test_a_full_disk_leaves_the_client_store_as_it_was(tmp_path: Path) -> None:
     with files_of_at_most(1000), pytest.raises(UserError, match="cannot write"):
         store.save("a-2", "a-1", 2, client_state(2))
     assert attempts_of(store) == {"a-1"}
-    assert torch.equal(store.load("a-1").exclusive["head.weight"], torch.full((64, 64), 1.0))
+    assert torch.equal(store.load("a-1").exclusive.weights["head.weight"], torch.full((64, 64), 1.0))
     with pytest.raises(UserError):
         store.load("a-2")
 
@@ -264,7 +264,7 @@ def test_a_lineage_may_be_called_as_it_likes_without_meeting_other_files_of_the_
         (tmp_path / "client" / "models" / "a" / "round-00003").mkdir(parents=True, exist_ok=True)
         store = ClientStore(tmp_path, "client", name, 1)
         lines_of(store, "a3", NO_PARENT, 1)
-        assert store.load("a-3").steps == 3
+        assert store.load("a-3").minibatches == 3
     assert (tmp_path / "client" / "models" / "a" / "round-00003").is_dir()
     assert sorted(path.name for path in (tmp_path / "client").iterdir()) == [
         "lineages",
@@ -310,7 +310,7 @@ def test_a_store_of_before_is_read_where_it_lies_and_moved_when_it_is_written(
             json.dumps({key: content[key] for key in content if key not in ("format", "line")})
         )
     store = ClientStore(tmp_path, "client", lineage, 2)
-    assert store.load("a-2").steps == 2
+    assert store.load("a-2").minibatches == 2
     assert store.has("a-2")
     assert not store.folder.exists(), "reading changes nothing"
     store.save("a-3", "a-2", 3, client_state(3))
@@ -331,7 +331,7 @@ import sys, time
 from pathlib import Path
 import torch
 from srfed.storage.client_store import ClientStore
-from srfed.training.local import ClientState
+from srfed.training.part import ClientState, Part
 folder, name, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 store = ClientStore(folder / "state", "client", "lineage", 2 * count)
 (folder / f"{name}.ready").touch()
@@ -339,7 +339,7 @@ while len(list(folder.glob("*.ready"))) < 2:
     time.sleep(0.001)
 for number in range(1, count + 1):
     tensors = {"head.weight": torch.full((64, 64), float(number))}
-    store.save(f"{name}-{number}", "none", number, ClientState(tensors, {}, {}, {}, number, number))
+    store.save(f"{name}-{number}", "none", number, ClientState(Part(tensors, {}, {}, number), {}, number))
 """
 
 
@@ -357,5 +357,5 @@ def test_two_processes_that_save_at_once_lose_nothing(tmp_path: Path) -> None:
     store = ClientStore(tmp_path / "state", "client", "lineage", 2 * count)
     for name in ("one", "two"):
         for number in range(1, count + 1):
-            assert store.load(f"{name}-{number}").steps == number
+            assert store.load(f"{name}-{number}").minibatches == number
     assert len(list(store.folder.iterdir())) == 2 * count

@@ -25,7 +25,7 @@ def test_the_server_keeps_its_last_checkpoints_and_survives_a_full_disk(tmp_path
     state = checkpoints.load_last()
     assert (state.round, state.parent("a"), state.parent("b")) == (3, "a-3", NO_PARENT)
     assert state.shape == (8, 8, 1)
-    assert torch.equal(state.shared["w"], torch.full((64, 64), 3.0))
+    assert torch.equal(state.shared.weights["w"], torch.full((64, 64), 3.0))
 
 
 def test_a_checkpoint_that_somebody_set_aside_is_not_taken_for_one(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from srfed.diffusion.objectives.noise import NoisePrediction
 from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.unet import UNet
 from srfed.training.centralised import CentralisedResult, CentralisedState, CentralisedTrainer
-from srfed.training.local import ClientState, LocalResult, LocalTrainer
+from srfed.training.local import LocalResult, LocalTrainer
+from srfed.training.part import ClientState, Part
 
 T = 100
 RATE = 0.02
@@ -122,10 +123,10 @@ class Central:
         for i, task in enumerate(tasks):
             exclusive = perturbed(self.model, i + 1, self.partition.exclusive)
             states[task.name] = ClientState(
-                exclusive, {name: t.clone() for name, t in exclusive.items()}
+                Part(exclusive, {name: t.clone() for name, t in exclusive.items()})
             )
         self.start = self.state = CentralisedState(
-            shared, {name: t.clone() for name, t in shared.items()}, states
+            Part(shared, {name: t.clone() for name, t in shared.items()}), states
         )
         self.results: list[CentralisedResult] = []
 
@@ -136,7 +137,7 @@ class Central:
         return self.state
 
     def exclusive(self, task: int) -> Tensors:
-        return self.state.tasks[f"task{task}"].exclusive
+        return self.state.tasks[f"task{task}"].exclusive.weights
 
 
 def central(config: RunConfig, *sizes: int) -> Central:
@@ -169,8 +170,8 @@ class ByHand:
 
     def __init__(self, of: Central) -> None:
         self.of, config = of, of.config
-        self.shared = leaves(of.start.shared)
-        self.exclusive = {name: leaves(state.exclusive) for name, state in of.start.tasks.items()}
+        self.shared = leaves(of.start.shared.weights)
+        self.exclusive = {name: leaves(state.exclusive.weights) for name, state in of.start.tasks.items()}
         parts = {"shared": self.shared, **self.exclusive}
         self.averages = {
             part: {n: t.detach().clone() for n, t in tensors.items()}
@@ -232,14 +233,14 @@ class ByHand:
         """Each part is where the loop is, but for this share of the way it came."""
         start, state = self.of.start, self.of.state
         pairs = [
-            (start.shared, state.shared, self.shared),
-            (start.shared, state.shared_average, self.averages["shared"]),
+            (start.shared.weights, state.shared.weights, self.shared),
+            (start.shared.weights, state.shared.average, self.averages["shared"]),
         ]
         for name, own in state.tasks.items():
-            first = start.tasks[name].exclusive
+            first = start.tasks[name].exclusive.weights
             pairs += [
-                (first, own.exclusive, self.exclusive[name]),
-                (first, own.exclusive_average, self.averages[name]),
+                (first, own.exclusive.weights, self.exclusive[name]),
+                (first, own.exclusive.average, self.averages[name]),
             ]
         for before, actual, expected in pairs:
             assert list(before) == list(actual) == list(expected)
@@ -290,7 +291,7 @@ def locally(config: RunConfig, of: Central, *rounds: int) -> list[LocalResult]:
         trainer = LocalTrainer(
             config, build_model(config, 1), of.partition, of.objective, task.name, task.train, i
         )
-        shared, state = of.start.shared, of.start.tasks[task.name]
+        shared, state = of.start.shared.weights, of.start.tasks[task.name]
         for number in rounds:
             result = trainer.train(number, shared, state)
             shared, state = result.shared, result.state

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from srfed.config import RunConfig, parse_config
 from srfed.diffusion.objectives.noise import NoisePrediction
 from srfed.model import build_model, build_objective, build_partition
-from srfed.training.local import LocalResult, LocalTrainer, initial_state, load_tensors
+from srfed.training.local import LocalResult, LocalTrainer
+from srfed.training.part import initial_state, load_tensors
 
 T = 100
 Tensors = dict[str, Tensor]
@@ -128,7 +129,7 @@ class Client:
 
     @property
     def weights(self) -> Tensors:
-        return {**self.shared, **self.state.exclusive}
+        return {**self.shared, **self.state.exclusive.weights}
 
     @property
     def draws(self) -> list[Draw]:

@@ -41,13 +41,13 @@ def test_the_proximal_term_pulls_with_mu_times_the_distance() -> None:
     (_, first), (_, first_free) = client_steps(1, proximal=strength), client_steps(1)
     assert same_bits(first.shared, first_free.shared), "no distance yet"
     place, second = client_steps(2, proximal=strength)
-    shared, exclusive = leaves(first.shared), leaves(first.state.exclusive)
+    shared, exclusive = leaves(first.shared), leaves(first.state.exclusive.weights)
     ddpm_losses(place.model, {**shared, **exclusive}, place.objective.draws[1]).mean().backward()
     expected = {
-        n: t - RATE * (t.grad + strength * (t - place.start.shared[n])) for n, t in shared.items()
+        n: t - RATE * (t.grad + strength * (t - place.start.shared.weights[n])) for n, t in shared.items()
     }
     assert_close(second.shared, expected)
-    assert_close(second.state.exclusive, {n: t - RATE * t.grad for n, t in exclusive.items()})
+    assert_close(second.state.exclusive.weights, {n: t - RATE * t.grad for n, t in exclusive.items()})
     unpulled = client_steps(2)[1].shared
     assert max(float((unpulled[n] - second.shared[n]).abs().max()) for n in shared) > 1e-5
 
@@ -55,32 +55,32 @@ def test_the_proximal_term_pulls_with_mu_times_the_distance() -> None:
 def test_the_proximal_term_is_the_gradient_of_fedprox() -> None:
     """μ/2 ‖φ - φ^r‖² differentiated by autograd, over a round of Adam."""
     place, result = client_steps(3, proximal=0.7, optimizer="adam")
-    shared, exclusive = leaves(place.start.shared), leaves(place.start.tasks["task0"].exclusive)
+    shared, exclusive = leaves(place.start.shared.weights), leaves(place.start.tasks["task0"].exclusive.weights)
     optimizer = torch.optim.Adam([*shared.values(), *exclusive.values()], lr=RATE, fused=True)
     for draw in place.objective.draws:
         optimizer.zero_grad()
-        distance = sum((t - place.start.shared[n]).square().sum() for n, t in shared.items())
+        distance = sum((t - place.start.shared.weights[n]).square().sum() for n, t in shared.items())
         (
             ddpm_losses(place.model, {**shared, **exclusive}, draw).mean() + 0.7 / 2 * distance
         ).backward()
         optimizer.step()
     assert_close(result.shared, shared, atol=2e-5)
-    assert_close(result.state.exclusive, exclusive, atol=2e-5)
+    assert_close(result.state.exclusive.weights, exclusive, atol=2e-5)
 
 
 def test_exclusive_updates_leave_every_bit_of_the_core_and_train_the_task() -> None:
     place, result = client_steps(3, update="exclusive", proximal=1.0)
-    assert same_bits(result.shared, place.start.shared)
+    assert same_bits(result.shared, place.start.shared.weights)
     assert result.shared_steps == 0
-    assert result.state.steps == result.state.exclusive_steps == len(place.objective.draws) == 3
-    exclusive = leaves(place.start.tasks["task0"].exclusive)
+    assert result.state.minibatches == result.state.exclusive.steps == len(place.objective.draws) == 3
+    exclusive = leaves(place.start.tasks["task0"].exclusive.weights)
     optimizer = torch.optim.SGD(exclusive.values(), lr=RATE)
     for draw in place.objective.draws:
         optimizer.zero_grad()
-        ddpm_losses(place.model, {**place.start.shared, **exclusive}, draw).mean().backward()
+        ddpm_losses(place.model, {**place.start.shared.weights, **exclusive}, draw).mean().backward()
         optimizer.step()
-    assert_close(result.state.exclusive, exclusive)
-    assert_moved(place.start.tasks["task0"].exclusive, result.state.exclusive)
+    assert_close(result.state.exclusive.weights, exclusive)
+    assert_moved(place.start.tasks["task0"].exclusive.weights, result.state.exclusive.weights)
 
 
 def test_exclusive_updates_with_nothing_exclusive_are_refused() -> None:
@@ -100,7 +100,7 @@ def test_only_the_rows_of_tasks_in_the_minibatch_have_a_gradient() -> None:
     trained.train(1)
     present = set(owners(trained.tasks, trained.objective.draws[0]))
     assert 1 < len(present) < 6, "this seed tells nothing"
-    before, after = (state.shared["task_table.weight"] for state in (trained.start, trained.state))
+    before, after = (state.shared.weights["task_table.weight"] for state in (trained.start, trained.state))
     moved = {row for row in range(6) if not torch.equal(before[row], after[row])}
     assert moved == present
 
@@ -108,7 +108,7 @@ def test_only_the_rows_of_tasks_in_the_minibatch_have_a_gradient() -> None:
 def test_a_client_of_a_federation_moves_its_own_row() -> None:
     config = run_config("federated", "none", embedding="shared")
     place = central(run_config("one_task", "none", embedding="shared"), 5, 7, 9)
-    before = place.start.shared["task_table.weight"]
+    before = place.start.shared.weights["task_table.weight"]
     for i, client in enumerate(locally(config, place, 1)):
         after = client.shared["task_table.weight"]
         assert {row for row in range(3) if not torch.equal(before[row], after[row])} == {i}
@@ -183,6 +183,6 @@ def test_a_new_vector_changes_nothing_and_then_learns() -> None:
         assert not torch.allclose(vector(x, timesteps), plain(x, timesteps), atol=1e-3)
     place = central(run_config("one_task", "none", embedding="exclusive"), 5, 7, 9)
     for i, client in enumerate(locally(config, place, 1)):
-        assert list(client.state.exclusive) == ["task_vector.value"]
+        assert list(client.state.exclusive.weights) == ["task_vector.value"]
         assert "task_vector.value" not in client.shared
-        assert_moved(place.start.tasks[f"task{i}"].exclusive, client.state.exclusive)
+        assert_moved(place.start.tasks[f"task{i}"].exclusive.weights, client.state.exclusive.weights)

@@ -75,9 +75,9 @@ def test_training_is_a_plain_loop_over_the_same_draws(
     # Adam divides by the gradient's size: where that is rounding noise, a step of either sign is
     # right.
     by_hand.check(1e-2)
-    assert by_hand.steps["shared"] == trained.state.steps == 6
-    assert_moved(trained.start.shared, trained.state.shared)
-    assert_moved(trained.state.shared_average, trained.state.shared)
+    assert by_hand.steps["shared"] == trained.state.shared.steps == 6
+    assert_moved(trained.start.shared.weights, trained.state.shared.weights)
+    assert_moved(trained.state.shared.average, trained.state.shared.weights)
 
 
 def test_one_balanced_step_of_gradient_descent_is_eq_8_on_the_union_batch() -> None:
@@ -85,18 +85,18 @@ def test_one_balanced_step_of_gradient_descent_is_eq_8_on_the_union_batch() -> N
     trained.train(1)
     draws = trained.objective.draws
     assert [set(owners(trained.tasks, draw)) for draw in draws] == [{0}, {1}, {2}]
-    shared = leaves(trained.start.shared)
-    exclusive = [leaves(trained.start.tasks[task.name].exclusive) for task in trained.tasks]
+    shared = leaves(trained.start.shared.weights)
+    exclusive = [leaves(trained.start.tasks[task.name].exclusive.weights) for task in trained.tasks]
     losses = [
         ddpm_losses(trained.model, {**shared, **own}, draw)
         for own, draw in zip(exclusive, draws, strict=True)
     ]
     union = torch.cat(losses).mean()
     union.backward()
-    assert_close(trained.state.shared, {n: t - RATE * t.grad for n, t in shared.items()})
+    assert_close(trained.state.shared.weights, {n: t - RATE * t.grad for n, t in shared.items()})
     for i, own in enumerate(exclusive):
         assert_close(trained.exclusive(i), {n: t - 3 * RATE * t.grad for n, t in own.items()})
-        assert_moved(trained.start.tasks[f"task{i}"].exclusive, trained.exclusive(i))
+        assert_moved(trained.start.tasks[f"task{i}"].exclusive.weights, trained.exclusive(i))
     assert trained.results[0].loss == pytest.approx(union.item(), rel=1e-5)
     by_task = {f"task{i}": each.mean().item() for i, each in enumerate(losses)}
     assert trained.results[0].loss_by_task == pytest.approx(by_task, rel=1e-5)
@@ -112,9 +112,9 @@ def test_the_norms_of_the_gradients_of_the_core_and_of_each_task_are_clipped_apa
     free = central(run_config("balanced", centralised_batch_size=12), 5, 7, 9)
     clipped.train(1)
     free.train(1)
-    parts = [(trained.start.shared, trained.state.shared) for trained in (clipped, free)]
+    parts = [(trained.start.shared.weights, trained.state.shared.weights) for trained in (clipped, free)]
     for i in range(3):
-        parts += [(t.start.tasks[f"task{i}"].exclusive, t.exclusive(i)) for t in (clipped, free)]
+        parts += [(t.start.tasks[f"task{i}"].exclusive.weights, t.exclusive(i)) for t in (clipped, free)]
     lengths = [length(before, after) / RATE for before, after in parts]
     for ours, whole in zip(lengths[::2], lengths[1::2], strict=True):
         assert ours == pytest.approx(
@@ -141,13 +141,13 @@ def test_one_balanced_task_is_one_client_alone(optimizer: str) -> None:
         "federated", **settings, shared_moments="keep" if optimizer == "adam" else "reset"
     )
     (client,) = locally(federated, trained, 1, 2)
-    assert_close(trained.state.shared, client.shared)
-    assert_close(trained.exclusive(0), client.state.exclusive)
-    assert_close(trained.state.tasks["task0"].exclusive_average, client.state.exclusive_average)
-    assert_close(trained.state.tasks["task0"].exclusive_moments, client.state.exclusive_moments)
-    assert_close(trained.state.shared_moments, client.state.shared_moments)
+    assert_close(trained.state.shared.weights, client.shared)
+    assert_close(trained.exclusive(0), client.state.exclusive.weights)
+    assert_close(trained.state.tasks["task0"].exclusive.average, client.state.exclusive.average)
+    assert_close(trained.state.tasks["task0"].exclusive.moments, client.state.exclusive.moments)
+    assert_close(trained.state.shared.moments, client.state.shared_moments)
     assert trained.results[-1].loss == pytest.approx(client.loss, rel=1e-5)
-    assert_moved(trained.start.shared, client.shared)
+    assert_moved(trained.start.shared.weights, client.shared)
 
 
 def test_one_balanced_step_a_round_is_the_federated_average_of_the_clients_steps() -> None:
@@ -158,22 +158,22 @@ def test_one_balanced_step_a_round_is_the_federated_average_of_the_clients_steps
         n: sum(client.shared[n].double() for client in clients).float() / 3
         for n in trained.partition.shared
     }
-    assert_close(trained.state.shared, mean)
+    assert_close(trained.state.shared.weights, mean)
     for i, client in enumerate(clients):
-        assert_close(trained.exclusive(i), client.state.exclusive)
+        assert_close(trained.exclusive(i), client.state.exclusive.weights)
 
 
 def test_balanced_with_nothing_shared_is_as_many_trainings_apart() -> None:
     settings: dict[str, Any] = {"optimizer": "adam", "local_steps": 2, "ema_warmup": True}
     trained = central(run_config("balanced", "all", **settings, centralised_batch_size=12), 5, 7, 9)
     trained.train(1, 2)
-    assert trained.state.shared == {}
+    assert trained.state.shared.weights == {}
     for i, client in enumerate(locally(run_config("federated", "all", **settings), trained, 1, 2)):
         own = trained.state.tasks[f"task{i}"]
-        assert_close(own.exclusive, client.state.exclusive)
-        assert_close(own.exclusive_average, client.state.exclusive_average)
-        assert own.steps == client.state.steps == 4
-        assert_moved(trained.start.tasks[f"task{i}"].exclusive, own.exclusive)
+        assert_close(own.exclusive.weights, client.state.exclusive.weights)
+        assert_close(own.exclusive.average, client.state.exclusive.average)
+        assert own.minibatches == client.state.minibatches == 4
+        assert_moved(trained.start.tasks[f"task{i}"].exclusive.weights, own.exclusive.weights)
 
 
 # --- Who sees what -------------------------------------------------------------------------------
@@ -190,18 +190,18 @@ def test_a_task_that_is_not_drawn_stays_as_it_is_and_the_core_moves_in_each_step
         trained.train(number)
         (drawn,) = set(owners(trained.tasks, trained.objective.draws[-1]))
         seen.add(drawn)
-        assert_moved(before.shared, trained.state.shared)
+        assert_moved(before.shared.weights, trained.state.shared.weights)
         assert list(trained.results[-1].loss_by_task) == [f"task{drawn}"]
         for i in range(3):
             old, new = before.tasks[f"task{i}"], trained.state.tasks[f"task{i}"]
             if i == drawn:
-                assert_moved(old.exclusive, new.exclusive)
-                assert new.steps == new.exclusive_steps == old.steps + 1
+                assert_moved(old.exclusive.weights, new.exclusive.weights)
+                assert new.minibatches == new.exclusive.steps == old.minibatches + 1
             else:
-                assert same_bits(old.exclusive, new.exclusive)
-                assert same_bits(old.exclusive_average, new.exclusive_average)
-                assert same_bits(old.exclusive_moments, new.exclusive_moments)
-                assert new.steps == new.exclusive_steps == old.steps
+                assert same_bits(old.exclusive.weights, new.exclusive.weights)
+                assert same_bits(old.exclusive.average, new.exclusive.average)
+                assert same_bits(old.exclusive.moments, new.exclusive.moments)
+                assert new.minibatches == new.exclusive.steps == old.minibatches
     assert seen == {0, 1, 2}
 
 
@@ -287,7 +287,7 @@ def test_a_round_has_as_many_images_as_a_federated_one(method: str, size: int | 
         == 3 * 2 * 12
         == sum(len(draw.images) for draw in trained.objective.draws)
     )
-    assert trained.state.steps == 3 * 2 * 12 // (size or 12)
+    assert trained.state.shared.steps == 3 * 2 * 12 // (size or 12)
 
 
 @pytest.mark.parametrize(

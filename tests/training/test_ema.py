@@ -82,18 +82,18 @@ def test_an_average_once_a_round_forgets_as_fast_as_one_of_every_step() -> None:
 def test_the_clients_average_is_the_closed_form_over_all_its_steps(warmup: bool) -> None:
     client = Client(run_config(stages=1, ema_decay=0.6, ema_warmup=warmup))
     client.train(1, 2)
-    assert client.state.exclusive_steps == 6
+    assert client.state.exclusive.steps == 6
     decays = [min(0.6, (1 + step) / (10 + step)) if warmup else 0.6 for step in range(6)]
     for name in client.partition.exclusive:
-        trajectory = [*(draw.weights[name] for draw in client.draws), client.state.exclusive[name]]
+        trajectory = [*(draw.weights[name] for draw in client.draws), client.state.exclusive.weights[name]]
         expected = closed_form_average(trajectory, decays)
         torch.testing.assert_close(
-            client.state.exclusive_average[name].double(), expected, rtol=1e-5, atol=1e-6
+            client.state.exclusive.average[name].double(), expected, rtol=1e-5, atol=1e-6
         )
-        assert not torch.equal(client.state.exclusive_average[name], client.start[name]), (
+        assert not torch.equal(client.state.exclusive.average[name], client.start[name]), (
             "it never moved"
         )
-        assert not torch.equal(client.state.exclusive_average[name], client.state.exclusive[name])
+        assert not torch.equal(client.state.exclusive.average[name], client.state.exclusive.weights[name])
 
 
 @pytest.mark.parametrize("warmup", [False, True])
@@ -115,5 +115,5 @@ def test_the_servers_average_with_one_local_step_is_the_clients(warmup: bool) ->
         steps += result.shared_steps
         as_exclusive.train(number)
     assert_close(as_exclusive.weights, as_shared.weights)
-    assert_close(average, as_exclusive.state.exclusive_average)
+    assert_close(average, as_exclusive.state.exclusive.average)
     assert largest_difference(average, as_shared.start) > 1e-4

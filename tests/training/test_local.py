@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from srfed.training.local import LocalResult, LocalTrainer, initial_state, load_tensors
+from srfed.training.local import LocalResult, LocalTrainer
+from srfed.training.part import initial_state, load_tensors
 from support.local_training import (
     Client,
     Reference,
@@ -36,9 +37,9 @@ def result_tensors(result: LocalResult) -> Tensors:
         f"{part}/{name}": tensor
         for part, tensors in (
             ("shared", result.shared),
-            ("exclusive", state.exclusive),
-            ("average", state.exclusive_average),
-            ("own", state.exclusive_moments),
+            ("exclusive", state.exclusive.weights),
+            ("average", state.exclusive.average),
+            ("own", state.exclusive.moments),
             ("kept", state.shared_moments),
         )
         for name, tensor in tensors.items()
@@ -100,16 +101,16 @@ def test_a_round_leaves_its_inputs_alone_and_later_rounds_leave_its_result_alone
 def test_the_first_state_is_the_models_own_weights_without_moments() -> None:
     client = Client(run_config(stages=2))
     state = initial_state(client.model, client.partition)
-    assert same_bits(state.exclusive, client.partition.take_exclusive(client.start))
-    assert same_bits(state.exclusive_average, state.exclusive)
-    assert (state.exclusive_moments, state.shared_moments) == ({}, {})
-    assert (state.steps, state.exclusive_steps) == (0, 0)
+    assert same_bits(state.exclusive.weights, client.partition.take_exclusive(client.start))
+    assert same_bits(state.exclusive.average, state.exclusive.weights)
+    assert (state.exclusive.moments, state.shared_moments) == ({}, {})
+    assert (state.minibatches, state.exclusive.steps) == (0, 0)
     with torch.no_grad():
         client.model.stem.weight.zero_()
-    assert same_bits(state.exclusive, client.partition.take_exclusive(client.start)), (
+    assert same_bits(state.exclusive.weights, client.partition.take_exclusive(client.start)), (
         "it must be a copy"
     )
-    assert state.exclusive["stem.weight"] is not state.exclusive_average["stem.weight"]
+    assert state.exclusive.weights["stem.weight"] is not state.exclusive.average["stem.weight"]
 
 
 def test_training_starts_from_the_weights_it_is_given_in_training_mode() -> None:
@@ -145,7 +146,7 @@ def test_joint_training_is_adam_on_both_parts_over_two_rounds(policy: str) -> No
     }
     assert min(moved.values()) > 1e-5, "both parts move, every tensor of them"
     assert {
-        float(t) for n, t in client.state.exclusive_moments.items() if n.startswith("step.")
+        float(t) for n, t in client.state.exclusive.moments.items() if n.startswith("step.")
     } == {6}
 
 
@@ -165,7 +166,7 @@ def test_the_cores_moments_stay_at_the_client_or_are_forgotten() -> None:
         client = Client(run_config(shared_moments=policy))
         result = client.train(1)
         assert set(result.state.shared_moments) == kept
-        assert {n.split(".", 1)[1] for n in result.state.exclusive_moments} == set(
+        assert {n.split(".", 1)[1] for n in result.state.exclusive.moments} == set(
             client.partition.exclusive
         )
 
@@ -187,7 +188,7 @@ def test_gradients_are_clipped_to_a_norm_over_all_that_the_step_trains(
             reference.fit(draws, torch.optim.SGD(parameters, lr=0.1), clip=norm)
     assert_close(client.weights, clipped.weights)
     assert (largest_difference(client.weights, free.weights) > 1e-3) == (clip < 1)
-    assert client.state.exclusive_moments == client.state.shared_moments == {}
+    assert client.state.exclusive.moments == client.state.shared_moments == {}
 
 
 @pytest.mark.parametrize(("exclusive_rate", "expected"), [(None, 0.05), (0.2, 0.2)])
@@ -218,7 +219,7 @@ def test_all_exclusive_is_one_uninterrupted_training_of_a_whole_network() -> Non
     assert (result.shared, result.state.shared_moments, result.shared_steps) == ({}, {}, 0)
     reference = Reference(config, client)
     reference.fit(client.draws, adam(reference.model.parameters()))
-    assert_close(client.state.exclusive, reference.weights)
+    assert_close(client.state.exclusive.weights, reference.weights)
 
 
 # Alternating training
@@ -243,7 +244,7 @@ def test_alternating_trains_the_exclusive_part_first_and_each_part_alone(
     for step, (before, after) in enumerate(pairwise(at)):
         assert same_bits(exclusive(before), exclusive(after)) == (step >= taken)
         assert same_bits(shared(before), shared(after)) == (step < taken)
-    assert (first.shared_steps, first.state.exclusive_steps, first.state.steps) == (
+    assert (first.shared_steps, first.state.exclusive.steps, first.state.minibatches) == (
         2,
         taken,
         taken + 2,
@@ -251,7 +252,7 @@ def test_alternating_trains_the_exclusive_part_first_and_each_part_alone(
 
     second = client.train(2)
     for moments, steps in (
-        (second.state.exclusive_moments, 2 * taken),
+        (second.state.exclusive.moments, 2 * taken),
         (second.state.shared_moments, 4),
     ):
         assert {float(t) for name, t in moments.items() if name.startswith("step.")} == {steps}
@@ -270,9 +271,9 @@ def test_alternating_skips_a_part_that_the_partition_leaves_empty(stages: str, s
         run_config(stages=stages, update="alternating", local_steps=2, exclusive_steps=5)
     )
     result = client.train(1)
-    assert len(client.draws) == steps == result.state.steps
+    assert len(client.draws) == steps == result.state.minibatches
     assert result.shared_steps == (2 if stages == "none" else 0)
-    assert result.state.exclusive_steps == (0 if stages == "none" else 5)
+    assert result.state.exclusive.steps == (0 if stages == "none" else 5)
     assert largest_difference(client.weights, client.start) > 1e-4
 
 
@@ -294,7 +295,7 @@ def test_local_epochs_are_passes_over_the_images(
     result = client.train(1)
     assert [len(draw.images) for draw in client.draws] == sizes
     assert result.images == sum(sizes)
-    assert result.state.steps == len(sizes)
+    assert result.state.minibatches == len(sizes)
     assert result.seconds > 0
 
 

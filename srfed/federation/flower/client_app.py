@@ -40,7 +40,8 @@ from srfed.federation.worker import Worker, features_for, worker_for
 from srfed.networks.partition import Shared
 from srfed.reporting.pictures import draw_grid, write_png
 from srfed.storage.site_model import save_site_model
-from srfed.training.local import ClientState, LocalResult, load_tensors
+from srfed.training.local import LocalResult
+from srfed.training.part import ClientState, load_tensors
 from srfed.units import printable
 
 app = ClientApp(mods=[wire_guard])
@@ -50,9 +51,9 @@ def _header(admitted: Admitted) -> ReplyHeader:
     return ReplyHeader(admitted.site.client, admitted.request.attempt, admitted.request.round)
 
 
-def _shared(message: Message, worker: Worker) -> dict[str, Tensor]:
+def _shared(message: Message, worker: Worker) -> Shared:
     """φ as the message carries it, checked."""
-    shared = read_tensors(message.content, SHARED)
+    shared = Shared(read_tensors(message.content, SHARED))
     worker.check_shared(shared)
     return shared
 
@@ -131,10 +132,10 @@ def evaluate(message: Message, context: Context) -> Message:
             request.round,
             task.train.shape[1:],
             shared,
-            state.exclusive_average,
+            state.exclusive.average,
             worker.store(site, request).line(request.parent),
         )
-    load_tensors(worker.model, shared, state.exclusive_average)
+    load_tensors(worker.model, shared, state.exclusive.average)
     evaluated = evaluate_task(
         worker.denoiser(site),
         worker.objective.process,

@@ -48,7 +48,7 @@ from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import KnownClient, RunState, ServerCheckpoints
 from srfed.training.ema import round_decay, update_average
-from srfed.training.local import copies
+from srfed.training.part import Part, copies
 from srfed.training.optimizer import learning_rate_factor, reach_of_round
 
 
@@ -93,15 +93,15 @@ class Federated:
             self.state = RunState(
                 lineage=run.lineage,
                 round=0,
-                shared=Shared(copies(shared)),
-                shared_average=Shared(copies(shared)),
+                shared=Part(Shared(copies(shared)), Shared(copies(shared))),
                 shape=shape,
             )
         else:
             checkpoints = ServerCheckpoints(run.server, config.federation.keep_attempts)
             checkpoints.check(found, shared)
             # A checkpoint sorts tensors by name; a message has them in the partition's order.
-            self.state = replace(found, shared=self._partition.take_shared(found.shared))
+            ordered = self._partition.take_shared(found.shared.weights)
+            self.state = replace(found, shared=replace(found.shared, weights=ordered))
         begun = False
 
         def joined(member: Member) -> None:
@@ -158,7 +158,7 @@ class Federated:
         screened = self._clients(tell).ask(
             TRAIN,
             requests,
-            {SHARED: self.state.shared},
+            {SHARED: self.state.shared.weights},
             f"round {number}",
             self._screen_update,
             away=self._away,
@@ -181,7 +181,7 @@ class Federated:
         screened = self._clients(tell).ask(
             EVALUATE,
             [self._request(client, number, share, final) for client in clients],
-            {SHARED: self.state.shared_average},
+            {SHARED: self.state.shared.average},
             f"evaluation {number}",
             self._screen_evaluation,
             away=self._away,
@@ -220,24 +220,21 @@ class Federated:
         )
         outcome = aggregate(
             federation,
-            self.state.shared,
+            self.state.shared.weights,
             {client: reply.shared for client, reply in accepted.items()},
             weights,
             self.state.optimizer,
         )
+        before = self.state.shared
         steps = round(sum(weights[c] * accepted[c].plan.shared_steps for c in weights))
-        decay = round_decay(training.ema_decay, training.ema_warmup, self.state.shared_steps, steps)
-        shared_average = {
-            name: self.state.shared_average[name].clone() for name in self.state.shared
-        }
-        update_average(shared_average, outcome.shared, decay)
+        decay = round_decay(training.ema_decay, training.ema_warmup, before.steps, steps)
+        average = {name: before.average[name].clone() for name in before.weights}
+        update_average(average, outcome.shared, decay)
         self.state = replace(
             self.state,
             round=server_round,
-            shared=Shared(outcome.shared),
-            shared_average=Shared(shared_average),
+            shared=Part(Shared(outcome.shared), Shared(average), steps=before.steps + steps),
             optimizer=outcome.optimizer,
-            shared_steps=self.state.shared_steps + steps,
             attempts={
                 **self.state.attempts,
                 **{client: screened.attempts[client] for client in accepted},
@@ -291,8 +288,8 @@ class Federated:
         client = request.client
         images = self._roster.known[client].images
         plan = TrainPlan.of(self.config, self._partition, client, images, self._minibatches(client))
-        reach = reach_of_round(self.config, request.round, plan.shared_steps, self.state.shared)
-        return screen_train(reply, header, self._contract, plan, reach, self.state.shared)
+        reach = reach_of_round(self.config, request.round, plan.shared_steps, self.state.shared.weights)
+        return screen_train(reply, header, self._contract, plan, reach, self.state.shared.weights)
 
     def _judge(
         self, server_round: int, screened: Screened[EvaluateReply], final: bool
