@@ -21,8 +21,8 @@ from srfed.federation.flower.ray import client_share
 from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.blocks import SelfAttention
 from srfed.training.local import LocalResult, LocalTrainer
-from srfed.training.part import initial_state
 from srfed.training.optimizer import PartOptimizer
+from srfed.training.part import initial_state
 from srfed.training.step import LocalStep
 from support.local_training import run_config
 from support.tiny_run import begin, run_in_process, store_of, tiny_config

@@ -21,8 +21,8 @@ from srfed.storage.client_store import NO_PARENT, ClientStore
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import RunState, ServerCheckpoints
 from srfed.training.centralised import CentralisedResult, CentralisedState, CentralisedTrainer
-from srfed.training.part import Part, copies, initial_state, load_tensors
 from srfed.training.optimizer import learning_rate_factor
+from srfed.training.part import Part, copies, initial_state, load_tensors
 
 
 class Centralised:
@@ -103,7 +103,9 @@ class Centralised:
         }
         for task in self._images:
             check_tensors(
-                str(self._store(task).folder), tasks[task.name].exclusive.weights, self._initial.exclusive.weights
+                str(self._store(task).folder),
+                tasks[task.name].exclusive.weights,
+                self._initial.exclusive.weights,
             )
         return CentralisedState(state.shared, tasks)
 
@@ -164,9 +166,7 @@ class Centralised:
         )
         images, strips, curves, windows, audits = {}, {}, {}, [], {}
         for place, task in enumerate(self._images):
-            load_tensors(
-                self._model, own.shared.average, own.tasks[task.name].exclusive.average
-            )
+            load_tensors(self._model, own.shared.average, own.tasks[task.name].exclusive.average)
             self._model.eval()
             evaluated = evaluate_task(
                 denoiser_of_task(self._objective, self._model, place, self._forward),

@@ -96,13 +96,9 @@ class CentralisedTrainer:
             to_model_range(t.train).to(self._device).contiguous(memory_format=self._layout)
             for t in tasks
         ]
-        self._shared = LivePart(
-            config.training, _parameters(model, partition.shared, self._layout)
-        )
+        self._shared = LivePart(config.training, _parameters(model, partition.shared, self._layout))
         self._exclusive = {
-            name: LivePart(
-                config.training, _parameters(model, partition.exclusive, self._layout)
-            )
+            name: LivePart(config.training, _parameters(model, partition.exclusive, self._layout))
             for name in [*self._names, POOL]
         }
         self._orders = centralised_orders(config, {task.name: len(task.train) for task in tasks})

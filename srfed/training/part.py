@@ -102,7 +102,9 @@ class LivePart:
         """
         if captured:
             self._optimizer.mark_started(self.weights)
-        update_average(self.average, self.weights, step_decay(self._decay, self._warmup, self.steps))
+        update_average(
+            self.average, self.weights, step_decay(self._decay, self._warmup, self.steps)
+        )
         self.steps += 1
 
     def export_moments(self) -> dict[str, Tensor]:

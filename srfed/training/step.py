@@ -73,9 +73,11 @@ def training_step(
         _pull_towards(shared.weights, anchor, training.proximal)
     parts = [*(share.exclusive for share in shares), shared]
     if training.gradient_clip is not None:
-        groups = [[p for part in parts for p in part.weights.values()]] if clip_together else [
-            list(part.weights.values()) for part in parts
-        ]
+        groups = (
+            [[p for part in parts for p in part.weights.values()]]
+            if clip_together
+            else [list(part.weights.values()) for part in parts]
+        )
         for group in groups:
             nn.utils.clip_grad_norm_(group, training.gradient_clip, foreach=True)
     for part in parts:

@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from srfed.config import (
-    UNetConfig,
     RunConfig,
+    UNetConfig,
     describe,
     load_config,
     parse_config,
     parse_config_json,
     what_decides,
 )
-from srfed.model import build_objective
 from srfed.errors import UserError
+from srfed.model import build_objective
 
 FOLDER = Path(__file__).parents[2] / "configs"
 

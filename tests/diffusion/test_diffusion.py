@@ -169,7 +169,10 @@ def test_add_noise_is_diffusers() -> None:
     theirs = exact(DDPMScheduler(T)).add_noise(images, noise, timesteps - 1)
     ours = diffusion().process.add_noise(images, timesteps, noise)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-    assert diffusion().process.add_noise(images.float(), timesteps, noise.float()).dtype == torch.float32
+    assert (
+        diffusion().process.add_noise(images.float(), timesteps, noise.float()).dtype
+        == torch.float32
+    )
 
 
 def test_the_forward_marginal_has_mean_and_variance_of_eq_3() -> None:
@@ -230,9 +233,7 @@ def test_the_network_is_shown_x_t_and_t_and_receives_gradients() -> None:
 def test_a_16_bit_prediction_is_used_in_the_images_type() -> None:
     images, noise = normal(*SHAPE, dtype=torch.float32), normal(*SHAPE, seed=1, dtype=torch.float32)
     objective, timesteps = diffusion(), torch.tensor([1, 30, T])
-    losses = objective.loss(
-        lambda x, t: torch.zeros_like(x).bfloat16(), images, timesteps, noise
-    )
+    losses = objective.loss(lambda x, t: torch.zeros_like(x).bfloat16(), images, timesteps, noise)
     torch.testing.assert_close(losses, noise.square().mean(dim=(1, 2, 3)))
     start = normal(*SHAPE, dtype=torch.float32)
     sampled = ddim_sample(lambda x, t: x.bfloat16(), objective, start, generator(), steps=4)
@@ -409,11 +410,19 @@ def test_the_exact_noise_leads_back_to_the_image(from_timestep: int) -> None:
         return (x - alpha_bar.sqrt() * images) / (1 - alpha_bar).sqrt()
 
     start = objective.process.add_noise(images, torch.full((3,), from_timestep), noise)
-    ancestral = ancestral_sample(predict, objective, start, generator(), from_timestep=from_timestep)
+    ancestral = ancestral_sample(
+        predict, objective, start, generator(), from_timestep=from_timestep
+    )
     torch.testing.assert_close(ancestral.images, images)
     for steps, eta in ((1, 0.0), (7, 0.0), (T, 0.5)):
         ddim = ddim_sample(
-            predict, objective, start, generator(), steps=steps, eta=eta, from_timestep=from_timestep
+            predict,
+            objective,
+            start,
+            generator(),
+            steps=steps,
+            eta=eta,
+            from_timestep=from_timestep,
         )
         torch.testing.assert_close(ddim.images, images)
 

@@ -6,6 +6,7 @@ E[x_0 | x_t] = m + a s² (x_t - a m) / (a² s² + b²) with x_t = a x_0 + b ε.
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -178,9 +179,7 @@ def test_the_times_of_edm_are_eq_5_of_karras_et_al() -> None:
     process = VarianceExploding(linear_schedule(500), sigma_min=0.01, sigma_max=50.0, rho=5.0)
     path = process.path(8)
     assert path[-1] == 0.0
-    expected = [
-        (50 ** (1 / 5) + i / 7 * (0.01 ** (1 / 5) - 50 ** (1 / 5))) ** 5 for i in range(8)
-    ]
+    expected = [(50 ** (1 / 5) + i / 7 * (0.01 ** (1 / 5) - 50 ** (1 / 5))) ** 5 for i in range(8)]
     assert path[:-1] == pytest.approx(expected)
 
 
@@ -255,7 +254,7 @@ def test_a_solver_of_second_order_errs_by_the_square_of_the_step() -> None:
 
     for sampler, order in ((DpmSolver(), 2), (Ddim(0.0), 1)):
         errors = [error(sampler, steps) for steps in (41, 81, 161)]
-        rates = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+        rates = [math.log2(a / b) for a, b in pairwise(errors)]
         assert rates == pytest.approx([order] * 2, abs=0.25), f"{type(sampler).__name__} {errors}"
 
 

@@ -17,9 +17,9 @@ from srfed.federation.aggregation import client_weights
 from srfed.federation.bounds import TrainPlan
 from srfed.model import build_model, build_objective, build_partition
 from srfed.training.local import LocalTrainer
-from srfed.training.part import initial_state
 from srfed.training.minibatches import MinibatchOrder
 from srfed.training.optimizer import ADAM_REACH, BETA1, BETA2, PartOptimizer, reach_of_round
+from srfed.training.part import initial_state
 from srfed.units import printable
 from support.tiny_run import tiny_config
 

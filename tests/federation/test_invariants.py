@@ -183,7 +183,9 @@ def test_one_local_sgd_step_is_one_centralised_step_on_the_union_batch(stages: A
             n: (t - len(tasks) * RATE * t.grad).detach() for n, t in exclusive[task].items()
         }
         assert_close(federation.states[task].exclusive.weights, expected)
-        assert_moved(start_states[task].exclusive.weights, federation.states[task].exclusive.weights)
+        assert_moved(
+            start_states[task].exclusive.weights, federation.states[task].exclusive.weights
+        )
 
 
 def test_weights_by_examples_make_the_union_batch_a_mean_over_images_not_over_batches() -> None:
@@ -242,7 +244,9 @@ def test_nothing_shared_is_local_training_and_the_server_has_nothing_to_do() -> 
         together.round(number)
         alone.round(number)
     assert together.shared == {}
-    assert_close(together.states["task0"].exclusive.weights, alone.states["task0"].exclusive.weights, atol=0)
+    assert_close(
+        together.states["task0"].exclusive.weights, alone.states["task0"].exclusive.weights, atol=0
+    )
 
 
 # Server optimizers

@@ -41,8 +41,8 @@ from srfed.storage.checkpoint import read_checkpoint
 from srfed.storage.client_store import NO_PARENT, ClientStore
 from srfed.storage.run_folder import RunFolder
 from srfed.training.local import LocalTrainer
-from srfed.training.part import ClientState, Part, initial_state
 from srfed.training.optimizer import reach_of_round
+from srfed.training.part import ClientState, Part, initial_state
 from support.tiny_run import (
     accepted_attempts,
     all_bits,

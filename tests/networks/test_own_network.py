@@ -1,4 +1,6 @@
-"""A network that srfed has never heard of: its shells, its initial values, and a federation of it."""
+"""A network that srfed has never heard of: its shells, its initial values, and a federation of
+it.
+"""
 
 import subprocess
 import sys
@@ -7,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_run import tiny_config
 from torch import Tensor, nn
 
 import srfed
@@ -17,6 +18,7 @@ from srfed.model import build_model, build_partition
 from srfed.networks.initialise import initialise
 from srfed.networks.network import Network
 from srfed.networks.partition import divide
+from support.tiny_run import tiny_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,7 +91,8 @@ def test_the_dial_reads_the_networks_own_shells(rule: Any, exclusive: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("rule", "words"), [(2, "the network has stages 1 to 1"), (["up.0"], "'up.0' matches no tensor")]
+    ("rule", "words"),
+    [(2, "the network has stages 1 to 1"), (["up.0"], "'up.0' matches no tensor")],
 )
 def test_a_dial_beyond_the_shells_is_refused(rule: Any, words: str) -> None:
     config = own(stages=rule)
@@ -127,7 +130,9 @@ def test_values_follow_from_the_seed_and_the_modules_name_alone() -> None:
     assert all(torch.equal(plain[name], more[name]) for name in common)
     other = build_model(load_config(None, ["seed=1"]), 1).state_dict()
     assert not torch.equal(plain["stem.weight"], other["stem.weight"])
-    assert not torch.equal(plain["down.1.blocks.0.conv_in.weight"], plain["down.2.blocks.0.conv_in.weight"])
+    assert not torch.equal(
+        plain["down.1.blocks.0.conv_in.weight"], plain["down.2.blocks.0.conv_in.weight"]
+    )
 
 
 def test_values_are_distributed_as_torchs_own() -> None:

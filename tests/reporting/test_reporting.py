@@ -478,7 +478,13 @@ def test_curves_that_cannot_be_begun_are_the_users_to_mend(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("final", [False, True])
 @pytest.mark.parametrize(
-    "changes", [{}, {"sampling.sampler": "ancestral"}, {"sampling.sampler": "dpm_solver"}, {"evaluation.ssim_images": 0}]
+    "changes",
+    [
+        {},
+        {"sampling.sampler": "ancestral"},
+        {"sampling.sampler": "dpm_solver"},
+        {"evaluation.ssim_images": 0},
+    ],
 )
 def test_the_passes_of_an_evaluation_are_those_that_the_network_is_asked_for(
     changes: dict[str, Any], final: bool

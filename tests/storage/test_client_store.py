@@ -111,7 +111,9 @@ def test_a_full_disk_leaves_the_client_store_as_it_was(tmp_path: Path) -> None:
     with files_of_at_most(1000), pytest.raises(UserError, match="cannot write"):
         store.save("a-2", "a-1", 2, client_state(2))
     assert attempts_of(store) == {"a-1"}
-    assert torch.equal(store.load("a-1").exclusive.weights["head.weight"], torch.full((64, 64), 1.0))
+    assert torch.equal(
+        store.load("a-1").exclusive.weights["head.weight"], torch.full((64, 64), 1.0)
+    )
     with pytest.raises(UserError):
         store.load("a-2")
 
@@ -339,7 +341,8 @@ while len(list(folder.glob("*.ready"))) < 2:
     time.sleep(0.001)
 for number in range(1, count + 1):
     tensors = {"head.weight": torch.full((64, 64), float(number))}
-    store.save(f"{name}-{number}", "none", number, ClientState(Part(tensors, {}, {}, number), {}, number))
+    state = ClientState(Part(tensors, {}, {}, number), {}, number)
+    store.save(f"{name}-{number}", "none", number, state)
 """
 
 

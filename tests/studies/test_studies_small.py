@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 from scipy.stats import spearmanr
-from srfed.diffusion.sampler import drawn_from, sample
-from srfed.diffusion.samplers.ancestral import Ancestral
 
 from simulations import figures, new_task, similarity
 from srfed.api import train_run
 from srfed.config import ResourcesConfig, RunConfig
 from srfed.data import Task, load_tasks, to_uint8
+from srfed.diffusion.sampler import drawn_from, sample
+from srfed.diffusion.samplers.ancestral import Ancestral
 from srfed.errors import UserError
 from srfed.evaluation.features.embedded import EmbeddedFeatures
 from srfed.evaluation.features.statistics import FeatureStatistics

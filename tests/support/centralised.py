@@ -171,7 +171,9 @@ class ByHand:
     def __init__(self, of: Central) -> None:
         self.of, config = of, of.config
         self.shared = leaves(of.start.shared.weights)
-        self.exclusive = {name: leaves(state.exclusive.weights) for name, state in of.start.tasks.items()}
+        self.exclusive = {
+            name: leaves(state.exclusive.weights) for name, state in of.start.tasks.items()
+        }
         parts = {"shared": self.shared, **self.exclusive}
         self.averages = {
             part: {n: t.detach().clone() for n, t in tensors.items()}

@@ -44,10 +44,13 @@ def test_the_proximal_term_pulls_with_mu_times_the_distance() -> None:
     shared, exclusive = leaves(first.shared), leaves(first.state.exclusive.weights)
     ddpm_losses(place.model, {**shared, **exclusive}, place.objective.draws[1]).mean().backward()
     expected = {
-        n: t - RATE * (t.grad + strength * (t - place.start.shared.weights[n])) for n, t in shared.items()
+        n: t - RATE * (t.grad + strength * (t - place.start.shared.weights[n]))
+        for n, t in shared.items()
     }
     assert_close(second.shared, expected)
-    assert_close(second.state.exclusive.weights, {n: t - RATE * t.grad for n, t in exclusive.items()})
+    assert_close(
+        second.state.exclusive.weights, {n: t - RATE * t.grad for n, t in exclusive.items()}
+    )
     unpulled = client_steps(2)[1].shared
     assert max(float((unpulled[n] - second.shared[n]).abs().max()) for n in shared) > 1e-5
 
@@ -55,11 +58,16 @@ def test_the_proximal_term_pulls_with_mu_times_the_distance() -> None:
 def test_the_proximal_term_is_the_gradient_of_fedprox() -> None:
     """μ/2 ‖φ - φ^r‖² differentiated by autograd, over a round of Adam."""
     place, result = client_steps(3, proximal=0.7, optimizer="adam")
-    shared, exclusive = leaves(place.start.shared.weights), leaves(place.start.tasks["task0"].exclusive.weights)
+    shared, exclusive = (
+        leaves(place.start.shared.weights),
+        leaves(place.start.tasks["task0"].exclusive.weights),
+    )
     optimizer = torch.optim.Adam([*shared.values(), *exclusive.values()], lr=RATE, fused=True)
     for draw in place.objective.draws:
         optimizer.zero_grad()
-        distance = sum((t - place.start.shared.weights[n]).square().sum() for n, t in shared.items())
+        distance = sum(
+            (t - place.start.shared.weights[n]).square().sum() for n, t in shared.items()
+        )
         (
             ddpm_losses(place.model, {**shared, **exclusive}, draw).mean() + 0.7 / 2 * distance
         ).backward()
@@ -72,12 +80,16 @@ def test_exclusive_updates_leave_every_bit_of_the_core_and_train_the_task() -> N
     place, result = client_steps(3, update="exclusive", proximal=1.0)
     assert same_bits(result.shared, place.start.shared.weights)
     assert result.shared_steps == 0
-    assert result.state.minibatches == result.state.exclusive.steps == len(place.objective.draws) == 3
+    assert (
+        result.state.minibatches == result.state.exclusive.steps == len(place.objective.draws) == 3
+    )
     exclusive = leaves(place.start.tasks["task0"].exclusive.weights)
     optimizer = torch.optim.SGD(exclusive.values(), lr=RATE)
     for draw in place.objective.draws:
         optimizer.zero_grad()
-        ddpm_losses(place.model, {**place.start.shared.weights, **exclusive}, draw).mean().backward()
+        ddpm_losses(
+            place.model, {**place.start.shared.weights, **exclusive}, draw
+        ).mean().backward()
         optimizer.step()
     assert_close(result.state.exclusive.weights, exclusive)
     assert_moved(place.start.tasks["task0"].exclusive.weights, result.state.exclusive.weights)
@@ -100,7 +112,9 @@ def test_only_the_rows_of_tasks_in_the_minibatch_have_a_gradient() -> None:
     trained.train(1)
     present = set(owners(trained.tasks, trained.objective.draws[0]))
     assert 1 < len(present) < 6, "this seed tells nothing"
-    before, after = (state.shared.weights["task_table.weight"] for state in (trained.start, trained.state))
+    before, after = (
+        state.shared.weights["task_table.weight"] for state in (trained.start, trained.state)
+    )
     moved = {row for row in range(6) if not torch.equal(before[row], after[row])}
     assert moved == present
 
@@ -185,4 +199,6 @@ def test_a_new_vector_changes_nothing_and_then_learns() -> None:
     for i, client in enumerate(locally(config, place, 1)):
         assert list(client.state.exclusive.weights) == ["task_vector.value"]
         assert "task_vector.value" not in client.shared
-        assert_moved(place.start.tasks[f"task{i}"].exclusive.weights, client.state.exclusive.weights)
+        assert_moved(
+            place.start.tasks[f"task{i}"].exclusive.weights, client.state.exclusive.weights
+        )

@@ -112,9 +112,13 @@ def test_the_norms_of_the_gradients_of_the_core_and_of_each_task_are_clipped_apa
     free = central(run_config("balanced", centralised_batch_size=12), 5, 7, 9)
     clipped.train(1)
     free.train(1)
-    parts = [(trained.start.shared.weights, trained.state.shared.weights) for trained in (clipped, free)]
+    parts = [
+        (trained.start.shared.weights, trained.state.shared.weights) for trained in (clipped, free)
+    ]
     for i in range(3):
-        parts += [(t.start.tasks[f"task{i}"].exclusive.weights, t.exclusive(i)) for t in (clipped, free)]
+        parts += [
+            (t.start.tasks[f"task{i}"].exclusive.weights, t.exclusive(i)) for t in (clipped, free)
+        ]
     lengths = [length(before, after) / RATE for before, after in parts]
     for ours, whole in zip(lengths[::2], lengths[1::2], strict=True):
         assert ours == pytest.approx(

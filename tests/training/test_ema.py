@@ -85,7 +85,10 @@ def test_the_clients_average_is_the_closed_form_over_all_its_steps(warmup: bool)
     assert client.state.exclusive.steps == 6
     decays = [min(0.6, (1 + step) / (10 + step)) if warmup else 0.6 for step in range(6)]
     for name in client.partition.exclusive:
-        trajectory = [*(draw.weights[name] for draw in client.draws), client.state.exclusive.weights[name]]
+        trajectory = [
+            *(draw.weights[name] for draw in client.draws),
+            client.state.exclusive.weights[name],
+        ]
         expected = closed_form_average(trajectory, decays)
         torch.testing.assert_close(
             client.state.exclusive.average[name].double(), expected, rtol=1e-5, atol=1e-6
@@ -93,7 +96,9 @@ def test_the_clients_average_is_the_closed_form_over_all_its_steps(warmup: bool)
         assert not torch.equal(client.state.exclusive.average[name], client.start[name]), (
             "it never moved"
         )
-        assert not torch.equal(client.state.exclusive.average[name], client.state.exclusive.weights[name])
+        assert not torch.equal(
+            client.state.exclusive.average[name], client.state.exclusive.weights[name]
+        )
 
 
 @pytest.mark.parametrize("warmup", [False, True])

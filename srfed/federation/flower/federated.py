@@ -48,8 +48,8 @@ from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import KnownClient, RunState, ServerCheckpoints
 from srfed.training.ema import round_decay, update_average
-from srfed.training.part import Part, copies
 from srfed.training.optimizer import learning_rate_factor, reach_of_round
+from srfed.training.part import Part, copies
 
 
 class Federated:
@@ -288,7 +288,9 @@ class Federated:
         client = request.client
         images = self._roster.known[client].images
         plan = TrainPlan.of(self.config, self._partition, client, images, self._minibatches(client))
-        reach = reach_of_round(self.config, request.round, plan.shared_steps, self.state.shared.weights)
+        reach = reach_of_round(
+            self.config, request.round, plan.shared_steps, self.state.shared.weights
+        )
         return screen_train(reply, header, self._contract, plan, reach, self.state.shared.weights)
 
     def _judge(
