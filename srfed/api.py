@@ -17,6 +17,7 @@ from srfed.config import RunConfig, load_config, parse_config
 from srfed.data.images import Images
 from srfed.data.stored import check_tasks, store_tasks
 from srfed.data.tasks import Task
+from srfed.environment import surroundings_kept
 from srfed.errors import UserError
 from srfed.files import exists
 from srfed.observer import Observer
@@ -27,6 +28,7 @@ from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder, usual_folder
 
 if TYPE_CHECKING:
+    from srfed.diffusion.process import Denoiser
     from srfed.networks.network import Network
 
 TASKS_FILE = "tasks.npz"
@@ -144,6 +146,22 @@ class Run:
             seed=seed,
             task=info.client,
         ).images
+
+    def denoiser(self, task: str | int) -> "Denoiser":
+        """E[x_0 | x_t] of a task's averaged (φ, θ_i): all that samplers and scores see of it.
+
+        Args:
+            task: its name or position.
+
+        Returns:
+            (x_t (N, C, H, W), times (N,)) -> (N, C, H, W), on the run's device; a time is a
+            timestep 1..T, or a noise level where ``diffusion.prediction`` is edm. The next call of
+            this method reuses the network.
+
+        Raises:
+            UserError: no such task.
+        """
+        return self._trained.denoiser(self._trained.find_task(str(task)))
 
     def evaluate(
         self,
@@ -316,9 +334,11 @@ def train_run(run: RunFolder, observers: Iterable[Observer] = ()) -> None:
 
         run_rounds(run, Centralised(run), observers)
     elif run.config.resources.backend == "ray":
-        from srfed.federation.flower.ray import run_on_ray
+        with surroundings_kept():
+            # Loading Flower's engine and Ray changes them too.
+            from srfed.federation.flower.ray import run_on_ray
 
-        run_on_ray(run, observers)
+            run_on_ray(run, observers)
     else:
         from srfed.federation.flower.in_process import run_in_process
 

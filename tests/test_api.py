@@ -1,21 +1,27 @@
 """The front door: what a notebook would do, in this process and in threads of it."""
 
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
+import torch
 from flwr.supercore.task_identity import TaskIdentity
 
 import srfed
 from srfed.data import load_tasks
 from srfed.federation.flower.exchange import stop_requested
+from srfed.randomness import derive_generator
 from srfed.records import RoundRecord
 from srfed.storage.run_folder import RunFolder
 from support.tiny_run import CLIENTS, all_bits, begin, records, run_in_process, tiny_config
@@ -249,3 +255,51 @@ def test_resuming_says_what_it_needs(trained: srfed.Run, tmp_path: Path) -> None
         srfed.train(tiny_config(TWO), run_dir=tmp_path, resume=True)
     with pytest.raises(srfed.UserError, match=str(trained.path)):
         srfed.train(tiny_config(TWO), run_dir=trained.path)
+
+
+def test_an_opened_run_gives_the_denoiser_that_samples_are_drawn_with(trained: srfed.Run) -> None:
+    """A sampler of one's own over it, DDIM written out, draws what Run.sample does."""
+    denoise, config = trained.denoiser("digit-1"), trained.config
+    betas = torch.linspace(1e-4, 0.02, 500, dtype=torch.float64) * 2
+    alpha_bars = [1.0, *torch.cumprod(1 - betas, 0).tolist()]
+    eta, steps = config.sampling.eta, config.sampling.steps
+    times = [500 * (steps - i) // steps for i in range(steps + 1)]
+    images = []
+    for number in range(2):
+        generator = derive_generator(3, "samples", "digit-1", number)
+        x = torch.randn(1, 8, 8, generator=generator)[None]
+        for t, s in pairwise(times):
+            now, then = alpha_bars[t], alpha_bars[s]
+            with torch.no_grad():
+                image = denoise(x, torch.tensor([t])).clamp(-1, 1)
+            noise = (x - now**0.5 * image) / (1 - now) ** 0.5
+            variance = eta**2 * (1 - then) / (1 - now) * (1 - now / then)
+            x = then**0.5 * image + max(0.0, 1 - then - variance) ** 0.5 * noise
+            if s:
+                x += variance**0.5 * torch.randn(1, 8, 8, generator=generator)[None]
+        images.append(((x[0].permute(1, 2, 0) + 1) * 127.5).round().numpy())
+    ours = trained.sample("digit-1", 2, seed=3).astype(float)
+    assert np.abs(ours - np.stack(images)).max() <= 1
+    with pytest.raises(srfed.UserError, match="'digit-9' is not in this run"):
+        trained.denoiser("digit-9")
+
+
+@pytest.mark.slow
+def test_two_runs_under_ray_in_one_process_leave_nothing_behind(
+    trained: srfed.Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each with the bits of a run in this process."""
+    config = tiny_config({**TWO, "resources.backend": "ray"})
+    environment = dict(os.environ)
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    level, filters = logging.getLogger("flwr").level, list(warnings.filters)
+    for name in ("first", "second"):
+        run = srfed.train(config, run_dir=tmp_path / name)
+        assert all_bits(RunFolder.open(run.path)) == all_bits(RunFolder.open(trained.path))
+        assert set(os.environ.items()) ^ set(environment.items()) == set()
+        assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+        assert logging.getLogger("flwr").level == level
+        assert list(warnings.filters) == filters
+        assert not ray.is_initialized()  # type: ignore[no-untyped-call]
+        assert not stop_requested.is_set()
+    assert capfd.readouterr().out == ""

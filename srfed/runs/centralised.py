@@ -1,7 +1,6 @@
 """A centralised run from its first round, or its last checkpoint, to its final evaluation."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -10,6 +9,7 @@ from srfed.data import Task, load_recorded_tasks, record_tasks
 from srfed.device import captured_forward, memory_layout, resolve_device
 from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.references import RealFloor, References
+from srfed.evaluation.report import TaskReport, evaluation_record
 from srfed.evaluation.shares import share_of_samples
 from srfed.evaluation.task import evaluate_task
 from srfed.model import build_model, build_objective, build_partition, denoiser_of_task
@@ -164,7 +164,7 @@ class Centralised:
         share = share_of_samples(
             settings.samples if final else settings.samples_between, len(self._images)
         )
-        images, strips, curves, windows, audits = {}, {}, {}, [], {}
+        reports, images = {}, {}
         for place, task in enumerate(self._images):
             load_tensors(self._model, own.shared.average, own.tasks[task.name].exclusive.average)
             self._model.eval()
@@ -178,42 +178,20 @@ class Centralised:
                 samples=share,
                 final=final,
             )
-            if evaluated.audit is not None:
-                audits[task.name] = evaluated.audit
             if evaluated.no_audit:
                 tell.on_notice(f"{task.name}: no memorisation audit: {evaluated.no_audit}")
-            images[task.name], strips[task.name] = (
-                evaluated.generated.images,
-                evaluated.generated.strip,
+            generated = evaluated.generated
+            images[task.name] = generated.images
+            reports[task.name] = TaskReport(
+                generated.images, generated.strip, evaluated.ssim, evaluated.audit
             )
-            if evaluated.ssim:
-                curves[task.name] = evaluated.ssim
-                windows.append(evaluated.ssim_window)
-        scores = self._references.score(images)
-        return EvaluationRecord(
-            round=number,
+        return evaluation_record(
+            settings,
+            number,
+            reports,
+            self._references.score(images),
+            self._floor(images),
             final=final,
-            score_name=scores.name,
-            score=scores.overall,
-            score_by_client=scores.per_task,
-            floor=self._floor(images),
-            samples=scores.samples,
-            references=scores.references,
-            ssim_timestep=settings.ssim_timestep,
-            ssim=_mean_curve(curves),
-            ssim_by_client={name: curve[settings.ssim_timestep] for name, curve in curves.items()},
-            ssim_window=max(windows, default=0),
-            audits=audits,
-            grids={name: group[: settings.grid_columns] for name, group in images.items()},
-            strips=strips,
-            refused={},
-            missing={},
-            bytes_up=0,
-            bytes_down=0,
+            window=evaluated.ssim_window,
             seconds=time.perf_counter() - began,
         )
-
-
-def _mean_curve(curves: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
-    timesteps = sorted({timestep for curve in curves.values() for timestep in curve})
-    return {t: sum(curve[t] for curve in curves.values()) / len(curves) for t in timesteps}

@@ -16,6 +16,7 @@ from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.metrics.ssim import ssim_window
 from srfed.evaluation.references import RealFloor, References, Scores, score_statistics
+from srfed.evaluation.report import Exchanged, TaskReport, evaluation_record
 from srfed.evaluation.shares import share_of_samples
 from srfed.federation.aggregation import aggregate, client_weights
 from srfed.federation.bounds import EvaluatePlan, TrainPlan
@@ -297,48 +298,31 @@ class Federated:
         self, server_round: int, screened: Screened[EvaluateReply], final: bool
     ) -> EvaluationRecord | None:
         """Score the accepted samples; None where no client sent any."""
-        settings = self.config.evaluation
         if not screened.accepted:
             self._tell.on_notice(f"evaluation {server_round}: no client took part")
             return None
         scores, floor = self._score(screened.accepted)
-        curves = {client: reply.ssim for client, reply in screened.accepted.items() if reply.ssim}
-        timesteps = sorted({timestep for curve in curves.values() for timestep in curve})
-        return EvaluationRecord(
-            round=server_round,
+        reports = {
+            client: TaskReport(
+                None if reply.images is None else reply.images.numpy(),
+                None if reply.strip is None else reply.strip.numpy(),
+                reply.ssim,
+                reply.audit,
+            )
+            for client, reply in screened.accepted.items()
+        }
+        return evaluation_record(
+            self.config.evaluation,
+            server_round,
+            reports,
+            scores,
+            floor,
             final=final,
-            score_name=scores.name,
-            score=scores.overall,
-            score_by_client=scores.per_task,
-            floor=floor,
-            samples=scores.samples,
-            references=scores.references,
-            ssim_timestep=settings.ssim_timestep,
-            ssim={
-                t: _mean([curve[t] for curve in curves.values() if t in curve]) for t in timesteps
-            },
-            ssim_by_client={
-                client: curve[settings.ssim_timestep] for client, curve in curves.items()
-            },
-            ssim_window=ssim_window(*self.state.shape[:2]) if curves else 0,
-            audits={
-                c: reply.audit for c, reply in screened.accepted.items() if reply.audit is not None
-            },
-            grids={
-                client: reply.images.numpy()[: settings.grid_columns]
-                for client, reply in screened.accepted.items()
-                if reply.images is not None
-            },
-            strips={
-                c: reply.strip.numpy()
-                for c, reply in screened.accepted.items()
-                if reply.strip is not None
-            },
-            refused=screened.refused,
-            missing=screened.missing,
-            bytes_up=screened.bytes_up,
-            bytes_down=screened.bytes_down,
+            window=ssim_window(*self.state.shape[:2]),
             seconds=time.perf_counter() - self._started,
+            exchanged=Exchanged(
+                screened.refused, screened.missing, screened.bytes_up, screened.bytes_down
+            ),
         )
 
     def _screen_evaluation(
@@ -493,10 +477,6 @@ class Federated:
             f"round {server_round} has {accepted} accepted updates, federation.min_clients = "
             f"{self.config.federation.min_clients} are needed ({'; '.join(reasons[:3])})"
         )
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _mean_by_quarter(replies: Iterable[TrainReply]) -> list[float]:

@@ -17,7 +17,9 @@ from flwr.simulation import run_simulation
 
 from srfed.config import RunConfig
 from srfed.cores import usable_cores
+from srfed.environment import surroundings_kept
 from srfed.errors import UserError
+from srfed.federation import report_nothing
 from srfed.federation.flower.client_app import app as own_client_app
 from srfed.federation.flower.exchange import stop_requested
 from srfed.federation.flower.federated import Federated
@@ -73,12 +75,14 @@ def run_on_ray(
 @contextmanager
 def _nothing_left_behind() -> Iterator[None]:
     """What Flower and Ray change in this process is put back: environment, log level, warnings."""
-    environment, log = dict(os.environ), logging.getLogger("flwr")
+    log = logging.getLogger("flwr")
     level = log.level
     # What happens to a client is in the run's own lines, what ends the simulation in the error.
     log.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with surroundings_kept():
+            # What a run before this one has put back.
+            report_nothing()
             # Ray announces a change of what clients without a GPU see; here they are to see none.
             warnings.filterwarnings(
                 "ignore", message=".*accelerator visible devices", category=FutureWarning
@@ -86,8 +90,6 @@ def _nothing_left_behind() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
-        os.environ.clear()
-        os.environ.update(environment)
 
 
 def _start_ray(run: RunFolder) -> float:

@@ -1,0 +1,106 @@
+"""From what each task's owner reports to the record of an evaluation, made here alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from srfed.config import EvaluationConfig
+from srfed.data.images import Images
+from srfed.evaluation.metrics.memorisation import Audit
+from srfed.evaluation.references import Scores
+from srfed.records import EvaluationRecord
+
+
+@dataclass(frozen=True, eq=False)
+class TaskReport:
+    """What of one task's evaluation is for the record.
+
+    Attributes:
+        images, strip: uint8 N x H x W x C and K x H x W x C; None where they stay with the owner.
+        ssim: SSIM-rec by timestep; empty where there is none.
+        audit: the memorisation audit, if there was one.
+    """
+
+    images: Images | None
+    strip: Images | None
+    ssim: dict[int, float]
+    audit: Audit | None
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """What asking the owners came to; nothing where one party has all images.
+
+    Attributes:
+        refused, missing: whose report is not there, and why.
+        bytes_up, bytes_down: of all messages.
+    """
+
+    refused: Mapping[str, str]
+    missing: Mapping[str, str]
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+def evaluation_record(
+    settings: EvaluationConfig,
+    round_number: int,
+    reports: Mapping[str, TaskReport],
+    scores: Scores,
+    floor: float | None,
+    *,
+    final: bool,
+    window: int,
+    seconds: float,
+    exchanged: Exchanged | None = None,
+) -> EvaluationRecord:
+    """The record of an evaluation.
+
+    Args:
+        settings: the run's.
+        round_number: the round whose weights were judged.
+        reports: by client, at least one.
+        scores: of their samples.
+        floor: what real training images would score.
+        final: the evaluation at the end of the run.
+        window: side of the SSIM window, px.
+        seconds: wall time.
+        exchanged: how the owners were asked.
+    """
+    exchanged = exchanged or Exchanged({}, {})
+    curves = {client: report.ssim for client, report in reports.items() if report.ssim}
+    return EvaluationRecord(
+        round=round_number,
+        final=final,
+        score_name=scores.name,
+        score=scores.overall,
+        score_by_client=scores.per_task,
+        floor=floor,
+        samples=scores.samples,
+        references=scores.references,
+        ssim_timestep=settings.ssim_timestep,
+        ssim=_mean_curve(curves),
+        ssim_by_client={client: curve[settings.ssim_timestep] for client, curve in curves.items()},
+        ssim_window=window if curves else 0,
+        audits={c: report.audit for c, report in reports.items() if report.audit is not None},
+        grids={
+            client: report.images[: settings.grid_columns]
+            for client, report in reports.items()
+            if report.images is not None
+        },
+        strips={c: report.strip for c, report in reports.items() if report.strip is not None},
+        refused=dict(exchanged.refused),
+        missing=dict(exchanged.missing),
+        bytes_up=exchanged.bytes_up,
+        bytes_down=exchanged.bytes_down,
+        seconds=seconds,
+    )
+
+
+def _mean_curve(curves: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
+    """The mean at each timestep, over the tasks that have it."""
+    timesteps = sorted({timestep for curve in curves.values() for timestep in curve})
+    means = {}
+    for timestep in timesteps:
+        values = [curve[timestep] for curve in curves.values() if timestep in curve]
+        means[timestep] = sum(values) / len(values)
+    return means
