@@ -1,1 +1,1 @@
-"""The mathematics of DDPM: noise schedule, forward process and loss, samplers. Needs torch only."""
+"""The mathematics of diffusion: schedule, process, objectives, samplers. Needs torch only."""
