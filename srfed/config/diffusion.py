@@ -39,11 +39,21 @@ class DiffusionConfig(Section):
         0.5, gt=0, le=10, description="edm: standard deviation of the images' values in [-1, 1]"
     )
     sigma_min: float = setting(
-        0.002, gt=0, le=1, description="edm: noise level of the sampler's last step before x_0"
+        0.002,
+        gt=0,
+        le=1,
+        decides="scores",
+        description="edm: noise level of the sampler's last step before x_0",
     )
-    sigma_max: float = setting(80.0, gt=1, le=1e4, description="edm: noise level of pure noise")
+    sigma_max: float = setting(
+        80.0, gt=1, le=1e4, decides="scores", description="edm: noise level of pure noise"
+    )
     rho: float = setting(
-        7.0, ge=1, le=100, description="edm: larger takes shorter steps near the image"
+        7.0,
+        ge=1,
+        le=100,
+        decides="scores",
+        description="edm: larger takes shorter steps near the image",
     )
     log_sigma_mean: float = setting(
         -1.2, ge=-10, le=10, description="edm: mean of ln σ of the noise levels in training"

@@ -208,7 +208,7 @@ class VarianceExploding(Process):
     def path(self, steps: int, from_timestep: int | None = None) -> list[float]:
         """σ_i = (a^(1/ρ) + i / (n - 1) (b^(1/ρ) - a^(1/ρ)))^ρ, then 0 (Karras et al., 5)."""
         top = check_path(self, steps, from_timestep)
-        first = self.sigma_max if from_timestep is None else min(self.sigma_max, self.time_of(top))
+        first = self.sigma_max if from_timestep is None else self.time_of(top)
         count = min(steps, top)
         if count == 1 or first <= self.sigma_min:
             return [first, 0.0]

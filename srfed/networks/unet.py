@@ -148,8 +148,7 @@ class UNet(Network):
             embedding (class conditioning as in Nichol & Dhariwal, 2021), and the forward pass then
             needs the tasks; "exclusive" adds one vector, the task's own.
         tasks: number of tasks of a shared embedding.
-        zero_head: start the last convolution at zero, so that a fresh network predicts no noise at
-            all.
+        zero_head: start the last convolution at zero, so that a fresh network predicts zeros.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 import time
 
 from srfed.config import RunConfig
+from srfed.config.choices import SAMPLERS, chosen
 from srfed.records import EvaluationRecord, RoundRecord
 
 STEP_TO_PASS = 3.0
@@ -62,7 +63,8 @@ def evaluation_passes(config: RunConfig, clients: int, *, final: bool) -> int:
     SSIM-rec.
     """
     evaluation, sampling = config.evaluation, config.sampling
-    steps = config.diffusion.timesteps if sampling.sampler == "ancestral" else sampling.steps
+    every = chosen(SAMPLERS, sampling.sampler).every_timestep
+    steps = config.diffusion.timesteps if every else sampling.steps
     samples = evaluation.samples if final else evaluation.samples_between
     timesteps = {evaluation.ssim_timestep, *(evaluation.ssim_curve if final else ())}
     return samples * steps + clients * evaluation.ssim_images * sum(timesteps)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from srfed.config import RunConfig, SamplingConfig, parse_config, read_settings
+from srfed.config.choices import SAMPLERS, chosen, constants
 from srfed.errors import UserError
 from srfed.paths import absolute_path, user_path
 
@@ -66,12 +67,12 @@ def requested_sampling(
     content = config.model_dump(mode="json")
     content["sampling"] |= {key: value for key, value in given.items() if value is not None}
     sampling = parse_config(content, "--sampler, --steps, --eta").sampling
-    if steps is not None and sampling.sampler == "ancestral":
+    if steps is not None and chosen(SAMPLERS, sampling.sampler).every_timestep:
         raise UserError(
-            f"--steps {steps} would be ignored: the ancestral sampler always takes all "
+            f"--steps {steps} would be ignored: the {sampling.sampler} sampler always takes all "
             f"{config.diffusion.timesteps} steps; leave it out, or name --sampler ddim"
         )
-    if eta is not None and sampling.sampler != "ddim":
+    if eta is not None and "eta" not in constants(chosen(SAMPLERS, sampling.sampler), sampling):
         raise UserError(
             f"--eta {eta} would be ignored: the noise of the {sampling.sampler} sampler is fixed; "
             "leave it out, or name --sampler ddim"
