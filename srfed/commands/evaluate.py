@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from srfed.commands.options import Parser
+from srfed.config.choices import SAMPLERS
 from srfed.interrupts import run_command
 
 
@@ -30,11 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--inception-weights", metavar="FILE", help="default: the run's, or the official ones"
     )
     parser.add_argument(
-        "--sampler", metavar="NAME", help="ddim, dpm_solver or ancestral; default: the run's"
+        "--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)}; default: the run's"
     )
-    parser.add_argument(
-        "--steps", type=int, metavar="N", help="steps of ddim and dpm_solver; default: the run's"
-    )
+    parser.add_argument("--steps", type=int, metavar="N", help="of the sampler; default: the run's")
     parser.add_argument(
         "--eta", type=float, metavar="X", help="DDIM's noise, 0 to 1; default: the run's"
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srfed.commands.options import Parser
+from srfed.config.choices import SAMPLERS
 from srfed.interrupts import run_command
 
 if TYPE_CHECKING:
@@ -37,11 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--n", type=int, default=64, metavar="N", help="images of each task (default 64)"
     )
     parser.add_argument(
-        "--sampler", metavar="NAME", help="ddim, dpm_solver or ancestral; default: the run's"
+        "--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)}; default: the run's"
     )
-    parser.add_argument(
-        "--steps", type=int, metavar="N", help="steps of ddim and dpm_solver; default: the run's"
-    )
+    parser.add_argument("--steps", type=int, metavar="N", help="of the sampler; default: the run's")
     parser.add_argument(
         "--eta", type=float, metavar="X", help="DDIM's noise, 0 to 1; default: the run's"
     )

@@ -75,7 +75,7 @@ def test_mypy_refuses_a_program_that_hands_what_is_exclusive_to_the_packer(tmp_p
         cwd=root,
     )
     wrong = re.findall(r"leaks\.py:(\d+): error: .*incompatible type", done.stdout)
-    assert wrong == ["7", "8", "9"], done.stdout + done.stderr
+    assert wrong == ["8", "9", "10"], done.stdout + done.stderr
 
 
 # --- A whole run, every message recorded ---------------------------------------------------------

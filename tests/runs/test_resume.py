@@ -242,7 +242,7 @@ def test_a_message_that_is_no_successor_is_refused_at_the_site_before_any_traini
     request = Request(run.config.to_json(), run.lineage, "digit-1", 3, "new", attempt)
     with pytest.raises(UserError, match="training round 3 is impossible after"):
         worker.state(site, request, training=True)
-    assert worker.state(site, request, training=False).steps == 6
+    assert worker.state(site, request, training=False).minibatches == 6
 
 
 # --- Check, lock, then write ---------------------------------------------------------------------
