@@ -44,7 +44,8 @@ Draws = list[tuple[Tensor, Tensor, Tensor]]
 def run_config(stages: Any, **training: Any) -> RunConfig:
     model = {
         "channels": [8, 8, 8, 8],
-        "groups": 4,
+        # A group of two values at one pixel is steep where they are near to equal: rounding grows.
+        "groups": 1,
         "attention_head_channels": 8,
         "exclusive_stages": stages,
     }
@@ -133,7 +134,7 @@ def ddpm_losses(
 
 
 def assert_close(
-    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], atol: float = 4e-7
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], atol: float = 2e-7
 ) -> None:
     assert list(actual) == list(expected)
     for name in expected:
@@ -150,7 +151,9 @@ def assert_moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> N
     """So that an equality of two things which both stood still does not pass."""
     moves = [float((before[name] - after[name]).abs().max()) for name in before]
     assert max(moves) > 1e-4
-    assert np.mean([move > 1e-5 for move in moves]) > 0.8  # attention's key bias has no gradient
+    assert (
+        np.mean([move > 1e-5 for move in moves]) > 0.7
+    )  # what a norm takes away again has no gradient to speak of
 
 
 # Federated and centralised SR-DDPM

@@ -51,7 +51,8 @@ def run_config(
     }
     model = {
         "channels": [8, 8, 8, 8],
-        "groups": 4,
+        # A group of two values at one pixel is steep where they are near to equal: rounding grows.
+        "groups": 1,
         "attention_head_channels": 8,
         "attention_stages": [],
         "exclusive_stages": "none" if method == "pooled" else stages,
@@ -283,7 +284,9 @@ def same_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 def assert_moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
     """So that an equality of two things which both stood still does not pass."""
     moves = [float((before[name] - after[name].detach()).abs().max()) for name in before]
-    assert np.mean([move > 1e-6 for move in moves]) > 0.8  # attention's key bias has no gradient
+    assert (
+        np.mean([move > 1e-6 for move in moves]) > 0.7
+    )  # what a norm takes away again has no gradient to speak of
 
 
 def locally(config: RunConfig, of: Central, *rounds: int) -> list[LocalResult]:
