@@ -338,6 +338,7 @@ def generated_by_a_model(train: Images) -> Images:
     ).images
 
 
+@pytest.mark.slow
 def test_the_audit_fires_on_an_overfitted_model_only(
     network: FeatureNetwork, tasks: list[Task]
 ) -> None:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from srfed.config import ResourcesConfig, load_config
 from srfed.data import load_tasks
 from srfed.evaluation.generation import generate
@@ -12,6 +14,7 @@ from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 
 
+@pytest.mark.slow
 def test_samples_belong_to_their_tasks(tmp_path: Path) -> None:
     overrides = [
         "federation={clients: 3, rounds: 14}",
