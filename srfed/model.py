@@ -59,6 +59,7 @@ def _own_network(name: str) -> type[Network]:
     try:
         found = getattr(import_module(module), attribute)
     except Exception as error:
+        # The module is somebody else's program, and may raise anything while it is loaded.
         raise UserError(
             f"model.network = {name} cannot be loaded: {type(error).__name__}: {error}"
         ) from error

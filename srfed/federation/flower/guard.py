@@ -147,6 +147,7 @@ def _form(kind: str, admitted: Admitted) -> Form:
 def _log(message: Message, context: Context, text: str) -> None:
     """Append to the client's own log, or to standard error where even its site is unknown."""
     site = None
+    # What is logged may be the very thing that keeps the site from being known; it is not lost.
     with suppress(Exception):
         site = _site(message, context)
     write_to_log(site, message.metadata.message_type, text)
