@@ -39,7 +39,7 @@ def _judge(options: argparse.Namespace) -> None:
             run.objective.process,
             run.config.sampling,
             count=options.n,
-            shape=run.shape,
+            shape=run.shape_of(info),
             seed=options.seed,
             task=info.client,
         ).images

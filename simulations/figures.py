@@ -70,7 +70,7 @@ def reverse_process(run: TrainedRun, seed: int) -> dict[str, Images]:
             run.objective.process,
             sampling,
             count=1,
-            shape=run.shape,
+            shape=run.shape_of(task),
             seed=seed + again,
             task=task.client,
             strip_steps=STATES,
@@ -86,7 +86,7 @@ def samples(run: TrainedRun, seed: int) -> dict[str, Images]:
             run.objective.process,
             run.config.sampling,
             count=SAMPLES,
-            shape=run.shape,
+            shape=run.shape_of(task),
             seed=seed,
             task=task.client,
         ).images

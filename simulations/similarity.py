@@ -177,14 +177,16 @@ def _similarity(options: argparse.Namespace) -> None:
     network = load_feature_network(
         evaluation.feature_network, evaluation.inception_weights, run.device
     )
-    distances = layer_distances([run.exclusive_of(info) for info in infos], run.initial_exclusive)
+    distances = layer_distances(
+        [run.exclusive_of(info) for info in infos], run.initial_exclusive_of(infos[0])
+    )
     samples = {
         info.task: generate(
             run.denoiser(info),
             run.objective.process,
             run.config.sampling,
             count=options.samples,
-            shape=run.shape,
+            shape=run.shape_of(info),
             seed=options.seed,
             task=info.client,
         ).images

@@ -142,7 +142,7 @@ class Run:
             self._trained.objective.process,
             self.config.sampling,
             count=n,
-            shape=self._trained.shape,
+            shape=self._trained.shape_of(info),
             seed=seed,
             task=info.client,
         ).images
@@ -245,7 +245,8 @@ class Run:
         """Fit a task that the run has not seen; nobody else takes part.
 
         Args:
-            task: the new task, of the run's shape, with at least two training and test images.
+            task: the new task, of the shape of one of the run's, with at least two training and
+                test images.
             out: the folder of the adaptation; one that is finished is opened again.
             mode: "frozen" (φ stays), "thawed" (φ moves, here only) or "scratch" (nothing is taken
                 over but the initialisation).
@@ -279,7 +280,7 @@ class Run:
                 raise UserError(f"{name} = {value} is impossible; allowed: {least} or more")
         check_tasks([task])
         trained = self._trained
-        task = fitting_task(trained.shape, task)
+        task = fitting_task(trained.shapes, task)
         config = computed_here(trained.config, self._device, cuda=trained.device.type == "cuda")
         evaluation, every = config.evaluation, every or -(-steps // 6)
         network = load_feature_network(

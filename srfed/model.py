@@ -1,7 +1,7 @@
 """From a configuration to the objects that training and sampling work with."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 import torch
@@ -15,7 +15,7 @@ from srfed.diffusion.schedule import build_schedule
 from srfed.errors import UserError
 from srfed.networks.initialise import initialise
 from srfed.networks.network import Network
-from srfed.networks.partition import Partition, divide
+from srfed.networks.partition import Partition, Shared, divide
 from srfed.randomness import derive_seed
 
 
@@ -69,6 +69,33 @@ def _own_network(name: str) -> type[Network]:
             "srfed.networks.network.Network"
         )
     return found
+
+
+def shared_of(config: RunConfig, channels: Sequence[int]) -> tuple[Partition, Shared]:
+    """The run's partition, and φ_0, for images of these numbers of channels.
+
+    Raises:
+        UserError: φ is not the same for all of them, and as :func:`build_model` and
+            :func:`build_partition`.
+    """
+    found = []
+    for count in channels:
+        model = build_model(config, count)
+        partition = build_partition(config, model)
+        found.append((partition, partition.take_shared(model.state_dict())))
+    first, shared = found[0]
+    for partition, other in found[1:]:
+        if partition.fingerprint(other) != first.fingerprint(shared):
+            name = next(
+                (n for n in shared if n not in other or other[n].shape != shared[n].shape),
+                first.shared[0],
+            )
+            raise UserError(
+                f"images of {channels[0]} and of {channels[1]} channels cannot share {name!r}; "
+                "allowed: one number for all (data.channels), or a model.exclusive_stages that "
+                "keeps at the clients what meets the images, such as io or 1"
+            )
+    return first, shared
 
 
 def build_partition(config: RunConfig, model: Network) -> Partition:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from srfed.evaluation.metrics.memorisation import Audit
 
 Images = NDArray[np.uint8]
+Shape = tuple[int, int, int]
+"""H, W, C of an image."""
 
 
 @dataclass(frozen=True)

@@ -84,12 +84,12 @@ def _adapt(options: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
+    from srfed.data.tasks import extents
     from srfed.evaluation.features.load import load_feature_network
     from srfed.reporting.pictures import draw_grid, write_png
     from srfed.runs.adapting import (
         AdaptationFolder,
         computed_here,
-        extents,
         images_hash,
         score_adaptation,
         tensors_hash,
@@ -138,7 +138,7 @@ def _adapt(options: argparse.Namespace) -> None:
     with AdaptationFolder.held(out, about) as folder:
         print(
             f"{task.name}: {len(task.train)} training images and {len(task.test)} held out, of "
-            f"{extents(trained.shape)}; core of round {trained.round}, sha256 {core}"
+            f"{extents(task.shape)}; core of round {trained.round}, sha256 {core}"
         )
         for mode in modes:
             if folder.has(mode, task.name):
@@ -189,15 +189,15 @@ def _adapt(options: argparse.Namespace) -> None:
 
 
 def _task(options: argparse.Namespace, trained: "TrainedRun | TrainedSite") -> "Task":
-    """The new task, its images brought to the run's size and channels, and as many of them as were
-    asked for.
+    """The new task, its images brought to the run's size and channels where all its tasks have the
+    same, and as many of them as were asked for.
     """
     from srfed.data import describe_own_images, load_own_task, load_task, task_names
+    from srfed.data.images import CHANNELS
     from srfed.data.source import slugs
     from srfed.errors import UserError
     from srfed.runs.adapting import fitting_task
 
-    height, width, channels = trained.shape
     config = trained.config.data.model_copy(update={"images_per_task": None})
     if options.data is None:
         names = task_names(config)
@@ -209,16 +209,17 @@ def _task(options: argparse.Namespace, trained: "TrainedRun | TrainedSite") -> "
             )
         task = load_task(config, names.index(options.task))
     else:
+        heights, widths, channels = (set(extent) for extent in zip(*trained.shapes, strict=True))
         fitting = {
-            "image_size": height if height == width else None,
-            "channels": channels if channels in (1, 3) else None,
+            "image_size": min(heights) if len(heights) == 1 and heights == widths else None,
+            "channels": min(channels) if len(channels) == 1 and channels <= {*CHANNELS} else None,
         }
         name = slugs([options.data.resolve().stem])[0]
         config = config.model_copy(update=fitting)
         task = load_own_task(config, options.data, name)
         for line in describe_own_images(config, options.data):
             print(line)
-    return fitting_task(trained.shape, task, options.images, name="--images")
+    return fitting_task(trained.shapes, task, options.images, name="--images")
 
 
 def _core_words(mode: str, before: str, after: str) -> str:

@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from srfed.commands.options import Parser
 from srfed.config.choices import SAMPLERS
@@ -102,7 +102,7 @@ def _sample(options: argparse.Namespace) -> None:
             trained.objective.process,
             sampling,
             count=options.n,
-            shape=trained.shape,
+            shape=trained.shape_of(task),
             seed=options.seed,
             task=task.client,
         ).images
@@ -111,9 +111,12 @@ def _sample(options: argparse.Namespace) -> None:
     if options.npz is not None:
         buffer = io.BytesIO()
         names = [name for name, group in images.items() for _ in group]
-        np.savez_compressed(
-            buffer, images=np.concatenate(list(images.values())), tasks=np.array(names)
-        )
+        arrays: dict[str, Any] = {"tasks": np.array(names)}
+        if len({group.shape[1:] for group in images.values()}) == 1:
+            arrays |= {"images": np.concatenate(list(images.values()))}
+        else:
+            arrays |= {f"images_{place}": group for place, group in enumerate(images.values())}
+        np.savez_compressed(buffer, **arrays)
         write_bytes(options.npz, buffer.getvalue(), private=False)
         print(f"as numbers: {options.npz}")
 

@@ -101,12 +101,6 @@ class RunConfig(Section):
                 raise ValueError(
                     "model.task_embedding shared needs numbered tasks; data.dataset sites has none"
                 )
-            if self.data.image_size is None or self.data.channels is None:
-                raise ValueError(
-                    "data.dataset sites needs data.image_size (now "
-                    f"{json.dumps(self.data.image_size)}) and data.channels (now "
-                    f"{json.dumps(self.data.channels)}), so that all sites' images are of one shape"
-                )
             if self.evaluation.mode != "statistics":
                 raise ValueError(
                     f"evaluation.mode {self.evaluation.mode} needs reference images at the server, "

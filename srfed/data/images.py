@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
 
 Images = NDArray[np.uint8]
+CHANNELS = (1, 3)
+"""Grey and RGB."""
 SMALLEST = 5
 """Least height and width of an image, in pixels: the UNet halves it three times."""
 GREY_MODES = ("1", "L", "LA")

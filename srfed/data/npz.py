@@ -1,6 +1,7 @@
 """Images and labels in one .npz file, read without unpickling anything."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,23 +9,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srfed.config import DataConfig
-from srfed.data.source import Labelled, LabelledSource, data_path, slugs
+from srfed.data.images import Images
+from srfed.data.record import ImageRecord
+from srfed.data.source import (
+    Labelled,
+    LabelledSource,
+    Source,
+    data_path,
+    fit_and_split,
+    slugs,
+)
 from srfed.errors import UserError
 
 Arrays = dict[str, NDArray[Any]]
 
 
-def open_npz(config: DataConfig) -> LabelledSource:
+def open_npz(config: DataConfig) -> Source:
     """One task for each label that occurs, in the labels' order.
 
     ``data.dir`` is a file with ``train_images`` (uint8, N x H x W x C or N x H x W) and
     ``train_labels`` (whole numbers, N); optionally ``test_images`` and ``test_labels``; optionally
     ``label_names``, where entry k names label k. Without names label k is task "class-k".
 
+    Where tasks differ in the shape of their images, the file has ``label_names`` and, for entry k,
+    ``train_images_k`` and optionally ``test_images_k``, and no labels.
+
     Raises:
         UserError: the file is missing, damaged or holds something else.
     """
     path = data_path(config, "an .npz file with train_images and train_labels")
+    names_alone = read_arrays(path, [], optional=["train_images_0", "label_names"])
+    if "train_images_0" in names_alone:
+        return _open_separate(config, path, names_alone)
     arrays = read_arrays(path, ["train_labels"], optional=["label_names"])
     _check_labels(path, "train_labels", arrays["train_labels"])
     labels = [int(label) for label in np.unique(arrays["train_labels"])]
@@ -60,6 +76,34 @@ def open_npz(config: DataConfig) -> LabelledSource:
     return LabelledSource(config, names, labels, read, published=False)
 
 
+def _open_separate(config: DataConfig, path: Path, arrays: Arrays) -> "_Separate":
+    if "label_names" not in arrays:
+        raise UserError(f"data.dir: {path} has train_images_0 and no label_names")
+    names = slugs([str(title) for title in arrays["label_names"].ravel()])
+    return _Separate(config, path, names)
+
+
+@dataclass
+class _Separate:
+    """Tasks each of whose images are arrays of their own."""
+
+    config: DataConfig
+    path: Path
+    names: list[str]
+
+    def load(self, index: int, known: ImageRecord | None = None) -> tuple[Images, Images]:
+        train, test = (f"{split}_images_{index}" for split in ("train", "test"))
+        arrays = read_arrays(self.path, [train], optional=[test])
+        found = {name: _images(self.path, name, images) for name, images in arrays.items()}
+        own = fit_and_split(self.config, self.names[index], found[train], found.get(test), known)
+        if own[0].shape[1:] != own[1].shape[1:]:
+            raise UserError(
+                f"data.dir: {self.path}: {train} {own[0].shape} and {test} {own[1].shape} are of "
+                "different size"
+            )
+        return own
+
+
 def read_arrays(
     path: Path, required: Sequence[str], optional: Sequence[str] = (), key: str = "data.dir"
 ) -> Arrays:
@@ -92,16 +136,22 @@ def read_arrays(
 def _labelled(path: Path, arrays: Arrays, split: str) -> Labelled:
     images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
     _check_labels(path, f"{split}_labels", labels)
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise UserError(
-            f"data.dir: {path}: {split}_images is {images.dtype} {images.shape}; allowed: uint8, N "
-            "x H x W x C or N x H x W"
-        )
+    images = _images(path, f"{split}_images", images)
     if len(images) != len(labels):
         raise UserError(
             f"data.dir: {path} has {len(images)} {split}_images but {len(labels)} {split}_labels"
         )
-    return Labelled(images if images.ndim == 4 else images[..., None], labels)
+    return Labelled(images, labels)
+
+
+def _images(path: Path, name: str, images: NDArray[Any]) -> Images:
+    """N x H x W x C; raises UserError where an array is none of images."""
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise UserError(
+            f"data.dir: {path}: {name} is {images.dtype} {images.shape}; allowed: uint8, N x H x W "
+            "x C or N x H x W"
+        )
+    return images if images.ndim == 4 else images[..., None]
 
 
 def _check_labels(path: Path, name: str, labels: NDArray[Any]) -> None:

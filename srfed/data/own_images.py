@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 
 from srfed.config import DataConfig
 from srfed.data.folder import describe_intensity, describe_listings, list_images, load_listing
-from srfed.data.images import Images, fit_images
+from srfed.data.images import Images
 from srfed.data.npz import read_arrays
 from srfed.data.record import RECORD_FILE, ImageRecord, read_records, write_records
-from srfed.data.source import split, split_by_content
+from srfed.data.source import fit_and_split
 from srfed.data.tasks import Task
 from srfed.errors import UserError
 from srfed.files import write_bytes
@@ -170,11 +170,9 @@ def _read_npz(
     images = {
         key: values if values.ndim == 4 else values[..., None] for key, values in arrays.items()
     }
-    if "test_images" not in images:
-        fitted = fit_images(images["train_images"], config.image_size, config.channels)
-        return split_by_content(config, name, fitted, known)
-    chosen = split(config, name, images["train_images"], images["test_images"])
-    train, test = (fit_images(part, config.image_size, config.channels) for part in chosen)
+    train, test = fit_and_split(
+        config, name, images["train_images"], images.get("test_images"), known
+    )
     if train.shape[1:] != test.shape[1:]:
         raise UserError(
             f"data: {path}: train_images {train.shape} and test_images {test.shape} differ in "

@@ -66,14 +66,39 @@ class LabelledSource:
     def load(self, index: int, known: ImageRecord | None = None) -> tuple[Images, Images]:
         train, test = self._splits
         own = train.images[train.labels == self.labels[index]]
-        size, channels = self.config.image_size, self.config.channels
-        if test is None and not self.published:
-            return split_by_content(
-                self.config, self.names[index], fit_images(own, size, channels), known
-            )
         held_out = None if test is None else test.images[test.labels == self.labels[index]]
-        chosen = split(self.config, self.names[index], own, held_out)
-        return fit_images(chosen[0], size, channels), fit_images(chosen[1], size, channels)
+        return fit_and_split(
+            self.config, self.names[index], own, held_out, known, by_content=not self.published
+        )
+
+
+def fit_and_split(
+    config: DataConfig,
+    name: str,
+    train: Images,
+    test: Images | None,
+    known: ImageRecord | None,
+    *,
+    by_content: bool = True,
+) -> tuple[Images, Images]:
+    """A task's training and test images, brought to the size and channels that are asked for.
+
+    Args:
+        config: says how.
+        name: the task's, for errors.
+        train, test: uint8 N x H x W x C; ``test`` is None where there is no test split, and
+        by_content: their content then says what is held out, and not their order.
+        known: as for :func:`split_by_content`.
+
+    Raises:
+        UserError: as :func:`split`, :func:`split_by_content` and
+            :func:`~srfed.data.images.fit_images`.
+    """
+    size, channels = config.image_size, config.channels
+    if test is None and by_content:
+        return split_by_content(config, name, fit_images(train, size, channels), known)
+    chosen = split(config, name, train, test)
+    return fit_images(chosen[0], size, channels), fit_images(chosen[1], size, channels)
 
 
 def split(

@@ -25,7 +25,6 @@ def check_tasks(tasks: Sequence[Task]) -> None:
             raise UserError(f"task name {name!r} is impossible; allowed: such as {safe!r}")
         if names.count(name) > 1:
             raise UserError(f"two tasks are called {name!r}; each needs a name of its own")
-    first = tasks[0]
     for task in tasks:
         for what, images in (("train", task.train), ("test", task.test)):
             where = f"{what} of task {task.name!r}"
@@ -35,10 +34,10 @@ def check_tasks(tasks: Sequence[Task]) -> None:
                     f"{where} is {found} {getattr(images, 'shape', '')}; it must be a numpy array "
                     "of uint8, N x H x W x C"
                 )
-            if images.shape[1:] != first.train.shape[1:]:
+            if images.shape[1:] != task.train.shape[1:]:
                 raise UserError(
-                    f"{where} has images of {images.shape[1:]}, and train of {first.name!r} of "
-                    f"{first.train.shape[1:]}; all must be of one shape"
+                    f"{where} has images of {images.shape[1:]}, and train of "
+                    f"{task.train.shape[1:]}; a task's must be of one shape"
                 )
             if images.shape[-1] not in (1, 3) or min(images.shape[1:3]) < SMALLEST:
                 raise UserError(
@@ -59,8 +58,11 @@ def store_tasks(path: Path, tasks: Sequence[Task]) -> None:
     arrays: dict[str, Any] = {"label_names": np.array([task.name for task in tasks])}
     for split in ("train", "test"):
         groups = [getattr(task, split) for task in tasks]
-        arrays[f"{split}_images"] = np.concatenate(groups)
-        arrays[f"{split}_labels"] = np.repeat(np.arange(len(tasks)), [len(g) for g in groups])
+        if len({task.shape for task in tasks}) == 1:
+            arrays[f"{split}_images"] = np.concatenate(groups)
+            arrays[f"{split}_labels"] = np.repeat(np.arange(len(tasks)), [len(g) for g in groups])
+        else:
+            arrays |= {f"{split}_images_{label}": group for label, group in enumerate(groups)}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_bytes(path, buffer.getvalue())

@@ -14,6 +14,7 @@ from srfed.data.npz import open_npz
 from srfed.data.record import ImageRecord, read_records, write_records
 from srfed.data.source import Source
 from srfed.errors import UserError
+from srfed.records import Shape
 
 ALLOW = "allow the change with --allow-changed-images"
 """What a command that has the option advises."""
@@ -31,6 +32,12 @@ class Task:
     """Held out: uint8, M x H x W x C."""
     index: int = 0
     """Position among the data set's tasks, from 0."""
+
+    @property
+    def shape(self) -> Shape:
+        """H, W, C of its images."""
+        height, width, channels = self.train.shape[1:]
+        return height, width, channels
 
 
 def task_names(config: DataConfig) -> list[str]:
@@ -68,12 +75,10 @@ def load_task(
 def load_tasks(
     config: DataConfig, count: int, known: Mapping[str, ImageRecord] | None = None
 ) -> list[Task]:
-    """Load the first ``count`` tasks, all with images of one shape; ``known`` as in
-    :func:`load_task`.
+    """Load the first ``count`` tasks; ``known`` as in :func:`load_task`.
 
     Raises:
-        UserError: as :func:`load_task`, or the data set has fewer tasks, or their images differ in
-            shape.
+        UserError: as :func:`load_task`, or the data set has fewer tasks.
     """
     source, known = _open(config), known or {}
     if not 1 <= count <= len(source.names):
@@ -81,19 +86,27 @@ def load_tasks(
             f"federation.clients = {count} is impossible with data.dataset = {config.dataset}, "
             f"which has {len(source.names)} tasks; allowed: 1 to {len(source.names)}"
         )
-    tasks = [
+    return [
         Task(name, *source.load(index, known.get(name)), index)
         for index, name in enumerate(source.names[:count])
     ]
+
+
+def check_one_shape(tasks: Sequence[Task], needed_by: str) -> None:
+    """Raise UserError, saying what needs it, unless all tasks' images are of one shape."""
     first = tasks[0]
     for task in tasks:
-        if task.train.shape[1:] != first.train.shape[1:]:
+        if task.shape != first.shape:
             raise UserError(
-                f"images differ in height x width x channels: task {first.name} has "
-                f"{_shape(first)}, task {task.name} {_shape(task)}; set data.image_size and "
-                "data.channels"
+                f"{needed_by} needs images of one height x width x channels: task {first.name} has "
+                f"{extents(first.shape)}, task {task.name} {extents(task.shape)}; set "
+                "data.image_size and data.channels"
             )
-    return tasks
+
+
+def extents(shape: Sequence[int]) -> str:
+    """(28, 28, 1) -> "28 x 28 x 1"."""
+    return " x ".join(map(str, shape))
 
 
 def load_recorded_tasks(
@@ -189,7 +202,3 @@ def _open(config: DataConfig) -> Source:
             raise UserError(
                 "data.dataset = sites has no images here: each deployed site has its own"
             )
-
-
-def _shape(task: Task) -> str:
-    return " x ".join(str(extent) for extent in task.train.shape[1:])

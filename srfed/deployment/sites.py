@@ -168,7 +168,10 @@ def rebind(run: Path, client: str) -> str:
             )
         manifest = _manifest(run)
         content = read_json(manifest, "sha256")
-        content["known"] = {other: values for other, values in known.items() if other != client}
+        for group in ("known", "shapes"):
+            content[group] = {
+                other: values for other, values in content.get(group, {}).items() if other != client
+            }
         write_json(manifest, content)
     return (
         f"{client} was bound to {known[client]['key'] or 'no key'}; the next SuperNode to come "

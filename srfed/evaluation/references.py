@@ -49,7 +49,7 @@ def score_statistics(
     name: str, own: Mapping[str, FeatureStatistics], references: Mapping[str, FeatureStatistics]
 ) -> Scores:
     """Score feature statistics by task against references of the same tasks; merged in the order of
-    their names.
+    their names, and grey images count as RGB where some are RGB.
     """
     generated, reference = (
         merge_statistics([statistics[task] for task in sorted(own)])

@@ -17,12 +17,14 @@ class TaskReport:
     Attributes:
         images, strip: uint8 N x H x W x C and K x H x W x C; None where they stay with the owner.
         ssim: SSIM-rec by timestep; empty where there is none.
+        ssim_window: side of its window, px.
         audit: the memorisation audit, if there was one.
     """
 
     images: Images | None
     strip: Images | None
     ssim: dict[int, float]
+    ssim_window: int
     audit: Audit | None
 
 
@@ -49,7 +51,6 @@ def evaluation_record(
     floor: float | None,
     *,
     final: bool,
-    window: int,
     seconds: float,
     exchanged: Exchanged | None = None,
 ) -> EvaluationRecord:
@@ -62,7 +63,6 @@ def evaluation_record(
         scores: of their samples.
         floor: what real training images would score.
         final: the evaluation at the end of the run.
-        window: side of the SSIM window, px.
         seconds: wall time.
         exchanged: how the owners were asked.
     """
@@ -80,7 +80,7 @@ def evaluation_record(
         ssim_timestep=settings.ssim_timestep,
         ssim=_mean_curve(curves),
         ssim_by_client={client: curve[settings.ssim_timestep] for client, curve in curves.items()},
-        ssim_window=window if curves else 0,
+        ssim_window=min((reports[client].ssim_window for client in curves), default=0),
         audits={c: report.audit for c, report in reports.items() if report.audit is not None},
         grids={
             client: report.images[: settings.grid_columns]

@@ -17,7 +17,11 @@ from srfed.data import Task
 from srfed.data.images import Images
 from srfed.errors import UserError
 from srfed.evaluation.features.network import FeatureNetwork
-from srfed.evaluation.features.statistics import FeatureStatistics, merge_statistics
+from srfed.evaluation.features.statistics import (
+    FeatureStatistics,
+    merge_statistics,
+    repeat_channels,
+)
 from srfed.evaluation.features.statistics_file import load_statistics, save_statistics
 from srfed.evaluation.metrics.frechet import frechet_distance
 from srfed.evaluation.metrics.kernel import kernel_distance, kernel_score_name
@@ -135,7 +139,8 @@ def score_samples(
         UserError: there are too few images, or they mean nothing to the network.
     """
     features = {task.name: network(samples[task.name]) for task in tasks}
-    generated = FeatureStatistics.of(np.concatenate(list(features.values())))
+    together = repeat_channels(list(features.values()))
+    generated = FeatureStatistics.of(together)
     groups: dict[str, dict[str, Images]] = {
         "test": {task.name: task.test for task in tasks},
         "train": dict(whole_train),
@@ -159,8 +164,8 @@ def score_samples(
                 real.count,
             )
         )
-    test = np.concatenate([network(task.test) for task in tasks])
-    kernel = kernel_distance(np.concatenate(list(features.values())), test, seed=seed)
+    test = repeat_channels([network(task.test) for task in tasks])
+    kernel = kernel_distance(together, test, seed=seed)
     scores.append(
         Score(
             kernel_score_name(network.score_name),

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from srfed.config import RunConfig
+from srfed.data.images import SMALLEST
 from srfed.diffusion.process import QUARTERS
 from srfed.evaluation.metrics.memorisation import Memorisation
 from srfed.evaluation.metrics.ssim import ssim_window
@@ -22,6 +23,10 @@ LONGEST_TEXT = 100
 """Characters of a client's id, its task's name, and whatever else of it is shown."""
 MOST_IMAGES = 10**9
 MOST_STEPS = 10**6
+MOST_PIXELS = 65_536
+"""Of a side of an image."""
+MOST_CHANNELS = 16
+"""Of an image: the server makes room for features of each of them."""
 """Of a round: the server counts them off one by one, in the decay of its moving average."""
 LARGEST_LOSS = 1e6
 """The mean squared error of predicted noise is of the order of 1, of a network that diverges
@@ -84,6 +89,9 @@ def exactly(value: float) -> Number:
 
 
 DESCRIPTION: Mapping[str, Number] = {
+    "height": Number(SMALLEST, MOST_PIXELS, whole=True),
+    "width": Number(SMALLEST, MOST_PIXELS, whole=True),
+    "channels": Number(1, MOST_CHANNELS, whole=True),
     "index": Number(-1, MOST_IMAGES, whole=True),
     "images": Number(1, MOST_IMAGES, whole=True),
     "test_images": Number(0, MOST_IMAGES, whole=True),

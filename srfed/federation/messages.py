@@ -13,6 +13,7 @@ from torch import Tensor
 
 from srfed.evaluation.metrics.memorisation import Audit
 from srfed.federation.agreement import RequestRefusedError
+from srfed.records import Shape
 from srfed.storage.client_store import PLAIN_NAME
 
 PROTOCOL = 2
@@ -151,6 +152,11 @@ class Description:
     partition: str
     version: str
     protocol: int = PROTOCOL
+
+    @property
+    def shape(self) -> Shape:
+        """H, W, C of its images."""
+        return self.height, self.width, self.channels
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> Self:

@@ -119,7 +119,11 @@ def worker_for(admitted: Admitted) -> Worker:
     Raises:
         RequestRefusedError: this srfed makes another φ of the agreed settings.
     """
-    worker = _worker(admitted.config, admitted.task.train.shape[-1])
+    channels = admitted.task.train.shape[-1]
+    workers = _workers(admitted.config)
+    if channels not in workers:
+        workers[channels] = Worker(admitted.config, channels)
+    worker = workers[channels]
     torch.set_num_threads(admitted.config.resources.client_cpus)
     agreement = admitted.agreement
     if agreement is not None and worker.partition_fingerprint != agreement.shared.fingerprint:
@@ -143,8 +147,9 @@ def features_for(admitted: Admitted) -> FeatureNetwork:
 
 
 @lru_cache(maxsize=1)
-def _worker(config: RunConfig, image_channels: int) -> Worker:
-    return Worker(config, image_channels)
+def _workers(config: RunConfig) -> dict[int, Worker]:
+    """One run's workers by the number of image channels; those of another run are let go."""
+    return {}
 
 
 def _check_names(what: str, tensors: Mapping[str, Tensor], expected: tuple[str, ...]) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from srfed.config import RunConfig, parse_config
 from srfed.data import Task
 from srfed.data.images import Images
+from srfed.data.tasks import extents
 from srfed.device import resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.features.network import FeatureNetwork
@@ -30,6 +31,7 @@ from srfed.evaluation.generation import generate
 from srfed.evaluation.metrics.frechet import frechet_distance
 from srfed.files import exists, held, list_folder, read_json, try_output, write_bytes, write_json
 from srfed.model import build_model, build_objective
+from srfed.records import Shape
 from srfed.storage.site_model import MODELS, save_site_model
 from srfed.training.adaptation import Adapted, Mode, adapt
 from srfed.training.part import load_tensors
@@ -93,12 +95,12 @@ def computed_here(config: RunConfig, device: str, *, cuda: bool) -> RunConfig:
 
 
 def fitting_task(
-    shape: Sequence[int], task: Task, images: int | None = None, *, name: str = "images"
+    shapes: Sequence[Shape], task: Task, images: int | None = None, *, name: str = "images"
 ) -> Task:
-    """A new task with as many training images as asked for, if a run of this shape can take it.
+    """A new task with as many training images as asked for, if a run of such images can take it.
 
     Args:
-        shape: H, W, C of the run's images.
+        shapes: the different H, W, C of the run's images.
         task: the new task.
         images: training images to use, the first; None takes all.
         name: what the caller calls that number.
@@ -107,10 +109,10 @@ def fitting_task(
         UserError: its images are of another shape, or too few.
     """
     count = len(task.train)
-    if task.train.shape[1:] != tuple(shape):
+    if task.shape not in shapes:
         raise UserError(
-            f"the images of {task.name} are {extents(task.train.shape[1:])} (height x width x "
-            f"channels); the run has {extents(shape)}"
+            f"the images of {task.name} are {extents(task.shape)} (height x width x channels); the "
+            f"run has {' and '.join(map(extents, shapes))}"
         )
     if images is not None and not 1 <= images <= count:
         raise UserError(
@@ -123,11 +125,6 @@ def fitting_task(
             "2 of each, so add images, or a folder `test` beside `train`"
         )
     return replace(task, train=task.train[:images])
-
-
-def extents(shape: Sequence[int]) -> str:
-    """(28, 28, 1) -> "28 x 28 x 1"."""
-    return " x ".join(map(str, shape))
 
 
 def score_adaptation(

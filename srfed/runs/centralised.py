@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from srfed.data import Task, load_recorded_tasks, record_tasks
+from srfed.data.tasks import check_one_shape
 from srfed.device import captured_forward, memory_layout, resolve_device
 from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.references import RealFloor, References
@@ -47,6 +48,7 @@ class Centralised:
         config, run = self._config, self._run
         torch.set_num_threads(config.resources.client_cpus)
         self._images = load_recorded_tasks(config.data, config.federation.clients, run.images)
+        check_one_shape(self._images, f"training.method = {config.training.method}")
         record_tasks(run.images, self._images)
         self.tasks = [
             TaskInfo(task.name, task.name, len(task.train), len(task.test)) for task in self._images
@@ -70,12 +72,11 @@ class Centralised:
         if found is not None:
             checkpoints = ServerCheckpoints(run.server, config.federation.keep_attempts)
             checkpoints.check(found, shared)
-        height, width, channels = self._images[0].train.shape[1:]
         state = found or RunState(
             lineage=run.lineage,
             round=0,
             shared=Part(shared, Shared(copies(shared))),
-            shape=(height, width, channels),
+            shapes={task.name: task.shape for task in self._images},
             clients=tuple(task.name for task in self._images),
         )
         self._own = self._restore(state)
@@ -183,7 +184,11 @@ class Centralised:
             generated = evaluated.generated
             images[task.name] = generated.images
             reports[task.name] = TaskReport(
-                generated.images, generated.strip, evaluated.ssim, evaluated.audit
+                generated.images,
+                generated.strip,
+                evaluated.ssim,
+                evaluated.ssim_window,
+                evaluated.audit,
             )
         return evaluation_record(
             settings,
@@ -192,6 +197,5 @@ class Centralised:
             self._references.score(images),
             self._floor(images),
             final=final,
-            window=evaluated.ssim_window,
             seconds=time.perf_counter() - began,
         )

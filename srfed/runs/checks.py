@@ -53,6 +53,7 @@ def check_training(
         )
     # Importing torch takes seconds: what is wrong with settings and images is said before.
     from srfed.data import load_recorded_tasks, load_tasks, record_tasks
+    from srfed.data.tasks import check_one_shape
 
     training = config.training
     check_resources(config.resources, federated=training.method == "federated")
@@ -72,19 +73,20 @@ def check_training(
             )
     from srfed.device import resolve_device
     from srfed.evaluation.features.load import load_feature_network
-    from srfed.model import build_model, build_partition
+    from srfed.model import shared_of
     from srfed.training.centralised import centralised_orders
     from srfed.training.minibatches import MinibatchOrder
 
     device = resolve_device(config.resources)
     if training.method != "federated":
+        check_one_shape(tasks, f"training.method = {training.method}")
         centralised_orders(config, {task.name: len(task.train) for task in tasks})
     for task in tasks:
         if training.method == "federated":
             MinibatchOrder.of(
                 training, len(task.train), training.batch_size, config.seed, task.name
             )
-    build_partition(config, build_model(config, tasks[0].train.shape[-1]))
+    shared_of(config, sorted({task.shape[-1] for task in tasks}))
     load_feature_network(
         config.evaluation.feature_network, config.evaluation.inception_weights, device
     )

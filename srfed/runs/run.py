@@ -4,23 +4,25 @@ site.
 
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
 from srfed.config import ResourcesConfig
-from srfed.device import captured_forward, resolve_device
+from srfed.device import Captured, captured_forward, resolve_device
 from srfed.diffusion.process import Denoiser
 from srfed.errors import UserError
 from srfed.files import exists
-from srfed.model import build_model, build_objective, build_partition, denoiser_of_task
-from srfed.records import TaskInfo
+from srfed.model import build_model, build_objective, denoiser_of_task, shared_of
+from srfed.networks.network import Network
+from srfed.records import Shape, TaskInfo
 from srfed.storage.checkpoint import check_tensors
 from srfed.storage.client_store import ClientStore
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import ServerCheckpoints
 from srfed.storage.site_model import SiteModel
-from srfed.training.part import initial_state, load_tensors
+from srfed.training.part import ClientState, initial_state, load_tensors
 
 
 class TrainedSite:
@@ -29,6 +31,7 @@ class TrainedSite:
 
     Attributes:
         shared: the averaged φ.
+        shapes: H, W, C of its images, alone.
 
     Args:
         folder: the client's own folder, ``<state-dir>/<client>``.
@@ -40,9 +43,9 @@ class TrainedSite:
 
     def __init__(self, folder: Path, resources: ResourcesConfig) -> None:
         stored = SiteModel(folder)
-        self.config, self.round, self.shape = stored.config, stored.round, stored.shape
+        self.config, self.round, self.shapes = stored.config, stored.round, [stored.shape]
         self.device = resolve_device(resources)
-        model = build_model(self.config, self.shape[-1])
+        model = build_model(self.config, stored.shape[-1])
         self.shared, exclusive = stored.tensors
         check_tensors(str(stored.path), {**self.shared, **exclusive}, model.state_dict())
         load_tensors(model, self.shared, exclusive)
@@ -58,6 +61,10 @@ class TrainedSite:
             )
         return self.tasks[0]
 
+    def shape_of(self, task: TaskInfo) -> Shape:
+        """H, W, C of its images."""
+        return self.shapes[0]
+
     def denoiser(self, task: TaskInfo) -> Denoiser:
         """E[x_0 | x_t] of the averaged (φ, θ_i), in evaluation mode."""
         return self.objective.denoiser(self._model)
@@ -65,6 +72,9 @@ class TrainedSite:
 
 class TrainedRun:
     """The models of a simulation's run folder.
+
+    Attributes:
+        shapes: the different H, W, C of its tasks' images, in the order of the tasks.
 
     Args:
         path: the run's folder.
@@ -80,21 +90,18 @@ class TrainedRun:
         checkpoints = ServerCheckpoints(self._run.server, 1)
         self._state = checkpoints.load_last()
         self.round = self._state.round
-        self.shape = self._state.shape
-        self.device = resolve_device(resources)
-        self._model = build_model(self.config, self.shape[-1])
-        self.partition = build_partition(self.config, self._model)
-        self._initial = initial_state(self._model, self.partition)
-        checkpoints.check(self._state, self.partition.take_shared(self._model.state_dict()))
-        self._model.to(self.device)
-        self._forward = captured_forward(self._model, resources, self.device)
-        self.objective = build_objective(self.config, self.device)
         self.tasks: list[TaskInfo] = MetricsLog(self._run.metrics).tasks()
         if not self.tasks:
             raise UserError(
                 f"{self._run.metrics} names no task: it is missing or empty; put it back, or write "
                 f"it again with --resume {self._run.path}"
             )
+        self.shapes = list(dict.fromkeys(map(self.shape_of, self.tasks)))
+        self._resources, self.device = resources, resolve_device(resources)
+        self._models: dict[int, _Model] = {}
+        self.partition, shared = shared_of(self.config, [self.shapes[0][-1]])
+        checkpoints.check(self._state, shared)
+        self.objective = build_objective(self.config, self.device)
 
     def find_task(self, wanted: str) -> TaskInfo:
         """The task of that name or position; raises UserError listing what there is."""
@@ -108,24 +115,31 @@ class TrainedRun:
         """E[x_0 | x_t] of a task's averaged (φ, θ_i), in evaluation mode; the next call reuses
         the same module.
         """
-        load_tensors(self._model, self.shared, self.exclusive_of(task))
-        self._model.eval()
-        return denoiser_of_task(self.objective, self._model, self.tasks.index(task), self._forward)
+        model = self._model_of(task)
+        load_tensors(model.network, self.shared, self.exclusive_of(task))
+        model.network.eval()
+        return denoiser_of_task(
+            self.objective, model.network, self.tasks.index(task), model.forward
+        )
+
+    def shape_of(self, task: TaskInfo) -> Shape:
+        """H, W, C of a task's images; of one that joined after the last checkpoint, another's."""
+        shapes = self._state.shapes
+        return shapes.get(task.client, next(iter(shapes.values())))
 
     @property
     def shared(self) -> dict[str, Tensor]:
         """The averaged φ."""
         return self._state.shared.average
 
-    @property
-    def initial_exclusive(self) -> dict[str, Tensor]:
-        """θ_0, the initialisation that all tasks have in common."""
-        return self._initial.exclusive.weights
+    def initial_exclusive_of(self, task: TaskInfo) -> dict[str, Tensor]:
+        """θ_0, the initialisation that all tasks with images of so many channels have in common."""
+        return self._model_of(task).initial.exclusive.weights
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Numbers in each tensor of the model, by name."""
-        return {name: tensor.numel() for name, tensor in self._model.state_dict().items()}
+    def sizes_of(self, task: TaskInfo) -> dict[str, int]:
+        """Numbers in each tensor of a task's model, by name."""
+        network = self._model_of(task).network
+        return {name: tensor.numel() for name, tensor in network.state_dict().items()}
 
     @property
     def weights_hash(self) -> str:
@@ -141,8 +155,9 @@ class TrainedRun:
         Raises:
             UserError: the run was deployed, and θ_i is at its site.
         """
+        initial = self._model_of(task).initial.exclusive.average
         if task.client not in self._state.attempts:
-            return self._initial.exclusive.average
+            return initial
         store = ClientStore(self._run.clients, task.client, self._run.lineage, 1)
         if not exists(self._run.clients / task.client):
             raise UserError(
@@ -150,5 +165,24 @@ class TrainedRun:
                 "sample there with --store <state-dir>/<client-id>"
             )
         average = store.load(self._state.attempts[task.client]).exclusive.average
-        check_tensors(str(store.folder), average, self._initial.exclusive.average)
+        check_tensors(str(store.folder), average, initial)
         return average
+
+    def _model_of(self, task: TaskInfo) -> "_Model":
+        channels = self.shape_of(task)[-1]
+        if channels not in self._models:
+            network = build_model(self.config, channels)
+            initial = initial_state(network, self.partition)
+            network.to(self.device)
+            self._models[channels] = _Model(
+                network, captured_forward(network, self._resources, self.device), initial
+            )
+        return self._models[channels]
+
+
+class _Model(NamedTuple):
+    """The network for images of so many channels."""
+
+    network: Network
+    forward: Captured
+    initial: ClientState

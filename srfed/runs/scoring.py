@@ -134,6 +134,7 @@ def evaluate_run(
         )
         for info, task in zip(trained.tasks, tasks, strict=True)
     }
+    sizes = trained.sizes_of(trained.tasks[0])
     record = {
         "run": str(path),
         "round": trained.round,
@@ -154,14 +155,14 @@ def evaluate_run(
         if wanted.ssim_images
         else {},
         "ssim_images": wanted.ssim_images,
-        "ssim_window": ssim_window(*trained.shape[:2]),
+        "ssim_window": min(ssim_window(*shape[:2]) for shape in trained.shapes),
         "memorisation": {
             "all": merge_audits(list(scored.audits.values())) if scored.audits else None,
             "by_task": audit_numbers(scored.audits),
             "none": scored.no_audit,
         },
         "parameters": {
-            part: sum(trained.sizes[name] for name in names)
+            part: sum(sizes[name] for name in names)
             for part, names in (
                 ("shared", trained.partition.shared),
                 ("exclusive", trained.partition.exclusive),
@@ -217,7 +218,7 @@ def _samples(
             trained.objective.process,
             wanted.sampling,
             count=share,
-            shape=trained.shape,
+            shape=trained.shape_of(info),
             seed=wanted.seed,
             task=info.client,
         ).images

@@ -28,6 +28,7 @@ from srfed.files import (
     write_bytes,
     write_folder,
 )
+from srfed.records import Shape
 
 STATE_FILE = "state.safetensors"
 MANIFEST_FILE = "manifest.json"
@@ -137,9 +138,10 @@ def check_tensors(what: str, tensors: Mapping[str, Tensor], expected: Mapping[st
             )
 
 
-def image_shape(path: Path, content: list[int]) -> tuple[int, int, int]:
+def image_shape(path: Path, content: Any) -> Shape:
     """H, W, C as a manifest has them; raises DamagedError, naming ``path``, where it does not."""
-    if len(content) != 3 or not all(isinstance(extent, int) for extent in content):
+    whole = isinstance(content, list) and all(isinstance(extent, int) for extent in content)
+    if not whole or len(content) != 3:
         raise DamagedError(f"{path} is damaged: 'shape' is {content!r}")
     height, width, channels = content
     return height, width, channels

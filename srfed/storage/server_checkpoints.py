@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from srfed.errors import DamagedError, UserError
 from srfed.networks.partition import Shared
+from srfed.records import Shape
 from srfed.storage.checkpoint import (
     Checkpoint,
     check_tensors,
@@ -27,7 +29,6 @@ _KINDS = {
     "round": int,
     "shared_steps": int,
     "attempts": dict,
-    "shape": list,
     "clients": list,
 }
 
@@ -64,7 +65,7 @@ class RunState:
             place in the average's warm-up.
         optimizer: the server optimizer's state.
         attempts: the accepted attempt of each client that ever had one.
-        shape: H, W, C of the images.
+        shapes: H, W, C of each client's images.
         clients: ids of all clients that have taken part.
         known: what each of them is held to; those of a checkpoint of an earlier version are learned
             anew.
@@ -76,7 +77,7 @@ class RunState:
     shared: Part[Shared]
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     attempts: dict[str, str] = field(default_factory=dict)
-    shape: tuple[int, int, int] = (0, 0, 0)
+    shapes: dict[str, Shape] = field(default_factory=dict)
     clients: tuple[str, ...] = ()
     known: dict[str, KnownClient] = field(default_factory=dict)
     minibatches: dict[str, int] = field(default_factory=dict)
@@ -105,7 +106,7 @@ class ServerCheckpoints:
             "round": state.round,
             "shared_steps": state.shared.steps,
             "attempts": state.attempts,
-            "shape": list(state.shape),
+            "shapes": {client: list(shape) for client, shape in state.shapes.items()},
             "clients": list(state.clients),
             "known": {client: asdict(known) for client, known in state.known.items()},
             "minibatches": state.minibatches,
@@ -149,7 +150,7 @@ class ServerCheckpoints:
         path = self._path(rounds[-1])
         try:
             checkpoint = read_checkpoint(path, _KINDS)
-            shape = image_shape(path, checkpoint.manifest["shape"])
+            shapes = _shapes(path, checkpoint.manifest)
         except DamagedError as error:
             advice = (
                 f"remove {path} to go back to round {rounds[-2]}"
@@ -175,7 +176,7 @@ class ServerCheckpoints:
             lineage=manifest["lineage"],
             round=manifest["round"],
             attempts=manifest["attempts"],
-            shape=shape,
+            shapes=shapes,
             clients=tuple(manifest["clients"]),
             known=known,
             minibatches=manifest.get("minibatches", {}),
@@ -190,3 +191,13 @@ class ServerCheckpoints:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"round-{number:05d}"
+
+
+def _shapes(path: Path, manifest: Mapping[str, Any]) -> dict[str, Shape]:
+    """Each client's image shape; a checkpoint of an earlier version has one for all of them."""
+    if "shapes" not in manifest:
+        shape = image_shape(path, manifest.get("shape"))
+        return dict.fromkeys(manifest["clients"], shape)
+    if not isinstance(manifest["shapes"], dict):
+        raise DamagedError(f"{path} is damaged: 'shapes' is {manifest['shapes']!r}")
+    return {client: image_shape(path, shape) for client, shape in manifest["shapes"].items()}

@@ -140,7 +140,7 @@ def test_a_conditional_run_draws_each_task_with_its_own_row(tiny: Path, tmp_path
         # Two images each: the run's six.
         arguments: dict[str, Any] = {
             "count": 2,
-            "shape": trained.shape,
+            "shape": trained.shapes[0],
             "seed": 0,
             "task": task.task,
         }

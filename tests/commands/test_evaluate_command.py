@@ -50,7 +50,7 @@ def features(run: RunFolder) -> dict[str, np.ndarray]:
             trained.objective.process,
             run.config.sampling,
             count=SAMPLES // 3,
-            shape=trained.shape,
+            shape=trained.shapes[0],
             seed=SEED,
             task=info.client,
         ).images

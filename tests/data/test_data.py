@@ -21,6 +21,7 @@ from srfed.config import DataConfig
 from srfed.data import describe_images, load_task, load_tasks, task_names, to_model_range, to_uint8
 from srfed.data.folder import list_images
 from srfed.data.images import fit_image, fit_images
+from srfed.data.tasks import check_one_shape
 from support.errors import message_of
 from support.images import folder, held_out, random_images, save
 
@@ -677,12 +678,15 @@ def test_sizes_and_channels_that_differ(tmp_path: Path) -> None:
     np.testing.assert_array_equal(task.test[0], expected)
 
 
-def test_tasks_that_differ_in_shape_are_refused_together_not_alone(tmp_path: Path) -> None:
+def test_tasks_may_differ_in_shape_where_nobody_needs_one(tmp_path: Path) -> None:
     for name, width in (("a", 8), ("b", 9)):
         for k in range(2):
             save(tmp_path / name / f"{k}.png", random_images(8, width, seed=k))
-    assert load_task(folder(tmp_path), 1).train.shape == (1, 8, 9, 1)
-    assert "task b 8 x 9 x 1; set data.image_size" in message_of(load_tasks, folder(tmp_path), 2)
+    tasks = load_tasks(folder(tmp_path), 2)
+    assert [task.shape for task in tasks] == [(8, 8, 1), (8, 9, 1)]
+    assert "pooled needs images of one" in message_of(check_one_shape, tasks, "pooled")
+    assert "task b 8 x 9 x 1; set data.image_size" in message_of(check_one_shape, tasks, "pooled")
+    check_one_shape(tasks[1:], "pooled")
 
 
 def test_folders_with_nothing_in_them(tmp_path: Path) -> None:

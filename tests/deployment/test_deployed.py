@@ -27,6 +27,7 @@ from flwr.proto.message_pb2 import PullObjectResponse, PushObjectRequest
 from flwr.supercore.inflatable.inflatable_object import get_object_id
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
+import srfed
 from srfed.config import ResourcesConfig, load_config
 from srfed.data import Task, load_tasks, to_model_range
 from srfed.deployment.agree import agree_as_rehearsed
@@ -486,6 +487,33 @@ class Stranger:
         while words not in self.said:
             assert time.monotonic() < deadline, self.said
             time.sleep(0.1)
+
+
+def test_sites_whose_images_differ_in_size_and_channels_train_together(tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path / "tiny.yaml", {"data.dataset": "sites", "evaluation.mode": "statistics"}
+    )
+    pixels = np.random.default_rng(0)
+    tasks = [
+        Task(name, *(pixels.integers(0, 256, (n, *shape), dtype=np.uint8) for n in (30, 8)))
+        for name, shape in (("grey", (8, 8, 1)), ("coloured", (10, 12, 3)))
+    ]
+    with ExitStack() as stack:
+        deployment = stack.enter_context(Deployment(tmp_path / "d"))
+        deployment.start_superlink()
+        for task in tasks:
+            data = site_data(tmp_path, task)
+            agree_as_rehearsed(load_config(config), data, tmp_path / "state", task.name)
+            deployment.add_site(task.name, data, tmp_path / "state", wait=False)
+        for task in tasks:
+            deployment.wait_for_site(task.name)
+        assert_succeeded(deployment.run(tmp_path / "run", config))
+    log = MetricsLog(RunFolder.open(tmp_path / "run").metrics)
+    assert [line["accepted"] for line in log.rounds()] == [["coloured", "grey"]] * 2
+    assert {*log.evaluations()[-1]["score_by_client"]} == {"coloured", "grey"}
+    for task in tasks:
+        site = srfed.open_run(tmp_path / "state" / task.name)
+        assert site.sample(0, 2).shape == (2, *task.shape)
 
 
 def test_strangers_are_refused_and_the_run_goes_on_without_them(tmp_path: Path) -> None:

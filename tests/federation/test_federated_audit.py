@@ -43,7 +43,7 @@ def test_the_last_evaluation_reports_every_clients_audit(run: RunFolder) -> None
             trained.objective.process,
             run.config.sampling,
             count=10,
-            shape=trained.shape,
+            shape=trained.shapes[0],
             seed=run.config.seed,
             task=info.client,
             strip_steps=3,

@@ -2,7 +2,7 @@
 
 import subprocess
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.proto.node_pb2 import NodeInfo
 
+from srfed import __version__
 from srfed.deployment.certificates import make_certificates
 from srfed.deployment.sites import rebind, sites_in_words
 from srfed.errors import UserError
@@ -20,7 +21,7 @@ from srfed.federation.flower.client_app import app as real_app
 from srfed.federation.flower.identity import ROSTER_FILE, kept_roster, read_roster
 from srfed.federation.flower.roster import Expected, Roster
 from srfed.federation.flower.server_app import begin_or_go_on
-from srfed.federation.messages import DESCRIBE, EVALUATE, REPLY, TRAIN
+from srfed.federation.messages import DESCRIBE, EVALUATE, REPLY, TRAIN, Description
 from srfed.files import write_json
 from srfed.keys import key_fingerprint, read_key
 from srfed.storage.run_folder import RunFolder
@@ -352,7 +353,7 @@ def test_a_run_keeps_the_roster_that_it_is_given(tmp_path: Path) -> None:
 def test_a_client_that_was_refused_meanwhile_can_be_doubted(tmp_path: Path) -> None:
     """It was asked to train, asked who it is, refused, and only then answered as somebody else."""
     run = begin(tmp_path / "run", SETTINGS)
-    expected = Expected((8, 8, 1), "", None)
+    expected = Expected("", None)
     roster = Roster(
         ChangingGrid(run),
         run.config,
@@ -363,6 +364,28 @@ def test_a_client_that_was_refused_meanwhile_can_be_doubted(tmp_path: Path) -> N
     )
     roster.recheck("digit-0")
     assert roster.present == []
+
+
+def test_a_site_that_may_choose_its_images_shape_keeps_it(tmp_path: Path) -> None:
+    free = {**SETTINGS, "data.dataset": "sites", "evaluation.mode": "statistics"}
+    grey = {**free, "data.channels": 1}
+
+    def refusal(settings: Mapping[str, Any], shape: tuple[int, int, int]) -> str:
+        run = begin(tmp_path / f"{len(settings)}-{'x'.join(map(str, shape))}", settings)
+        expected = Expected("", None, shapes={"clinic": (9, 12, 3)})
+        roster = Roster(
+            ChangingGrid(run), run.config, run.lineage, expected, lambda _: None, lambda _: None
+        )
+        about = Description("clinic", "clinic", -1, *shape, 20, 5, "", __version__)
+        try:
+            roster._check_shape(about)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    assert refusal(free, (9, 12, 3)) == ""
+    assert "9x13x3, and were 9x12x3 when it joined; if that is meant" in refusal(free, (9, 13, 3))
+    assert "its images are 9x12x3, this run's are 9x12x1" in refusal(grey, (9, 12, 3))
 
 
 def test_a_client_that_comes_back_with_other_images_is_refused_until_the_run_is_told(

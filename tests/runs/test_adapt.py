@@ -101,7 +101,9 @@ def test_frozen_leaves_every_bit_of_the_core_and_learns(
     for one in adapted["frozen"]:
         assert same_bits(one.shared, trained.shared)
         assert set(one.exclusive) == set(trained.partition.exclusive)
-    before = loss_on(trained, trained.shared, trained.initial_exclusive, held_out)
+    before = loss_on(
+        trained, trained.shared, trained.initial_exclusive_of(trained.tasks[0]), held_out
+    )
     after = loss_on(trained, trained.shared, adapted["frozen"][-1].exclusive, held_out)
     assert after < 0.8 * before
     assert adapted["frozen"][-1].loss < adapted["frozen"][0].loss
@@ -342,13 +344,13 @@ def test_an_owners_own_pictures_are_brought_to_the_runs_form(
     code, out = run_command("--data", tmp_path / "Clinic 9")
     assert code == 0
     site = TrainedSite(out / "frozen" / "clinic-9", CPU)
-    assert site.shape == trained.shape
+    assert site.shapes == trained.shapes
     images = generate(
         site.denoiser(site.tasks[0]),
         site.objective.process,
         site.config.sampling,
         count=2,
-        shape=site.shape,
+        shape=site.shapes[0],
         seed=0,
         task="x",
     ).images

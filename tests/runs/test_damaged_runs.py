@@ -200,7 +200,7 @@ def test_a_run_of_a_newer_srfed_is_refused(
     assert "remove" not in line
 
 
-@pytest.mark.parametrize("key", ["lineage", "round", "attempts", "shape"])
+@pytest.mark.parametrize("key", ["lineage", "round", "attempts"])
 def test_a_checkpoint_without_a_key_is_a_sentence(
     copy: Path, capsys: pytest.CaptureFixture[str], key: str
 ) -> None:

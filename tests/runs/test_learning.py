@@ -34,7 +34,7 @@ def test_samples_belong_to_their_tasks(tmp_path: Path) -> None:
             run.objective.process,
             config.sampling,
             count=50,
-            shape=run.shape,
+            shape=run.shape_of(info),
             seed=1,
             task=info.client,
         ).images

@@ -24,7 +24,7 @@ def test_the_server_keeps_its_last_checkpoints_and_survives_a_full_disk(tmp_path
         checkpoints.save(server_state(4))
     state = checkpoints.load_last()
     assert (state.round, state.parent("a"), state.parent("b")) == (3, "a-3", NO_PARENT)
-    assert state.shape == (8, 8, 1)
+    assert state.shapes == {"a": (8, 8, 1)}
     assert torch.equal(state.shared.weights["w"], torch.full((64, 64), 3.0))
 
 

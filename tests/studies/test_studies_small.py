@@ -68,7 +68,7 @@ def centralised(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 def test_distances_of_layers_by_hand(trained: TrainedRun) -> None:
     exclusive = [trained.exclusive_of(task) for task in trained.tasks]
-    initial = trained.initial_exclusive
+    initial = trained.initial_exclusive_of(trained.tasks[0])
     found = similarity.layer_distances(exclusive, initial)
     assert list(found) == ["all", "stem", "down", "up", "head"]
     for group, matrix in found.items():
@@ -118,7 +118,7 @@ def test_the_two_matrices_of_samples_and_the_commands_files(
             trained.objective.process,
             trained.config.sampling,
             count=12,
-            shape=trained.shape,
+            shape=trained.shapes[0],
             seed=0,
             task=task.name,
         ).images
@@ -129,7 +129,10 @@ def test_the_two_matrices_of_samples_and_the_commands_files(
     np.testing.assert_allclose(judged.sum(axis=1), 1)
     exclusive = [trained.exclusive_of(task) for task in trained.tasks]
     np.testing.assert_array_equal(
-        layers, similarity.layer_distances(exclusive, trained.initial_exclusive)["all"]
+        layers,
+        similarity.layer_distances(exclusive, trained.initial_exclusive_of(trained.tasks[0]))[
+            "all"
+        ],
     )
     for name in ("layers-all", "layers-stem", "layers-up", "frechet", "judged", "real"):
         assert (tmp_path / f"{name}.png").stat().st_size > 0
@@ -240,7 +243,7 @@ def test_twenty_samples_a_task_of_any_run(
                 opened.objective.process,
                 opened.config.sampling,
                 count=20,
-                shape=opened.shape,
+                shape=opened.shape_of(task),
                 seed=0,
                 task=task.client,
             ).images

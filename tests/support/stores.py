@@ -16,5 +16,9 @@ def client_state(value: float) -> ClientState:
 def server_state(number: int) -> RunState:
     shared, average = ({"w": torch.full((64, 64), float(number))} for _ in range(2))
     return RunState(
-        "lineage", number, Part(shared, average), attempts={"a": f"a-{number}"}, shape=(8, 8, 1)
+        "lineage",
+        number,
+        Part(shared, average),
+        attempts={"a": f"a-{number}"},
+        shapes={"a": (8, 8, 1)},
     )

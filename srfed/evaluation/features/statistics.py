@@ -69,6 +69,14 @@ class FeatureStatistics:
             self.scatter + other.scatter + between,
         )
 
+    def of_repeated_channels(self, times: int) -> "FeatureStatistics":
+        """Statistics of the same images with their channels repeated, where each channel has its
+        features one after the other: what grey images are as RGB, for 3 times.
+        """
+        return FeatureStatistics(
+            self.count, np.tile(self.mean, times), np.tile(self.scatter, (times, times))
+        )
+
     @property
     def covariance(self) -> npt.NDArray[np.float64]:
         """float64 (D, D), unbiased: scatter / (n - 1); raises UserError where n = 1."""
@@ -79,15 +87,30 @@ class FeatureStatistics:
 
 def merge_statistics(parts: Sequence[FeatureStatistics]) -> FeatureStatistics:
     """Statistics of all parts together, equal to those of the whole in any order, to float64's
-    rounding.
+    rounding; of grey images as RGB where some are RGB.
 
     Raises:
-        UserError: the parts have features of different dimensions.
+        UserError: the dimensions of the parts' features are no multiples of each other.
         ValueError: there is no part.
     """
     if not parts:
         raise ValueError("there are no statistics to merge")
-    return reduce(FeatureStatistics.merge, parts)
+    most = max(len(part.mean) for part in parts)
+    return reduce(
+        FeatureStatistics.merge,
+        [
+            part
+            if len(part.mean) == most or most % len(part.mean)
+            else part.of_repeated_channels(most // len(part.mean))
+            for part in parts
+        ],
+    )
+
+
+def repeat_channels(groups: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
+    """All features, N x D each, as one set: those of grey images as of RGB where some are RGB."""
+    most = max(group.shape[1] for group in groups)
+    return np.concatenate([np.tile(group, (1, most // group.shape[1])) for group in groups])
 
 
 def check_dimensions(first: FeatureStatistics, second: FeatureStatistics) -> None:

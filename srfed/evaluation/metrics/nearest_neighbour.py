@@ -12,7 +12,8 @@ import numpy as np
 from sklearn.neighbors import KNeighborsClassifier
 
 from srfed.data import Task
-from srfed.data.images import Images
+from srfed.data.images import Images, fit_images
+from srfed.records import Shape
 
 NEIGHBOURS = 3
 
@@ -35,8 +36,9 @@ def judged_as(tasks: Sequence[Task], samples: Mapping[str, Images]) -> dict[str,
         For each entry of ``samples`` the share by name of every task; each entry's shares add up to
         1.
     """
-    judge = _train([(task.name, np.concatenate([task.train, task.test])) for task in tasks])
-    verdicts = {name: judge.predict(_flat(images)) for name, images in samples.items()}
+    shape = _common_shape(tasks)
+    judge = _train([(task.name, np.concatenate([task.train, task.test])) for task in tasks], shape)
+    verdicts = {name: judge.predict(_flat(images, shape)) for name, images in samples.items()}
     return {
         name: {task.name: float((verdict == task.name).mean()) for task in tasks}
         for name, verdict in verdicts.items()
@@ -47,17 +49,31 @@ def accuracy_on_real_images(tasks: Sequence[Task]) -> float:
     """The judge's accuracy on the tasks' test images when trained on their training images
     alone.
     """
-    judge = _train([(task.name, task.train) for task in tasks])
-    right = [judge.predict(_flat(task.test)) == task.name for task in tasks]
+    shape = _common_shape(tasks)
+    judge = _train([(task.name, task.train) for task in tasks], shape)
+    right = [judge.predict(_flat(task.test, shape)) == task.name for task in tasks]
     return float(np.concatenate(right).mean())
 
 
-def _train(classes: Sequence[tuple[str, Images]]) -> KNeighborsClassifier:
+def _common_shape(tasks: Sequence[Task]) -> Shape | None:
+    """What images that differ in shape are brought to before they are compared: the least side,
+    and grey where some are. A judge that saw their shapes would know the tasks by these.
+    """
+    shapes = {task.shape for task in tasks}
+    if len(shapes) == 1:
+        return None
+    side = min(min(shape[:2]) for shape in shapes)
+    return side, side, min(shape[2] for shape in shapes)
+
+
+def _train(classes: Sequence[tuple[str, Images]], shape: Shape | None) -> KNeighborsClassifier:
     labels = [name for name, images in classes for _ in images]
     return KNeighborsClassifier(NEIGHBOURS).fit(
-        _flat(np.concatenate([images for _, images in classes])), labels
+        np.concatenate([_flat(images, shape) for _, images in classes]), labels
     )
 
 
-def _flat(images: Images) -> np.ndarray:
+def _flat(images: Images, shape: Shape | None) -> np.ndarray:
+    if shape is not None:
+        images = fit_images(images, shape[0], 1 if shape[2] == 1 else None)
     return images.reshape(len(images), -1).astype(np.float32)

@@ -3,13 +3,14 @@ attempt, wait a bounded time, screen the replies, aggregate, judge.
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from flwr.serverapp import Grid
 
 from srfed.data import Task, load_recorded_tasks, record_tasks
+from srfed.data.images import CHANNELS
 from srfed.data.tasks import ALLOW
 from srfed.device import resolve_device
 from srfed.errors import UserError
@@ -41,7 +42,7 @@ from srfed.federation.screening import (
     screen_train,
 )
 from srfed.federation.updates import update_in_words
-from srfed.model import build_model, build_partition
+from srfed.model import shared_of
 from srfed.networks.partition import Shared
 from srfed.observer import Observer
 from srfed.randomness import derive_generator
@@ -85,17 +86,13 @@ class Federated:
         config, run = self.config, self._run
         torch.set_num_threads(config.resources.client_cpus)
         self._references = self._own_images()
-        shape = self._shape()
-        model = build_model(config, shape[-1])
-        self._partition = build_partition(config, model)
-        shared = self._partition.take_shared(model.state_dict())
+        self._partition, shared = shared_of(config, self._channels())
         self._contract = Contract.of(config, shared)
         if found is None:
             self.state = RunState(
                 lineage=run.lineage,
                 round=0,
                 shared=Part(Shared(copies(shared)), Shared(copies(shared))),
-                shape=shape,
             )
         else:
             checkpoints = ServerCheckpoints(run.server, config.federation.keep_attempts)
@@ -115,10 +112,11 @@ class Federated:
             config,
             run.lineage,
             Expected(
-                shape=shape,
-                partition=self._partition.fingerprint(model.state_dict()),
+                partition=self._partition.fingerprint(shared),
                 clients=self._known_references(),
                 known=self._known_clients(),
+                shapes=self.state.shapes,
+                own_shapes={task.name: task.shape for task in self._references},
                 keys=kept_roster(run.path),
             ),
             joined=joined,
@@ -126,7 +124,7 @@ class Federated:
         )
         self._gather()
         begun = True
-        self.state = replace(self.state, known=self._roster.known)
+        self.state = replace(self.state, known=self._roster.known, shapes=self._roster.shapes)
         training = config.training
         if (
             training.optimizer == "sgd"
@@ -241,6 +239,7 @@ class Federated:
                 **{client: screened.attempts[client] for client in accepted},
             },
             known=self._roster.known,
+            shapes=self._roster.shapes,
             minibatches={
                 **self.state.minibatches,
                 **{
@@ -307,6 +306,7 @@ class Federated:
                 None if reply.images is None else reply.images.numpy(),
                 None if reply.strip is None else reply.strip.numpy(),
                 reply.ssim,
+                ssim_window(*self._roster.shapes[client][:2]),
                 reply.audit,
             )
             for client, reply in screened.accepted.items()
@@ -318,7 +318,6 @@ class Federated:
             scores,
             floor,
             final=final,
-            window=ssim_window(*self.state.shape[:2]),
             seconds=time.perf_counter() - self._started,
             exchanged=Exchanged(
                 screened.refused, screened.missing, screened.bytes_up, screened.bytes_down
@@ -331,7 +330,7 @@ class Federated:
         known, network = self._roster.known[request.client], self._evaluation.network
         plan = EvaluatePlan.of(
             self.config,
-            self.state.shape,
+            self._roster.shapes[request.client],
             known.images,
             known.test_images,
             request.samples,
@@ -383,15 +382,12 @@ class Federated:
 
         roster.gather(enough, acceptable, fixed=self._fixed, known=known)
 
-    def _shape(self) -> tuple[int, int, int]:
-        """H, W, C of the run's images, which every client's must have."""
+    def _channels(self) -> Sequence[int]:
+        """Of the clients' images: the numbers that there can be."""
         if self._references:
-            height, width, channels = self._references[0].train.shape[1:]
-            return height, width, channels
-        size, channels = self.config.data.image_size, self.config.data.channels
-        assert size is not None, "the configuration was checked"
-        assert channels is not None, "the configuration was checked"
-        return size, size, channels
+            return sorted({task.shape[-1] for task in self._references})
+        channels = self.config.data.channels
+        return CHANNELS if channels is None else [channels]
 
     def _known_clients(self) -> dict[str, KnownClient]:
         """What clients are held to; in a simulation their images are those on record, whatever they

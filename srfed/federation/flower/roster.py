@@ -23,6 +23,7 @@ from srfed.federation.flower.packing import add_refusal, request_content, unpack
 from srfed.federation.messages import DESCRIBE, Description, Request
 from srfed.federation.screening import RefusedError, screen_description
 from srfed.keys import key_fingerprint
+from srfed.records import Shape
 from srfed.storage.server_checkpoints import KnownClient
 from srfed.training.minibatches import MinibatchOrder
 from srfed.units import printable, seconds_in_words
@@ -50,18 +51,20 @@ class Expected:
     """What a client must say of itself to take part.
 
     Attributes:
-        shape: H, W, C of its images.
         partition: fingerprint of the partition.
         clients: the only ids there can be; None where any will do.
         known: the clients that the run has had, who are held to what they said at first.
+        shapes: H, W, C of their images.
+        own_shapes: the same of clients whose images the server has itself.
         keys: the run's roster, fingerprint of the SuperNode key by client id; None where there is
             none.
     """
 
-    shape: tuple[int, int, int]
     partition: str
     clients: frozenset[str] | None
     known: Mapping[str, KnownClient] = field(default_factory=dict)
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+    own_shapes: Mapping[str, Shape] = field(default_factory=dict)
     keys: Mapping[str, str] | None = None
 
 
@@ -93,6 +96,7 @@ class Roster:
         self._joined = joined
         self._notice = notice
         self._known = dict(expected.known)
+        self._shapes = {**expected.shapes, **expected.own_shapes}
         self._nodes: dict[int, NodeInfo] = {}
         self._keyed = False
         self._members: dict[str, Member] = {}
@@ -114,6 +118,11 @@ class Roster:
     def known(self) -> dict[str, KnownClient]:
         """What each client that ever took part is held to, in the order of their ids."""
         return dict(sorted(self._known.items()))
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """H, W, C of each client's images, in the order of their ids."""
+        return dict(sorted(self._shapes.items()))
 
     @property
     def present(self) -> list[str]:
@@ -255,6 +264,7 @@ class Roster:
                     known, key=self._key(member.node), name=printable(info.name, LONGEST_TEXT)
                 )
             self._known[client] = known
+            self._shapes.setdefault(client, description.shape)
 
     def _check_owner(self, node: int, client: str) -> None:
         """Raise UserError unless the node's key is the one that the client id belongs to, or it
@@ -302,6 +312,28 @@ class Roster:
                 f"{MOST_STEPS}"
             )
 
+    def _check_shape(self, description: Description) -> None:
+        """Raise UserError unless the client's images are of the run's shape, where it has one, and
+        of that which they had at first.
+        """
+        client, shape, data = description.client, description.shape, self._config.data
+        of_config = data.image_size or shape[0], data.image_size or shape[1]
+        theirs, ours, before = (
+            "x".join(map(str, extents))
+            for extents in (
+                shape,
+                self._expected.own_shapes.get(client, (*of_config, data.channels or shape[2])),
+                self._shapes.get(client, shape),
+            )
+        )
+        if theirs != ours:
+            raise UserError(f"client {client!r}: its images are {theirs}, this run's are {ours}")
+        if theirs != before:
+            raise UserError(
+                f"client {client!r}: its images are {theirs}, and were {before} when it joined; if "
+                f"that is meant: python -m srfed.deploy sites --run RUN --rebind {client}"
+            )
+
     def _admit(self, node: int, reply: Message) -> Description:
         """The description of a client that may take part; raises UserError with the reason where it
         may not.
@@ -316,10 +348,7 @@ class Roster:
                 f"client {client!r}: it runs srfed {description.version!r}, this server "
                 f"{__version__!r}"
             )
-        shape = (description.height, description.width, description.channels)
-        if shape != expected.shape:
-            theirs, ours = ("x".join(map(str, extents)) for extents in (shape, expected.shape))
-            raise UserError(f"client {client!r}: its images are {theirs}, this run's are {ours}")
+        self._check_shape(description)
         if description.partition != expected.partition:
             raise UserError(
                 f"client {client!r}: it divides the model differently; is its srfed another "
