@@ -135,9 +135,10 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "another network": ({"model.channels": [8, 16, 16, 32]}, "model.channels"),
     "a network that knows its task": (
-        {"model.task_embedding": "exclusive"},
+        {"model.task_embedding": "shared"},
         "model.task_embedding",
     ),
+    "a task's vector of its own": ({"model.owned": ["vector"]}, "model.owned"),
     "one training image alone": (
         {"data.images_per_task": 1, "training.minibatches": "ragged"},
         "data.images_per_task",
