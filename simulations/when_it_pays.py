@@ -65,7 +65,7 @@ def ablations(config: RunConfig) -> dict[str, dict[str, Any]]:
         "rate of θ halved": {"training__exclusive_learning_rate": rate / 2},
         "rate of θ doubled": {"training__exclusive_learning_rate": rate * 2},
         "alternating phases": {"training__update": "alternating", **half},
-        "task vector": {"model__task_embedding": "exclusive"},
+        "task vector": {"model__owned": ("vector",)},
         "proximal term, μ = 0.01": {"training__proximal": 0.01},
         "rates of φ and θ doubled": {"training__learning_rate": 2 * rate},
         "server: plain average": {"federation__server_optimizer": "average"},

@@ -99,13 +99,29 @@ def shared_of(config: RunConfig, channels: Sequence[int]) -> tuple[Partition, Sh
 
 
 def build_partition(config: RunConfig, model: Network) -> Partition:
-    """The run's partition of the model's tensors; raises UserError for a pattern that matches
-    nothing.
+    """The run's partition of the model's tensors.
+
+    Raises:
+        UserError: a pattern matches nothing; the run trains θ_i alone and there is none; or it has
+            a pool of all tasks and there is one.
     """
     try:
-        return divide(model, config.model.exclusive_stages)
+        partition = divide(model, config.model.exclusive_stages)
     except ValueError as error:
         raise UserError(f"model.{error}") from error
+    # What a network of one's own owns, no setting says.
+    network = config.model.network
+    if config.training.update == "exclusive" and not partition.exclusive:
+        raise UserError(
+            f"training.update exclusive trains nothing with model.exclusive_stages none, as "
+            f"model.network {network} owns nothing"
+        )
+    if config.training.method == "pooled" and partition.exclusive:
+        raise UserError(
+            f"training.method pooled has no exclusive layers, and model.network {network} owns "
+            f"{partition.exclusive[0]}; allowed: federated, one_task, balanced"
+        )
+    return partition
 
 
 def denoiser_of_task(

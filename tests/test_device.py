@@ -174,6 +174,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "data.horizontal_flip": True,
         "training.learning_rate_schedule": "cosine",
     },
+    "owned parts at a rate of their own": {
+        "model.owned": ["vector", "film"],
+        "training.owned_learning_rate": 2e-2,
+        "training.learning_rate_schedule": "linear",
+    },
     "bfloat16": {"resources.precision": "bfloat16"},
     "channels last": {"resources.channels_last": True},
 }

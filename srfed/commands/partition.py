@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show(options: argparse.Namespace) -> None:
+    from srfed.config.model import exclusive_in_words
     from srfed.data import load_task
     from srfed.errors import UserError
     from srfed.runs.requested import requested_config
@@ -63,7 +64,7 @@ def _show(options: argparse.Namespace) -> None:
     partition = build_partition(config, model)
     tensors = model.state_dict()
 
-    print(f"exclusive stages: {config.model.exclusive_stages}\n")
+    print(f"{exclusive_in_words(config.model.exclusive_stages, config.model.owned)}\n")
     rows = describe_modules(tensors, partition)
     width = max(len(name) for name, _, _ in rows)
     print(f"{'module':<{width}}  {'part':<9}  {'parameters':>12}")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from srfed.commands.options import training_parser
+from srfed.config.model import exclusive_in_words
 from srfed.errors import UserError
 from srfed.files import write_bytes
 from srfed.interrupts import run_command, status_of, stopping_gently, tell
@@ -147,7 +148,7 @@ def _announce(run: RunFolder) -> None:
     config = run.config
     print(
         f"{config.name}: {config.federation.clients} clients, {config.federation.rounds} rounds, "
-        f"exclusive stages {config.model.exclusive_stages}, "
+        f"{exclusive_in_words(config.model.exclusive_stages, config.model.owned)}, "
         + (
             f"backend {config.resources.backend}"
             if config.training.method == "federated"

@@ -2,7 +2,8 @@
 own.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -80,11 +81,16 @@ class UNetConfig(Section):
         "module-name patterns such as 'up.0.*'",
     )
 
-    task_embedding: Literal["none", "shared", "exclusive"] = setting(
+    owned: tuple[Literal["vector", "film"], ...] = setting(
+        (),
+        description="small parts that are in each θ_i beside exclusive_stages, whatever that says, "
+        "and start at zero: vector, added to the timestep's embedding; film, a scale and a shift "
+        "of each channel, added in each residual block",
+    )
+    task_embedding: Literal["none", "shared"] = setting(
         "none",
         description="tell the network its task beside the timestep: shared, a table over all tasks "
-        "in φ (C-DDPM, conditional FedAvg); exclusive, one vector in each θ_i, which scales and "
-        "shifts the core's features",
+        "in φ (C-DDPM, conditional FedAvg)",
     )
     zero_head: bool = setting(
         False, description="start the output convolution at zero, as many networks of the field do"
@@ -109,7 +115,16 @@ class UNetConfig(Section):
                     f"{count} channels of stage {stage}"
                 )
         _check_patterns(self.exclusive_stages)
+        if len({*self.owned}) < len(self.owned):
+            raise ValueError(f"owned {json.dumps(self.owned)} names a part twice; allowed: once")
         return self
+
+    @field_validator("task_embedding", mode="before")
+    @classmethod
+    def _moved(cls, embedding: object) -> object:
+        if embedding == "exclusive":
+            raise ValueError("exclusive is no value any more; write model.owned: [vector]")
+        return embedding
 
     @field_validator("network", mode="before")
     @classmethod
@@ -148,9 +163,19 @@ class OwnNetworkConfig(Section):
         return True
 
     @property
+    def owned(self) -> None:
+        """What it owns, its class alone knows."""
+        return None
+
+    @property
     def task_embedding(self) -> Literal["none"]:
         """srfed tells a network of one's own no task by a setting."""
         return "none"
+
+
+def exclusive_in_words(stages: object, owned: Sequence[str] | None) -> str:
+    """What ``exclusive_stages`` and ``owned`` make exclusive."""
+    return f"exclusive stages {stages}" + (f", own {' and '.join(owned)}" if owned else "")
 
 
 def _kind(section: Any) -> str:

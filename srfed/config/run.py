@@ -91,10 +91,16 @@ class RunConfig(Section):
                 )
         self._check_method()
         if self.training.update == "exclusive" and (
-            self.model.exclusive_stages == "none" and self.model.task_embedding != "exclusive"
+            self.model.exclusive_stages == "none" and self.model.owned == ()
         ):
             raise ValueError(
-                "training.update exclusive trains nothing with model.exclusive_stages none"
+                "training.update exclusive trains nothing with model.exclusive_stages none and "
+                "model.owned []"
+            )
+        if self.training.owned_learning_rate is not None and self.model.owned == ():
+            raise ValueError(
+                f"training.owned_learning_rate {self.training.owned_learning_rate} is of nothing, "
+                "as model.owned is []; allowed: null"
             )
         if self.data.dataset == "sites":
             if self.model.task_embedding == "shared":
@@ -122,10 +128,10 @@ class RunConfig(Section):
                 f"training.method pooled has no exclusive layers, and model.exclusive_stages is "
                 f"{json.dumps(self.model.exclusive_stages)}; allowed: none"
             )
-        if training.method == "pooled" and self.model.task_embedding == "exclusive":
+        if training.method == "pooled" and self.model.owned:
             raise ValueError(
-                "training.method pooled has no exclusive layers; model.task_embedding: none or "
-                "shared"
+                "training.method pooled has no exclusive layers, and model.owned is "
+                f"{json.dumps(self.model.owned)}; allowed: []"
             )
         if self.federation.clients_per_round is not None:
             raise ValueError(
@@ -194,7 +200,8 @@ class RunConfig(Section):
 
     def _decisive(self) -> dict[str, Any]:
         # While the rate follows the rounds, their number decides the result too.
-        followed = self.training.learning_rate_schedule != "constant"
+        training = self.training
+        followed = training.learning_rate_schedule != "constant" and training.decay_rounds is None
         return {
             name: value
             for name, value in self.settings().items()

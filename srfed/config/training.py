@@ -51,9 +51,27 @@ class TrainingConfig(Section):
     exclusive_learning_rate: float | None = setting(
         None, gt=0, le=10, description="of θ_i; null takes learning_rate"
     )
-    learning_rate_schedule: Literal["constant", "cosine"] = setting(
+    owned_learning_rate: float | None = setting(
+        None,
+        gt=0,
+        le=10,
+        description="of what model.owned adds to θ_i; null takes exclusive_learning_rate, then "
+        "learning_rate",
+    )
+    learning_rate_schedule: Literal["constant", "cosine", "linear"] = setting(
         "constant",
-        description="over the rounds of the run; cosine falls from the full rate to almost 0",
+        description="over the rounds of the run; cosine falls from the full rate to almost 0; "
+        "linear from the full rate in round 1 to learning_rate_floor in round decay_rounds, and "
+        "stays there",
+    )
+    learning_rate_floor: float = setting(
+        0.02, ge=0, lt=1, description="linear: where the fall ends, as a fraction of the full rate"
+    )
+    decay_rounds: int | None = setting(
+        None,
+        ge=1,
+        description="linear: rounds of the fall, so that a run can be prolonged at the last rate; "
+        "null takes federation.rounds. Round 1 has the full rate even where it is the only one",
     )
     proximal: float = setting(
         0.0,
@@ -84,6 +102,11 @@ class TrainingConfig(Section):
             )
         if self.exclusive_steps is not None and self.update != "alternating":
             raise ValueError(f"exclusive_steps {self.exclusive_steps} needs update: alternating")
+        if self.decay_rounds is not None and self.learning_rate_schedule != "linear":
+            raise ValueError(
+                f"decay_rounds {self.decay_rounds} needs learning_rate_schedule: linear, not "
+                f"{self.learning_rate_schedule}; allowed: null"
+            )
         if self.method != "federated":
             self._check_centralised()
         elif self.centralised_batch_size is not None:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from srfed.config import RunConfig
+from srfed.config.model import exclusive_in_words
 from srfed.data import accept_images, current_images
 from srfed.deployment.certificates import certificate_fingerprint
 from srfed.device import resolve_device
@@ -170,7 +171,8 @@ def fits(agreement: Agreement, config: RunConfig, shared: str | None = None) -> 
 def in_words(agreement: Agreement, config: RunConfig) -> str:
     """What an agreement means, for its owner to read; ``config`` is one that fits it."""
     evaluation, training, shared = config.evaluation, config.training, agreement.shared
-    stages = agreement.exactly["model.exclusive_stages"]
+    exactly = agreement.exactly
+    exclusive = exclusive_in_words(exactly["model.exclusive_stages"], exactly.get("model.owned"))
     images, least = agreement.images, agreement.least_images
     often = (
         f"every {evaluation.every} rounds or less often, and at the end"
@@ -211,7 +213,7 @@ def in_words(agreement: Agreement, config: RunConfig) -> str:
     own = agreement.resources
     phi = (
         f"φ, {shared.tensors} tensors, {shared.bytes:,} bytes ({bytes_in_words(shared.bytes)}), "
-        f"fingerprint {shared.fingerprint[:12]}; exclusive stages {stages}"
+        f"fingerprint {shared.fingerprint[:12]}; {exclusive}"
     )
     change = []
     if config.updates.steps and (up := shared.bytes_up) is not None:

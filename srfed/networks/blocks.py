@@ -38,8 +38,22 @@ class TimestepEmbedding(nn.Module):
         return self.mix(F.silu(self.expand(embedding)))
 
 
+class FiLM(nn.Module):
+    """A task's own scale and shift of each channel, added to the timestep's (Perez et al., 2018);
+    zero at first.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(2 * channels))
+
+    def forward(self, condition: Tensor) -> Tensor:
+        return condition + self.value
+
+
 class ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, convolution, twice; the timestep scales and shifts the second normalisation.
+    """GroupNorm, SiLU, convolution, twice; the timestep scales and shifts the second normalisation,
+    and so does the task, where the block has a ``film``.
 
     The last convolution starts at zero, so that a fresh block is its own shortcut (Dhariwal &
     Nichol, 2021, where this conditioning is called adaptive group normalisation).
@@ -52,11 +66,13 @@ class ResidualBlock(nn.Module):
         embedding_dimension: int,
         groups: int,
         dropout: float,
+        film: bool = False,
     ) -> None:
         super().__init__()
         self.norm_in = nn.GroupNorm(groups, in_channels)
         self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.condition = nn.Linear(embedding_dimension, 2 * out_channels)
+        self.film = FiLM(out_channels) if film else None
         self.norm_out = nn.GroupNorm(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv_out = nn.Conv2d(out_channels, out_channels, 3, padding=1)
@@ -71,7 +87,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         hidden = self.conv_in(F.silu(self.norm_in(x)))
-        scale, shift = self.condition(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)
+        condition = self.condition(F.silu(embedding))
+        if self.film is not None:
+            condition = self.film(condition)
+        scale, shift = condition[:, :, None, None].chunk(2, dim=1)
         hidden = self.norm_out(hidden) * (1 + scale) + shift
         return self.shortcut(x) + self.conv_out(self.dropout(F.silu(hidden)))
 

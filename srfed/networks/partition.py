@@ -30,10 +30,16 @@ class Partition:
     """Names of the tensors of φ and of θ_i, each in the order of the model's state dict.
 
     The order is part of the protocol: it is the order of the tensors in a message.
+
+    Attributes:
+        shared: φ.
+        exclusive: θ_i.
+        owned: those of θ_i that the network owns, and which may be trained at a rate of their own.
     """
 
     shared: tuple[str, ...]
     exclusive: tuple[str, ...]
+    owned: tuple[str, ...] = ()
 
     def take_shared(self, tensors: Mapping[str, Tensor]) -> Shared:
         """φ out of a whole state dict."""
@@ -67,11 +73,16 @@ def divide(network: nn.Module, rule: Rule) -> Partition:
         ValueError: an impossible rule, or a pattern that matches no tensor.
     """
     names = list(network.state_dict())
-    owned = network.owned if isinstance(network, Network) else ()
-    exclusive = _matching(names, _patterns(network, rule)) | _matching(names, owned)
+    owned = _matching(
+        names,
+        network.owned if isinstance(network, Network) else (),
+        f"network {type(network).__name__}: owned pattern",
+    )
+    exclusive = owned | _matching(names, _patterns(network, rule), "exclusive_stages pattern")
     return Partition(
         shared=tuple(name for name in names if name not in exclusive),
         exclusive=tuple(name for name in names if name in exclusive),
+        owned=tuple(name for name in names if name in owned),
     )
 
 
@@ -81,15 +92,22 @@ def describe_modules(
     """(module, part, parameters) for the outermost modules that lie wholly in one part, in model
     order.
 
-    A module that both parts share in is listed by its children.
+    A module that both parts share in is listed by its children; what the network owns is listed by
+    itself, and does not divide what is around it.
     """
     parts = {
         **dict.fromkeys(partition.shared, "shared"),
         **dict.fromkeys(partition.exclusive, "exclusive"),
     }
+    others = {name: part for name, part in parts.items() if name not in partition.owned}
     rows: dict[str, tuple[str, int]] = {}
     for name, tensor in tensors.items():
-        module = _widest_module(name, parts)
+        if name in others:
+            module = _widest_module(name, others)
+        else:
+            parent = name.rpartition(".")[0]
+            mixed = any(other.startswith(f"{parent}.") for other in others)
+            module = parent if parent and not mixed else name
         count = rows.get(module, ("", 0))[1]
         rows[module] = (parts[name], count + tensor.numel())
     return [(module, part, count) for module, (part, count) in rows.items()]
@@ -136,7 +154,7 @@ def _patterns(network: nn.Module, rule: Rule) -> list[str]:
     return [pattern for shell in shells[: stages + 1] for pattern in shell]
 
 
-def _matching(names: Sequence[str], patterns: Iterable[str]) -> set[str]:
+def _matching(names: Sequence[str], patterns: Iterable[str], what: str) -> set[str]:
     matched: set[str] = set()
     for pattern in patterns:
         found = {
@@ -145,6 +163,6 @@ def _matching(names: Sequence[str], patterns: Iterable[str]) -> set[str]:
             if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
         }
         if not found:
-            raise ValueError(f"exclusive_stages pattern {pattern!r} matches no tensor of the model")
+            raise ValueError(f"{what} {pattern!r} matches no tensor of the model")
         matched |= found
     return matched

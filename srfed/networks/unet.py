@@ -7,7 +7,7 @@ only, so that no activation crosses from an exclusive to a shared stage but thro
 convolutions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -36,10 +36,11 @@ class DownStage(nn.Module):
         attention_head_channels: int | None,
         groups: int,
         dropout: float,
+        film: bool,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            ResidualBlock(channels, channels, embedding_dimension, groups, dropout)
+            ResidualBlock(channels, channels, embedding_dimension, groups, dropout, film)
             for _ in range(blocks)
         )
         self.attentions = _attentions(blocks, channels, attention_head_channels, groups)
@@ -67,11 +68,12 @@ class UpStage(nn.Module):
         attention_head_channels: int | None,
         groups: int,
         dropout: float,
+        film: bool,
     ) -> None:
         super().__init__()
         self.upsample = None if next_channels is None else Upsample(next_channels, channels)
         self.blocks = nn.ModuleList(
-            ResidualBlock(2 * channels, channels, embedding_dimension, groups, dropout)
+            ResidualBlock(2 * channels, channels, embedding_dimension, groups, dropout, film)
             for _ in range(blocks)
         )
         self.attentions = _attentions(blocks, channels, attention_head_channels, groups)
@@ -96,11 +98,12 @@ class Bottleneck(nn.Module):
         head_channels: int,
         groups: int,
         dropout: float,
+        film: bool,
     ) -> None:
         super().__init__()
-        self.first = ResidualBlock(channels, channels, embedding_dimension, groups, dropout)
+        self.first = ResidualBlock(channels, channels, embedding_dimension, groups, dropout, film)
         self.attention = SelfAttention(channels, head_channels, groups)
-        self.second = ResidualBlock(channels, channels, embedding_dimension, groups, dropout)
+        self.second = ResidualBlock(channels, channels, embedding_dimension, groups, dropout, film)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         return self.second(self.attention(self.first(x, embedding)), embedding)
@@ -129,6 +132,10 @@ class TaskVector(nn.Module):
         return embedding + self.value
 
 
+OWNED: Mapping[str, str] = {"vector": "task_vector", "film": "*.film"}
+"""Name patterns of what ``owned`` adds."""
+
+
 class UNet(Network):
     """The prediction of (x_t, t) for images of any size from 5 px and any number of channels.
 
@@ -146,7 +153,9 @@ class UNet(Network):
         dropout: rate inside the residual blocks.
         task_embedding: "shared" adds a learned vector for each of ``tasks`` tasks to the timestep's
             embedding (class conditioning as in Nichol & Dhariwal, 2021), and the forward pass then
-            needs the tasks; "exclusive" adds one vector, the task's own.
+            needs the tasks.
+        owned: what is the task's own beside the partition's stages: "vector" is added to the
+            timestep's embedding, "film" to each residual block's scale and shift.
         tasks: number of tasks of a shared embedding.
         zero_head: start the last convolution at zero, so that a fresh network predicts zeros.
     """
@@ -160,7 +169,8 @@ class UNet(Network):
         attention_head_channels: int,
         groups: int,
         dropout: float = 0.0,
-        task_embedding: Literal["none", "shared", "exclusive"] = "none",
+        task_embedding: Literal["none", "shared"] = "none",
+        owned: Sequence[Literal["vector", "film"]] = (),
         tasks: int = 0,
         zero_head: bool = False,
     ) -> None:
@@ -168,7 +178,11 @@ class UNet(Network):
         self.image_channels = image_channels
         embedding_dimension = 4 * channels[0]
 
-        def stage_arguments(stage: int) -> tuple[int, int | None, int, int, int | None, int, float]:
+        film = "film" in owned
+
+        def stage_arguments(
+            stage: int,
+        ) -> tuple[int, int | None, int, int, int | None, int, float, bool]:
             next_channels = channels[stage + 1] if stage + 1 < len(channels) else None
             head_channels = attention_head_channels if stage in attention_stages else None
             return (
@@ -179,6 +193,7 @@ class UNet(Network):
                 head_channels,
                 groups,
                 dropout,
+                film,
             )
 
         self.stem = nn.Conv2d(image_channels, channels[0], 3, padding=1)
@@ -187,7 +202,7 @@ class UNet(Network):
             DownStage(*stage_arguments(stage)) for stage in range(len(channels))
         )
         self.bottleneck = Bottleneck(
-            channels[-1], embedding_dimension, attention_head_channels, groups, dropout
+            channels[-1], embedding_dimension, attention_head_channels, groups, dropout, film
         )
         self.up = nn.ModuleList(UpStage(*stage_arguments(stage)) for stage in range(len(channels)))
         self.head = Head(channels[0], image_channels, groups)
@@ -195,10 +210,8 @@ class UNet(Network):
             nn.Embedding(tasks, embedding_dimension) if task_embedding == "shared" else None
         )
         self.tasks = tasks if task_embedding == "shared" else 0
-        self.task_vector = (
-            TaskVector(embedding_dimension) if task_embedding == "exclusive" else None
-        )
-        self.owned = ("task_vector",) if task_embedding == "exclusive" else ()
+        self.task_vector = TaskVector(embedding_dimension) if "vector" in owned else None
+        self.owned = tuple(OWNED[part] for part in owned)
         if zero_head:
             for parameter in self.head.conv.parameters():
                 nn.init.zeros_(parameter)

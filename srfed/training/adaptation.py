@@ -89,12 +89,17 @@ def adaptation_config(
         "shared_moments": "reset",
         "proximal": 0.0,
         "learning_rate_schedule": "constant",
+        "decay_rounds": None,
         "minibatches": "continued" if training.batch_size > images else training.minibatches,
     }
     if mode != "frozen":
         # All tensors move as one part, at φ's rate, which is θ's too unless the run sets that
-        # apart.
+        # apart; what the network owns keeps the rate that it had.
         content["training"]["exclusive_learning_rate"] = None
+        if config.model.owned:
+            content["training"]["owned_learning_rate"] = (
+                training.owned_learning_rate or training.exclusive_learning_rate
+            )
     return parse_config(content, "the adaptation")
 
 
@@ -187,7 +192,8 @@ def _check(config: RunConfig, model: Network, parts: Partition) -> None:
     stages = config.model.exclusive_stages
     if not parts.exclusive or not parts.shared:
         lacks = "exclusive layers to fit" if not parts.exclusive else "shared core to build on"
-        raise UserError(f"the run has no {lacks}: its model.exclusive_stages is {stages}")
+        owns = "" if parts.exclusive else ", and its network owns nothing"
+        raise UserError(f"the run has no {lacks}: its model.exclusive_stages is {stages}{owns}")
     if model.tasks:
         raise UserError(
             "the run's core has a table of its tasks (model.task_embedding shared), with no row "

@@ -24,7 +24,7 @@ from srfed.networks.network import Network
 from srfed.networks.partition import Exclusive, Partition, Shared
 from srfed.randomness import derive_generator
 from srfed.training.minibatches import MinibatchOrder, draw_minibatch, seeded_dropout
-from srfed.training.optimizer import learning_rate_factor
+from srfed.training.optimizer import rates_of_round
 from srfed.training.part import ClientState, LivePart, Part, copies
 from srfed.training.step import LossMeter, Share, training_step
 
@@ -98,7 +98,11 @@ class CentralisedTrainer:
         ]
         self._shared = LivePart(config.training, _parameters(model, partition.shared, self._layout))
         self._exclusive = {
-            name: LivePart(config.training, _parameters(model, partition.exclusive, self._layout))
+            name: LivePart(
+                config.training,
+                _parameters(model, partition.exclusive, self._layout),
+                partition.owned,
+            )
             for name in [*self._names, POOL]
         }
         self._orders = centralised_orders(config, {task.name: len(task.train) for task in tasks})
@@ -127,13 +131,11 @@ class CentralisedTrainer:
             return self._train(round_number, state)
 
     def _train(self, round_number: int, state: CentralisedState) -> CentralisedResult:
-        training = self._config.training
         self._model.train()
-        factor = learning_rate_factor(self._config, round_number)
-        rate = factor * (training.exclusive_learning_rate or training.learning_rate)
-        self._shared.begin(state.shared, factor * training.learning_rate)
+        rates = rates_of_round(self._config, round_number)
+        self._shared.begin(state.shared, rates.shared)
         for name, own in state.tasks.items():
-            self._exclusive[name].begin(own.exclusive, rate)
+            self._exclusive[name].begin(own.exclusive, rates.exclusive, rates.owned)
         # Minibatches of each order so far; a pool's are the optimizer's steps.
         seen = {name: own.minibatches for name, own in state.tasks.items()}
         seen[POOL] = state.shared.steps

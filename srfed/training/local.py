@@ -16,7 +16,7 @@ from srfed.model import task_of_table
 from srfed.networks.network import Network
 from srfed.networks.partition import Exclusive, Partition, Shared
 from srfed.training.minibatches import Minibatch, MinibatchOrder, draw_minibatch, seeded_dropout
-from srfed.training.optimizer import learning_rate_factor
+from srfed.training.optimizer import rates_of_round
 from srfed.training.part import ClientState, Part, copies
 from srfed.training.step import LocalStep, LossMeter
 
@@ -133,16 +133,13 @@ class LocalTrainer:
                 trained.prepare(
                     parts, self._draw(indices, round_number, 0), self._tasks(len(indices))
                 )
-        factor = learning_rate_factor(self._config, round_number)
         keeps = training.shared_moments == "keep"
         moments = state.shared_moments if keeps else {}
         # φ's moving average is the server's.
         trained.begin(
-            (Part(shared, Shared({}), moments), factor * training.learning_rate),
-            (
-                state.exclusive,
-                factor * (training.exclusive_learning_rate or training.learning_rate),
-            ),
+            Part(shared, Shared({}), moments),
+            state.exclusive,
+            rates_of_round(self._config, round_number),
         )
         meter = LossMeter(self._objective.process)
         start = time.perf_counter()

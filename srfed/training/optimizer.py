@@ -1,8 +1,9 @@
 """Optimizers over one part of the partition, whose moments travel as named tensors."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,14 +93,17 @@ class PartOptimizer:
     over a second, and a deployed client is a fresh process for every message. Their functional
     forms import nothing.
 
+    Parameters that the network owns may have a rate of their own; otherwise they are like any.
+
     Adam's moments stay where they are in memory, so that a captured step goes on working after
     :meth:`begin`.
 
     Args:
         config: says which of the two.
         parameters: the part by name; may be empty.
-        learning_rate: the rate of every step.
-        moments: see :meth:`begin`.
+        learning_rate, moments: see :meth:`begin`.
+        owned: names of the parameters that may have a rate of their own.
+        owned_rate: see :meth:`begin`.
 
     Raises:
         KeyError: ``moments`` has a parameter's "exp_avg" without the others.
@@ -111,32 +115,50 @@ class PartOptimizer:
         parameters: Mapping[str, nn.Parameter],
         learning_rate: float,
         moments: Mapping[str, Tensor] | None = None,
+        *,
+        owned: Collection[str] = (),
+        owned_rate: float | None = None,
     ) -> None:
         self._kind = config.optimizer
         self._parameters = dict(parameters)
+        self._groups = [
+            [name for name in self._parameters if (name in owned) == apart]
+            for apart in (False, True)
+        ]
         self._buffers: dict[str, dict[str, Tensor]] = {}
         self._started: set[str] = set()
         device = next(
             (parameter.device for parameter in self._parameters.values()), torch.device("cpu")
         )
-        # A tensor, because a captured step would keep the number that it was captured with.
-        self._captured_rate = torch.zeros((), device=device) if device.type == "cuda" else None
-        self.begin(learning_rate, moments)
+        # Tensors, because a captured step would keep the numbers that it was captured with.
+        self._captured_rates = (
+            [torch.zeros((), device=device) for _ in self._groups]
+            if device.type == "cuda"
+            else None
+        )
+        self.begin(learning_rate, moments, owned_rate)
 
-    def begin(self, learning_rate: float, moments: Mapping[str, Tensor] | None = None) -> None:
+    def begin(
+        self,
+        learning_rate: float,
+        moments: Mapping[str, Tensor] | None = None,
+        owned_rate: float | None = None,
+    ) -> None:
         """Go on from other moments, at another rate.
 
         Args:
             learning_rate: the rate of every step.
             moments: what :meth:`export_moments` gave, on any device; it is copied. Parameters that
                 are not in it start afresh.
+            owned_rate: the rate of the owned parameters; None takes ``learning_rate``.
 
         Raises:
             KeyError: ``moments`` has a parameter's "exp_avg" without the others.
         """
-        self._learning_rate = learning_rate
-        if self._captured_rate is not None:
-            self._captured_rate.fill_(learning_rate)
+        self._rates = [learning_rate, learning_rate if owned_rate is None else owned_rate]
+        if self._captured_rates is not None:
+            for held, rate in zip(self._captured_rates, self._rates, strict=True):
+                held.fill_(rate)
         self._started = {
             name for name in self._parameters if moments and f"exp_avg.{name}" in moments
         }
@@ -159,7 +181,11 @@ class PartOptimizer:
         """One step on the parameters that have a gradient; others, and their moments, stay as they
         are.
         """
-        names = [name for name, parameter in self._parameters.items() if parameter.grad is not None]
+        for group, names in enumerate(self._groups):
+            if active := [name for name in names if self._parameters[name].grad is not None]:
+                self._step(active, group)
+
+    def _step(self, names: Sequence[str], group: int) -> None:
         parameters: list[Tensor] = [self._parameters[name] for name in names]
         gradients = [
             gradient for name in names if (gradient := self._parameters[name].grad) is not None
@@ -169,7 +195,7 @@ class PartOptimizer:
                 parameters,
                 gradients,
                 [None] * len(parameters),
-                lr=self._learning_rate,
+                lr=self._rates[group],
                 weight_decay=0,
                 momentum=0,
                 dampening=0,
@@ -178,7 +204,6 @@ class PartOptimizer:
             )
             return
         averages, squares, steps = ([self._buffer(name)[key] for name in names] for key in MOMENTS)
-        rate = self._learning_rate if self._captured_rate is None else self._captured_rate
         adam(
             parameters,
             gradients,
@@ -187,7 +212,7 @@ class PartOptimizer:
             [],
             steps,
             fused=True,
-            lr=rate,
+            lr=(self._captured_rates or self._rates)[group],
             beta1=BETA1,
             beta2=BETA2,
             eps=1e-8,
@@ -226,12 +251,37 @@ class PartOptimizer:
 
 
 def learning_rate_factor(config: RunConfig, round_number: int) -> float:
-    """What the learning rates of a round, from 1, are multiplied by: 1, or a half cosine over the
-    rounds.
+    """What the learning rates of a round, from 1, are multiplied by: 1; a half cosine over the
+    rounds; or a line from 1 in round 1 to the floor in round ``decay_rounds``, constant after that.
+
+    A fall over one round has the full rate in round 1 as well, and the floor's after it.
     """
-    if config.training.learning_rate_schedule == "constant":
+    training, rounds = config.training, config.federation.rounds
+    if training.learning_rate_schedule == "constant":
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (round_number - 1) / config.federation.rounds))
+    if training.learning_rate_schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * (round_number - 1) / rounds))
+    fall = max(1, (training.decay_rounds or rounds) - 1)
+    return 1 - (1 - training.learning_rate_floor) * min(1.0, (round_number - 1) / fall)
+
+
+class Rates(NamedTuple):
+    """The learning rates of a round: of φ, of θ_i, and of what of θ_i the network owns."""
+
+    shared: float
+    exclusive: float
+    owned: float
+
+
+def rates_of_round(config: RunConfig, round_number: int) -> Rates:
+    """The learning rates of a round, from 1."""
+    training, factor = config.training, learning_rate_factor(config, round_number)
+    exclusive = training.exclusive_learning_rate or training.learning_rate
+    return Rates(
+        factor * training.learning_rate,
+        factor * exclusive,
+        factor * (training.owned_learning_rate or exclusive),
+    )
 
 
 def _fresh_state(parameter: nn.Parameter) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """One side of a model, φ or θ_i: between rounds, and while it is trained."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -57,6 +57,7 @@ class LivePart:
     Args:
         training: the run's settings.
         weights: parameters by name; may be empty.
+        owned: names of those that may be trained at a rate of their own.
 
     Attributes:
         weights: the same.
@@ -64,23 +65,34 @@ class LivePart:
         steps: optimizer steps so far.
     """
 
-    def __init__(self, training: TrainingConfig, weights: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        training: TrainingConfig,
+        weights: Mapping[str, nn.Parameter],
+        owned: Collection[str] = (),
+    ) -> None:
         self._decay, self._warmup = training.ema_decay, training.ema_warmup
         self.weights = dict(weights)
         self.average: dict[str, Tensor] = {}
         self.steps = 0
-        self._optimizer = PartOptimizer(training, self.weights, 0.0)
+        self._optimizer = PartOptimizer(training, self.weights, 0.0, owned=owned)
 
     @torch.no_grad()
-    def begin(self, part: Part[Side], rate: float) -> None:
-        """Go on from a part, at this learning rate; an average that it has not is not kept."""
+    def begin(self, part: Part[Side], rate: float, owned_rate: float | None = None) -> None:
+        """Go on from a part, at this learning rate; an average that it has not is not kept.
+
+        Args:
+            part: weights, average, moments, steps.
+            rate: the learning rate.
+            owned_rate: that of the owned parameters; None takes ``rate``.
+        """
         load_tensors(self.weights, part.weights)
         self.average = {
             name: tensor.to(self.weights[name].device, copy=True)
             for name, tensor in part.average.items()
         }
         self.steps = part.steps
-        self._optimizer.begin(rate, part.moments)
+        self._optimizer.begin(rate, part.moments, owned_rate)
 
     def clear_gradients(self) -> None:
         """Set every gradient of the part to None."""

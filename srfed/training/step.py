@@ -14,6 +14,7 @@ from srfed.diffusion.process import QUARTERS, Forward, Process
 from srfed.networks.network import Network
 from srfed.networks.partition import Exclusive, Partition, Shared
 from srfed.training.minibatches import Minibatch
+from srfed.training.optimizer import Rates
 from srfed.training.part import LivePart, Part, load_tensors
 
 
@@ -110,7 +111,7 @@ class LocalStep:
         self._device = next(model.parameters()).device
         parameters = dict(model.named_parameters())
         self.shared, self.exclusive = (
-            LivePart(config.training, {name: parameters[name] for name in names})
+            LivePart(config.training, {name: parameters[name] for name in names}, partition.owned)
             for names in (partition.shared, partition.exclusive)
         )
         self._parts = {"shared": self.shared, "exclusive": self.exclusive}
@@ -133,12 +134,10 @@ class LocalStep:
         self._of(parts).prepare(*batch, *(() if tasks is None else (tasks,)))
 
     @torch.no_grad()
-    def begin(
-        self, shared: tuple[Part[Shared], float], exclusive: tuple[Part[Exclusive], float]
-    ) -> None:
-        """Begin a round from these parts, each at its rate."""
-        self.shared.begin(*shared)
-        self.exclusive.begin(*exclusive)
+    def begin(self, shared: Part[Shared], exclusive: Part[Exclusive], rates: Rates) -> None:
+        """Begin a round from these parts, at these rates."""
+        self.shared.begin(shared, rates.shared)
+        self.exclusive.begin(exclusive, rates.exclusive, rates.owned)
         load_tensors(self._anchor, {name: self.shared.weights[name] for name in self._anchor})
 
     def run(self, parts: tuple[str, ...], batch: Minibatch, tasks: Tensor | None) -> Tensor:

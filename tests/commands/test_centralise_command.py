@@ -25,7 +25,6 @@ from srfed.runs.run import TrainedRun
 from srfed.storage.client_store import ClientStore
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import ServerCheckpoints
-from support.centralised import METHODS
 from support.tiny_run import TINY, all_bits, records, stop_after_a_round
 
 torch.set_num_threads(1)
@@ -59,6 +58,12 @@ METHOD_OPTIONS = {
     ],
     "one_task": ["training.method=one_task"],
     "balanced": ["training.method=balanced", "training.centralised_batch_size=36"],
+    "all shared but what is owned": [
+        "training.method=balanced",
+        "training.centralised_batch_size=36",
+        "model.exclusive_stages=none",
+        "model.owned=[vector, film]",
+    ],
 }
 
 
@@ -76,7 +81,7 @@ def losses(run: RunFolder) -> list[Any]:
     return [(line["round"], line["loss"]) for line in records(run) if line["kind"] == "round"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_OPTIONS)
 def test_a_run_that_was_stopped_and_resumed_has_the_bits_of_one_that_was_not(
     method: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

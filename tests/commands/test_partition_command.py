@@ -27,6 +27,27 @@ def test_modules_and_totals_add_up(rule: str, capsys: pytest.CaptureFixture[str]
     assert len({name for name, _, _ in rows}) == len(rows)
 
 
+def test_owned_parts_are_listed_by_themselves(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["model.exclusive_stages=io", "model.owned=[vector, film]"]
+    assert main(["--image-channels", "1", "--set", settings[0], "--set", settings[1]]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("exclusive stages io, own vector and film\n")
+    rows = re.findall(r"^(\S+) +(shared|exclusive) +([\d,]+)$", printed, re.MULTILINE)
+    own = [(name, int(count)) for name, part, count in rows if part == "exclusive"]
+    assert [name for name, _ in own if "film" not in name] == ["stem", "head", "task_vector"]
+    films = dict(own)
+    assert films["down.0.blocks.0.film"] == 2 * 32
+    assert films["bottleneck.second.film"] == 2 * 64
+    # A film divides nothing that is around it.
+    assert {name for name, part, _ in rows if part == "shared"} == {
+        "timestep",
+        "bottleneck",
+        *(f"{side}.{stage}" for side in ("down", "up") for stage in range(4)),
+    }
+    total = sum(int(count.replace(",", "")) for _, part, count in rows if part == "exclusive")
+    assert re.search(rf"^exclusive .* {total:,} parameters", printed, re.MULTILINE)
+
+
 def test_a_round_carries_four_bytes_a_shared_parameter(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--image-channels", "1", "--set", "model.exclusive_stages=io"]) == 0
     assert "4.7 MB to each client" in capsys.readouterr().out

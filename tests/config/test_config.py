@@ -230,6 +230,18 @@ def test_the_configuration_is_immutable() -> None:
             "evaluation.ssim_curve=[10, 501]",
             ["evaluation.ssim_curve 501 is above diffusion.timesteps 500"],
         ),
+        (
+            "training.owned_learning_rate=0.1",
+            ["training.owned_learning_rate 0.1", "model.owned is []; allowed: null"],
+        ),
+        ("training.decay_rounds=3", ["decay_rounds 3", "linear, not constant; allowed: null"]),
+        ("training.learning_rate_floor=1", ["training.learning_rate_floor = 1", "< 1"]),
+        ("model.owned=[vector, vector]", ['owned ["vector", "vector"]', "twice; allowed: once"]),
+        ("model.owned=[lora]", ['model.owned = ["lora"]', "allowed: list of vector | film"]),
+        (
+            "model.task_embedding=exclusive",
+            ["model.task_embedding: exclusive is no value any more; write model.owned: [vector]"],
+        ),
         # keys
         ("training.batchsize=3", ["unknown key `training.batchsize`", "minibatches, local_steps"]),
         ("trainings.batch_size=3", ["unknown key `trainings`", "data, diffusion, model, training"]),
@@ -254,6 +266,14 @@ def test_a_refusal_is_one_line_with_key_value_and_what_is_allowed(
     ("overrides", "words"),
     [
         (["resources.cpus=2", "resources.client_cpus=3"], "client_cpus 3 is above cpus 2"),
+        (
+            ["training.learning_rate_schedule=cosine", "training.decay_rounds=3"],
+            "decay_rounds 3 needs learning_rate_schedule: linear, not cosine; allowed: null",
+        ),
+        (
+            ["training.update=exclusive", "model.exclusive_stages=none"],
+            "trains nothing with model.exclusive_stages none and model.owned []",
+        ),
         (
             ["resources.precision=bfloat16", "resources.device=cpu"],
             "precision bfloat16 needs device cuda",
@@ -356,6 +376,7 @@ def test_describe_names_every_setting_once_with_default_and_meaning() -> None:
         "resources.device=cpu",
         "sampling.eta=0",
         "training.learning_rate_schedule=cosine",
+        "model.owned=[film]",
     ],
 )
 def test_a_decisive_setting_changes_the_fingerprint(override: str) -> None:
@@ -379,10 +400,17 @@ def test_where_it_runs_does_not_change_the_fingerprint(override: str) -> None:
 
 
 def test_rounds_decide_the_result_only_while_the_rate_follows_them() -> None:
-    for schedule, decisive in (("constant", False), ("cosine", True)):
-        override = f"training.learning_rate_schedule={schedule}"
-        more = load_config(overrides=[override, "federation.rounds=99"])
-        assert (more.fingerprint() != load_config(overrides=[override]).fingerprint()) == decisive
+    linear = "training.learning_rate_schedule=linear"
+    for overrides, decisive in (
+        (["training.learning_rate_schedule=constant"], False),
+        (["training.learning_rate_schedule=cosine"], True),
+        ([linear], True),
+        ([linear, "training.decay_rounds=20"], False),
+    ):
+        more = load_config(overrides=[*overrides, "federation.rounds=99"])
+        assert (more.fingerprint() != load_config(overrides=overrides).fingerprint()) == decisive
+    falls = [load_config(overrides=[linear, f"training.decay_rounds={n}"]) for n in (20, 21)]
+    assert falls[0].fingerprint() != falls[1].fingerprint()
 
 
 def test_every_setting_says_at_its_field_what_it_decides() -> None:

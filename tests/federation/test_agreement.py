@@ -19,7 +19,7 @@ from flwr.app import Context, Message, RecordDict
 
 from srfed.config import RunConfig, load_config
 from srfed.data import RECORD_FILE, load_tasks
-from srfed.deployment.agree import agree_as_rehearsed, fits, propose, standing
+from srfed.deployment.agree import agree_as_rehearsed, fits, in_words, propose, standing
 from srfed.deployment.certificates import make_certificates
 from srfed.errors import UserError
 from srfed.federation.agreement import (
@@ -135,9 +135,10 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "another network": ({"model.channels": [8, 16, 16, 32]}, "model.channels"),
     "a network that knows its task": (
-        {"model.task_embedding": "exclusive"},
+        {"model.task_embedding": "shared"},
         "model.task_embedding",
     ),
+    "a task's vector of its own": ({"model.owned": ["vector"]}, "model.owned"),
     "one training image alone": (
         {"data.images_per_task": 1, "training.minibatches": "ragged"},
         "data.images_per_task",
@@ -466,6 +467,16 @@ def test_every_setting_has_a_rule_and_what_nobody_thought_of_is_exact() -> None:
         "resources.client_cpus",
         "resources.client_gpus",
     }
+
+
+def test_an_owner_reads_what_of_the_network_is_its_own(tmp_path: Path) -> None:
+    changes = {**MOMENTS, "model.exclusive_stages": "none", "model.owned": ["vector", "film"]}
+    agreement = _proposed(tmp_path, changes)
+    said = in_words(agreement, tiny_config(changes))
+    assert "; exclusive stages none, own vector and film\n" in said
+    model = build_model(tiny_config(changes), 1)
+    shared = build_partition(tiny_config(changes), model).shared
+    assert agreement.shared.tensors == len(shared) == len(model.state_dict()) - 11
 
 
 @pytest.mark.parametrize(

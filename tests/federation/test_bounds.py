@@ -45,6 +45,12 @@ from support.tiny_run import tiny_config
         {"training.update": "exclusive"},
         {"model.exclusive_stages": "all", "training.local_steps": 2},
         {"model.exclusive_stages": "none", "training.local_steps": 2},
+        {
+            "model.exclusive_stages": "none",
+            "model.owned": ["vector", "film"],
+            "training.owned_learning_rate": 1.0,
+            "training.learning_rate_schedule": "linear",
+        },
     ],
     ids=str,
 )

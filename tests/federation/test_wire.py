@@ -105,8 +105,13 @@ def private_tensors(run: RunFolder) -> Iterator[tuple[str, torch.Tensor]]:
             "training.shared_moments": "keep",
             "model.exclusive_stages": "io",
         },
+        {
+            "model.exclusive_stages": "none",
+            "model.owned": ["vector", "film"],
+            "training.owned_learning_rate": 2e-2,
+        },
     ],
-    ids=["joint-reset", "alternating-keep-io"],
+    ids=["joint-reset", "alternating-keep-io", "all-shared-but-vector-and-film"],
 )
 def test_no_private_tensor_and_no_image_is_in_any_message_of_a_whole_run(
     tmp_path: Path, settings: dict[str, Any]

@@ -150,6 +150,37 @@ def test_residual_block_scales_and_shifts_its_second_norm_by_the_timestep() -> N
         )
 
 
+def test_film_adds_a_tasks_scale_and_shift_to_the_timesteps() -> None:
+    """Perez et al. (2018): γ h + β; here γ = 1 + scale(t) + scale_i and β = shift(t) + shift_i."""
+    torch.manual_seed(0)
+    block = ResidualBlock(8, 12, 16, groups=4, dropout=0.0, film=True)
+    randomise(block)
+    assert block.film is not None
+    value = block.film.value
+    x, embedding = normal(2, 8, 5, 5), normal(2, 16, seed=1)
+    functional = nn.functional
+    hidden = functional.conv2d(
+        functional.silu(functional.group_norm(x, 4, block.norm_in.weight, block.norm_in.bias)),
+        block.conv_in.weight,
+        block.conv_in.bias,
+        padding=1,
+    )
+    timestep = functional.silu(embedding) @ block.condition.weight.T + block.condition.bias
+    groups = hidden.reshape(2, 4, -1)
+    spread = (groups.var(dim=2, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    normal_hidden = ((groups - groups.mean(dim=2, keepdim=True)) / spread).reshape(hidden.shape)
+    affine = normal_hidden * block.norm_out.weight[:, None, None]
+    affine = affine + block.norm_out.bias[:, None, None]
+    gamma = 1 + timestep[:, :12] + value[:12]
+    beta = timestep[:, 12:] + value[12:]
+    modulated = gamma[:, :, None, None] * affine + beta[:, :, None, None]
+    expected = block.shortcut(x) + block.conv_out(functional.silu(modulated))
+    torch.testing.assert_close(block(x, embedding), expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        value.zero_()
+    assert not torch.allclose(block(x, embedding), expected, atol=1e-2)
+
+
 def test_dropout_acts_while_training_only() -> None:
     model = unet(dropout=0.5, noisy=True)
     x, timesteps = normal(2, 1, 8, 8), torch.tensor([1, 2])
@@ -505,6 +536,26 @@ def test_a_list_of_the_dials_modules_is_the_dial() -> None:
 def test_an_impossible_rule_is_refused(rule: Rule, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         divide(unet(), rule)
+
+
+@pytest.mark.parametrize(
+    ("owned", "count"), [(["vector"], 64), (["film"], 960), (["film", "vector"], 1024)]
+)
+def test_owned_parts_are_a_thousand_values(owned: list[str], count: int) -> None:
+    """4 x 16 of the vector; two for each channel of each of ten residual blocks."""
+    settings = parse_config(
+        {"model": {"channels": [16, 32, 64, 64], "owned": owned, "exclusive_stages": "none"}}
+    )
+    model = build_model(settings, 1)
+    partition = build_partition(settings, model)
+    assert partition.exclusive == partition.owned
+    assert sum(model.get_parameter(name).numel() for name in partition.exclusive) == count
+    with_stages = divide(model, 1)
+    assert with_stages.owned == partition.owned
+    assert set(with_stages.exclusive) == {*partition.owned, *divide(model, [*STAGE_1]).exclusive}
+
+
+STAGE_1 = ("stem", "head", "down.0", "up.0")
 
 
 def test_build_partition_applies_the_setting_and_speaks_to_the_user() -> None:

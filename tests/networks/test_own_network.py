@@ -100,6 +100,34 @@ def test_a_dial_beyond_the_shells_is_refused(rule: Any, words: str) -> None:
         build_partition(config, build_model(config, 1))
 
 
+def test_a_pattern_of_owned_that_matches_nothing_is_said_to_be_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Tower, "owned", ("own", "adapter"))
+    with pytest.raises(UserError) as raised:
+        build_partition(own(), build_model(own(), 1))
+    assert str(raised.value) == (
+        "model.network Tower: owned pattern 'adapter' matches no tensor of the model"
+    )
+
+
+def test_what_a_class_owns_is_trained_alone_and_is_in_no_pool(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = {"network": f"{HERE}Tower", "exclusive_stages": "none"}
+    alone = parse_config({"model": model, "training": {"update": "exclusive"}})
+    pooled = parse_config({"model": model, "training": {"method": "pooled"}})
+    rated = parse_config({"model": model, "training": {"owned_learning_rate": 0.1}})
+    for config in (alone, rated):
+        assert build_partition(config, build_model(config, 1)).owned == ("own",)
+    with pytest.raises(UserError, match=r"method pooled has no exclusive layers, and .* owns own;"):
+        build_partition(pooled, build_model(pooled, 1))
+    monkeypatch.setattr(Tower, "owned", ())
+    with pytest.raises(UserError, match=r"update exclusive trains nothing .* owns nothing"):
+        build_partition(alone, build_model(alone, 1))
+    build_partition(pooled, build_model(pooled, 1))
+
+
 def test_a_module_that_is_no_network_has_no_shells_but_can_be_divided_by_patterns() -> None:
     plain = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     assert divide(plain, ["0"]).shared == ("1.weight", "1.bias")

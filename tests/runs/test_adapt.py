@@ -209,10 +209,42 @@ def test_a_runs_unusual_settings_still_make_an_adaptation(trained: TrainedRun) -
             assert own.training.update == ("exclusive" if mode == "frozen" else "joint")
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_vector_and_film_of_its_own_are_all_that_a_new_task_takes(
+    mode: Mode, new_images: np.ndarray
+) -> None:
+    """Everything else is the run's: frozen, every bit of it."""
+    config = tiny_config(
+        {
+            "model.exclusive_stages": "none",
+            "model.owned": ["vector", "film"],
+            "training.exclusive_learning_rate": 2e-2,
+            "training.learning_rate_schedule": "linear",
+            "training.decay_rounds": 2,
+        }
+    )
+    own = adaptation_config(config, mode, images=50, steps=30, every=15)
+    training = own.training
+    assert (training.owned_learning_rate or training.exclusive_learning_rate) == 2e-2
+    assert (training.learning_rate_schedule, training.decay_rounds) == ("constant", None)
+    model = build_model(config, 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.05)
+    parts = build_partition(config, model)
+    shared = parts.take_shared(model.state_dict())
+    first, last = adapt(config, shared, new_images, task=NEW, mode=mode, steps=30, every=15)
+    assert set(last.exclusive) == set(parts.owned)
+    assert len(parts.owned) == 11
+    assert same_bits(last.shared, shared) == (mode == "frozen")
+    assert all(last.exclusive[name].any() for name in parts.owned)
+    assert last.loss < first.loss
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model.exclusive_stages": "none"}, "no exclusive layers"),
+        ({"model.exclusive_stages": "none"}, "no exclusive layers .* its network owns nothing"),
         ({"model.exclusive_stages": "all"}, "no shared core"),
         ({"model.task_embedding": "shared"}, "table of its tasks"),
     ],

@@ -223,6 +223,30 @@ def test_a_run_that_goes_on_may_look_otherwise(tmp_path: Path) -> None:
     assert all_bits(RunFolder.open(run.path)) == all_bits(straight)
 
 
+def test_a_linear_fall_of_its_own_length_can_be_prolonged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {
+        **ROUNDS,
+        "evaluation.every": 0,
+        "training.learning_rate_schedule": "linear",
+        "model.exclusive_stages": "none",
+        "model.owned": ["vector", "film"],
+        "training.owned_learning_rate": 2e-2,
+    }
+    fall = {"training.decay_rounds": 4}
+    straight = run_in_process(begin(tmp_path / "straight", {**settings, **fall}))
+    run = run_in_process(begin(tmp_path / "run", {**settings, **fall, "federation.rounds": 2}))
+    assert simulate.main(["--resume", str(run.path), "--set", "federation.rounds=4"]) == 0
+    assert all_bits(RunFolder.open(run.path)) == all_bits(straight)
+    # Without a length it is the run's, which decides the rounds that there have been.
+    follows = run_in_process(begin(tmp_path / "follows", settings))
+    assert all_bits(follows) == all_bits(straight)
+    capsys.readouterr()
+    text = one_error_line(capsys, ["--resume", str(follows.path), "--set", "federation.rounds=5"])
+    assert "federation.rounds: 4 -> 5" in text
+
+
 def test_under_a_cosine_rate_the_number_of_rounds_decides_the_result(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,6 +31,7 @@ def run_config(
     *,
     clients: int = 3,
     embedding: str = "none",
+    owned: Sequence[str] = (),
     dropout: float = 0.0,
     seed: int = 0,
     **training: Any,
@@ -57,6 +58,7 @@ def run_config(
         "attention_stages": [],
         "exclusive_stages": "none" if method == "pooled" else stages,
         "task_embedding": embedding,
+        "owned": list(owned),
         "dropout": dropout,
     }
     return parse_config(

@@ -22,6 +22,7 @@ Tensors = dict[str, Tensor]
 def run_config(
     *,
     stages: Any = 1,
+    owned: Sequence[str] = (),
     seed: int = 0,
     dropout: float = 0.0,
     data: Any = None,
@@ -50,6 +51,7 @@ def run_config(
         "attention_head_channels": 8,
         "attention_stages": [],
         "exclusive_stages": stages,
+        "owned": list(owned),
         "dropout": dropout,
     }
     return parse_config(

@@ -98,7 +98,7 @@ def test_exclusive_updates_leave_every_bit_of_the_core_and_train_the_task() -> N
 def test_exclusive_updates_with_nothing_exclusive_are_refused() -> None:
     with pytest.raises(UserError, match=r"update exclusive trains nothing .*exclusive_stages none"):
         run_config("federated", "none", update="exclusive")
-    run_config("federated", "none", update="exclusive", embedding="exclusive")
+    run_config("federated", "none", update="exclusive", owned=["vector"])
 
 
 # --- The network is told its task ----------------------------------------------------------------
@@ -164,41 +164,50 @@ RULES: list[Any] = ["none", "io", 1, 2, 3, 4, "all", ["up.0.*"], ["stem", "head"
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_a_tasks_vector_is_exclusive_under_every_rule_and_a_table_shared_unless_all_is_exclusive(
+def test_owned_parts_are_exclusive_under_every_rule_and_a_table_shared_unless_all_is_exclusive(
     rule: Any,
 ) -> None:
-    vector = build_model(run_config("balanced", embedding="exclusive", batch_size=3), 1)
-    partition = divide(vector, rule)
-    assert "task_vector.value" in partition.exclusive
-    assert not any("task_vector" in name for name in partition.shared)
-    assert sorted(partition.shared + partition.exclusive) == sorted(vector.state_dict())
-    # What is in a message: the core's tensors, those of a network without a vector.
+    model = build_model(run_config("balanced", owned=["vector", "film"], batch_size=3), 1)
+    partition = divide(model, rule)
+    names = [name for name in model.state_dict() if "film" in name or "task_vector" in name]
+    assert len(names) == 1 + 10
+    assert list(partition.owned) == names
+    assert set(names) <= set(partition.exclusive)
+    assert sorted(partition.shared + partition.exclusive) == sorted(model.state_dict())
+    # What is in a message: the core's tensors, those of a network that owns nothing.
     plain = build_model(run_config("balanced", batch_size=3), 1)
+    assert divide(plain, rule).owned == ()
     assert partition.shared == divide(plain, rule).shared
-    assert partition.fingerprint(vector.state_dict()) == divide(plain, rule).fingerprint(
+    assert partition.fingerprint(model.state_dict()) == divide(plain, rule).fingerprint(
         plain.state_dict()
     )
     table = build_model(run_config("balanced", embedding="shared", batch_size=3), 1)
     assert ("task_table.weight" in divide(table, rule).shared) == (rule != "all")
 
 
-def test_a_new_vector_changes_nothing_and_then_learns() -> None:
-    config = run_config("federated", "none", embedding="exclusive")
-    vector, plain = build_model(config, 1), build_model(run_config("federated", "none"), 1)
-    own = vector.state_dict()
-    assert same_bits({n: own[n] for n in plain.state_dict()}, plain.state_dict())
+@pytest.mark.parametrize("owned", [["vector"], ["film"], ["vector", "film"]])
+def test_new_owned_parts_change_nothing_and_then_learn(owned: list[str]) -> None:
+    config = run_config("federated", "none", owned=owned)
+    model, plain = build_model(config, 1), build_model(run_config("federated", "none"), 1)
+    parts = {n: t for n, t in model.state_dict().items() if n not in plain.state_dict()}
+    assert list(parts) == list(divide(model, "none").owned)
+    assert not any(tensor.any() for tensor in parts.values())
+    rest = {n: model.state_dict()[n] for n in model.state_dict() if n not in parts}
+    assert same_bits(rest, plain.state_dict()), "names, order and bits of a network without"
     weights = perturbed(plain, 0, list(plain.state_dict()))
     plain.load_state_dict(weights)
-    vector.load_state_dict({**weights, "task_vector.value": own["task_vector.value"]})
+    model.load_state_dict({**weights, **parts})
     x, timesteps = torch.randn(4, 1, 8, 8), torch.tensor([1, 5, 50, 100])
     with torch.no_grad():
-        assert torch.equal(vector(x, timesteps), plain(x, timesteps))
-        vector.task_vector.value.add_(1)  # type: ignore[union-attr, operator]
-        assert not torch.allclose(vector(x, timesteps), plain(x, timesteps), atol=1e-3)
-    place = central(run_config("one_task", "none", embedding="exclusive"), 5, 7, 9)
+        assert torch.equal(model(x, timesteps), plain(x, timesteps))
+        for name in parts:
+            model.get_parameter(name).add_(1)
+            assert not torch.allclose(model(x, timesteps), plain(x, timesteps), atol=1e-3), name
+            model.get_parameter(name).zero_()
+    place = central(run_config("one_task", "none", owned=owned), 5, 7, 9)
     for i, client in enumerate(locally(config, place, 1)):
-        assert list(client.state.exclusive.weights) == ["task_vector.value"]
-        assert "task_vector.value" not in client.shared
+        assert list(client.state.exclusive.weights) == list(parts)
+        assert not set(parts) & set(client.shared)
         assert_moved(
             place.start.tasks[f"task{i}"].exclusive.weights, client.state.exclusive.weights
         )

@@ -40,24 +40,28 @@ from support.centralised import (
 @pytest.mark.parametrize("warmup", [False, True])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize(
-    ("method", "embedding"),
+    ("method", "embedding", "stages", "owned"),
     [
-        ("pooled", "none"),
-        ("pooled", "shared"),
-        ("one_task", "none"),
-        ("one_task", "shared"),
-        ("balanced", "none"),
-        ("balanced", "shared"),
-        ("balanced", "exclusive"),
+        ("pooled", "none", "none", []),
+        ("pooled", "shared", "none", []),
+        ("one_task", "none", 2, []),
+        ("one_task", "shared", 2, []),
+        ("balanced", "none", 2, []),
+        ("balanced", "shared", 2, []),
+        ("balanced", "none", 2, ["vector"]),
+        ("balanced", "none", "none", ["vector", "film"]),
+        ("one_task", "none", "none", ["vector", "film"]),
     ],
 )
 def test_training_is_a_plain_loop_over_the_same_draws(
-    method: str, embedding: str, optimizer: str, warmup: bool
+    method: str, embedding: str, stages: Any, owned: list[str], optimizer: str, warmup: bool
 ) -> None:
     """Weights, averages and, because later steps depend on them, moments."""
     config = run_config(
         method,
+        stages,
         embedding=embedding,
+        owned=owned,
         optimizer=optimizer,
         ema_warmup=warmup,
         local_steps=1,
@@ -151,17 +155,26 @@ def test_one_balanced_task_is_one_client_alone(optimizer: str) -> None:
     assert_moved(trained.start.shared.weights, client.shared)
 
 
-def test_one_balanced_step_a_round_is_the_federated_average_of_the_clients_steps() -> None:
-    trained = central(run_config("balanced", centralised_batch_size=12), 5, 7, 9)
+@pytest.mark.parametrize(("stages", "owned"), [(2, []), ("none", ["vector", "film"])])
+def test_one_balanced_step_a_round_is_the_federated_average_of_the_clients_steps(
+    stages: Any, owned: list[str]
+) -> None:
+    """With all shared but what is owned: the pool with its task as a condition."""
+    rates: dict[str, Any] = {"owned_learning_rate": 10 * RATE} if owned else {}
+    trained = central(
+        run_config("balanced", stages, owned=owned, centralised_batch_size=12, **rates), 5, 7, 9
+    )
     trained.train(1)
-    clients = locally(run_config("federated"), trained, 1)
+    clients = locally(run_config("federated", stages, owned=owned, **rates), trained, 1)
     mean = {
         n: sum(client.shared[n].double() for client in clients).float() / 3
         for n in trained.partition.shared
     }
     assert_close(trained.state.shared.weights, mean)
+    assert_moved(trained.start.shared.weights, trained.state.shared.weights)
     for i, client in enumerate(clients):
         assert_close(trained.exclusive(i), client.state.exclusive.weights)
+        assert_moved(trained.start.tasks[f"task{i}"].exclusive.weights, trained.exclusive(i))
 
 
 def test_balanced_with_nothing_shared_is_as_many_trainings_apart() -> None:
@@ -307,6 +320,7 @@ def test_a_round_has_as_many_images_as_a_federated_one(method: str, size: int | 
             {"method": "federated", "centralised_batch_size": 4},
             ["centralised_batch_size 4", "centralised method"],
         ),
+        ({"method": "pooled", "owned": ["film"]}, ["pooled", 'model.owned is ["film"]', "[]"]),
         (
             {"method": "pooled", "local_steps": None, "local_epochs": 1},
             ["local_epochs 1", "local_steps"],

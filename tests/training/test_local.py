@@ -211,6 +211,41 @@ def test_rates_of_the_two_parts_fall_together_with_the_cosine(
     assert_close(client.weights, reference.weights)
 
 
+@pytest.mark.parametrize("stages", [1, "none"])
+def test_owned_parts_are_trained_at_a_rate_of_their_own(stages: Any) -> None:
+    """Against torch's Adam with a group of parameters for each rate, over rounds of a falling
+    rate.
+    """
+    config = run_config(
+        stages=stages,
+        owned=["vector", "film"],
+        learning_rate=1e-3,
+        exclusive_learning_rate=2e-3,
+        owned_learning_rate=1e-2,
+        learning_rate_schedule="linear",
+        shared_moments="keep",
+        federation={"rounds": 3},
+    )
+    client = Client(config)
+    client.train(1, 2, 3)
+    reference, owned = Reference(config, client), client.partition.owned
+    own = [p for n, p in reference.model.named_parameters() if n in owned]
+    stage = [p for p in reference.exclusive if all(p is not each for each in own)]
+    assert bool(stage) == (stages == 1)
+    assert len(own) == 11
+    groups: list[Any] = [{"params": stage, "lr": 2e-3}, {"params": own, "lr": 1e-2}]
+    optimizers = [torch.optim.Adam([g for g in groups if g["params"]], fused=True)]
+    optimizers.append(torch.optim.Adam([{"params": reference.shared, "lr": 1e-3}], fused=True))
+    schedules = [torch.optim.lr_scheduler.LinearLR(each, 1.0, 0.02, 2) for each in optimizers]
+    for number in range(3):
+        reference.fit(client.draws[3 * number : 3 * number + 3], *optimizers)
+        for schedule in schedules:
+            schedule.step()
+    assert_close(client.weights, reference.weights, atol=2e-6)
+    before = {name: client.start[name] for name in owned}
+    assert largest_difference(before, client.weights) > 2e-2, "more than the stages' rate allows"
+
+
 def test_all_exclusive_is_one_uninterrupted_training_of_a_whole_network() -> None:
     """Two rounds of n steps are 2n steps: nothing of θ_i's optimizer is lost between rounds."""
     config = run_config(stages="all")

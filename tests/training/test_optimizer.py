@@ -1,11 +1,18 @@
 """A part's optimizer against torch's own, to the bit."""
 
+from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from srfed.training.optimizer import MOMENTS, PartOptimizer, learning_rate_factor
+from srfed.training.optimizer import (
+    MOMENTS,
+    PartOptimizer,
+    learning_rate_factor,
+    rates_of_round,
+)
 from support.local_training import run_config, same_bits
 
 NamedParameters = dict[str, nn.Parameter]
@@ -91,6 +98,38 @@ def test_steps_are_torchs_own_to_the_bit(
         assert [float(moments[f"step.{name}"]) for name in SHAPES] == [7, 6, 6, 6]
 
 
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_rates_are_torchs_two_parameter_groups_to_the_bit(device: str, kind: str) -> None:
+    """The rates change on the way, as they do from round to round, and moments go through a
+    file.
+    """
+    ours, theirs = named_parameters(device), named_parameters(device)
+    training, owned = run_config(optimizer=kind).training, ("up.0.bias", "stem.bias", "elsewhere")
+    optimizer = PartOptimizer(training, ours, 1e-2, owned=owned, owned_rate=1e-1)
+    groups = [
+        {"params": [p for n, p in theirs.items() if (n in owned) == apart], "lr": rate}
+        for apart, rate in ((False, 1e-2), (True, 1e-1))
+    ]
+    reference = torch.optim.SGD(groups) if kind == "sgd" else torch.optim.Adam(groups, fused=True)
+    for step, without in enumerate([None, "up.0.bias", "stem", None, "up", None, None]):
+        give_gradients(ours, step, without)
+        give_gradients(theirs, step, without)
+        optimizer.step()
+        reference.step()
+        assert same_bits(ours, theirs), step
+        if step == 2:
+            moments = load(save(optimizer.export_moments()))
+            optimizer.begin(5e-3, moments, 2e-2)
+            for group, rate in zip(reference.param_groups, (5e-3, 2e-2), strict=True):
+                group["lr"] = rate
+        if step == 4:
+            optimizer.begin(5e-3, optimizer.export_moments())
+            reference.param_groups[1]["lr"] = 5e-3
+    names = {f"{key}.{name}" for key in MOMENTS for name in SHAPES}
+    assert set(optimizer.export_moments()) == (names if kind == "adam" else set())
+
+
 def test_moments_are_named_and_shaped_after_the_parameters() -> None:
     parameters = named_parameters()
     optimizer = PartOptimizer(run_config().training, parameters, 1e-2)
@@ -165,3 +204,61 @@ def test_cosine_rates_are_torchs_annealing_over_the_rounds() -> None:
         assert learning_rate_factor(run_config(federation={"rounds": 7}), number) == 1
         optimizer.step()
         schedule.step()
+
+
+@pytest.mark.parametrize(
+    ("settings", "rounds", "factors"),
+    [
+        ({}, 5, [1, 0.755, 0.51, 0.265, 0.02]),
+        ({"learning_rate_floor": 0.0}, 3, [1, 0.5, 0, 0]),
+        ({"decay_rounds": 3, "learning_rate_floor": 0.2}, 9, [1, 0.6, 0.2, 0.2, 0.2]),
+        ({"decay_rounds": 5}, 2, [1, 0.755, 0.51]),
+        ({"decay_rounds": 2}, 4, [1, 0.02, 0.02]),
+        ({"decay_rounds": 1}, 4, [1, 0.02, 0.02]),
+        ({}, 1, [1]),
+    ],
+)
+def test_linear_rates_fall_to_the_floor_and_stay_there(
+    settings: dict[str, Any], rounds: int, factors: list[float]
+) -> None:
+    config = run_config(learning_rate_schedule="linear", federation={"rounds": rounds}, **settings)
+    found = [learning_rate_factor(config, number) for number in range(1, len(factors) + 1)]
+    assert found == pytest.approx(factors, abs=1e-12)
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 7])
+@pytest.mark.parametrize("decay", [None, 1, 2, 5])
+def test_linear_rates_are_torchs_and_only_fall(rounds: int, decay: int | None) -> None:
+    config = run_config(
+        learning_rate_schedule="linear", decay_rounds=decay, federation={"rounds": rounds}
+    )
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(
+        optimizer, 1.0, 0.02, max(1, (decay or rounds) - 1)
+    )
+    found = []
+    for number in range(1, 10):
+        found.append(learning_rate_factor(config, number))
+        assert found[-1] == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert found[0] == 1
+    assert found == sorted(found, reverse=True)
+
+
+def test_each_part_has_its_rate_and_what_is_not_set_apart_the_next() -> None:
+    def rates(**training: Any) -> tuple[float, ...]:
+        config = run_config(
+            owned=["vector"],
+            learning_rate=1e-3,
+            learning_rate_schedule="linear",
+            federation={"rounds": 3},
+            **training,
+        )
+        return rates_of_round(config, 2)
+
+    assert rates() == pytest.approx((0.51e-3,) * 3)
+    assert rates(exclusive_learning_rate=2e-3) == pytest.approx((0.51e-3, 1.02e-3, 1.02e-3))
+    assert rates(owned_learning_rate=1e-2) == pytest.approx((0.51e-3, 0.51e-3, 5.1e-3))
+    every = {"exclusive_learning_rate": 2e-3, "owned_learning_rate": 1e-2}
+    assert rates(**every) == pytest.approx((0.51e-3, 1.02e-3, 5.1e-3))
