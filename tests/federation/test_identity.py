@@ -107,7 +107,7 @@ def test_a_node_that_answers_as_another_client_is_refused_and_asked_again_who_it
 
 MISFITS: dict[int, tuple[str, Any, str]] = {
     4: ("version", "0.0.1", "client 'digit-3': it runs srfed '0.0.1'"),
-    5: ("height", 9, "client 'digit-4': its images are 9x8x1, this run's are 8x8x1"),
+    5: ("channels", 99, "node 5: its number 'channels' is 99, not a whole number from 1 to 16"),
     6: ("partition", "0" * 64, "client 'digit-5': it divides the model differently"),
     7: ("client", "../digit-6", "node 7: '../digit-6' is no name for a store"),
     8: ("images", "many", "node 8: it describes itself in another way"),
