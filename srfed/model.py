@@ -1,6 +1,7 @@
 """From a configuration to the objects that training and sampling work with."""
 
 import inspect
+import json
 from collections.abc import Callable
 from importlib import import_module
 
@@ -73,12 +74,18 @@ def _own_network(name: str) -> type[Network]:
 
 def build_partition(config: RunConfig, model: Network) -> Partition:
     """The run's partition of the model's tensors; raises UserError for a pattern that matches
-    nothing.
+    nothing, and for control variates of a φ that has no tensors.
     """
     try:
-        return divide(model, config.model.exclusive_stages)
+        partition = divide(model, config.model.exclusive_stages)
     except ValueError as error:
         raise UserError(f"model.{error}") from error
+    if config.training.control_variates and not partition.shared:
+        raise UserError(
+            "training.control_variates true needs shared tensors, and model.exclusive_stages "
+            f"{json.dumps(config.model.exclusive_stages)} leaves none"
+        )
+    return partition
 
 
 def denoiser_of_task(
