@@ -495,7 +495,7 @@ def test_a_checkpoint_without_c_begins_at_zero_and_says_so(
 
 
 @pytest.mark.slow
-def test_ray_and_in_process_grids_give_the_same_bits_and_a_stopped_run_goes_on(
+def test_a_run_that_was_stopped_under_ray_goes_on_in_process_with_the_same_bits(
     tmp_path: Path,
 ) -> None:
     rounds = 3
