@@ -1,6 +1,7 @@
 """From a configuration to the objects that training and sampling work with."""
 
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
@@ -102,8 +103,8 @@ def build_partition(config: RunConfig, model: Network) -> Partition:
     """The run's partition of the model's tensors.
 
     Raises:
-        UserError: a pattern matches nothing; the run trains θ_i alone and there is none; or it has
-            a pool of all tasks and there is one.
+        UserError: a pattern matches nothing; the run trains θ_i alone and there is none; it has a
+            pool of all tasks and there is one; or control variates of a φ that has no tensors.
     """
     try:
         partition = divide(model, config.model.exclusive_stages)
@@ -120,6 +121,11 @@ def build_partition(config: RunConfig, model: Network) -> Partition:
         raise UserError(
             f"training.method pooled has no exclusive layers, and model.network {network} owns "
             f"{partition.exclusive[0]}; allowed: federated, one_task, balanced"
+        )
+    if config.training.control_variates and not partition.shared:
+        raise UserError(
+            "training.control_variates true needs shared tensors, and model.exclusive_stages "
+            f"{json.dumps(config.model.exclusive_stages)} leaves none"
         )
     return partition
 

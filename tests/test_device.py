@@ -168,6 +168,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "alternating": {"training.update": "alternating", "training.exclusive_steps": 3},
     "a short last minibatch": {"training.minibatches": "ragged"},
     "proximal": {"training.proximal": 0.1},
+    "control variates": {"training.control_variates": True},
     "plain SGD": {"training.optimizer": "sgd"},
     "a table of tasks": {"model.task_embedding": "shared", "model.exclusive_stages": "none"},
     "mirrored, falling rate": {
@@ -199,7 +200,7 @@ def two_rounds(device: str, changes: dict[str, Any], *, captures: bool) -> Local
     images = np.random.default_rng(0).integers(0, 256, (21, 8, 8, 1), dtype=np.uint8)
     trainer = LocalTrainer(config, model, partition, objective, "digit-0", images, 0, step)
     first = trainer.train(1, shared, state)
-    return trainer.train(2, first.shared, first.state)
+    return trainer.train(2, first.shared, first.state, first.gradient)
 
 
 def all_tensors(result: LocalResult) -> Tensor:
@@ -210,6 +211,7 @@ def all_tensors(result: LocalResult) -> Tensor:
         state.exclusive.average,
         state.exclusive.moments,
         state.shared_moments,
+        result.gradient,
     )
     return torch.cat([tensor.flatten() for part in parts for tensor in part.values()])
 

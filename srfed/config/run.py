@@ -112,6 +112,11 @@ class RunConfig(Section):
                     f"evaluation.mode {self.evaluation.mode} needs reference images at the server, "
                     "and data.dataset sites has none; allowed: statistics"
                 )
+            if self.training.control_variates and self.training.gradient_clip is None:
+                raise ValueError(
+                    "training.control_variates true needs training.gradient_clip under "
+                    "data.dataset sites, and it is null: nothing else bounds what a site sends"
+                )
         return self
 
     def _check_method(self) -> None:

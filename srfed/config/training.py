@@ -79,6 +79,12 @@ class TrainingConfig(Section):
         description="FedProx's μ: each step pulls φ back to the round's first φ, by μ times the "
         "distance",
     )
+    control_variates: bool = setting(
+        False,
+        description="SCAFFOLD, for φ alone: to each clipped gradient the mean over the clients of "
+        "the last round's mean gradients is added, and the client's own one taken away; needs "
+        "update joint",
+    )
     gradient_clip: float | None = setting(
         1.0, gt=0, description="largest gradient norm of one step; null: no clipping"
     )
@@ -107,6 +113,8 @@ class TrainingConfig(Section):
                 f"decay_rounds {self.decay_rounds} needs learning_rate_schedule: linear, not "
                 f"{self.learning_rate_schedule}; allowed: null"
             )
+        if self.control_variates:
+            self._check_control()
         if self.method != "federated":
             self._check_centralised()
         elif self.centralised_batch_size is not None:
@@ -114,6 +122,14 @@ class TrainingConfig(Section):
                 f"centralised_batch_size {self.centralised_batch_size} needs a centralised method"
             )
         return self
+
+    def _check_control(self) -> None:
+        for key, value, only in (
+            ("update", self.update, "joint"),
+            ("proximal", self.proximal, 0.0),
+        ):
+            if value != only:
+                raise ValueError(f"control_variates true needs {key} {only}, not {value}")
 
     def _check_centralised(self) -> None:
         if self.local_steps is None:
@@ -124,6 +140,7 @@ class TrainingConfig(Section):
             ("update", self.update, "joint"),
             ("shared_moments", self.shared_moments, "keep"),
             ("proximal", self.proximal, 0.0),
+            ("control_variates", self.control_variates, False),
         ):
             if value != only:
                 raise ValueError(

@@ -3,6 +3,7 @@ site's own state.
 """
 
 from datetime import UTC, datetime
+from itertools import chain, repeat
 from pathlib import Path
 
 from srfed.config import RunConfig
@@ -26,6 +27,7 @@ from srfed.federation.agreement import (
     weak_numbers,
 )
 from srfed.federation.contract import Contract
+from srfed.federation.control import control_in_words
 from srfed.federation.flower.admission import images_of
 from srfed.federation.layout import value_bytes
 from srfed.federation.updates import update_in_words
@@ -89,6 +91,7 @@ def propose(
             tensors=len(partition.shared),
             bytes=sum(tensors[name].nbytes for name in partition.shared),
             bytes_up=sum(map(value_bytes, contract.update.values())),
+            bytes_control=sum(map(value_bytes, contract.control.values())) or None,
             fingerprint=partition.fingerprint(tensors),
         ),
         images=images_of(task),
@@ -219,12 +222,18 @@ def in_words(agreement: Agreement, config: RunConfig) -> str:
     if config.updates.steps and (up := shared.bytes_up) is not None:
         how = update_in_words(config.updates)
         change = [f"{up:,} bytes ({bytes_in_words(up)}): the change, {how}, of"]
+    control = []
+    if config.training.control_variates and (up := shared.bytes_control) is not None:
+        how = control_in_words(config.training)
+        control = [f"{up:,} bytes ({bytes_in_words(up)}): {how}"]
     return "\n".join(
         [
             "would leave",
             *(
                 f"{label:<14} {line}"
-                for label, line in zip(("  each round:", ""), [*change, phi], strict=False)
+                for label, line in zip(
+                    chain(("  each round:",), repeat("")), [*change, phi, *control], strict=False
+                )
             ),
             "               its mean loss, and that of each quarter of the timesteps; the seconds "
             "it took",

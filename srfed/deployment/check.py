@@ -5,6 +5,7 @@ leave.
 import os
 import shlex
 import shutil
+from itertools import chain, repeat
 from pathlib import Path
 from uuid import uuid4
 
@@ -97,7 +98,10 @@ def check_site(
         if agreement is None
         else fits(agreement, config, partition.fingerprint(tensors))
     )
-    (down,), (up,) = contract.request.values(), contract.update.values()
+    down, up = (
+        sum(map(wire_bytes, records.values()))
+        for records in (contract.training_request, {**contract.update, **contract.control})
+    )
     return "\n".join(
         [
             f"images:     {data}",
@@ -124,10 +128,11 @@ def check_site(
             "",
             *(
                 f"{label:<11} {line}"
-                for label, line in zip(("each round:", ""), contract.in_words(), strict=False)
+                for label, line in zip(
+                    chain(("each round:",), repeat("")), contract.in_words(), strict=False
+                )
             ),
-            f"            with names, shapes and headers {wire_bytes(down):,} and "
-            f"{wire_bytes(up):,} bytes",
+            f"            with names, shapes and headers {down:,} and {up:,} bytes",
             "also go:    the client's id, numbers of images and their size, losses and times, a "
             "fingerprint of the partition",
             *_of_evaluation(config, height * width * channels),
@@ -178,6 +183,8 @@ def _bytes_of_store(contract: Contract, task: Task, shared: int, exclusive: int)
         attempt += shared * moments
     _, memory = encode_update(config, Delta(zeros_of(contract.shared)), {}, task.name, 0)
     attempt += sum(tensor.nbytes for kept in memory.values() for tensor in kept.values())
+    if contract.control:
+        attempt += shared  # c_i
     # The kept ones, the ancestor of the oldest, and the one that is being written before the last
     # is dropped.
     return (config.federation.keep_attempts + 2) * attempt + task.train.nbytes + task.test.nbytes

@@ -94,6 +94,8 @@ class AgreedShared(_Part):
     bytes: _Count
     bytes_up: _Count | None = None
     """What goes back; None in agreements from before there were steps: as much as comes."""
+    bytes_control: _Count | None = None
+    """What goes back besides, in place of c_i; None without ``training.control_variates``."""
     fingerprint: str
     """Of their names, shapes and dtypes; see
     :meth:`srfed.networks.partition.Partition.fingerprint`.

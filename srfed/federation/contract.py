@@ -10,8 +10,10 @@ from torch import Tensor
 
 from srfed.config import RunConfig
 from srfed.federation.bounds import DESCRIPTION, EvaluatePlan, Number, TrainPlan
+from srfed.federation.control import control_in_words, layout_of_control
 from srfed.federation.layout import Layout, layout_of, value_bytes, value_count
 from srfed.federation.messages import (
+    CONTROL,
     GENERATED,
     SETS,
     SHARED,
@@ -63,7 +65,7 @@ class Contract:
 
     Attributes:
         config: the run's configuration.
-        shared: φ's layout: what goes down with every request to train and to evaluate.
+        shared: φ's layout, and that of c of control variates.
     """
 
     config: RunConfig
@@ -75,8 +77,13 @@ class Contract:
 
     @property
     def request(self) -> dict[str, Layout]:
-        """What comes with a request to train or to evaluate, by record."""
+        """What comes with a request to evaluate, by record."""
         return {SHARED: self.shared}
+
+    @property
+    def training_request(self) -> dict[str, Layout]:
+        """What comes with a request to train: besides φ, c of control variates."""
+        return {SHARED: self.shared, **({CONTROL: self.shared} if self.control else {})}
 
     @cached_property
     def update(self) -> dict[str, Layout]:
@@ -86,9 +93,16 @@ class Contract:
             return {SHARED: self.shared}
         return {UPDATE: layout_of_update(settings, self.shared)}
 
+    @cached_property
+    def control(self) -> dict[str, Layout]:
+        """What travels in place of a round's c_i beside that; nothing without control variates."""
+        if not self.config.training.control_variates:
+            return {}
+        return {CONTROL: layout_of_control(self.shared)}
+
     def trained(self, plan: TrainPlan) -> Form:
         """The reply to a request to train."""
-        return Form(_REPLY, self.update, plan.numbers())
+        return Form(_REPLY, {**self.update, **self.control}, plan.numbers())
 
     def evaluated(self, plan: EvaluatePlan, dimension: int | None) -> Form:
         """The reply to a request to evaluate; ``dimension`` is that of the features, None where no
@@ -133,12 +147,22 @@ class Contract:
         """What comes and what goes in each round, in bytes of the tensors' values."""
         down, (up,) = self.shared, self.update.values()
         shared = f"φ, {value_count(down):,} parameters in {len(down)} tensors"
+        control = [
+            line
+            for layout in self.control.values()
+            for line in (
+                f"{_bytes(down)} come: c of control variates, a gradient of φ",
+                f"{_bytes(layout)} go: c_i, {control_in_words(self.config.training)}, in "
+                f"{len(layout)} tensors",
+            )
+        ]
         if not self.config.updates.steps:
-            return [f"{_bytes(down)} come and as many go: {shared}"]
+            return [f"{_bytes(down)} come and as many go: {shared}", *control]
         how = update_in_words(self.config.updates)
         return [
             f"{_bytes(down)} come: {shared}",
             f"{_bytes(up)} go: its change, {how}, in {len(up)} tensors",
+            *control,
         ]
 
 

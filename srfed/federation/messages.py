@@ -28,6 +28,10 @@ SHARED = "shared"
 """Array record of φ, both ways."""
 UPDATE = "update"
 """Array record of what steps have made of Δ_i, client to server, in place of φ_i."""
+CONTROL = "control"
+"""Array record of control variates: c beside φ, server to client, and what travels in place of c_i,
+client to server.
+"""
 GENERATED = "generated"
 """Array record of generated images, client to server, uint8 N x H x W x C."""
 STATISTICS = "statistics"

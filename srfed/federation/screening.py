@@ -25,8 +25,10 @@ from srfed.federation.bounds import (
     TrainPlan,
 )
 from srfed.federation.contract import DESCRIBED, Contract, Form
+from srfed.federation.control import decode_control
 from srfed.federation.layout import Layout, layout_bytes, layout_of, value_bytes
 from srfed.federation.messages import (
+    CONTROL,
     FAILED,
     GENERATED,
     IMPOSSIBLE_CONFIG,
@@ -48,6 +50,7 @@ from srfed.federation.messages import (
     read_audit,
 )
 from srfed.federation.updates import Delta, decode_update, norm_of
+from srfed.networks.partition import Control
 from srfed.storage.client_store import check_name
 from srfed.training.optimizer import Reach
 from srfed.units import printable
@@ -72,6 +75,7 @@ class TrainReply:
         loss: mean loss, its own word.
         loss_by_quarter: the same by quarter of the timestep range; NaN where none was drawn.
         shortened: what its update was multiplied by; 1 where it was not too long.
+        control: c_i of control variates; empty without them.
     """
 
     shared: dict[str, Tensor]
@@ -79,6 +83,7 @@ class TrainReply:
     loss: float
     loss_by_quarter: list[float]
     shortened: float
+    control: Control
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,8 @@ def screen_train(
     shared: Mapping[str, Tensor],
 ) -> TrainReply:
     """Check an update against φ^r: who, which attempt, key set, shapes, dtypes, finite values,
-    numbers, its length. Steps on it are undone: what is accepted is φ_i, in φ's own type.
+    numbers, its length. Steps on it are undone: what is accepted is φ_i, in φ's own type. So is a
+    control variate, decoded and no longer than clipped gradients can make it.
 
     Args:
         reply: as it came.
@@ -175,11 +181,17 @@ def screen_train(
     shortened = 1.0 if reach is None else _shortening(norm_of(moved), reach)
     if shortened < 1:
         update = _moved(shared, moved, shortened)
+    control = Control({})
+    if CONTROL in form.arrays:
+        codes, training = Control(tensors[CONTROL]), contract.config.training
+        try:
+            control = decode_control(training, codes, contract.shared)
+        except ValueError as error:
+            raise RefusedError(f"its control variate is impossible: {error}") from error
     quarters = metrics["loss_by_quarter"]
     assert isinstance(quarters, list), "the numbers were checked"
-    return TrainReply(
-        update, plan, _one(metrics, "loss"), [float(loss) for loss in quarters], shortened
-    )
+    losses = [float(loss) for loss in quarters]
+    return TrainReply(update, plan, _one(metrics, "loss"), losses, shortened, control)
 
 
 def _moved(

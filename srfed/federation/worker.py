@@ -17,7 +17,7 @@ from srfed.federation.agreement import not_agreed
 from srfed.federation.contract import Contract
 from srfed.federation.flower.admission import Admitted
 from srfed.federation.layout import layout_of
-from srfed.federation.messages import SHARED, Request
+from srfed.federation.messages import Request
 from srfed.federation.site import Site, own_task
 from srfed.model import build_model, build_objective, build_partition, denoiser_of_task
 from srfed.storage.checkpoint import check_tensors
@@ -104,13 +104,15 @@ class Worker:
         )
         return state
 
-    def check_shared(self, shared: Mapping[str, Tensor]) -> None:
-        """Raise UserError unless the tensors are φ of this run, by name, shape and type."""
-        _check_names("φ", shared, self.partition.shared)
-        agreed = set(self.contract.request[SHARED])
+    def check_shared(self, shared: Mapping[str, Tensor], what: str = "φ") -> None:
+        """Raise UserError unless the tensors are φ of this run, or another ``what`` like it, by
+        name, shape and type.
+        """
+        _check_names(what, shared, self.partition.shared)
+        agreed = set(self.contract.shared)
         for name, dtype, shape in layout_of(shared):
             if (name, dtype, shape) not in agreed:
-                raise UserError(f"the φ received has {name} as {dtype} {shape}")
+                raise UserError(f"the {what} received has {name} as {dtype} {shape}")
 
 
 def worker_for(admitted: Admitted) -> Worker:

@@ -41,7 +41,7 @@ PLAIN_NAME = re.compile(rf"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME 
 MOST_ROUNDS = 1_000_000
 _GROUPS = ("exclusive", "exclusive_average", "exclusive_moments", "shared_moments")
 _MEMORY = "memory"
-"""Its tensors are named "<step>:<tensor>"; stores of earlier versions have none."""
+"""Its tensors are named "<whose>:<tensor>"; stores of earlier versions have none."""
 _KINDS = {"parent": str, "round": int, "steps": int, "exclusive_steps": int}
 _UNVERSIONED_LINEAGE = re.compile(r"[0-9a-f]{12}")
 """Lineages of stores from before formats had versions; they lay beside ``models`` and ``samples``.

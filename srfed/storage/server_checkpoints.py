@@ -23,7 +23,7 @@ from srfed.storage.checkpoint import (
 from srfed.storage.client_store import NO_PARENT
 from srfed.training.part import Part
 
-_GROUPS = ("shared", "shared_average", "optimizer", "shared_moments")
+_GROUPS = ("shared", "shared_average", "optimizer", "shared_moments", "control")
 _KINDS = {
     "lineage": str,
     "round": int,
@@ -70,6 +70,7 @@ class RunState:
         known: what each of them is held to; those of a checkpoint of an earlier version are learned
             anew.
         minibatches: how many of them are behind each client's accepted attempt.
+        control: c of control variates, float64; empty before the first round and without them.
     """
 
     lineage: str
@@ -81,6 +82,7 @@ class RunState:
     clients: tuple[str, ...] = ()
     known: dict[str, KnownClient] = field(default_factory=dict)
     minibatches: dict[str, int] = field(default_factory=dict)
+    control: dict[str, Tensor] = field(default_factory=dict)
 
     def parent(self, client: str) -> str:
         """The attempt that a client is to start from."""
@@ -115,7 +117,13 @@ class ServerCheckpoints:
         groups: dict[str, dict[str, Tensor]] = dict(
             zip(
                 _GROUPS,
-                (shared.weights, shared.average, state.optimizer, shared.moments),
+                (
+                    shared.weights,
+                    shared.average,
+                    state.optimizer,
+                    shared.moments,
+                    state.control,
+                ),
                 strict=True,
             )
         )
@@ -180,13 +188,15 @@ class ServerCheckpoints:
             clients=tuple(manifest["clients"]),
             known=known,
             minibatches=manifest.get("minibatches", {}),
+            control=checkpoint.group("control"),
         )
 
     def check(self, state: RunState, shared: Mapping[str, Tensor]) -> None:
-        """Raise UserError unless a state's φ and its average have the names and shapes of the
-        model's ``shared``.
+        """Raise UserError unless a state's φ, its average, and c if there is one, have the names
+        and shapes of the model's ``shared``.
         """
-        for tensors in (state.shared.weights, state.shared.average):
+        control = [state.control] if state.control else []
+        for tensors in (state.shared.weights, state.shared.average, *control):
             check_tensors(str(self._path(state.round)), tensors, shared)
 
     def _path(self, number: int) -> Path:

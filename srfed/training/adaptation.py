@@ -88,6 +88,7 @@ def adaptation_config(
         "exclusive_steps": None,
         "shared_moments": "reset",
         "proximal": 0.0,
+        "control_variates": False,
         "learning_rate_schedule": "constant",
         "decay_rounds": None,
         "minibatches": "continued" if training.batch_size > images else training.minibatches,

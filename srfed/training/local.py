@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from srfed.device import arithmetic, memory_layout, to_device
 from srfed.diffusion.objective import Objective
 from srfed.model import task_of_table
 from srfed.networks.network import Network
-from srfed.networks.partition import Exclusive, Partition, Shared
+from srfed.networks.partition import Control, Exclusive, Partition, Shared
 from srfed.training.minibatches import Minibatch, MinibatchOrder, draw_minibatch, seeded_dropout
 from srfed.training.optimizer import rates_of_round
 from srfed.training.part import ClientState, Part, copies
@@ -34,6 +34,8 @@ class LocalResult:
         shared_steps: optimizer steps taken on φ.
         images: images seen, with repetition.
         seconds: wall time of the steps.
+        gradient: under ``training.control_variates`` the mean of φ's gradients over the steps, as
+            they were clipped and before c - c_i was added; otherwise empty.
     """
 
     shared: Shared
@@ -44,6 +46,7 @@ class LocalResult:
     shared_steps: int
     images: int
     seconds: float
+    gradient: Control = field(default_factory=lambda: Control({}))
 
 
 class LocalTrainer:
@@ -94,6 +97,7 @@ class LocalTrainer:
         round_number: int,
         shared: Shared,
         state: ClientState,
+        correction: Control | None = None,
     ) -> LocalResult:
         """Train for one round from (φ, θ_i).
 
@@ -102,15 +106,18 @@ class LocalTrainer:
                 schedule.
             shared: φ as the server sent it.
             state: the client's state after its last accepted round.
+            correction: c - c_i, which ``training.control_variates`` adds to φ's gradients; None
+                stands for zeros.
         """
         with arithmetic(self._config.resources, self._device):
-            return self._train(round_number, shared, state)
+            return self._train(round_number, shared, state, correction)
 
     def _train(
         self,
         round_number: int,
         shared: Shared,
         state: ClientState,
+        correction: Control | None,
     ) -> LocalResult:
         training, trained = self._config.training, self._step
         self._model.train()
@@ -140,6 +147,7 @@ class LocalTrainer:
             Part(shared, Shared({}), moments),
             state.exclusive,
             rates_of_round(self._config, round_number),
+            correction,
         )
         meter = LossMeter(self._objective.process)
         start = time.perf_counter()
@@ -169,6 +177,7 @@ class LocalTrainer:
             shared_steps=sum("shared" in parts for parts in steps),
             images=meter.images,
             seconds=seconds,
+            gradient=Control(copies(trained.terms.mean_gradient(len(steps)))),
         )
 
     def _draw(self, indices: Tensor, round_number: int, step: int) -> Minibatch:

@@ -54,7 +54,8 @@ def reach_of_round(
     """How far φ can be moved by so many optimizer steps; None where nothing bounds it: SGD without
     clipping.
 
-    FedProx's pull is a gradient like any other, and clipped with it.
+    FedProx's pull is a gradient like any other, and clipped with it. Control variates are added to
+    the clipped gradient: c and c_i, neither longer than a clipped gradient.
 
     Args:
         config: the run's configuration.
@@ -80,8 +81,9 @@ def reach_of_round(
         )
     if training.gradient_clip is None:
         return None
-    farthest = steps * (MARGIN * rate * training.gradient_clip + rounding)
-    value = steps * (MARGIN * highest * training.gradient_clip + rounding)
+    gradient = training.gradient_clip * (3 if training.control_variates else 1)
+    farthest = steps * (MARGIN * rate * gradient + rounding)
+    value = steps * (MARGIN * highest * gradient + rounding)
     return Reach(farthest, farthest, value, value)
 
 

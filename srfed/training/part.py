@@ -41,7 +41,8 @@ class ClientState:
         exclusive: θ_i.
         shared_moments: Adam's moments of φ, under ``training.shared_moments: keep`` only.
         minibatches: how many it has seen so far; the place in their order.
-        memory: what the steps on the update have kept, by step; of φ's names.
+        memory: what the steps on the update have kept, by step, and c_i of control variates; of φ's
+            names.
     """
 
     exclusive: Part[Exclusive]

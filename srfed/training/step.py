@@ -1,6 +1,6 @@
 """One optimizer step, of one task or of several at once, and what it says of its losses."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -12,10 +12,11 @@ from srfed.device import Captured, autocast
 from srfed.diffusion.objective import Objective
 from srfed.diffusion.process import QUARTERS, Forward, Process
 from srfed.networks.network import Network
-from srfed.networks.partition import Exclusive, Partition, Shared
+from srfed.networks.partition import Control, Exclusive, Partition, Shared
+from srfed.training.gradient_terms import GradientTerms
 from srfed.training.minibatches import Minibatch
 from srfed.training.optimizer import Rates
-from srfed.training.part import LivePart, Part, load_tensors
+from srfed.training.part import LivePart, Part
 
 
 class Share(NamedTuple):
@@ -41,7 +42,7 @@ def training_step(
     shares: Sequence[Share],
     *,
     clip_together: bool = False,
-    anchor: Mapping[str, Tensor] | None = None,
+    terms: GradientTerms | None = None,
 ) -> list[Tensor]:
     """One optimizer step: φ descends the mean of the shares' losses, eq. (8), each θ_i its own
     share's, eq. (7).
@@ -55,7 +56,7 @@ def training_step(
         shared: φ.
         shares: at least one, of different tasks.
         clip_together: clip all gradients by their common norm, and not each part's by its own.
-        anchor: φ at the round's beginning, where ``training.proximal`` pulls towards it.
+        terms: what is added to φ's gradient, if anything.
 
     Returns:
         (N,) losses of each share, on the device.
@@ -70,8 +71,8 @@ def training_step(
         losses.mean().backward()
         found.append(losses.detach())
     shared.divide_gradients(len(shares))
-    if anchor:
-        _pull_towards(shared.weights, anchor, training.proximal)
+    if terms is not None:
+        terms.before_clipping()
     parts = [*(share.exclusive for share in shares), shared]
     if training.gradient_clip is not None:
         groups = (
@@ -81,6 +82,8 @@ def training_step(
         )
         for group in groups:
             nn.utils.clip_grad_norm_(group, training.gradient_clip, foreach=True)
+    if terms is not None:
+        terms.after_clipping()
     for part in parts:
         part.step()
     return found
@@ -102,6 +105,7 @@ class LocalStep:
     Attributes:
         captures: whether steps are captured, and so have to be prepared.
         shared, exclusive: φ and θ_i.
+        terms: what is added to φ's gradient.
     """
 
     def __init__(
@@ -115,11 +119,7 @@ class LocalStep:
             for names in (partition.shared, partition.exclusive)
         )
         self._parts = {"shared": self.shared, "exclusive": self.exclusive}
-        self._anchor = (
-            {name: tensor.detach().clone() for name, tensor in self.shared.weights.items()}
-            if config.training.proximal
-            else {}
-        )
+        self.terms = GradientTerms(config.training, self.shared.weights)
         self._captured: dict[tuple[str, ...], Captured] = {}
         # A captured step of SGD would keep the rate that it was captured with.
         self.captures = self._device.type == "cuda" and config.training.optimizer == "adam"
@@ -134,11 +134,19 @@ class LocalStep:
         self._of(parts).prepare(*batch, *(() if tasks is None else (tasks,)))
 
     @torch.no_grad()
-    def begin(self, shared: Part[Shared], exclusive: Part[Exclusive], rates: Rates) -> None:
-        """Begin a round from these parts, at these rates."""
+    def begin(
+        self,
+        shared: Part[Shared],
+        exclusive: Part[Exclusive],
+        rates: Rates,
+        correction: Control | None = None,
+    ) -> None:
+        """Begin a round from these parts, at these rates; ``correction`` as of
+        :meth:`GradientTerms.begin`.
+        """
         self.shared.begin(shared, rates.shared)
         self.exclusive.begin(exclusive, rates.exclusive, rates.owned)
-        load_tensors(self._anchor, {name: self.shared.weights[name] for name in self._anchor})
+        self.terms.begin(correction)
 
     def run(self, parts: tuple[str, ...], batch: Minibatch, tasks: Tensor | None) -> Tensor:
         """Train these parts on a minibatch; (N,) losses, eq. (7), on the device."""
@@ -167,7 +175,7 @@ class LocalStep:
             self.shared,
             [share],
             clip_together=True,
-            anchor=self._anchor if "shared" in parts else None,
+            terms=self.terms if "shared" in parts else None,
         )
         return losses
 
@@ -216,13 +224,3 @@ class LossMeter:
             tuple((sums / counts).tolist()),
             tuple(counts.tolist()),
         )
-
-
-@torch.no_grad()
-def _pull_towards(
-    parameters: Mapping[str, nn.Parameter], anchor: Mapping[str, Tensor], strength: float
-) -> None:
-    """Add the gradient of FedProx's term, strength / 2 · ‖φ - anchor‖² (Li et al. 2020, eq. 2)."""
-    for name, parameter in parameters.items():
-        assert parameter.grad is not None
-        parameter.grad.add_(parameter - anchor[name], alpha=strength)

@@ -161,6 +161,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "gradients as they are": ({"training.optimizer": "sgd"}, "training.optimizer"),
     "gradients without a bound": ({"training.gradient_clip": None}, "training.gradient_clip"),
+    "gradients beside φ": ({"training.control_variates": True}, "training.control_variates"),
     "another rate": ({"training.learning_rate": 1.0}, "training.learning_rate"),
     "φ's moments": ({"training.shared_moments": "reset"}, "training.shared_moments"),
     "more rounds": ({"federation.rounds": 4}, "federation.rounds"),

@@ -35,6 +35,7 @@ from srfed.model import build_model, build_partition
 from support.tiny_run import begin, run_on_grid, tiny_config
 
 INT4: dict[str, Any] = {"updates.steps": ["clip", "quantise"], "updates.quantise_bits": 4}
+CONTROLLED: dict[str, Any] = {"training.control_variates": True}
 SITE: dict[str, Any] = {
     "evaluation.mode": "statistics",
     "evaluation.samples": 60,
@@ -61,7 +62,9 @@ class RecordingGrid(InlineGrid):
         return reply
 
 
-@pytest.mark.parametrize("overrides", [{}, {"updates.steps": ["clip"]}, INT4], ids=str)
+@pytest.mark.parametrize(
+    "overrides", [{}, {"updates.steps": ["clip"]}, INT4, CONTROLLED, INT4 | CONTROLLED], ids=str
+)
 def test_what_travels_is_what_the_contract_says(tmp_path: Path, overrides: dict[str, Any]) -> None:
     settings = {"federation.rounds": 1, **overrides}
     run = begin(tmp_path / "run", settings)
@@ -74,11 +77,12 @@ def test_what_travels_is_what_the_contract_says(tmp_path: Path, overrides: dict[
         if kind == DESCRIBE:
             assert (down, up) == ({}, {})
             assert set(reply.config_records[REPLY]) == DESCRIBED.header
-        else:
+        if kind == EVALUATE:
             assert down == contract.request
         if kind == TRAIN:
-            assert up == contract.update
-            for name, layout in contract.update.items():
+            assert down == contract.training_request
+            assert up == {**contract.update, **contract.control}
+            for name, layout in up.items():
                 assert reply.array_records[name].count_bytes() == wire_bytes(layout)
         assert (kind == DESCRIBE) == (METRICS not in reply)
     assert {kind for kind, _, _ in grid.seen} == {DESCRIBE, TRAIN, EVALUATE}

@@ -52,14 +52,21 @@ from support.wire import SECRET, RecordingGrid, is_bare_error, log_of
 
 LEAKING_PROGRAM = """
 from srfed.federation.flower.packing import reply_content
-from srfed.federation.messages import GENERATED, SHARED, ReplyHeader, Samples
+from srfed.config import RunConfig
+from srfed.federation.control import encode_control
+from srfed.federation.messages import CONTROL, GENERATED, SHARED, ReplyHeader, Samples
 from srfed.training.local import LocalResult
 from srfed.training.part import ClientState
-def reply(header: ReplyHeader, result: LocalResult, state: ClientState, made: Samples) -> None:
-    reply_content(header, {}, {SHARED: result.shared, GENERATED: made})
+def reply(
+    config: RunConfig, header: ReplyHeader, result: LocalResult, state: ClientState, made: Samples
+) -> None:
+    codes, _ = encode_control(config, result.gradient, "a", 1)
+    reply_content(header, {}, {SHARED: result.shared, GENERATED: made, CONTROL: codes})
     reply_content(header, {}, {SHARED: state.exclusive.weights})
     reply_content(header, {}, {SHARED: state.exclusive.average})
     reply_content(header, {}, {SHARED: state.exclusive.moments})
+    reply_content(header, {}, {CONTROL: state.exclusive.weights})
+    encode_control(config, state.exclusive.weights, "a", 1)
 """
 
 
@@ -75,7 +82,7 @@ def test_mypy_refuses_a_program_that_hands_what_is_exclusive_to_the_packer(tmp_p
         cwd=root,
     )
     wrong = re.findall(r"leaks\.py:(\d+): error: .*incompatible type", done.stdout)
-    assert wrong == ["8", "9", "10"], done.stdout + done.stderr
+    assert wrong == ["13", "14", "15", "16", "17"], done.stdout + done.stderr
 
 
 # --- A whole run, every message recorded ---------------------------------------------------------

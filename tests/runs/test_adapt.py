@@ -199,6 +199,7 @@ def test_a_runs_unusual_settings_still_make_an_adaptation(trained: TrainedRun) -
         {"shared_moments": "reset", "proximal": 0.1},
         {"local_steps": None, "local_epochs": 1},
         {"exclusive_learning_rate": 1e-3},
+        {"control_variates": True},
     ):
         content = trained.config.model_dump(mode="json")
         content["training"] |= changes

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,8 @@ from srfed.evaluation.features.statistics import FeatureStatistics
 from srfed.evaluation.generation import Generated
 from srfed.evaluation.metrics.memorisation import draw_nearest_pairs
 from srfed.evaluation.task import TaskEvaluation, evaluate_task
+from srfed.federation.agreement import RequestRefusedError
+from srfed.federation.control import correction, encode_control, kept_control, own_control
 from srfed.federation.flower.admission import Admitted, admit
 from srfed.federation.flower.guard import wire_guard
 from srfed.federation.flower.packing import (
@@ -24,6 +26,7 @@ from srfed.federation.flower.packing import (
     reply_content,
 )
 from srfed.federation.messages import (
+    CONTROL,
     GENERATED,
     SETS,
     SHARED,
@@ -35,9 +38,9 @@ from srfed.federation.messages import (
     audit_metrics,
 )
 from srfed.federation.site_log import write_to_log
-from srfed.federation.updates import Delta, difference, encode_update
+from srfed.federation.updates import Delta, Memory, difference, encode_update
 from srfed.federation.worker import Worker, features_for, worker_for
-from srfed.networks.partition import Shared
+from srfed.networks.partition import Control, Shared
 from srfed.reporting.pictures import draw_grid, write_png
 from srfed.storage.site_model import save_site_model
 from srfed.training.local import LocalResult
@@ -51,11 +54,29 @@ def _header(admitted: Admitted) -> ReplyHeader:
     return ReplyHeader(admitted.site.client, admitted.request.attempt, admitted.request.round)
 
 
-def _shared(message: Message, worker: Worker) -> Shared:
-    """φ as the message carries it, checked."""
+def _shared(message: Message, worker: Worker, expected: Collection[str]) -> Shared:
+    """φ as the message carries it, checked; raises RequestRefusedError where it carries other
+    arrays than those of ``expected``, by record.
+    """
+    if unasked := [name for name in message.content.array_records if name not in expected]:
+        raise RequestRefusedError("the request has other arrays", f"{unasked[0][:100]!a}")
     shared = Shared(read_tensors(message.content, SHARED))
     worker.check_shared(shared)
     return shared
+
+
+def _correction(
+    message: Message, admitted: Admitted, worker: Worker, parent: ClientState
+) -> Control | None:
+    """c - c_i, of the c that the message carries; None without control variates."""
+    if not worker.contract.control:
+        return None
+    control = Control(read_tensors(message.content, CONTROL))
+    worker.check_shared(control, "c")
+    own, said = own_control(parent.memory, admitted.request.round)
+    if said:
+        admitted.site.note(f"round {admitted.request.round}: {said}")
+    return correction(control, own)
 
 
 @app.query("describe")
@@ -85,12 +106,14 @@ def describe(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train one round from the parent attempt, store the new attempt durably, return φ_i, or what
-    the steps make of its change.
+    the steps make of its change; and with control variates, what travels in place of c_i.
     """
     admitted = admit(message, context)
     request, site, worker = admitted.request, admitted.site, worker_for(admitted)
-    shared, parent = _shared(message, worker), worker.state(site, request, training=True)
-    result = worker.trainer(site).train(request.round, shared, parent)
+    shared = _shared(message, worker, worker.contract.training_request)
+    parent = worker.state(site, request, training=True)
+    corrected = _correction(message, admitted, worker, parent)
+    result = worker.trainer(site).train(request.round, shared, parent, corrected)
     state, arrays = _update(admitted, shared, parent, result)
     metrics: dict[str, float | list[float]] = {
         "examples": float(len(admitted.task.train)),
@@ -123,7 +146,8 @@ def evaluate(message: Message, context: Context) -> Message:
     )
     config, client = admitted.config, site.client
     network = features_for(admitted) if config.evaluation.mode == "statistics" else None
-    shared, state = _shared(message, worker), worker.state(site, request, training=False)
+    shared = _shared(message, worker, worker.contract.request)
+    state = worker.state(site, request, training=False)
     if site.data is not None:
         save_site_model(
             site.folder,
@@ -178,19 +202,19 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def _update(
     admitted: Admitted, shared: Mapping[str, Tensor], parent: ClientState, result: LocalResult
-) -> tuple[ClientState, dict[str, Shared | Delta]]:
+) -> tuple[ClientState, dict[str, Shared | Delta | Control]]:
     """What the client keeps of a round, and what it sends."""
-    config, request = admitted.config, admitted.request
-    if not config.updates.steps:
-        return result.state, {SHARED: result.shared}
-    update, memory = encode_update(
-        config,
-        difference(result.shared, shared),
-        parent.memory,
-        admitted.site.client,
-        request.round,
-    )
-    return replace(result.state, memory=memory), {UPDATE: update}
+    config, client, number = admitted.config, admitted.site.client, admitted.request.round
+    memory: dict[str, Memory] = {}
+    arrays: dict[str, Shared | Delta | Control] = {SHARED: result.shared}
+    if config.updates.steps:
+        change = difference(result.shared, shared)
+        update, memory = encode_update(config, change, parent.memory, client, number)
+        arrays = {UPDATE: update}
+    if config.training.control_variates:
+        arrays[CONTROL], control = encode_control(config, result.gradient, client, number)
+        memory |= kept_control(control, number)
+    return replace(result.state, memory=memory), arrays
 
 
 def _ssim_metrics(evaluated: TaskEvaluation) -> dict[str, float | list[float]]:

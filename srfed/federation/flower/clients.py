@@ -22,7 +22,7 @@ from srfed.federation.screening import (
     TrainReply,
     reason_of_failure,
 )
-from srfed.networks.partition import Shared
+from srfed.networks.partition import Control, Shared
 from srfed.observer import Observer
 from srfed.units import seconds_in_words
 
@@ -80,7 +80,7 @@ class FlowerClients:
         self,
         kind: str,
         requests: Iterable[Request],
-        arrays: Mapping[str, Shared],
+        arrays: Mapping[str, Shared | Control],
         what: str,
         screen: Callable[[Reply, ReplyHeader, Request], ReplyT],
         *,

@@ -19,13 +19,15 @@ from srfed.evaluation.metrics.ssim import ssim_window
 from srfed.evaluation.references import RealFloor, References, Scores, score_statistics
 from srfed.evaluation.report import Exchanged, TaskReport, evaluation_record
 from srfed.evaluation.shares import share_of_samples
-from srfed.federation.aggregation import aggregate, client_weights
+from srfed.federation.aggregation import aggregate, client_weights, weighted_mean
 from srfed.federation.bounds import EvaluatePlan, TrainPlan
 from srfed.federation.contract import Contract
+from srfed.federation.control import sent_control
 from srfed.federation.flower.clients import FlowerClients, Screened
 from srfed.federation.flower.identity import kept_roster
 from srfed.federation.flower.roster import Expected, Member, Roster
 from srfed.federation.messages import (
+    CONTROL,
     EVALUATE,
     SETS,
     SHARED,
@@ -43,7 +45,7 @@ from srfed.federation.screening import (
 )
 from srfed.federation.updates import update_in_words
 from srfed.model import shared_of
-from srfed.networks.partition import Shared
+from srfed.networks.partition import Control, Shared
 from srfed.observer import Observer
 from srfed.randomness import derive_generator
 from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
@@ -100,6 +102,8 @@ class Federated:
             # A checkpoint sorts tensors by name; a message has them in the partition's order.
             ordered = self._partition.take_shared(found.shared.weights)
             self.state = replace(found, shared=replace(found.shared, weights=ordered))
+            if config.training.control_variates and found.round and not found.control:
+                tell.on_notice("the checkpoint has no control variate; c begins at 0")
         begun = False
 
         def joined(member: Member) -> None:
@@ -157,7 +161,7 @@ class Federated:
         screened = self._clients(tell).ask(
             TRAIN,
             requests,
-            {SHARED: self.state.shared.weights},
+            self._sent(),
             f"round {number}",
             self._screen_update,
             away=self._away,
@@ -186,6 +190,13 @@ class Federated:
             away=self._away,
         )
         return self._judge(number, screened, final)
+
+    def _sent(self) -> dict[str, Shared | Control]:
+        """What goes to the clients of a round: φ, and c of control variates."""
+        shared = self.state.shared.weights
+        if not self.config.training.control_variates:
+            return {SHARED: shared}
+        return {SHARED: shared, CONTROL: sent_control(self.state.control, shared)}
 
     def _clients(self, tell: Observer) -> FlowerClients:
         return FlowerClients(self._grid, self.config, self._roster, tell)
@@ -234,6 +245,7 @@ class Federated:
             round=server_round,
             shared=Part(Shared(outcome.shared), Shared(average), steps=before.steps + steps),
             optimizer=outcome.optimizer,
+            control=weighted_mean({c: reply.control for c, reply in accepted.items()}, weights),
             attempts={
                 **self.state.attempts,
                 **{client: screened.attempts[client] for client in accepted},

@@ -29,7 +29,7 @@ from srfed.federation.messages import (
     Samples,
 )
 from srfed.federation.updates import Delta
-from srfed.networks.partition import Shared
+from srfed.networks.partition import Control, Shared
 
 LAYOUT = "layout"
 """The array of a record that says what its other arrays hold."""
@@ -108,9 +108,11 @@ def read_refusal(content: RecordDict) -> str:
 def reply_content(
     header: ReplyHeader,
     metrics: Mapping[str, float | list[float]],
-    arrays: Mapping[str, Shared | Delta | Samples] | None = None,
+    arrays: Mapping[str, Shared | Delta | Control | Samples] | None = None,
 ) -> RecordDict:
-    """A reply: its header, numbers and tensors: φ_i or its change, generated images, statistics."""
+    """A reply: its header, numbers and tensors: φ_i or its change, what travels in place of c_i,
+    generated images, statistics.
+    """
     content = _content(REPLY, asdict(header), arrays)
     content[METRICS] = MetricRecord({name: value for name, value in metrics.items()})
     return content
