@@ -384,7 +384,8 @@ def _resumed(config: RunConfig, tasks: Sequence[Task] | None, folder: Path | Non
         from srfed.data import ImageRecord, load_tasks
 
         check_tasks(tasks)
-        known = load_tasks(run.config.data, run.config.federation.clients)
+        given = run.config.data.model_copy(update={"validation_images": 0})
+        known = load_tasks(given, run.config.federation.clients)
         records = [[asdict(ImageRecord.of(task)) for task in each] for each in (known, tasks)]
         if [task.name for task in known] != [task.name for task in tasks] or (
             records[0] != records[1]

@@ -198,7 +198,10 @@ def _task(options: argparse.Namespace, trained: "TrainedRun | TrainedSite") -> "
     from srfed.errors import UserError
     from srfed.runs.adapting import fitting_task
 
-    config = trained.config.data.model_copy(update={"images_per_task": None})
+    # A new task is judged by its test images at set steps, so no round is to be chosen.
+    config = trained.config.data.model_copy(
+        update={"images_per_task": None, "validation_images": 0}
+    )
     if options.data is None:
         names = task_names(config)
         new = [name for name in names if name not in {task.task for task in trained.tasks}]

@@ -29,6 +29,12 @@ class DataConfig(Section):
         ge=1,
         description="training images of each task, the first in file order; null takes all",
     )
+    validation_images: int = setting(
+        0,
+        ge=0,
+        description="how many of these are set aside to choose a round by, as their content says, "
+        "and are not trained on: 0, or 2 and more",
+    )
     image_size: int | None = setting(
         None,
         ge=5,
@@ -62,6 +68,13 @@ class DataConfig(Section):
         if isinstance(value, bool):  # Python's True equals 1, so the Literal would take it
             raise ValueError(f"{json.dumps(value)} is not allowed; allowed: 1 | 3 | null")
         return value
+
+    @field_validator("validation_images")
+    @classmethod
+    def _check_validation(cls, count: int) -> int:
+        if count == 1:
+            raise ValueError("1 is not allowed; allowed: 0, or 2 and more")
+        return count
 
     @field_validator("intensity")
     @classmethod

@@ -17,17 +17,19 @@ from srfed.data.npz import read_arrays
 from srfed.data.record import RECORD_FILE, ImageRecord, read_records, write_records
 from srfed.data.source import fit_and_split
 from srfed.data.tasks import Task
+from srfed.data.validation import set_aside
 from srfed.errors import UserError
 from srfed.files import write_bytes
 
 SETTINGS = ("images_per_task", "image_size", "channels", "intensity", "test_fraction")
-"""The settings of ``data`` that decide what an owner's images become."""
+"""The settings of ``data`` that decide what an owner's images become, besides
+``validation_images``."""
 
 
 def load_own_task(
     config: DataConfig, path: Path, name: str, store: Path | None = None, *, keep: bool = True
 ) -> Task:
-    """Read an owner's images, as the settings of :data:`SETTINGS` say.
+    """Read an owner's images, as the settings of :data:`SETTINGS` and ``validation_images`` say.
 
     A folder is read as :func:`~srfed.data.folder.list_images` says: its own ``train`` and ``test``
     are the splits, where it has them. An .npz file has ``train_images`` and optionally
@@ -123,11 +125,13 @@ def _load(
     config: DataConfig, path: Path, name: str, known: ImageRecord | None, cache: Path | None
 ) -> Task:
     try:
-        return Task(name, *_decoded(config, path, name, known, cache), -1)
+        train, test = _decoded(config, path, name, known, cache)
     except OSError as error:
         raise UserError(
             f"data: cannot read {error.filename or path}: {error.strerror or error}"
         ) from error
+    train, validation = set_aside(config, name, train, known)
+    return Task(name, train, test, -1, validation)
 
 
 def _decoded(
@@ -183,7 +187,9 @@ def _read_npz(
 
 def _key(config: DataConfig, name: str) -> str:
     """Under what a record stands: the same images in another shape are other images."""
-    return ", ".join([name, *(f"{key} {json.dumps(getattr(config, key))}" for key in SETTINGS)])
+    # 0 is left out: there are records from before there was the setting.
+    settings = [*SETTINGS, *(["validation_images"] if config.validation_images else [])]
+    return ", ".join([name, *(f"{key} {json.dumps(getattr(config, key))}" for key in settings)])
 
 
 def _fingerprint(config: DataConfig, path: Path) -> str:

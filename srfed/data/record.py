@@ -3,6 +3,8 @@ change is noticed.
 
 images.json     {"format": 1, "records": {key: {"train": [...], "test": [...]}}}
 
+and "validation" beside these, where images were set aside.
+
 A run's folder has a record for each of its tasks, by name. A site's store has one for each set of
 settings that its images were brought into shape with.
 """
@@ -11,6 +13,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -46,25 +49,32 @@ class ImageRecord:
     Attributes:
         train: of the training images, in the order in which they are used.
         test: of the held-out images, likewise.
+        validation: of the training images that are set aside, likewise.
     """
 
     train: tuple[str, ...]
     test: tuple[str, ...]
+    validation: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, task: "Task") -> Self:
         """The record of a task as it was loaded."""
-        return cls(fingerprints(task.train), fingerprints(task.test))
+        return cls(*map(fingerprints, (task.train, task.test, task.validation)))
 
     @property
     def held_out(self) -> dict[str, bool]:
-        """The side of each image; one that is on both counts as trained on."""
-        return {**dict.fromkeys(self.test, True), **dict.fromkeys(self.train, False)}
+        """The side of each image; one that is on both counts as trained on, and so does one that is
+        set aside.
+        """
+        kept = dict.fromkeys((*self.train, *self.validation), False)
+        return {**dict.fromkeys(self.test, True), **kept}
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over all of it, hexadecimal."""
-        return hashlib.sha256("\n".join([*self.train, "", *self.test]).encode()).hexdigest()
+        aside = ["", *self.validation] if self.validation else []
+        names = [*self.train, "", *self.test, *aside]
+        return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
     def differences(self, now: "ImageRecord") -> str:
         """What has become of these images, in words with counts; empty where nothing has.
@@ -75,11 +85,12 @@ class ImageRecord:
             {
                 "training": Counter(new.train) - Counter(old.train),
                 "tests": Counter(new.test) - Counter(old.test),
+                "validation": Counter(new.validation) - Counter(old.validation),
             }
             for new, old in ((now, self), (self, now))
         )
         words = []
-        for source, target in (("training", "tests"), ("tests", "training")):
+        for source, target in permutations(more, 2):
             moved = less[source] & more[target]
             less[source], more[target] = less[source] - moved, more[target] - moved
             words.append((moved.total(), f"moved from {source} to {target}"))
@@ -107,16 +118,20 @@ def read_records(path: Path) -> dict[str, ImageRecord]:
 def write_records(path: Path, records: Mapping[str, ImageRecord]) -> None:
     """Write a file of records, atomically; raises UserError where that fails."""
     entries = {
-        key: {"train": list(record.train), "test": list(record.test)}
+        key: {
+            "train": list(record.train),
+            "test": list(record.test),
+            **({"validation": list(record.validation)} if record.validation else {}),
+        }
         for key, record in records.items()
     }
     write_json(path, {"records": entries})
 
 
 def _record(entry: Mapping[str, Any]) -> ImageRecord:
-    sides = [entry[side] for side in ("train", "test")]
+    sides = [entry["train"], entry["test"], entry.get("validation", [])]
     if not all(
         isinstance(side, list) and all(isinstance(name, str) for name in side) for side in sides
     ):
         raise TypeError
-    return ImageRecord(tuple(sides[0]), tuple(sides[1]))
+    return ImageRecord(*map(tuple, sides))

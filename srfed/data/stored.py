@@ -44,6 +44,11 @@ def check_tasks(tasks: Sequence[Task]) -> None:
                     f"{where} has images of {images.shape[1:]}; allowed: at least {SMALLEST} px, 1 "
                     "or 3 channels"
                 )
+        if len(task.validation):
+            raise UserError(
+                f"task {task.name!r} has {len(task.validation)} validation images of its own; "
+                "allowed: none, data.validation_images sets some of the training images aside"
+            )
         if not len(task.train) or len(task.test) < 2:
             raise UserError(
                 f"task {task.name!r} has {len(task.train)} training and {len(task.test)} test "

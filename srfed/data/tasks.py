@@ -1,8 +1,10 @@
 """Tasks: the image distributions that the clients own, one each."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from srfed.config import DataConfig
 from srfed.data.cifar import open_cifar
@@ -13,6 +15,7 @@ from srfed.data.images import Images
 from srfed.data.npz import open_npz
 from srfed.data.record import ImageRecord, read_records, write_records
 from srfed.data.source import Source
+from srfed.data.validation import set_aside
 from srfed.errors import UserError
 from srfed.records import Shape
 
@@ -32,6 +35,9 @@ class Task:
     """Held out: uint8, M x H x W x C."""
     index: int = 0
     """Position among the data set's tasks, from 0."""
+    validation: Images = field(default_factory=lambda: np.empty((0, 0, 0, 0), np.uint8))
+    """Set aside to choose a round by: uint8, V x H x W x C; see
+    :mod:`srfed.data.validation`."""
 
     @property
     def shape(self) -> Shape:
@@ -68,8 +74,7 @@ def load_task(
         raise UserError(
             f"there is no task {index}; {config.dataset} has tasks 0 to {len(source.names) - 1}"
         )
-    name = source.names[index]
-    return Task(name, *source.load(index, (known or {}).get(name)), index)
+    return _load(config, source, index, known or {})
 
 
 def load_tasks(
@@ -86,10 +91,7 @@ def load_tasks(
             f"federation.clients = {count} is impossible with data.dataset = {config.dataset}, "
             f"which has {len(source.names)} tasks; allowed: 1 to {len(source.names)}"
         )
-    return [
-        Task(name, *source.load(index, known.get(name)), index)
-        for index, name in enumerate(source.names[:count])
-    ]
+    return [_load(config, source, index, known) for index in range(count)]
 
 
 def check_one_shape(tasks: Sequence[Task], needed_by: str) -> None:
@@ -184,6 +186,16 @@ def describe_images(config: DataConfig, count: int) -> list[str]:
     listings = source.listings[:count]
     files = [file for listing in listings for file in listing.files]
     return [*describe_listings(listings, source.skipped), *describe_intensity(files, config)]
+
+
+def _load(
+    config: DataConfig, source: Source, index: int, records: Mapping[str, ImageRecord]
+) -> Task:
+    name = source.names[index]
+    known = records.get(name)
+    train, test = source.load(index, known)
+    train, validation = set_aside(config, name, train, known)
+    return Task(name, train, test, index, validation)
 
 
 def _open(config: DataConfig) -> Source:

@@ -102,11 +102,12 @@ def check_site(
         sum(map(wire_bytes, records.values()))
         for records in (contract.training_request, {**contract.update, **contract.control})
     )
+    aside = f", {len(task.validation)} to choose a round by" if len(task.validation) else ""
     return "\n".join(
         [
             f"images:     {data}",
-            f"            {len(task.train)} for training, {len(task.test)} for tests; {height} x "
-            f"{width} px, {channels} channel{'s' if channels > 1 else ''}",
+            f"            {len(task.train)} for training, {len(task.test)} for tests{aside}; "
+            f"{height} x {width} px, {channels} channel{'s' if channels > 1 else ''}",
             *describe_own_images(config.data, data),
             "record:     "
             + (
@@ -187,7 +188,8 @@ def _bytes_of_store(contract: Contract, task: Task, shared: int, exclusive: int)
         attempt += shared  # c_i
     # The kept ones, the ancestor of the oldest, and the one that is being written before the last
     # is dropped.
-    return (config.federation.keep_attempts + 2) * attempt + task.train.nbytes + task.test.nbytes
+    images = task.train.nbytes + task.test.nbytes + task.validation.nbytes
+    return (config.federation.keep_attempts + 2) * attempt + images
 
 
 def _try_to_write(folder: Path) -> None:

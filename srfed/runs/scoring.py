@@ -110,7 +110,7 @@ def evaluate_run(
     samples, sampling_seconds = _samples(folder, trained, wanted, progress)
     began, log = time.perf_counter(), MetricsLog(run.metrics)
     whole = load_tasks(
-        config.data.model_copy(update={"images_per_task": None}),
+        config.data.model_copy(update={"images_per_task": None, "validation_images": 0}),
         config.federation.clients,
         read_records(run.images),
     )

@@ -485,6 +485,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "seed": st.integers(0, 2**70),
     "data.dir": st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
     "data.images_per_task": st.none() | st.integers(1, 10**6),
+    "data.validation_images": st.just(0) | st.integers(2, 10**6),
     "data.channels": st.sampled_from([1, 3, None]),
     "data.intensity": st.just("per_image")
     | st.tuples(st.floats(-9e9, -1), st.floats(0, 9e9)).map(list),
