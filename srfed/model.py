@@ -122,6 +122,11 @@ def build_partition(config: RunConfig, model: Network) -> Partition:
             f"training.method pooled has no exclusive layers, and model.network {network} owns "
             f"{partition.exclusive[0]}; allowed: federated, one_task, balanced"
         )
+    if config.federation.compare == "alone" and not partition.shared:
+        raise UserError(
+            "federation.compare alone needs shared tensors, and model.exclusive_stages "
+            f"{json.dumps(config.model.exclusive_stages)} leaves none: everybody is alone"
+        )
     if config.training.control_variates and not partition.shared:
         raise UserError(
             "training.control_variates true needs shared tensors, and model.exclusive_stages "

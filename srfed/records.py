@@ -26,6 +26,35 @@ class TaskInfo:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """What joining is worth to one owner, on its held-out images (see
+    srfed.evaluation.metrics.denoising_loss).
+
+    Attributes:
+        alone, together: mean denoising loss of the model of its own images alone, and of its model
+            of the federation.
+        low, high: 95% interval of alone over together, from resampling the held-out images.
+        alone_round: the round of the model alone: its best by validation images, or the last.
+    """
+
+    alone: float
+    together: float
+    low: float
+    high: float
+    alone_round: int
+
+    @property
+    def ratio(self) -> float:
+        """Alone over together: above 1 where joining is better."""
+        return self.alone / self.together
+
+    @property
+    def verdict(self) -> str:
+        """In a word: whether the interval lies on one side of 1."""
+        return "pays" if self.low > 1 else "costs" if self.high < 1 else "open"
+
+
+@dataclass(frozen=True)
 class RoundRecord:
     """One finished round.
 
@@ -81,6 +110,7 @@ class EvaluationRecord:
         ssim_by_client: SSIM-rec@t* by client.
         ssim_window: side of the SSIM window, px.
         audits: the memorisation audit by client; at the end only.
+        comparisons: what joining is worth by client, where that is compared and told.
         grids, strips: samples and reverse-process strips by client, uint8 N x H x W x C.
         refused, missing: as in a round.
         bytes_up, bytes_down: of its messages.
@@ -107,3 +137,4 @@ class EvaluationRecord:
     bytes_up: int
     bytes_down: int
     seconds: float
+    comparisons: dict[str, Comparison] = field(default_factory=dict)

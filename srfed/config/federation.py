@@ -65,6 +65,19 @@ class FederationConfig(Section):
         description="attempts each client, and checkpoints the server, keeps on disk",
     )
 
+    compare: Literal["none", "alone"] = setting(
+        "none",
+        description="alone: in the same rounds each client also trains a model of its own images "
+        "alone, with the same steps, and compares the two on its held-out images; twice the work, "
+        "and two to three times what a client keeps on disk",
+    )
+    compare_told: bool = setting(
+        True,
+        description="whether the figures of `compare` go to the server; with false each owner "
+        "reads "
+        "its own in its folder, comparison.json",
+    )
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         per_round = self.clients_per_round or self.clients

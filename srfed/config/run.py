@@ -138,6 +138,11 @@ class RunConfig(Section):
                 "training.method pooled has no exclusive layers, and model.owned is "
                 f"{json.dumps(self.model.owned)}; allowed: []"
             )
+        if self.federation.compare != "none":
+            raise ValueError(
+                f"federation.compare {self.federation.compare} needs training.method federated, "
+                f"not {training.method}"
+            )
         if self.federation.clients_per_round is not None:
             raise ValueError(
                 "federation.clients_per_round needs training.method federated, not "

@@ -26,6 +26,7 @@ from srfed.federation.agreement import (
     samples_of,
     weak_numbers,
 )
+from srfed.federation.bounds import comparison_in_words
 from srfed.federation.contract import Contract
 from srfed.federation.control import control_in_words
 from srfed.federation.flower.admission import images_of
@@ -212,6 +213,7 @@ def in_words(agreement: Agreement, config: RunConfig) -> str:
             if evaluation.memorisation_quantile
             else []
         ),
+        *comparison_in_words(config),
     ]
     own = agreement.resources
     phi = (

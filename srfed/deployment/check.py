@@ -20,6 +20,7 @@ from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.shares import share_of_samples
 from srfed.federation.agreement import COMMAND
+from srfed.federation.bounds import comparison_in_words
 from srfed.federation.contract import Contract
 from srfed.federation.flower.packing import wire_bytes
 from srfed.federation.layout import zeros_of
@@ -171,6 +172,7 @@ def _of_evaluation(config: RunConfig, pixels: int) -> list[str]:
             if evaluation.memorisation_quantile
             else []
         ),
+        *comparison_in_words(config),
     ]
     return [f"evaluation: {first}", *(f"            {line}" for line in numbers)]
 
@@ -186,6 +188,9 @@ def _bytes_of_store(contract: Contract, task: Task, shared: int, exclusive: int)
     attempt += sum(tensor.nbytes for kept in memory.values() for tensor in kept.values())
     if contract.control:
         attempt += shared  # c_i
+    if config.federation.compare == "alone":
+        # The model alone: weights, averages, those of its best round, moments.
+        attempt += (shared + exclusive) * (3 + moments)
     # The kept ones, the ancestor of the oldest, and the one that is being written before the last
     # is dropped.
     images = task.train.nbytes + task.test.nbytes + task.validation.nbytes

@@ -7,7 +7,7 @@ from srfed.config import EvaluationConfig
 from srfed.data.images import Images
 from srfed.evaluation.metrics.memorisation import Audit
 from srfed.evaluation.references import Scores
-from srfed.records import EvaluationRecord
+from srfed.records import Comparison, EvaluationRecord
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +19,7 @@ class TaskReport:
         ssim: SSIM-rec by timestep; empty where there is none.
         ssim_window: side of its window, px.
         audit: the memorisation audit, if there was one.
+        comparison: what joining is worth, where that is compared and told.
     """
 
     images: Images | None
@@ -26,6 +27,7 @@ class TaskReport:
     ssim: dict[int, float]
     ssim_window: int
     audit: Audit | None
+    comparison: Comparison | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,11 @@ def evaluation_record(
         ssim_by_client={client: curve[settings.ssim_timestep] for client, curve in curves.items()},
         ssim_window=min((reports[client].ssim_window for client in curves), default=0),
         audits={c: report.audit for c, report in reports.items() if report.audit is not None},
+        comparisons={
+            client: report.comparison
+            for client, report in reports.items()
+            if report.comparison is not None
+        },
         grids={
             client: report.images[: settings.grid_columns]
             for client, report in reports.items()

@@ -312,6 +312,12 @@ def weak_numbers(
         yield "training.batch_size", f"a minibatch of {smallest} images, {least.mean} is the least"
     if evaluation.ssim_images and (judged := min(evaluation.ssim_images, test)) < least.mean:
         yield "evaluation.ssim_images", f"SSIM over {judged} test images, {least.mean} is the least"
+    told = config.federation.compare != "none" and config.federation.compare_told
+    if told and test < least.mean:
+        yield (
+            "federation.compare_told",
+            f"what joining is worth on {test} test images, {least.mean} is the least",
+        )
     if (
         evaluation.memorisation_quantile
         and (fewest := min(training, test, samples.final)) < least.mean

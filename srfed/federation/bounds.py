@@ -14,7 +14,7 @@ from srfed.data.images import SMALLEST
 from srfed.diffusion.process import QUARTERS
 from srfed.evaluation.metrics.memorisation import Memorisation
 from srfed.evaluation.metrics.ssim import ssim_window
-from srfed.federation.messages import AUDIT, SETS
+from srfed.federation.messages import AUDIT, FIGURES, MOST_ROUNDS, SETS
 from srfed.networks.partition import Partition
 from srfed.training.local import phases
 from srfed.training.minibatches import MinibatchOrder
@@ -29,6 +29,8 @@ MOST_CHANNELS = 16
 """Of an image: the server makes room for features of each of them."""
 """Of a round: the server counts them off one by one, in the decay of its moving average."""
 LARGEST_LOSS = 1e6
+LEAST_LOSS = 1e-9
+"""Of held-out images; a ratio to it is a number."""
 """The mean squared error of predicted noise is of the order of 1, of a network that diverges
 perhaps of thousands.
 """
@@ -88,6 +90,14 @@ def exactly(value: float) -> Number:
     return Number(value, value)
 
 
+COMPARISON: Mapping[str, Number] = {
+    "alone": Number(LEAST_LOSS, LARGEST_LOSS),
+    "together": Number(LEAST_LOSS, LARGEST_LOSS),
+    "low": Number(0, LARGEST_LOSS / LEAST_LOSS),
+    "high": Number(0, LARGEST_LOSS / LEAST_LOSS),
+    "alone_round": Number(1, MOST_ROUNDS, whole=True),
+}
+"""The figures of a comparison."""
 DESCRIPTION: Mapping[str, Number] = {
     "height": Number(SMALLEST, MOST_PIXELS, whole=True),
     "width": Number(SMALLEST, MOST_PIXELS, whole=True),
@@ -97,6 +107,19 @@ DESCRIPTION: Mapping[str, Number] = {
     "test_images": Number(0, MOST_IMAGES, whole=True),
 }
 """A client's numbers of itself that the run does not prescribe."""
+
+
+def comparison_in_words(config: RunConfig) -> list[str]:
+    """What of a comparison leaves, for its owner to read; nothing where nothing is compared."""
+    federation = config.federation
+    if federation.compare == "none":
+        return []
+    if not federation.compare_told:
+        return ["nothing of what joining is worth to you: that is for your eyes (comparison.json)"]
+    return [
+        f"what joining is worth to you, on your test images ({len(COMPARISON)} numbers, of losses "
+        "alone and together)"
+    ]
 
 
 @dataclass(frozen=True)
@@ -174,6 +197,7 @@ class EvaluatePlan:
         quantile: q, of the audit.
         images, test_images: m_i, and held-out images.
         statistics: whether statistics are asked for, not samples.
+        compared: whether figures of what joining is worth come with it.
         seconds: how long it may have taken.
     """
 
@@ -188,6 +212,7 @@ class EvaluatePlan:
     images: int
     test_images: int
     statistics: bool
+    compared: bool
     seconds: float
 
     @classmethod
@@ -199,8 +224,12 @@ class EvaluatePlan:
         test_images: int,
         samples: int,
         final: bool,
+        *,
+        compared: bool,
     ) -> "EvaluatePlan":
-        """The plan of a client with so many training and test images."""
+        """The plan of a client with so many training and test images, and, where it is
+        ``compared``, a model of them alone.
+        """
         settings = config.evaluation
         judged = min(settings.ssim_images, test_images)
         timesteps = {settings.ssim_timestep, *(settings.ssim_curve if final else ())}
@@ -216,6 +245,12 @@ class EvaluatePlan:
             images=images,
             test_images=test_images,
             statistics=settings.mode == "statistics",
+            compared=bool(
+                compared
+                and test_images
+                and config.federation.compare == "alone"
+                and config.federation.compare_told
+            ),
             seconds=config.federation.round_timeout,
         )
 
@@ -236,6 +271,8 @@ class EvaluatePlan:
             numbers |= {
                 f"{name}_count": exactly(count) for name, count in zip(SETS, counts, strict=True)
             }
+        if self.compared:
+            numbers |= {f"{FIGURES}{name}": number for name, number in COMPARISON.items()}
         return numbers
 
     def audit_numbers(self) -> dict[str, Number]:

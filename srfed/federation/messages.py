@@ -13,7 +13,7 @@ from torch import Tensor
 
 from srfed.evaluation.metrics.memorisation import Audit
 from srfed.federation.agreement import RequestRefusedError
-from srfed.records import Shape
+from srfed.records import Comparison, Shape
 from srfed.storage.client_store import PLAIN_NAME
 
 PROTOCOL = 2
@@ -46,6 +46,8 @@ REFUSAL = "refusal"
 read.
 """
 METRICS = "metrics"
+FIGURES = "comparison_"
+"""How the names of a comparison's numbers begin."""
 AUDIT = "memorisation_"
 """How the names of a memorisation audit's numbers begin."""
 
@@ -277,6 +279,31 @@ def read_audit(metrics: Mapping[str, float | list[float]]) -> Audit | None:
                 f"a share of {space.share:g} with a tolerance of {space.tolerance:g} is impossible"
             )
     return audit
+
+
+def comparison_metrics(comparison: Comparison) -> dict[str, float | list[float]]:
+    """A comparison as the numbers of a reply."""
+    return {f"{FIGURES}{name}": float(value) for name, value in vars(comparison).items()}
+
+
+def read_comparison(metrics: Mapping[str, float | list[float]]) -> Comparison | None:
+    """The comparison among a reply's numbers, whose ranges were checked; None where there is
+    none.
+    """
+    found = {
+        name.removeprefix(FIGURES): value
+        for name, value in metrics.items()
+        if name.startswith(FIGURES) and isinstance(value, (int, float))
+    }
+    if not found:
+        return None
+    return Comparison(
+        alone=found["alone"],
+        together=found["together"],
+        low=found["low"],
+        high=found["high"],
+        alone_round=int(found["alone_round"]),
+    )
 
 
 def _fields(cls: type[Any], record: Mapping[str, Any], name: str) -> dict[str, Any]:

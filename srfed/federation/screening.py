@@ -48,9 +48,11 @@ from srfed.federation.messages import (
     other_protocol,
     protocol_of,
     read_audit,
+    read_comparison,
 )
 from srfed.federation.updates import Delta, decode_update, norm_of
 from srfed.networks.partition import Control
+from srfed.records import Comparison
 from srfed.storage.client_store import check_name
 from srfed.training.optimizer import Reach
 from srfed.units import printable
@@ -95,6 +97,7 @@ class EvaluateReply:
         statistics: in ``statistics`` mode, statistics of the client's features.
         ssim: SSIM-rec by timestep.
         audit: the memorisation audit, if there was one.
+        comparison: what joining is worth to the client, its own word, if that is told.
     """
 
     images: Tensor | None
@@ -102,6 +105,7 @@ class EvaluateReply:
     statistics: ClientStatistics | None
     ssim: dict[int, float]
     audit: Audit | None
+    comparison: Comparison | None
 
 
 def screen_description(reply: Reply) -> Description:
@@ -212,7 +216,8 @@ def screen_samples(
     _check_header(reply, expected, form)
     arrays = _tensors(reply, form)[GENERATED]
     curve, audit = _evaluation_numbers(reply, plan, form)
-    return EvaluateReply(arrays["images"], arrays["strip"], None, curve, audit)
+    compared = read_comparison(reply.numbers)
+    return EvaluateReply(arrays["images"], arrays["strip"], None, curve, audit, compared)
 
 
 def screen_statistics(
@@ -255,7 +260,8 @@ def screen_statistics(
         if not torch.allclose(scatter, scatter.T) or bool((scatter.diagonal() < 0).any()):
             raise RefusedError(f"its scatter of {name} features is none")
         statistics[name] = FeatureStatistics(count, mean.numpy(), scatter.numpy())
-    return EvaluateReply(None, None, ClientStatistics(**statistics), curve, audit)
+    compared = read_comparison(reply.numbers)
+    return EvaluateReply(None, None, ClientStatistics(**statistics), curve, audit, compared)
 
 
 def reason_of_failure(failure: Failure) -> str:

@@ -20,10 +20,11 @@ from srfed.federation.layout import layout_of
 from srfed.federation.messages import Request
 from srfed.federation.site import Site, own_task
 from srfed.model import build_model, build_objective, build_partition, denoiser_of_task
+from srfed.networks.partition import Shared
 from srfed.storage.checkpoint import check_tensors
 from srfed.storage.client_store import NO_PARENT, ClientStore
 from srfed.training.local import LocalTrainer
-from srfed.training.part import ClientState, initial_state
+from srfed.training.part import ClientState, copies, initial_state
 from srfed.training.step import LocalStep
 
 
@@ -40,8 +41,9 @@ class Worker:
         model = build_model(config, image_channels)
         self.partition = build_partition(config, model)
         self._initial_state = initial_state(model, self.partition)
+        self._initial_shared = Shared(copies(self.partition.take_shared(model.state_dict())))
         self.partition_fingerprint = self.partition.fingerprint(model.state_dict())
-        self.contract = Contract.of(config, self.partition.take_shared(model.state_dict()))
+        self.contract = Contract.of(config, self._initial_shared)
         layout = memory_layout(config.resources)
         self.model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
         self.objective = build_objective(config, self.device)
@@ -64,6 +66,11 @@ class Worker:
                 self._step,
             )
         return self._trainers[site]
+
+    @property
+    def beginning(self) -> tuple[Shared, ClientState]:
+        """φ_0, and the state with θ_0."""
+        return self._initial_shared, self._initial_state
 
     def denoiser(self, site: Site) -> Denoiser:
         """E[x_0 | x_t] of the weights that the model has, in evaluation mode, told the site's place

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from srfed.config import RunConfig
 from srfed.observer import Observer
 from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
+from srfed.reporting.joining import joining_in_words
 from srfed.reporting.pace import Pace
 from srfed.units import bytes_in_words, seconds_in_words
 
@@ -80,6 +81,8 @@ class Console(Observer):
                     f"training image than {audit.pixels.quantile:.1%} of held-out images",
                     flush=True,
                 )
+        if record.comparisons:
+            print(f"  {joining_in_words(list(record.comparisons.values()))}", flush=True)
         unaudited = [client for client in record.score_by_client if client not in record.audits]
         if record.final and unaudited and self._config.evaluation.memorisation_quantile:
             print(

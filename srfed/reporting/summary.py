@@ -1,8 +1,10 @@
 """The short table at the end of a run, made from metrics.jsonl alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+from srfed.records import Comparison
+from srfed.reporting.joining import joining_table
 from srfed.storage.metrics_log import MetricsLog
 from srfed.units import bytes_in_words, seconds_in_words
 
@@ -104,7 +106,12 @@ def _table(log: MetricsLog, evaluation: dict[str, Any]) -> list[str]:
             f"samples are nearer to a training image than {quantile:.1%} of held-out images; "
             + (f"it fires for {', '.join(fired)}" if fired else "it fires for no task")
         )
-    return lines
+    compared = {
+        task.task: Comparison(**{f.name: found[f.name] for f in fields(Comparison)})
+        for task in tasks
+        if (found := evaluation.get("comparisons", {}).get(task.client))
+    }
+    return [*lines, "", *joining_table(compared)] if compared else lines
 
 
 def _cell(value: float | None, width: int, digits: int) -> str:

@@ -84,6 +84,11 @@ class TensorBoard:
                 f"memorisation_features/{client}": audit.features.share
                 for client, audit in record.audits.items()
             },
+            **{
+                f"joining_{name}/{client}": getattr(one, name)
+                for client, one in record.comparisons.items()
+                for name in ("alone", "together", "ratio")
+            },
             "traffic/evaluation_bytes_up": record.bytes_up,
             "traffic/evaluation_bytes_down": record.bytes_down,
             "speed/seconds_per_evaluation": record.seconds,

@@ -69,6 +69,10 @@ class MetricsLog:
         fields = {
             name: value for name, value in vars(record).items() if name not in (*PICTURES, "audits")
         }
+        fields["comparisons"] = {
+            c: {**asdict(one), "ratio": one.ratio, "verdict": one.verdict}
+            for c, one in record.comparisons.items()
+        }
         fields["audits"] = {
             c: {**audit.to_numbers(), "fires": audit.fires} for c, audit in record.audits.items()
         }

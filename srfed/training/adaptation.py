@@ -76,7 +76,7 @@ def adaptation_config(
     if seed is not None:
         content["seed"] = seed
     content["resources"] |= {"channels_last": False}
-    content["federation"] |= {"rounds": -(-steps // every)}
+    content["federation"] |= {"rounds": -(-steps // every), "compare": "none"}
     content["training"] |= {
         # A centralised run's model is adapted by a client as well, as nobody has the other tasks'
         # images.

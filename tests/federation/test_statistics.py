@@ -419,7 +419,9 @@ def test_faulty_statistics_are_refused_with_the_reason(
 ) -> None:
     honest = by_moments.replies(3)["digit-0"]
     header = ReplyHeader.of(unpack(honest).header)
-    plan = EvaluatePlan.of(by_moments.run.config, (8, 8, 1), 16, len(tasks[0].test), 10, final=True)
+    plan = EvaluatePlan.of(
+        by_moments.run.config, (8, 8, 1), 16, len(tasks[0].test), 10, final=True, compared=False
+    )
     asked = (
         ReplyHeader(header.client, header.attempt, header.round),
         Contract(by_moments.run.config, []),

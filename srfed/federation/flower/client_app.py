@@ -16,6 +16,7 @@ from srfed.evaluation.generation import Generated
 from srfed.evaluation.metrics.memorisation import draw_nearest_pairs
 from srfed.evaluation.task import TaskEvaluation, evaluate_task
 from srfed.federation.agreement import RequestRefusedError
+from srfed.federation.comparison import compare, keep_comparison, train_round_alone
 from srfed.federation.control import correction, encode_control, kept_control, own_control
 from srfed.federation.flower.admission import Admitted, admit
 from srfed.federation.flower.guard import wire_guard
@@ -36,6 +37,7 @@ from srfed.federation.messages import (
     ReplyHeader,
     Samples,
     audit_metrics,
+    comparison_metrics,
 )
 from srfed.federation.site_log import write_to_log
 from srfed.federation.updates import Delta, Memory, difference, encode_update
@@ -115,6 +117,9 @@ def train(message: Message, context: Context) -> Message:
     corrected = _correction(message, admitted, worker, parent)
     result = worker.trainer(site).train(request.round, shared, parent, corrected)
     state, arrays = _update(admitted, shared, parent, result)
+    if admitted.config.federation.compare == "alone":
+        alone = train_round_alone(worker, admitted, parent)
+        state = replace(state, memory={**state.memory, **alone})
     metrics: dict[str, float | list[float]] = {
         "examples": float(len(admitted.task.train)),
         "loss": result.loss,
@@ -159,6 +164,7 @@ def evaluate(message: Message, context: Context) -> Message:
             state.exclusive.average,
             worker.store(site, request).line(request.parent),
         )
+    compared = compare(worker, admitted, (shared, state.exclusive.average), state)
     load_tensors(worker.model, shared, state.exclusive.average)
     evaluated = evaluate_task(
         worker.denoiser(site),
@@ -175,6 +181,10 @@ def evaluate(message: Message, context: Context) -> Message:
         metrics |= audit_metrics(evaluated.audit)
         pairs = draw_nearest_pairs(evaluated.audit, generated.images, task.train)
         write_png(site.folder / "memorisation" / f"round-{request.round:05d}.png", draw_grid(pairs))
+    if compared is not None:
+        keep_comparison(site, request.round, compared)
+        if config.federation.compare_told:
+            metrics |= comparison_metrics(compared)
     if evaluated.no_audit:
         site.note(f"round {request.round}: no memorisation audit: {evaluated.no_audit}")
     header = _header(admitted)

@@ -49,6 +49,7 @@ from srfed.networks.partition import Control, Shared
 from srfed.observer import Observer
 from srfed.randomness import derive_generator
 from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
+from srfed.storage.client_store import NO_PARENT
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import KnownClient, RunState, ServerCheckpoints
 from srfed.training.ema import round_decay, update_average
@@ -320,6 +321,7 @@ class Federated:
                 reply.ssim,
                 ssim_window(*self._roster.shapes[client][:2]),
                 reply.audit,
+                reply.comparison,
             )
             for client, reply in screened.accepted.items()
         }
@@ -347,6 +349,7 @@ class Federated:
             known.test_images,
             request.samples,
             request.final,
+            compared=self.state.parent(request.client) != NO_PARENT,
         )
         if not plan.statistics:
             return screen_samples(reply, header, self._contract, plan)

@@ -32,6 +32,7 @@ from srfed.federation.messages import (
 from srfed.federation.site import Site, deployed_site, is_simulated, site_of
 from srfed.federation.site_log import write_to_log
 from srfed.federation.worker import features_for, worker_for
+from srfed.storage.client_store import NO_PARENT
 
 LONGEST_TEXT = 200
 NPY_HEADER = 256
@@ -136,7 +137,14 @@ def _form(kind: str, admitted: Admitted) -> Form:
     worker, (height, width, channels) = worker_for(admitted), task.train.shape[1:]
     if kind == EVALUATE:
         shape, images = (height, width, channels), (len(task.train), len(task.test))
-        plan = EvaluatePlan.of(config, shape, *images, request.samples, request.final)
+        plan = EvaluatePlan.of(
+            config,
+            shape,
+            *images,
+            request.samples,
+            request.final,
+            compared=request.parent != NO_PARENT,
+        )
         dimension = features_for(admitted).dimension_of(channels) if plan.statistics else None
         return worker.contract.evaluated(plan, dimension)
     return worker.contract.trained(
