@@ -14,7 +14,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,27 @@ class Case:
     def folder(self, pool: Path) -> Path:
         """Where its run is."""
         return pool / f"{self.config.data.dataset}-{self.config.fingerprint()[:12]}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process of a study.
+
+    Attributes:
+        name: what it is called where it fails.
+        folder: that of its run; no other process may be at it.
+        command: what ``python -m`` is given.
+        given: its standard input.
+        threads: of its arithmetic.
+        left: reads what it has left in the folder; None where that is not there, or another's.
+    """
+
+    name: str
+    folder: Path
+    command: Sequence[str]
+    given: bytes
+    threads: int
+    left: Callable[[], dict[str, Any] | None]
 
 
 @dataclass(frozen=True)
@@ -154,18 +176,50 @@ def run_cases(cases: Sequence[Case], pool: Path, jobs: int) -> list[Outcome]:
     Raises:
         UserError: a run failed; the text has its last words. What others have done by then stays.
     """
-    if jobs < 1:
-        raise UserError(f"--jobs {jobs} is impossible; allowed: 1 or more")
+    records = run_jobs([_job_of(case, pool) for case in cases], pool, jobs)
+    return [Outcome(case, record) for case, record in zip(cases, records, strict=True)]
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    pool: Path,
+    count: int,
+    on_outcome: Callable[[Job, dict[str, Any]], object] = lambda job, outcome: None,
+) -> list[dict[str, Any]]:
+    """Run the processes whose outcomes are missing.
+
+    Args:
+        jobs: in the order in which they start.
+        pool: folder of the runs, shared by all studies.
+        count: how many run at a time.
+        on_outcome: told each outcome once it is there, one at a time, in any thread.
+
+    Returns:
+        The outcomes, in the order of the jobs.
+
+    Raises:
+        UserError: as :func:`run_cases`.
+    """
+    if count < 1:
+        raise UserError(f"--jobs {count} is impossible; allowed: 1 or more")
     running: set[subprocess.Popen[bytes]] = set()
-    with ThreadPoolExecutor(jobs) as executor:
-        futures = [executor.submit(_run, case, pool, running) for case in cases]
+    turn = threading.Lock()
+
+    def run(job: Job) -> dict[str, Any]:
+        outcome = _run(job, pool, running)
+        with turn:
+            on_outcome(job, outcome)
+        return outcome
+
+    with ThreadPoolExecutor(count) as executor:
+        futures = [executor.submit(run, job) for job in jobs]
         try:
-            with tqdm(total=len(cases), unit="run", disable=None) as bar:
+            with tqdm(total=len(jobs), unit="run", disable=None) as bar:
                 outcomes = []
-                for case, future in zip(cases, futures, strict=True):
-                    outcomes.append(Outcome(case, future.result()))
+                for job, future in zip(jobs, futures, strict=True):
+                    outcomes.append(future.result())
                     bar.update()
-                    bar.set_postfix_str(case.name)
+                    bar.set_postfix_str(job.name)
         except BaseException as stop:
             executor.shutdown(wait=False, cancel_futures=True)
             if isinstance(stop, KeyboardInterrupt):
@@ -240,37 +294,49 @@ def row_of(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _run(case: Case, pool: Path, running: "set[subprocess.Popen[bytes]]") -> dict[str, Any]:
+def _job_of(case: Case, pool: Path) -> Job:
     folder = case.folder(pool)
-    if (known := _outcome(case, folder)) is not None:
+    return Job(
+        name=f"{case.name} (seed {case.config.seed})",
+        folder=folder,
+        command=[
+            "srfed.studies.job",
+            str(folder),
+            str(case.samples),
+            str(case.ssim_images),
+            str(pool / "references"),
+        ],
+        given=case.config.to_json().encode(),
+        threads=case.config.resources.client_cpus,
+        left=lambda: _outcome(case, folder),
+    )
+
+
+def _run(job: Job, pool: Path, running: "set[subprocess.Popen[bytes]]") -> dict[str, Any]:
+    folder = job.folder
+    if (known := job.left()) is not None:
         return known
     log = folder.parent / "logs" / f"{folder.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     # A second study that wants the same run waits for it, and then finds it done.
-    with held(pool / "locks" / folder.name / "lock", wait=True), log.open("ab") as output:
-        threads = str(case.config.resources.client_cpus)
-        with subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "srfed.studies.job",
-                str(folder),
-                str(case.samples),
-                str(case.ssim_images),
-                str(pool / "references"),
-            ],
+    with (
+        held(pool / "locks" / folder.name / "lock", wait=True),
+        log.open("ab") as output,
+        subprocess.Popen(
+            [sys.executable, "-m", *job.command],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": threads},
-        ) as process:
-            running.add(process)
-            process.communicate(case.config.to_json().encode())
-            running.discard(process)
+            env={**os.environ, "OMP_NUM_THREADS": str(job.threads)},
+        ) as process,
+    ):
+        running.add(process)
+        process.communicate(job.given)
+        running.discard(process)
     if process.returncode:
         last = " ".join(log.read_text(errors="replace").splitlines()[-LAST_WORDS:])
-        raise UserError(f"{case.name} (seed {case.config.seed}) failed: {last} (all of it: {log})")
-    outcome = _outcome(case, folder)
+        raise UserError(f"{job.name} failed: {last} (all of it: {log})")
+    outcome = job.left()
     if outcome is None:
         raise UserError(f"{folder / 'outcome.json'} is not this case's; remove it")
     return outcome
