@@ -73,6 +73,11 @@ class TrainingConfig(Section):
         description="linear: rounds of the fall, so that a run can be prolonged at the last rate; "
         "null takes federation.rounds. Round 1 has the full rate even where it is the only one",
     )
+    warmup_rounds: int = setting(
+        0,
+        ge=0,
+        description="first rounds in which the rates rise in equal steps to what the schedule says",
+    )
     proximal: float = setting(
         0.0,
         ge=0,

@@ -91,6 +91,7 @@ def adaptation_config(
         "control_variates": False,
         "learning_rate_schedule": "constant",
         "decay_rounds": None,
+        "warmup_rounds": 0,
         "minibatches": "continued" if training.batch_size > images else training.minibatches,
     }
     if mode != "frozen":

@@ -64,8 +64,8 @@ def reach_of_round(
         shared: φ at the round's beginning.
     """
     training = config.training
-    # The schedule's rates only fall: no round's is above the first one's.
-    highest = training.learning_rate * learning_rate_factor(config, 1)
+    # No schedule goes above the full rate.
+    highest = training.learning_rate
     rate = training.learning_rate * learning_rate_factor(config, round_number)
     rounding = ROUNDING * math.sqrt(
         sum(float(tensor.double().square().sum()) for tensor in shared.values())
@@ -253,18 +253,20 @@ class PartOptimizer:
 
 
 def learning_rate_factor(config: RunConfig, round_number: int) -> float:
-    """What the learning rates of a round, from 1, are multiplied by: 1; a half cosine over the
-    rounds; or a line from 1 in round 1 to the floor in round ``decay_rounds``, constant after that.
+    """What the learning rates of a round, from 1, are multiplied by, at most 1: 1; a half cosine
+    over the rounds; or a line from 1 in round 1 to the floor in round ``decay_rounds``, constant
+    after that. In each of the w first rounds, ``warmup_rounds``, round k has k / (w + 1) of it.
 
     A fall over one round has the full rate in round 1 as well, and the floor's after it.
     """
     training, rounds = config.training, config.federation.rounds
+    warm = min(1.0, round_number / (training.warmup_rounds + 1))
     if training.learning_rate_schedule == "constant":
-        return 1.0
+        return warm
     if training.learning_rate_schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (round_number - 1) / rounds))
+        return warm * 0.5 * (1 + math.cos(math.pi * (round_number - 1) / rounds))
     fall = max(1, (training.decay_rounds or rounds) - 1)
-    return 1 - (1 - training.learning_rate_floor) * min(1.0, (round_number - 1) / fall)
+    return warm * (1 - (1 - training.learning_rate_floor) * min(1.0, (round_number - 1) / fall))
 
 
 class Rates(NamedTuple):

@@ -216,6 +216,7 @@ def test_cosine_rates_are_torchs_annealing_over_the_rounds() -> None:
         ({"decay_rounds": 2}, 4, [1, 0.02, 0.02]),
         ({"decay_rounds": 1}, 4, [1, 0.02, 0.02]),
         ({}, 1, [1]),
+        ({"warmup_rounds": 3}, 5, [0.25, 0.3775, 0.3825, 0.265, 0.02]),
     ],
 )
 def test_linear_rates_fall_to_the_floor_and_stay_there(
@@ -224,6 +225,21 @@ def test_linear_rates_fall_to_the_floor_and_stay_there(
     config = run_config(learning_rate_schedule="linear", federation={"rounds": rounds}, **settings)
     found = [learning_rate_factor(config, number) for number in range(1, len(factors) + 1)]
     assert found == pytest.approx(factors, abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_warm_up_multiplies_what_the_schedule_says_and_no_rate_is_above_the_full_one(
+    schedule: str,
+) -> None:
+    def factors(warmup: int) -> list[float]:
+        config = run_config(
+            learning_rate_schedule=schedule, warmup_rounds=warmup, federation={"rounds": 6}
+        )
+        return [learning_rate_factor(config, number) for number in range(1, 7)]
+
+    for plain, warm, share in zip(factors(0), factors(2), (1 / 3, 2 / 3, 1, 1, 1, 1), strict=True):
+        assert warm == pytest.approx(share * plain)
+        assert warm <= 1
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 7])
