@@ -163,6 +163,16 @@ def test_own_images_are_divided_alike_and_kept_on_record(tmp_path: Path) -> None
     assert contents(later.validation) == contents(first.validation)
 
 
+def test_a_rehearsed_site_sets_the_same_images_aside_as_a_simulated_client(tmp_path: Path) -> None:
+    """A rehearsal gives each site the simulated client's training and validation images in one."""
+    config = DataConfig(images_per_task=30, validation_images=6)
+    task = load_task(config, 4)
+    whole = np.concatenate([task.train, task.validation])
+    np.savez(tmp_path / "own.npz", train_images=whole, test_images=task.test)
+    site = load_own_task(config, tmp_path / "own.npz", NAME, tmp_path / "store")
+    assert ImageRecord.of(site) == ImageRecord.of(task)
+
+
 def test_a_run_trains_without_them_and_another_number_is_another_run(tmp_path: Path) -> None:
     settings = {
         "data.images_per_task": 20,

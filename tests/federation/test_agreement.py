@@ -145,6 +145,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "one image less": ({"data.images_per_task": 141}, "data.images_per_task"),
     "another split": ({"data.test_fraction": 0.21}, "data.test_fraction"),
+    "two training images less": ({"data.validation_images": 2}, "data.validation_images"),
     "images of another size": ({"data.image_size": 9}, "data.image_size"),
     "mirrored images": ({"data.horizontal_flip": True}, "data.horizontal_flip"),
     "minibatches of one image": ({"training.batch_size": 1}, "training.batch_size"),
