@@ -239,6 +239,8 @@ def in_words(agreement: Agreement, config: RunConfig) -> str:
             ),
             "               its mean loss, and that of each quarter of the timesteps; the seconds "
             "it took",
+            "               once, after a tenth of the rounds: its loss over that of a predictor "
+            "that has learned nothing",
             f"  evaluation:  {often}: {what}",
             *(f"               {line}" for line in numbers),
             "  once:        your id, the numbers and the size of your images, a fingerprint of φ, "

@@ -14,7 +14,7 @@ from srfed.data.images import SMALLEST
 from srfed.diffusion.process import QUARTERS
 from srfed.evaluation.metrics.memorisation import Memorisation
 from srfed.evaluation.metrics.ssim import ssim_window
-from srfed.federation.messages import AUDIT, FIGURES, MOST_ROUNDS, SETS
+from srfed.federation.messages import AGAINST_TRIVIAL, AUDIT, FIGURES, MOST_ROUNDS, SETS
 from srfed.networks.partition import Partition
 from srfed.training.local import phases
 from srfed.training.minibatches import MinibatchOrder
@@ -109,6 +109,13 @@ DESCRIPTION: Mapping[str, Number] = {
 """A client's numbers of itself that the run does not prescribe."""
 
 
+def judged_against_trivial(config: RunConfig, round_number: int) -> bool:
+    """Whether a round is the one after the first tenth of a run, when every client says whether its
+    network has learned anything; a run of fewer than ten rounds is too short for that.
+    """
+    return 0 < round_number == config.federation.rounds // 10
+
+
 def comparison_in_words(config: RunConfig) -> list[str]:
     """What of a comparison leaves, for its owner to read; nothing where nothing is compared."""
     federation = config.federation
@@ -132,6 +139,7 @@ class TrainPlan:
         images: images seen in them, with repetition.
         shared_steps: optimizer steps on φ.
         seconds: how long it may have taken.
+        judged: whether its loss is compared with that of a predictor that has learned nothing.
     """
 
     examples: int
@@ -139,10 +147,17 @@ class TrainPlan:
     images: int
     shared_steps: int
     seconds: float
+    judged: bool = False
 
     @classmethod
     def of(
-        cls, config: RunConfig, partition: Partition, client: str, examples: int, before: int
+        cls,
+        config: RunConfig,
+        partition: Partition,
+        client: str,
+        examples: int,
+        before: int,
+        round_number: int = 0,
     ) -> "TrainPlan":
         """The plan of a client.
 
@@ -152,6 +167,7 @@ class TrainPlan:
             client: its id.
             examples: m_i.
             before: minibatches behind the attempt that it starts from.
+            round_number: the round.
 
         Raises:
             UserError: the configuration's batch size does not fit so few images.
@@ -166,11 +182,12 @@ class TrainPlan:
             images=order.images_until(before + minibatches) - order.images_until(before),
             shared_steps=sum(count for count, parts in steps if "shared" in parts),
             seconds=config.federation.round_timeout,
+            judged=judged_against_trivial(config, round_number),
         )
 
     def numbers(self) -> dict[str, Number]:
         """The numbers of its reply."""
-        return {
+        numbers = {
             "examples": exactly(self.examples),
             "shared_steps": exactly(self.shared_steps),
             # Computed, and not compared: a checkpoint of earlier versions does not say where a pass
@@ -180,6 +197,9 @@ class TrainPlan:
             "loss_by_quarter": Number(0, LARGEST_LOSS, count=QUARTERS, gaps=True),
             "seconds": Number(0, self.seconds),
         }
+        if self.judged:
+            numbers[AGAINST_TRIVIAL] = Number(0, LARGEST_LOSS / LEAST_LOSS)
+        return numbers
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ CONTROL = "control"
 """Array record of control variates: c beside φ, server to client, and what travels in place of c_i,
 client to server.
 """
+AGAINST_TRIVIAL = "against_trivial"
+"""Number of one round's reply: the loss over that of a predictor that has learned nothing."""
 GENERATED = "generated"
 """Array record of generated images, client to server, uint8 N x H x W x C."""
 STATISTICS = "statistics"

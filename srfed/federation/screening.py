@@ -28,6 +28,7 @@ from srfed.federation.contract import DESCRIBED, Contract, Form
 from srfed.federation.control import decode_control
 from srfed.federation.layout import Layout, layout_bytes, layout_of, value_bytes
 from srfed.federation.messages import (
+    AGAINST_TRIVIAL,
     CONTROL,
     FAILED,
     GENERATED,
@@ -78,6 +79,8 @@ class TrainReply:
         loss_by_quarter: the same by quarter of the timestep range; NaN where none was drawn.
         shortened: what its update was multiplied by; 1 where it was not too long.
         control: c_i of control variates; empty without them.
+        against_trivial: its loss over that of a predictor that has learned nothing, its own word; 0
+            in rounds in which that is not asked.
     """
 
     shared: dict[str, Tensor]
@@ -86,6 +89,7 @@ class TrainReply:
     loss_by_quarter: list[float]
     shortened: float
     control: Control
+    against_trivial: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -195,7 +199,8 @@ def screen_train(
     quarters = metrics["loss_by_quarter"]
     assert isinstance(quarters, list), "the numbers were checked"
     losses = [float(loss) for loss in quarters]
-    return TrainReply(update, plan, _one(metrics, "loss"), losses, shortened, control)
+    against = _one(metrics, AGAINST_TRIVIAL) if plan.judged else 0.0
+    return TrainReply(update, plan, _one(metrics, "loss"), losses, shortened, control, against)
 
 
 def _moved(

@@ -94,6 +94,26 @@ def denoising_losses(
     return losses.view(len(images), MOMENTS).numpy()
 
 
+def trivial_loss(images: Images, process: Process) -> float:
+    """What :func:`denoising_losses` are expected to be, on average, of the best linear predictor
+    that knows of the images nothing but the mean and the variance of all their values: Wiener's,
+    x̂_0 = μ + k (x_t - signal μ), whose loss is signal² σ² / (signal² σ² + noise²).
+
+    A network whose loss is above has learned nothing of the images yet.
+
+    Args:
+        images: uint8 N x H x W x C, at least one.
+        process: the forward process.
+    """
+    variance = float(to_model_range(images).double().var(correction=0))
+    losses = []
+    for timestep in moments(process.timesteps):
+        signal, noise = process.levels(process.time_of(timestep))
+        of_signal = signal**2 * variance
+        losses.append(of_signal / (of_signal + noise**2))
+    return math.fsum(losses) / len(losses)
+
+
 def mean_loss(losses: Losses) -> float:
     """Over images and moments."""
     return float(losses.mean())

@@ -13,9 +13,11 @@ from torch import Tensor
 from srfed import __version__
 from srfed.evaluation.features.statistics import FeatureStatistics
 from srfed.evaluation.generation import Generated
+from srfed.evaluation.metrics.denoising_loss import denoising_losses, mean_loss, trivial_loss
 from srfed.evaluation.metrics.memorisation import draw_nearest_pairs
 from srfed.evaluation.task import TaskEvaluation, evaluate_task
 from srfed.federation.agreement import RequestRefusedError
+from srfed.federation.bounds import LEAST_LOSS, judged_against_trivial
 from srfed.federation.comparison import compare, keep_comparison, train_round_alone
 from srfed.federation.control import correction, encode_control, kept_control, own_control
 from srfed.federation.flower.admission import Admitted, admit
@@ -27,6 +29,7 @@ from srfed.federation.flower.packing import (
     reply_content,
 )
 from srfed.federation.messages import (
+    AGAINST_TRIVIAL,
     CONTROL,
     GENERATED,
     SETS,
@@ -48,6 +51,9 @@ from srfed.storage.site_model import save_site_model
 from srfed.training.local import LocalResult
 from srfed.training.part import ClientState, load_tensors
 from srfed.units import printable
+
+TRIVIAL_IMAGES = 16
+"""On how many a network is compared with a predictor that has learned nothing."""
 
 app = ClientApp(mods=[wire_guard])
 
@@ -128,6 +134,8 @@ def train(message: Message, context: Context) -> Message:
         "seconds": result.seconds,
         "shared_steps": float(result.shared_steps),
     }
+    if judged_against_trivial(admitted.config, request.round):
+        metrics[AGAINST_TRIVIAL] = _against_trivial(admitted, worker, result)
     content = reply_content(_header(admitted), metrics, arrays)
     worker.store(site, request).save(request.attempt, request.parent, request.round, state)
     return Message(content, reply_to=message)
@@ -225,6 +233,22 @@ def _update(
         arrays[CONTROL], control = encode_control(config, result.gradient, client, number)
         memory |= kept_control(control, number)
     return replace(result.state, memory=memory), arrays
+
+
+def _against_trivial(admitted: Admitted, worker: Worker, result: LocalResult) -> float:
+    """The loss on the first of the client's training images, over that of a predictor that has
+    learned nothing of them.
+    """
+    process, images = worker.objective.process, admitted.task.train[:TRIVIAL_IMAGES]
+    load_tensors(worker.model, result.shared, result.state.exclusive.weights)
+    losses = denoising_losses(
+        worker.denoiser(admitted.site),
+        process,
+        images,
+        task=admitted.site.client,
+        seed=admitted.config.seed,
+    )
+    return mean_loss(losses) / max(trivial_loss(images, process), LEAST_LOSS)
 
 
 def _ssim_metrics(evaluated: TaskEvaluation) -> dict[str, float | list[float]]:

@@ -271,6 +271,7 @@ class Federated:
                 f"round {server_round}: {client}: its update is {1 / factor:.3g} times as long as "
                 f"{maker} usually makes one in these steps; shortened to that"
             )
+        self._tell_untrained(server_round, accepted)
         seconds = time.perf_counter() - self._started
         images = sum(reply.plan.images for reply in accepted.values())
         record = RoundRecord(
@@ -293,6 +294,22 @@ class Federated:
         )
         return self.state, record
 
+    def _tell_untrained(self, server_round: int, accepted: Mapping[str, TrainReply]) -> None:
+        """Say who has learned nothing by now."""
+        worst = {
+            client: reply.against_trivial
+            for client, reply in accepted.items()
+            if reply.against_trivial > 1
+        }
+        if worst:
+            self._tell.on_notice(
+                f"round {server_round}: nothing is learned yet at {', '.join(worst)}: the loss is "
+                f"up to {max(worst.values()):.2g} times that of a predictor that knows one mean "
+                "and "
+                "one variance; if it stays so: a lower training.learning_rate, "
+                "training.warmup_rounds, or a smaller training.gradient_clip"
+            )
+
     def _minibatches(self, client: str) -> int:
         """Minibatches behind a client's accepted attempt."""
         return self.state.minibatches.get(client, 0)
@@ -300,7 +317,14 @@ class Federated:
     def _screen_update(self, reply: Reply, header: ReplyHeader, request: Request) -> TrainReply:
         client = request.client
         images = self._roster.known[client].images
-        plan = TrainPlan.of(self.config, self._partition, client, images, self._minibatches(client))
+        plan = TrainPlan.of(
+            self.config,
+            self._partition,
+            client,
+            images,
+            self._minibatches(client),
+            request.round,
+        )
         reach = reach_of_round(
             self.config, request.round, plan.shared_steps, self.state.shared.weights
         )

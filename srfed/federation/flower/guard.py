@@ -148,7 +148,9 @@ def _form(kind: str, admitted: Admitted) -> Form:
         dimension = features_for(admitted).dimension_of(channels) if plan.statistics else None
         return worker.contract.evaluated(plan, dimension)
     return worker.contract.trained(
-        TrainPlan.of(config, worker.partition, admitted.site.client, len(task.train), 0)
+        TrainPlan.of(
+            config, worker.partition, admitted.site.client, len(task.train), 0, request.round
+        )
     )
 
 
