@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import srfed
 from srfed.data import to_model_range
 from srfed.evaluation.metrics.denoising_loss import denoising_losses, trivial_loss
 from srfed.federation.bounds import judged_against_trivial
 from srfed.federation.messages import AGAINST_TRIVIAL
 from srfed.model import build_objective
+from srfed.observer import Observer
+from srfed.records import RoundRecord
 from srfed.storage.metrics_log import MetricsLog
 from support.faults import app_with, set_number
 from support.tiny_run import begin, run_in_process, tiny_config
@@ -52,22 +55,36 @@ def test_the_trivial_loss_is_that_of_the_best_linear_predictor(prediction: str) 
     assert wiener(1.1) > expected
 
 
-def test_a_run_in_which_nothing_is_learned_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    hopeless = {**SETTINGS, "training.learning_rate": 1e-9}
-    run_in_process(begin(tmp_path / "hopeless", hopeless))
-    said = capsys.readouterr().err
-    assert said.count("nothing is learned yet") == 1
-    assert "round 1: nothing is learned yet at digit-0, digit-1, digit-2" in said
-    assert "training.warmup_rounds" in said
+class Heard(Observer):
+    """Keeps what is said, and stops the run after a round."""
+
+    def __init__(self, last: int) -> None:
+        self.last, self.said = last, list[str]()
+
+    def on_notice(self, text: str) -> None:
+        self.said.append(text)
+
+    def on_round(self, record: RoundRecord) -> None:
+        if record.round == self.last:
+            raise InterruptedError
 
 
-def test_a_run_that_learns_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    usual = {**SETTINGS, "diffusion.prediction": "velocity", "federation.rounds": 20}
-    run = run_in_process(begin(tmp_path / "run", usual))
-    assert "nothing is learned" not in capsys.readouterr().err
-    assert len(MetricsLog(run.metrics).rounds()) == 20
+def said_until(path: Path, last: int, settings: dict[str, Any]) -> list[str]:
+    heard = Heard(last)
+    with pytest.raises(InterruptedError):
+        srfed.train(tiny_config({**SETTINGS, **settings}), run_dir=path, observers=[heard])
+    return heard.said
+
+
+def test_a_run_in_which_nothing_is_learned_says_so(tmp_path: Path) -> None:
+    (text,) = said_until(tmp_path / "run", 2, {"training.learning_rate": 1e-9})
+    assert "round 1: nothing is learned yet at digit-0, digit-1, digit-2" in text
+    assert "training.warmup_rounds" in text
+
+
+def test_a_run_that_learns_says_nothing(tmp_path: Path) -> None:
+    usual = {"diffusion.prediction": "velocity", "federation.rounds": 20}
+    assert said_until(tmp_path / "run", 3, usual) == []
 
 
 def test_only_the_round_after_the_first_tenth_is_judged() -> None:
