@@ -57,6 +57,8 @@ def _show(options: argparse.Namespace) -> None:
     if channels is None:
         channels = load_task(config.data, 0).train.shape[-1]
     # Importing torch takes seconds: what is wrong with settings and images is said before.
+    from srfed.federation.contract import Contract
+    from srfed.federation.layout import value_bytes
     from srfed.model import build_model, build_partition
     from srfed.networks.partition import describe_modules
 
@@ -74,11 +76,16 @@ def _show(options: argparse.Namespace) -> None:
         sum(tensors[name].numel() for name in names)
         for names in (partition.shared, partition.exclusive)
     )
-    both_ways = sum(tensors[name].nbytes for name in partition.shared)
+    contract = Contract.of(config, partition.take_shared(tensors))
+    down, up = (
+        sum(map(value_bytes, records.values()))
+        for records in (contract.training_request, {**contract.update, **contract.control})
+    )
     clients = config.federation.clients_per_round or config.federation.clients
     print(f"\nshared     (φ)   {shared:>12,} parameters in {len(partition.shared)} tensors")
     print(f"exclusive  (θ_i) {exclusive:>12,} parameters in {len(partition.exclusive)} tensors")
     print(
-        f"a round carries {bytes_in_words(both_ways)} to each client and as much back; "
-        f"with {clients} clients {bytes_in_words(2 * both_ways * clients)} in all"
+        f"a round carries {bytes_in_words(down)} to each client and "
+        f"{'as much' if up == down else bytes_in_words(up)} back; with {clients} clients "
+        f"{bytes_in_words((down + up) * clients)} in all"
     )

@@ -7,6 +7,7 @@ import pytest
 from srfed.commands.partition import main
 from srfed.config import load_config
 from srfed.model import build_model
+from srfed.units import bytes_in_words
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,25 @@ def test_owned_parts_are_listed_by_themselves(capsys: pytest.CaptureFixture[str]
     }
     total = sum(int(count.replace(",", "")) for _, part, count in rows if part == "exclusive")
     assert re.search(rf"^exclusive .* {total:,} parameters", printed, re.MULTILINE)
+
+
+def test_a_round_carries_what_the_steps_and_control_variates_make_of_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Four bytes a parameter of φ down, twice with c; up one byte, twice with c_i, and four bytes a
+    tensor for the scales.
+    """
+    settings = ["updates.steps=[quantise]", "training.control_variates=true"]
+    assert main([word for text in settings for word in ("--set", text)]) == 0
+    words = capsys.readouterr().out
+    found = re.search(r"\(φ\) +(\d+) parameters in (\d+)", words.replace(",", ""))
+    assert found
+    shared, tensors = map(int, found.groups())
+    down, up = 8 * shared, 2 * (shared + 4 * tensors)
+    assert (
+        f"{bytes_in_words(down)} to each client and {bytes_in_words(up)} back; with 10 clients "
+        f"{bytes_in_words(10 * (down + up))} in all"
+    ) in words
 
 
 def test_a_round_carries_four_bytes_a_shared_parameter(capsys: pytest.CaptureFixture[str]) -> None:
