@@ -397,7 +397,9 @@ WAITING = (
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_any_other_command_with_its_status_and_a_word(number: signal.Signals) -> None:
-    with started("-c", WAITING.format("print('ready', flush=True), time.sleep(100)")) as process:
+    # A signal that comes just before a sleep does not cut it short: many short ones.
+    sleeping = "print('ready', flush=True), [time.sleep(0.1) for _ in range(1000)]"
+    with started("-c", WAITING.format(sleeping)) as process:
         wait_for_line(process, "ready")
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
