@@ -52,8 +52,14 @@ FREE = frozenset(
         "resources.client_gpus",
     }
 )
-"""Free, and so is what the server does with the replies (all of ``federation`` that is not in
-AT_MOST). The numbers of samples are agreed as what this site generates, whatever the others do."""
+"""Free, and so is what the server does with the replies (all of ``federation`` that is neither
+in AT_MOST nor OF_THE_OWNER). The numbers of samples are agreed as what this site generates,
+whatever the others do."""
+
+OF_THE_OWNER = frozenset({"federation.compare", "federation.compare_told"})
+"""Of ``federation``, and no affair of the server's: what an owner computes for itself, and whether
+it tells.
+"""
 
 LEAST_STATISTICS, LEAST_MEAN = 20, 8
 """Images behind feature statistics, and behind a mean such as SSIM or a loss, unless the owner says
@@ -364,7 +370,9 @@ def _rule(name: str, value: Any) -> Rule:
         return "at_most"
     if name in AT_LEAST:
         return "at_least"
-    if name in FREE or (name.startswith("federation.") and name not in AT_MOST):
+    if name in FREE or (
+        name.startswith("federation.") and name not in AT_MOST and name not in OF_THE_OWNER
+    ):
         return "free"
     return "exactly"
 

@@ -166,6 +166,8 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "another rate": ({"training.learning_rate": 1.0}, "training.learning_rate"),
     "φ's moments": ({"training.shared_moments": "reset"}, "training.shared_moments"),
     "more rounds": ({"federation.rounds": 4}, "federation.rounds"),
+    "twice the work": ({"federation.compare": "alone"}, "federation.compare"),
+    "another word on figures": ({"federation.compare_told": False}, "federation.compare_told"),
     "images in place of statistics": ({"evaluation.mode": "samples"}, "evaluation.mode"),
     "statistics in every round": ({"evaluation.every": 1}, "evaluation.every"),
     "features of another network": (
@@ -454,6 +456,7 @@ def test_every_setting_has_a_rule_and_what_nobody_thought_of_is_exact() -> None:
         "federation.keep_attempts",
     }
     assert set(rules["at_least"]) == {"evaluation.every"}
+    assert {"federation.compare", "federation.compare_told"} <= set(rules["exactly"])
     loose = {name for name in rules["free"] if not name.startswith("federation.")}
     assert loose == {
         "name",
