@@ -40,10 +40,12 @@ class DataConfig(Section):
         ge=5,
         le=512,
         description="resize the short side to this (antialiased) and crop the centre; null keeps "
-        "the images' size",
+        "the images' size, and tasks may differ in it",
     )
     channels: Literal[1, 3] | None = setting(
-        None, description="convert images to grey (1) or RGB (3); null keeps what the data has"
+        None,
+        description="convert images to grey (1) or RGB (3); null keeps what the data has, "
+        "and tasks may differ in it",
     )
     intensity: Literal["per_image"] | tuple[float, float] = setting(
         "per_image",

@@ -67,6 +67,7 @@ from support.faults import fail
 from support.membership import failure
 from support.tiny_run import (
     CLIENTS,
+    StoppingGrid,
     accepted_attempts,
     all_bits,
     begin,
@@ -437,16 +438,6 @@ def test_who_was_away_for_long_comes_back_with_a_control_variate_of_zero(
 # --- Whole runs ----------------------------------------------------------------------------------
 
 PARTIAL: dict[str, Any] = {**CHEAP, **ON, "federation.rounds": 4, "federation.clients_per_round": 2}
-
-
-class StoppingGrid(InlineGrid):
-    """Somebody presses Ctrl-C when the first client of round 3 has answered."""
-
-    def _run_client(self, message: Message) -> Message:
-        reply = super()._run_client(message)
-        if message.metadata.message_type == TRAIN and message.metadata.group_id == "3":
-            stop_requested.set()
-        return reply
 
 
 @pytest.mark.parametrize("steps", [[], ["clip", "quantise"]], ids=["plain", "with steps"])

@@ -21,10 +21,9 @@ from srfed.federation.contract import Contract
 from srfed.federation.flower import client_app
 from srfed.federation.flower.exchange import StoppedError, stop_requested
 from srfed.federation.flower.guard import wire_guard
-from srfed.federation.flower.in_process import InlineGrid
 from srfed.federation.flower.packing import array_record, read_tensors
 from srfed.federation.layout import layout_of
-from srfed.federation.messages import SHARED, TRAIN, UPDATE
+from srfed.federation.messages import SHARED, UPDATE
 from srfed.federation.updates import (
     Delta,
     Length,
@@ -44,6 +43,7 @@ from srfed.training.local import LocalTrainer
 from srfed.training.optimizer import reach_of_round
 from srfed.training.part import ClientState, Part, initial_state
 from support.tiny_run import (
+    StoppingGrid,
     accepted_attempts,
     all_bits,
     begin,
@@ -326,16 +326,6 @@ ROUNDS = {"federation.rounds": 3, "federation.keep_attempts": 9, "evaluation.eve
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return run_in_process(begin(tmp_path_factory.mktemp("plain") / "run", ROUNDS))
-
-
-class StoppingGrid(InlineGrid):
-    """Somebody presses Ctrl-C when the first client of round 3 has answered."""
-
-    def _run_client(self, message: Message) -> Message:
-        reply = super()._run_client(message)
-        if message.metadata.message_type == TRAIN and message.metadata.group_id == "3":
-            stop_requested.set()
-        return reply
 
 
 @pytest.mark.parametrize(

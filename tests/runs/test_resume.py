@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Message
 
 from srfed import simulate
 from srfed.errors import UserError
 from srfed.federation.flower.exchange import StoppedError, stop_requested
-from srfed.federation.flower.in_process import InlineGrid
-from srfed.federation.messages import TRAIN, Request
+from srfed.federation.messages import Request
 from srfed.federation.site import Site
 from srfed.federation.worker import Worker
 from srfed.reporting.curves import Curves
@@ -23,6 +21,7 @@ from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from support.errors import one_error_line
 from support.tiny_run import (
+    StoppingGrid,
     all_bits,
     begin,
     records,
@@ -39,16 +38,6 @@ ROUNDS = {
     "evaluation.samples": 6,
     "evaluation.samples_between": 6,
 }
-
-
-class StoppingGrid(InlineGrid):
-    """Somebody presses Ctrl-C when the first client of round 3 has answered."""
-
-    def _run_client(self, message: Message) -> Message:
-        reply = super()._run_client(message)
-        if message.metadata.message_type == TRAIN and message.metadata.group_id == "3":
-            stop_requested.set()
-        return reply
 
 
 def reopen(run: RunFolder) -> RunFolder:

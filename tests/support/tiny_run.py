@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from flwr.app import Message
 from flwr.clientapp import ClientApp
 
 from srfed.config import RunConfig, parse_config
 from srfed.federation.flower.client_app import app as real_client_app
+from srfed.federation.flower.exchange import stop_requested
 from srfed.federation.flower.in_process import InlineGrid
 from srfed.federation.flower.in_process import run_in_process as train_in_process
 from srfed.federation.flower.server_app import run_federation
+from srfed.federation.messages import TRAIN
 from srfed.reporting.curves import shown_on_terminal
 from srfed.storage.checkpoint import read_manifest
 from srfed.storage.metrics_log import MetricsLog
@@ -41,6 +44,16 @@ TINY: dict[str, dict[str, Any]] = {
 }
 CLIENTS = ["digit-0", "digit-1", "digit-2"]
 TIMINGS = {"seconds", "images_per_second"}
+
+
+class StoppingGrid(InlineGrid):
+    """Somebody presses Ctrl-C when the first client of round 3 has answered."""
+
+    def _run_client(self, message: Message) -> Message:
+        reply = super()._run_client(message)
+        if message.metadata.message_type == TRAIN and message.metadata.group_id == "3":
+            stop_requested.set()
+        return reply
 
 
 def tiny_config(overrides: Mapping[str, Any] | None = None) -> RunConfig:
