@@ -125,7 +125,7 @@ def judge(run: RunFolder, tasks: Sequence[Task], judging: Judging) -> dict[str, 
         shown = Task(
             task.name, task.train, task.test[: judging.test_images], task.index, task.validation
         )
-        samples[task.name], owners[task.name] = _scores(
+        samples[task.name], owners[task.name] = scores_of(
             denoiser_of_task(objective, network, place),
             objective.process,
             config,
@@ -159,7 +159,7 @@ def judge(run: RunFolder, tasks: Sequence[Task], judging: Judging) -> dict[str, 
     }
 
 
-def _scores(
+def scores_of(
     denoiser: Denoiser,
     process: Process,
     config: RunConfig,
@@ -167,7 +167,19 @@ def _scores(
     network: FeatureNetwork,
     count: int,
 ) -> tuple[Images, dict[str, Any]]:
-    """An owner's samples, and its scores."""
+    """An owner's samples, and its scores on its test images.
+
+    Args:
+        denoiser: E[x_0 | x_t] of its model, in evaluation mode.
+        process: the forward process.
+        config: of the run.
+        task: the owner's images, at least 2 test images.
+        network: the feature network.
+        count: samples, at least 2.
+
+    Raises:
+        UserError: there are too few images for a score.
+    """
     losses = denoising_losses(denoiser, process, task.test, task=task.name, seed=TEST_NOISE)
     samples = generate(
         denoiser, process, config.sampling, count=count, shape=task.shape, seed=0, task=task.name

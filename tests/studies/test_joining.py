@@ -25,35 +25,15 @@ from srfed.studies import judged
 from srfed.studies.best_rounds import BestRounds, best_file, best_rounds, groups_of, read_history
 from srfed.studies.cases import change
 from srfed.studies.gains import add_row, gap_closed, report, row_of
-from srfed.studies.joining import COMMON, OWN_RATES, SIDES, Cell, cells
+from srfed.studies.joining import OWN_RATES, SIDES, Cell, cells
 from srfed.studies.judged import train_judged
 from srfed.studies.owners import SETS
 from support.images import random_images, save
+from support.tiny_study import tiny_base
 
 OWNERS = ("digit-0", "digit-1", "digit-2")
 ASKED = {"every": 1, "samples": 4, "test_images": 6}
 CLOCK = {"core_seconds"}
-
-
-def tiny_base(rounds: int = 2, **changes: Any) -> RunConfig:
-    return change(
-        change(RunConfig(), **COMMON),
-        data__images_per_task=16,
-        data__validation_images=4,
-        data__image_size=8,
-        model__channels=(8, 16, 16, 16),
-        model__groups=4,
-        training__local_steps=3,
-        federation__clients=3,
-        federation__rounds=rounds,
-        sampling__steps=4,
-        evaluation__samples=6,
-        evaluation__samples_between=6,
-        evaluation__ssim_timestep=5,
-        evaluation__ssim_curve=(5,),
-        resources__device="cpu",
-        **changes,
-    )
 
 
 def tiny_cells(rounds: int = 2) -> dict[str, Cell]:
