@@ -31,6 +31,9 @@ KEY = (
     "samples",
     "test_images",
     "validation_images",
+    "trained_owners",
+    "all_owners",
+    "images_read",
 )
 """What a line of cells.csv is known by."""
 
@@ -69,6 +72,9 @@ def row_of(cell: NewOwnerCell, outcome: Mapping[str, Any]) -> dict[str, Any]:
         "samples": adapting.samples,
         "test_images": outcome["judged_on"],
         "validation_images": outcome["validation_images"],
+        "trained_owners": core.config.federation.clients,
+        "all_owners": cell.everybody.federation.clients,
+        "images_read": cell.everybody.data.images_per_task,
         "core_round": outcome["core_round"],
         "best_step": outcome["step"],
         **{key: _digits(outcome[key]) for key in ("validation", "loss", *BANDS)},
