@@ -71,6 +71,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="steps between a new owner's validations (20)",
     )
     parser.add_argument(
+        "--patience",
+        type=int,
+        default=20,
+        metavar="N",
+        help="end a core where no round has been better for N rounds; 0: never (20)",
+    )
+    parser.add_argument(
+        "--patience-steps",
+        type=int,
+        default=240,
+        metavar="N",
+        help="end a new owner where no step has been better for N steps; 0: never (240)",
+    )
+    parser.add_argument(
         "--samples", type=int, default=64, metavar="N", help="samples an owner to score (64)"
     )
     parser.add_argument(
@@ -95,6 +109,8 @@ def _study(options: argparse.Namespace) -> None:
         ("validation", 2),
         ("between", 1),
         ("steps", 1),
+        ("patience", 0),
+        ("patience-steps", 0),
     ):
         _within(name, getattr(options, name.replace("-", "_")), least)
     _within("owners", known, 2, SETS[options.owner_set].owners - 1)
@@ -109,13 +125,19 @@ def _study(options: argparse.Namespace) -> None:
     load_tasks(base.data, known)
     load_tasks(everybody.data, known + new)
     scores = {name: getattr(options, name) for name in ("samples", "test_images")}
-    trained = cores(options.owner_set, base, {"every": options.every, **scores}, options.seeds)
+    judging = {"every": options.every, "patience": options.patience, **scores}
+    trained = cores(options.owner_set, base, judging, options.seeds)
     asked = new_owner_cells(
         trained,
         everybody,
         known,
         counts,
-        {"steps": options.steps, "between": options.between, **scores},
+        {
+            "steps": options.steps,
+            "between": options.between,
+            "patience": options.patience_steps,
+            **scores,
+        },
     )
     out = options.out or Path("runs") / f"new-owner-{options.owner_set}-{known}"
     run_jobs(core_jobs(trained, options.pool), options.pool, options.jobs)

@@ -114,6 +114,8 @@ def adapt_and_judge(
             best = adapted
         history[adapted.steps] = loss if math.isfinite(loss) else math.inf
         seconds[adapted.steps] = time.process_time() - begin
+        if best and 0 < adapting.patience <= adapted.steps - best.steps:
+            break
     if best is None:
         raise UserError(
             f"the validation loss of {task.name} was finite at no step; lower the learning rate"
@@ -136,6 +138,7 @@ def adapt_and_judge(
         "validation_images": len(task.validation),
         "judged_on": len(task.test),
         "step": best.steps,
+        "steps_taken": max(history),
         "validation": history[best.steps],
         "history": {str(step): loss for step, loss in history.items()},
         **scores,

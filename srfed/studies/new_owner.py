@@ -22,7 +22,7 @@ from srfed.data import load_task
 from srfed.files import exists, read_json
 from srfed.studies import joining
 from srfed.studies.cases import Job
-from srfed.studies.joining import ALONE, JOINED, OWN_RATES, PAPER, POOLED
+from srfed.studies.joining import JOINED, OWN_RATES, PAPER, POOLED
 from srfed.training.adaptation import Mode
 
 SCRATCH = "scratch"
@@ -67,6 +67,7 @@ class Adapting:
         images: training images, the first of those that the most have.
         steps: local steps in all.
         between: local steps from one look at the validation images to the next.
+        patience: it ends where no step has been better for as many steps; 0: never.
         samples: generated images, at least 2.
         test_images: test images, the first, at least 2; fewer where there are no more.
     """
@@ -74,6 +75,7 @@ class Adapting:
     images: int
     steps: int
     between: int
+    patience: int
     samples: int
     test_images: int
 
@@ -107,7 +109,8 @@ class NewOwnerCell:
         """All that decides what is found."""
         return {
             "core": self.core.folder(pool).name,
-            "rounds": self.core.config.federation.rounds,
+            "core_rounds": self.core.config.federation.rounds,
+            "core_patience": self.core.judging.patience,
             "everybody": self.everybody.fingerprint(),
             "side": self.side,
             "name": self.name,
@@ -161,15 +164,14 @@ def cores(
     Args:
         owners: the set's name.
         base: the common settings of the owners that train.
-        judging: ``every``, ``samples`` and ``test_images`` of
+        judging: ``every``, ``samples``, ``test_images`` and ``patience`` of
             :class:`~srfed.studies.judged.Judging`.
         seeds: how many, from 0.
 
     Raises:
         UserError: the settings are impossible.
     """
-    found = joining.cells(owners, base, judging, seeds, OWN_RATES)
-    return [cell for cell in found if cell.side != ALONE]
+    return joining.cells(owners, base, judging, seeds, OWN_RATES, CORES)
 
 
 def new_owner_cells(

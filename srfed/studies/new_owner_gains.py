@@ -26,8 +26,10 @@ KEY = (
     "config_hash",
     "core_every",
     "core_rounds",
+    "core_patience",
     "steps",
     "steps_between",
+    "patience",
     "samples",
     "test_images",
     "validation_images",
@@ -67,8 +69,10 @@ def row_of(cell: NewOwnerCell, outcome: Mapping[str, Any]) -> dict[str, Any]:
         "config_hash": outcome["fingerprint"][:12],
         "core_every": core.judging.every,
         "core_rounds": core.config.federation.rounds,
+        "core_patience": core.judging.patience,
         "steps": adapting.steps,
         "steps_between": adapting.between,
+        "patience": adapting.patience,
         "samples": adapting.samples,
         "test_images": outcome["judged_on"],
         "validation_images": outcome["validation_images"],
@@ -77,6 +81,7 @@ def row_of(cell: NewOwnerCell, outcome: Mapping[str, Any]) -> dict[str, Any]:
         "images_read": cell.everybody.data.images_per_task,
         "core_round": outcome["core_round"],
         "best_step": outcome["step"],
+        "steps_taken": outcome["steps_taken"],
         **{key: _digits(outcome[key]) for key in ("validation", "loss", *BANDS)},
         **{key: None if outcome[key] is None else _digits(outcome[key]) for key in SCORES},
         "recognised_real": _digits(outcome["recognised_real"]),
@@ -166,7 +171,8 @@ def describe(asked: Sequence[NewOwnerCell], found: Outcomes) -> str:
                 )
                 + " |"
             )
-    core = cell.core.config
+    core, waited = cell.core.config, cell.adapting.patience
+    patience = f" or until none is the best for {waited}," if waited else ""
     rounds = ", ".join(
         f"{side} {' and '.join(str(n) for n in sorted(numbers))}"
         for side in SIDES
@@ -178,12 +184,12 @@ def describe(asked: Sequence[NewOwnerCell], found: Outcomes) -> str:
         f"{cell.core.owners}: {core.federation.clients} owners have trained; new: "
         f"{', '.join(names)}. {some['judged_on']} test images of each at most; "
         f"{some['validation_images']} beside the training images choose the step, of "
-        f"{cell.adapting.steps}, one look every {cell.adapting.between}; {len(seeds)} seed(s). The "
-        f"cores are of their best rounds: {rounds}. Real images are recognised among all owners' "
-        f"at a share of {mean(one['recognised_real'] for one in found.values()):.2f}; "
+        f"{cell.adapting.steps},{patience} one look every {cell.adapting.between}; {len(seeds)} "
+        f"seed(s). The cores are of their best rounds: {rounds}. Real images are recognised among "
+        f"all owners' at a share of {mean(one['recognised_real'] for one in found.values()):.2f}; "
         f"{some['samples']} samples; copies: distance to training images over that of held-out "
         "ones. The interval is over held-out images, not over trainings. Messages: φ, once. Core "
-        "time is of all steps.",
+        "time is of all steps taken.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -40,8 +40,8 @@ from srfed.training.part import load_tensors
 from support.tiny_study import tiny_base
 
 CLOCK = {"core_seconds", "core_seconds_to_best"}
-JUDGING = {"every": 1, "samples": 4, "test_images": 6}
-ADAPTING = {"steps": 6, "between": 2, "samples": 4, "test_images": 6}
+JUDGING = {"every": 1, "samples": 4, "test_images": 6, "patience": 0}
+ADAPTING = {"steps": 6, "between": 2, "patience": 0, "samples": 4, "test_images": 6}
 
 
 def tiny_cells(counts: Sequence[int] = (5, 8), seeds: int = 1) -> list[NewOwnerCell]:
@@ -96,7 +96,7 @@ def test_there_is_a_cell_for_each_new_owner_number_side_and_seed(tmp_path: Path)
     # The runs are those of the study of joining.
     same = joining.cells("digits", tiny_base(1), JUDGING, 2, joining.OWN_RATES)
     assert {c.core.folder(tmp_path) for c in found} == {
-        c.folder(tmp_path) for c in same if c.side != "alone"
+        c.folder(tmp_path) for c in same if c.side != joining.ALONE
     }
 
 
@@ -187,6 +187,12 @@ def test_the_first_of_the_best_steps_counts_and_a_second_call_does_nothing(
         with pytest.raises(UserError, match="of digit-3 was finite at no step"):
             do(cell.job(tmp_path / "never"), tmp_path)
     assert cell.left(tmp_path / "never") is None
+    hasty = replace(cell, adapting=replace(cell.adapting, patience=2))
+    with monkeypatch.context() as patch:
+        told = iter([0.3, 0.3])
+        patch.setattr(fitting, "denoising_losses", lambda *_, **__: np.full((2, 8), next(told)))
+        outcome = do(hasty.job(tmp_path / "0"), tmp_path)
+    assert (outcome["step"], outcome["steps_taken"]) == (2, 4)
     first = cell.left(tmp_path / "0")
     monkeypatch.setattr(fitting, "adapt_and_judge", None)
     assert do(cell.job(tmp_path / "0"), tmp_path) == first
@@ -264,6 +270,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
         ["--steps", "10", "--between", "11"],
         "--between 11 is impossible; allowed: 1 to 10",
     ),
+    "no patience": (["--patience-steps", "-1"], "--patience-steps -1 is impossible"),
     "no step": (["--steps", "0"], "--steps 0 is impossible; allowed: 1 or more"),
     "one test image": (["--test-images", "1"], "--test-images 1 is impossible"),
 }
