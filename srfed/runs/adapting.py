@@ -61,7 +61,7 @@ class Point:
         floor: the distance of the training images to the held-out ones.
         network_sha256: of the feature network's weights.
         seed: of training and of the samples.
-        validation: loss on the validation images; NaN where there are none.
+        validation: loss on the validation images; infinite where there are none.
     """
 
     mode: str
@@ -75,7 +75,7 @@ class Point:
     floor: float
     network_sha256: str
     seed: int
-    validation: float = field(default=math.nan, kw_only=True)
+    validation: float = field(default=math.inf, kw_only=True)
 
 
 SomePoint = TypeVar("SomePoint", bound=Point)
@@ -223,7 +223,7 @@ def score_adaptation(
             task=task.name,
         ).images
         score = frechet_distance(FeatureStatistics.of(network(images)), held_out)
-        validation = math.nan
+        validation = math.inf
         if len(task.validation):
             validation = mean_loss(
                 denoising_losses(
