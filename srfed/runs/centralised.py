@@ -103,7 +103,7 @@ class Centralised:
         the result.
 
         Raises:
-            DamagedError: a checkpoint of the best round is missing or damaged.
+            DamagedError: a checkpoint of the best round is damaged.
         """
         own, result = self._own, None
         if final and state.best is not None:

@@ -192,16 +192,17 @@ class ServerCheckpoints:
 
     def load_best(self, last: RunState) -> RunState:
         """The state after the best round that a state knows of; the same state where it knows of
-        none.
+        none, or the checkpoint of that was removed.
 
         Raises:
-            DamagedError: its checkpoint is missing or damaged; the text says how to go on.
+            DamagedError: its checkpoint is damaged; the text says how to go on.
             UserError: it cannot be read, or is of another srfed.
         """
-        if last.best is None or last.best.round == last.round:
+        best = last.best
+        if best is None or best.round == last.round or best.round not in self.rounds():
             return last
-        path = self._path(last.best.round)
-        return self._load(last.best.round, f"remove {path}, and --resume goes on without it")
+        path = self._path(best.round)
+        return self._load(best.round, f"remove {path} to have the last round in its place")
 
     def _load(self, number: int, advice: str) -> RunState:
         path = self._path(number)

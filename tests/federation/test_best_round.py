@@ -363,9 +363,10 @@ def test_a_run_that_goes_back_has_its_best_round_still(
 def test_a_best_round_whose_checkpoint_is_lost_is_named_and_begins_anew(copy: RunFolder) -> None:
     path = copy.server / f"round-{FOUND:05d}"
     (path / STATE_FILE).write_bytes(b"spoilt")
-    with pytest.raises(DamagedError, match=f"remove {path}, and --resume goes on without it"):
+    with pytest.raises(DamagedError, match=f"remove {path} to have the last round in its"):
         TrainedRun(copy.path, CPU)
     shutil.rmtree(path)
+    assert TrainedRun(copy.path, CPU).round == 6
     shutil.rmtree(copy.server / "round-00006")
     notices = Notices()
     train(copy, notices)

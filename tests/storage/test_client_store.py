@@ -384,9 +384,8 @@ def test_the_attempt_of_the_best_round_stays_and_goes_when_another_is_the_best(
         if number > 4:
             assert len([name for name in attempts_of(store) if not name.endswith("lost")]) <= 4
         parent, best = attempt, {3: "a-3", 9: "a-9"}.get(number, best)
-    assert attempts_of(store) == {
-        "a-9", "a-13", "a-14", "a-15", "a-14-lost", "a-15-lost"
-    }  # fmt: skip
+    lost = {"a-14-lost", "a-15-lost"}
+    assert attempts_of(store) == {"a-9", "a-13", "a-14", "a-15", *lost}
 
 
 def test_going_back_finds_the_best_round_of_that_time(tmp_path: Path) -> None:

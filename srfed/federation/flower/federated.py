@@ -183,7 +183,7 @@ class Federated:
         if that is the result. None where no client sent samples.
 
         Raises:
-            DamagedError: the checkpoint of the best round is missing or damaged.
+            DamagedError: the checkpoint of the best round is damaged.
             StoppedError: the user asked to stop.
         """
         self._tell, number = tell, state.round
