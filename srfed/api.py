@@ -104,7 +104,8 @@ class Run:
     Attributes:
         path: its folder.
         config: what it was trained with.
-        round: the round of its last checkpoint.
+        round: the round of its weights: of the last checkpoint, or of the best one where that is
+            the run's result.
         tasks: names of its tasks; of a site's store, its own alone.
     """
 
@@ -173,7 +174,7 @@ class Run:
         quantile: float = 0.05,
         references: str | Path | None = None,
     ) -> dict[str, Any]:
-        """Score the last checkpoint in every way there is; a second call finds what the first left.
+        """Score the run's weights in every way there is; a second call finds what the first left.
 
         Args:
             samples: generated images, of all tasks together.

@@ -55,6 +55,46 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class ResultRound:
+    """The round whose weights are a run's result under ``federation.result: best``.
+
+    Attributes:
+        round: the best by validation images.
+        loss: mean validation loss after it.
+        last: the same after the last round.
+    """
+
+    round: int
+    loss: float
+    last: float
+
+    def in_words(self, rounds: int) -> str:
+        """Which round of so many, and its loss."""
+        return (
+            f"best round by validation: {self.round} of {rounds}, loss {self.loss:.4f}; last "
+            f"{self.last:.4f}"
+        )
+
+
+@dataclass(frozen=True)
+class ValidationRecord:
+    """What the owners' validation images say of a round.
+
+    Attributes:
+        loss: mean over the clients that told one after this round; None where none did.
+        loss_by_client: theirs.
+        result: the best round so far.
+        refused, missing: as in a round.
+    """
+
+    loss: float | None
+    loss_by_client: dict[str, float]
+    result: ResultRound | None
+    refused: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RoundRecord:
     """One finished round.
 
@@ -73,6 +113,7 @@ class RoundRecord:
         update_norm: ‖φ^{r+1} - φ^r‖.
         disagreement: see srfed.federation.aggregation.Aggregate.
         seconds: wall time of the round.
+        validation: what the validation images say, in rounds in which they are asked.
     """
 
     round: int
@@ -91,6 +132,7 @@ class RoundRecord:
     disagreement: float
     seconds: float
     shortened: dict[str, float] = field(default_factory=dict)
+    validation: ValidationRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +157,8 @@ class EvaluationRecord:
         refused, missing: as in a round.
         bytes_up, bytes_down: of its messages.
         seconds: wall time.
+        result: whose weights it has judged, at the end under ``federation.result: best``; None
+            where they are those of ``round``.
     """
 
     round: int
@@ -138,3 +182,4 @@ class EvaluationRecord:
     bytes_down: int
     seconds: float
     comparisons: dict[str, Comparison] = field(default_factory=dict)
+    result: ResultRound | None = None

@@ -15,9 +15,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = Parser(
         prog="srfed evaluate",
-        description="Sample a simulated or centralised run's last checkpoint, and score the "
-        "samples in every way there is. Each number is printed with what it depends on. A second "
-        "call reads what the first has left.",
+        description="Sample a simulated or centralised run, its last checkpoint or its best round "
+        "where that is its result, and score the samples in every way there is. Each number is "
+        "printed with what it depends on. A second call reads what the first has left.",
     )
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="the run's folder")
     parser.add_argument(

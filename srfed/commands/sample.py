@@ -21,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = Parser(
         prog="srfed sample",
-        description="Generate images through the averaged weights of a run's last checkpoint.",
+        description="Generate images through the averaged weights of a run: of its last "
+        "checkpoint, or of its best round where that is its result.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, metavar="RUN", help="the folder of a simulation's run")

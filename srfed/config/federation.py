@@ -65,6 +65,18 @@ class FederationConfig(Section):
         description="attempts each client, and checkpoints the server, keeps on disk",
     )
 
+    result: Literal["last", "best"] = setting(
+        "last",
+        description="which round's weights are the run's result: the last one's, or those of the "
+        "round with the least loss on the owners' validation images (data.validation_images)",
+    )
+    validate_every: int = setting(
+        4,
+        ge=1,
+        description="result `best`: rounds between two looks at the validation images; the last "
+        "round always has one",
+    )
+
     compare: Literal["none", "alone"] = setting(
         "none",
         description="alone: in the same rounds each client also trains a model of its own images "

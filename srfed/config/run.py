@@ -89,6 +89,11 @@ class RunConfig(Section):
                     f"evaluation.{name} {value} is below {2 * clients}, two for each of the "
                     f"{clients} clients"
                 )
+        if self.federation.result == "best" and not self.data.validation_images:
+            raise ValueError(
+                f"federation.result best needs data.validation_images, and it is "
+                f"{self.data.validation_images}; allowed: 2 and more"
+            )
         self._check_method()
         if self.training.update == "exclusive" and (
             self.model.exclusive_stages == "none" and self.model.owned == ()
@@ -167,6 +172,16 @@ class RunConfig(Section):
         every, last = self.evaluation.every, self.federation.rounds
         return round_number > 0 and (
             round_number == last or (every > 0 and round_number % every == 0)
+        )
+
+    def validation_due(self, round_number: int) -> bool:
+        """Whether the owners look at their validation images after this round: every so many, and
+        at the end.
+        """
+        federation = self.federation
+        return federation.result == "best" and (
+            round_number == federation.rounds
+            or (round_number > 0 and round_number % federation.validate_every == 0)
         )
 
     def to_json(self) -> str:

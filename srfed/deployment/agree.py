@@ -26,7 +26,7 @@ from srfed.federation.agreement import (
     samples_of,
     weak_numbers,
 )
-from srfed.federation.bounds import comparison_in_words
+from srfed.federation.bounds import comparison_in_words, validation_in_words
 from srfed.federation.contract import Contract
 from srfed.federation.control import control_in_words
 from srfed.federation.flower.admission import images_of
@@ -241,6 +241,15 @@ def in_words(agreement: Agreement, config: RunConfig) -> str:
             "it took",
             "               once, after a tenth of the rounds: its loss over that of a predictor "
             "that has learned nothing",
+            *(
+                f"  validation:  {line}"
+                + (
+                    f"; withheld unless {least.mean} stand behind it"
+                    if config.data.validation_images < least.mean
+                    else ""
+                )
+                for line in validation_in_words(config)
+            ),
             f"  evaluation:  {often}: {what}",
             *(f"               {line}" for line in numbers),
             "  once:        your id, the numbers and the size of your images, a fingerprint of φ, "

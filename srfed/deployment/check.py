@@ -20,7 +20,7 @@ from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.shares import share_of_samples
 from srfed.federation.agreement import COMMAND
-from srfed.federation.bounds import comparison_in_words
+from srfed.federation.bounds import comparison_in_words, validation_in_words
 from srfed.federation.contract import Contract
 from srfed.federation.flower.packing import wire_bytes
 from srfed.federation.layout import zeros_of
@@ -137,6 +137,7 @@ def check_site(
             f"            with names, shapes and headers {down:,} and {up:,} bytes",
             "also go:    the client's id, numbers of images and their size, losses and times, a "
             "fingerprint of the partition",
+            *(f"{'validation:':<11} {line}" for line in validation_in_words(config)),
             *_of_evaluation(config, height * width * channels),
             "never go:   your images, θ_i, its moving average, its optimizer's moments, the texts "
             "of errors",
@@ -191,10 +192,13 @@ def _bytes_of_store(contract: Contract, task: Task, shared: int, exclusive: int)
     if config.federation.compare == "alone":
         # The model alone: weights, averages, those of its best round, moments.
         attempt += (shared + exclusive) * (3 + moments)
-    # The kept ones, the ancestor of the oldest, and the one that is being written before the last
-    # is dropped.
+    # The kept ones, the ancestor of the oldest, the one that is being written before the last is
+    # dropped, and that of the best round.
     images = task.train.nbytes + task.test.nbytes + task.validation.nbytes
-    return (config.federation.keep_attempts + 2) * attempt + images
+    attempts = config.federation.keep_attempts + 2
+    if config.federation.result == "best":
+        attempts += 1
+    return attempts * attempt + images
 
 
 def _try_to_write(folder: Path) -> None:

@@ -7,7 +7,7 @@ from srfed.config import EvaluationConfig
 from srfed.data.images import Images
 from srfed.evaluation.metrics.memorisation import Audit
 from srfed.evaluation.references import Scores
-from srfed.records import Comparison, EvaluationRecord
+from srfed.records import Comparison, EvaluationRecord, ResultRound
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,18 +55,20 @@ def evaluation_record(
     final: bool,
     seconds: float,
     exchanged: Exchanged | None = None,
+    result: ResultRound | None = None,
 ) -> EvaluationRecord:
     """The record of an evaluation.
 
     Args:
         settings: the run's.
-        round_number: the round whose weights were judged.
+        round_number: the round after which it was made.
         reports: by client, at least one.
         scores: of their samples.
         floor: what real training images would score.
         final: the evaluation at the end of the run.
         seconds: wall time.
         exchanged: how the owners were asked.
+        result: the round whose weights were judged; None where that is the same.
     """
     exchanged = exchanged or Exchanged({}, {})
     curves = {client: report.ssim for client, report in reports.items() if report.ssim}
@@ -100,6 +102,7 @@ def evaluation_record(
         bytes_up=exchanged.bytes_up,
         bytes_down=exchanged.bytes_down,
         seconds=seconds,
+        result=result,
     )
 
 

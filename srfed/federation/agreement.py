@@ -56,9 +56,16 @@ FREE = frozenset(
 in AT_MOST nor OF_THE_OWNER). The numbers of samples are agreed as what this site generates,
 whatever the others do."""
 
-OF_THE_OWNER = frozenset({"federation.compare", "federation.compare_told"})
+OF_THE_OWNER = frozenset(
+    {
+        "federation.compare",
+        "federation.compare_told",
+        "federation.result",
+        "federation.validate_every",
+    }
+)
 """Of ``federation``, and no affair of the server's: what an owner computes for itself, and whether
-it tells.
+it tells; and whether it tells a loss of its validation images, and how often.
 """
 
 LEAST_STATISTICS, LEAST_MEAN = 20, 8

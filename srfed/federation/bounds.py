@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from srfed.config import RunConfig
 from srfed.data.images import SMALLEST
 from srfed.diffusion.process import QUARTERS
+from srfed.evaluation.metrics.denoising_loss import LARGEST_LOSS
 from srfed.evaluation.metrics.memorisation import Memorisation
 from srfed.evaluation.metrics.ssim import ssim_window
 from srfed.federation.messages import AGAINST_TRIVIAL, AUDIT, FIGURES, MOST_ROUNDS, SETS
@@ -28,12 +29,8 @@ MOST_PIXELS = 65_536
 MOST_CHANNELS = 16
 """Of an image: the server makes room for features of each of them."""
 """Of a round: the server counts them off one by one, in the decay of its moving average."""
-LARGEST_LOSS = 1e6
 LEAST_LOSS = 1e-9
 """Of held-out images; a ratio to it is a number."""
-"""The mean squared error of predicted noise is of the order of 1, of a network that diverges
-perhaps of thousands.
-"""
 LARGEST_FEATURE = 1e9
 """Feature networks give numbers of the order of 1; far larger ones would overflow in the score of
 everybody.
@@ -116,6 +113,18 @@ def judged_against_trivial(config: RunConfig, round_number: int) -> bool:
     return 0 < round_number == config.federation.rounds // 10
 
 
+def validation_in_words(config: RunConfig) -> list[str]:
+    """What of the validation images leaves, for their owner to read; nothing where the last round
+    is the result.
+    """
+    if config.federation.result == "last":
+        return []
+    return [
+        f"every {config.federation.validate_every} rounds, and at the end: the mean loss on your "
+        f"{config.data.validation_images} validation images"
+    ]
+
+
 def comparison_in_words(config: RunConfig) -> list[str]:
     """What of a comparison leaves, for its owner to read; nothing where nothing is compared."""
     federation = config.federation
@@ -127,6 +136,13 @@ def comparison_in_words(config: RunConfig) -> list[str]:
         f"what joining is worth to you, on your test images ({len(COMPARISON)} numbers, of losses "
         "alone and together)"
     ]
+
+
+def validation_numbers(images: Number) -> dict[str, Number]:
+    """The numbers of a reply about validation images, of which there are so many; the loss is NaN
+    where too few images stand behind it to be told.
+    """
+    return {"loss": Number(0, LARGEST_LOSS, gaps=True), "images": images}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,13 @@ from functools import cached_property
 from torch import Tensor
 
 from srfed.config import RunConfig
-from srfed.federation.bounds import DESCRIPTION, EvaluatePlan, Number, TrainPlan
+from srfed.federation.bounds import (
+    DESCRIPTION,
+    EvaluatePlan,
+    Number,
+    TrainPlan,
+    validation_numbers,
+)
 from srfed.federation.control import control_in_words, layout_of_control
 from srfed.federation.layout import Layout, layout_of, value_bytes, value_count
 from srfed.federation.messages import (
@@ -77,7 +83,7 @@ class Contract:
 
     @property
     def request(self) -> dict[str, Layout]:
-        """What comes with a request to evaluate, by record."""
+        """What comes with a request to evaluate or validate, by record."""
         return {SHARED: self.shared}
 
     @property
@@ -122,6 +128,10 @@ class Contract:
             (name, "uint8", (count, *plan.shape)) for name, count in counts.items()
         ]
         return Form(_REPLY, {GENERATED: generated}, plan.numbers(), audit)
+
+    def validated(self, images: Number) -> Form:
+        """The reply to a request for the loss on so many validation images."""
+        return Form(_REPLY, numbers=validation_numbers(images))
 
     def reach(self, reach: Reach | None) -> Reach | None:
         """How long a decoded update can be, where the optimizer comes no further than this; None

@@ -16,11 +16,14 @@ from srfed.federation.agreement import RequestRefusedError
 from srfed.records import Comparison, Shape
 from srfed.storage.client_store import PLAIN_NAME
 
-PROTOCOL = 2
-"""Rises whenever a message means something else. 1, before it was said, knew no update but φ_i."""
+PROTOCOL = 3
+"""Rises whenever a message means something else. 1, before it was said, knew no update but φ_i; 2
+knew no best round."""
 DESCRIBE = "query.describe"
 TRAIN = "train"
 EVALUATE = "evaluate"
+VALIDATE = "evaluate.validate"
+"""Asks for the loss on the owner's validation images, and for nothing else."""
 
 Samples = NewType("Samples", dict[str, Tensor])
 """Generated images, or statistics of features: what may leave an owner besides φ."""
@@ -80,6 +83,9 @@ class Request:
         round: the round, from 1; 0 in a description.
         attempt: the name under which the client is to store what it does.
         parent: the accepted attempt that the client is to start from; "none" before its first.
+        best: the client's attempt in the best round so far, which it is to keep; "none" where there
+            is no such round.
+        best_round: that round; 0 where there is none.
         samples: how many images to generate.
         final: the evaluation at the end of the run, with all its curves.
         protocol: which the server speaks.
@@ -91,6 +97,8 @@ class Request:
     round: int = 0
     attempt: str = "none"
     parent: str = "none"
+    best: str = "none"
+    best_round: int = 0
     samples: int = 0
     final: bool = False
     protocol: int = PROTOCOL
@@ -113,7 +121,12 @@ class Request:
             raise RequestRefusedError(
                 "the request is of another protocol", str(error)[:200]
             ) from error
-        names = {"lineage": request.lineage, "attempt": request.attempt, "parent": request.parent}
+        names = {
+            "lineage": request.lineage,
+            "attempt": request.attempt,
+            "parent": request.parent,
+            "best": request.best,
+        }
         if request.client:
             names["client"] = request.client
         for key, name in names.items():
@@ -121,6 +134,7 @@ class Request:
                 raise RequestRefusedError(f"the request's {key} is impossible", f"{name[:100]!a}")
         numbers = {
             "round": (request.round, MOST_ROUNDS),
+            "best_round": (request.best_round, MOST_ROUNDS),
             "samples": (request.samples, MOST_SAMPLES),
         }
         for key, (number, most) in numbers.items():

@@ -4,6 +4,7 @@ What it may say is declared in :mod:`srfed.federation.contract`; here every repl
 error is held to it, the size of what is to be read before it is read.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,7 @@ from srfed.federation.bounds import (
     LARGEST_FEATURE,
     LONGEST_TEXT,
     MOST_ARRAYS,
+    MOST_IMAGES,
     SLACK,
     SLACK_BYTES,
     EvaluatePlan,
@@ -112,6 +114,17 @@ class EvaluateReply:
     comparison: Comparison | None
 
 
+@dataclass(frozen=True)
+class ValidateReply:
+    """An accepted loss on validation images.
+
+    Attributes:
+        loss: the client's own word; None where too few images stand behind it to be told.
+    """
+
+    loss: float | None
+
+
 def screen_description(reply: Reply) -> Description:
     """Check what a client says of itself: its fields, printable texts, possible numbers. Raises
     RefusedError.
@@ -201,6 +214,19 @@ def screen_train(
     losses = [float(loss) for loss in quarters]
     against = _one(metrics, AGAINST_TRIVIAL) if plan.judged else 0.0
     return TrainReply(update, plan, _one(metrics, "loss"), losses, shortened, control, against)
+
+
+def screen_validation(reply: Reply, expected: ReplyHeader, contract: Contract) -> ValidateReply:
+    """Check a loss on validation images, and that as many stand behind it as were asked for. Raises
+    RefusedError.
+    """
+    # Equal images are on one side, so there can be more than the setting says.
+    images = Number(contract.config.data.validation_images, MOST_IMAGES, whole=True)
+    form = contract.validated(images)
+    _check_header(reply, expected, form)
+    _check_numbers(reply.numbers, form.numbers)
+    loss = _one(reply.numbers, "loss")
+    return ValidateReply(None if math.isnan(loss) else loss)
 
 
 def _moved(

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from srfed.config import RunConfig
 from srfed.observer import Observer
-from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
+from srfed.records import EvaluationRecord, RoundRecord, TaskInfo, ValidationRecord
 from srfed.reporting.joining import joining_in_words
 from srfed.reporting.pace import Pace
 from srfed.units import bytes_in_words, seconds_in_words
@@ -63,6 +63,8 @@ class Console(Observer):
             flush=True,
         )
         self._tell_absent(record.refused, record.missing)
+        if record.validation is not None:
+            self._tell_validation(record.validation)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         self._close_bar()
@@ -72,6 +74,8 @@ class Console(Observer):
         if record.ssim_timestep in record.ssim:
             words.append(f"SSIM-rec@{record.ssim_timestep} {record.ssim[record.ssim_timestep]:.3f}")
         words.append(seconds_in_words(record.seconds))
+        if record.result is not None:
+            print(f"the result: {record.result.in_words(record.round)}", flush=True)
         print(f"evaluation {record.round}: {'  '.join(words)}", flush=True)
         for client, audit in record.audits.items():
             if audit.fires:
@@ -97,6 +101,18 @@ class Console(Observer):
 
     def on_end(self) -> None:
         self._close_bar()
+
+    def _tell_validation(self, record: ValidationRecord) -> None:
+        loss = "told by nobody" if record.loss is None else f"{record.loss:.4f}"
+        best = record.result
+        so_far = "" if best is None else f"  best {best.loss:.4f} after round {best.round}"
+        print(f"  validation loss {loss}{so_far}", flush=True)
+        self._tell_absent(
+            *(
+                {client: f"{reason} (validation)" for client, reason in reasons.items()}
+                for reasons in (record.refused, record.missing)
+            )
+        )
 
     def _tell_absent(self, refused: dict[str, str], missing: dict[str, str]) -> None:
         for word, reasons in (("refused", refused), ("missing", missing)):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from srfed.records import Comparison
+from srfed.records import Comparison, ResultRound
 from srfed.reporting.joining import joining_table
 from srfed.storage.metrics_log import MetricsLog
 from srfed.units import bytes_in_words, seconds_in_words
@@ -78,6 +78,8 @@ def _table(log: MetricsLog, evaluation: dict[str, Any]) -> list[str]:
         f"{_cell(evaluation['score'], 12, 3)}  {_cell(overall, 12, 3)}"
     )
     lines.append("")
+    if found := evaluation.get("result"):
+        lines.append(ResultRound(**found).in_words(evaluation["round"]))
     floor = evaluation["floor"]
     real = "" if floor is None else f"; the real training images score {floor:.3f}"
     lines.append(

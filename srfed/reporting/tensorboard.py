@@ -62,6 +62,14 @@ class TensorBoard:
             **{f"took_part/{client}": 1 for client in record.accepted},
             **{f"took_part/{client}": 0 for client in (*record.refused, *record.missing)},
         }
+        if (validation := record.validation) is not None:
+            values |= {
+                f"validation_by_client/{c}": loss for c, loss in validation.loss_by_client.items()
+            }
+            if validation.loss is not None:
+                values["validation/mean"] = validation.loss
+            if validation.result is not None:
+                values["validation/best_round"] = validation.result.round
         self._write(partial(_add, values=values, pictures={}, step=record.round))
 
     def add_evaluation(self, record: EvaluationRecord, pictures: Mapping[str, Images]) -> None:

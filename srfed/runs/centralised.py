@@ -8,7 +8,9 @@ import torch
 from srfed.data import Task, load_recorded_tasks, record_tasks
 from srfed.data.tasks import check_one_shape
 from srfed.device import captured_forward, memory_layout, resolve_device
+from srfed.diffusion.process import Denoiser
 from srfed.evaluation.features.load import load_feature_network
+from srfed.evaluation.metrics.denoising_loss import comparable_loss, denoising_losses
 from srfed.evaluation.references import RealFloor, References
 from srfed.evaluation.report import TaskReport, evaluation_record
 from srfed.evaluation.shares import share_of_samples
@@ -16,7 +18,8 @@ from srfed.evaluation.task import evaluate_task
 from srfed.model import build_model, build_objective, build_partition, denoiser_of_task
 from srfed.networks.partition import Shared
 from srfed.observer import Observer
-from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
+from srfed.records import EvaluationRecord, ResultRound, RoundRecord, TaskInfo
+from srfed.runs.best_round import judge_round, result_of
 from srfed.storage.checkpoint import check_tensors
 from srfed.storage.client_store import NO_PARENT, ClientStore
 from srfed.storage.run_folder import RunFolder
@@ -89,11 +92,47 @@ class Centralised:
         seconds = time.perf_counter() - began
         self._own = result.state
         record = self._record(number, before, result, seconds)
-        return self._save(number, state), record
+        state = self._save(number, state)
+        if self._config.validation_due(number):
+            state, validation = judge_round(state, self._validation_losses(), tell)
+            record = replace(record, validation=validation, seconds=time.perf_counter() - began)
+        return state, record
 
     def evaluate(self, state: RunState, tell: Observer, *, final: bool) -> EvaluationRecord | None:
-        """Judge the averaged weights of every task."""
-        return self._evaluate(state.round, self._own, tell, final)
+        """Judge the averaged weights of every task; at the end those of the best round, if that is
+        the result.
+
+        Raises:
+            DamagedError: a checkpoint of the best round is damaged.
+        """
+        own, result = self._own, None
+        if final and state.best is not None:
+            keep = self._config.federation.keep_attempts
+            own = self._restore(ServerCheckpoints(self._run.server, keep).load_best(state))
+            result = result_of(state)
+        return self._evaluate(state.round, own, tell, final, result)
+
+    def _validation_losses(self) -> dict[str, float]:
+        """Of every task's averaged weights, on its own validation images."""
+        return {
+            task.name: comparable_loss(
+                denoising_losses(
+                    self._denoiser(place, self._own),
+                    self._objective.process,
+                    task.validation,
+                    task=task.name,
+                    seed=self._config.seed,
+                )
+            )
+            for place, task in enumerate(self._images)
+        }
+
+    def _denoiser(self, place: int, own: CentralisedState) -> Denoiser:
+        """The averaged weights of a task, in evaluation mode."""
+        exclusive = own.tasks[self._images[place].name].exclusive
+        load_tensors(self._model, own.shared.average, exclusive.average)
+        self._model.eval()
+        return denoiser_of_task(self._objective, self._model, place, self._forward)
 
     def _restore(self, state: RunState) -> CentralisedState:
         tasks = {
@@ -119,7 +158,8 @@ class Centralised:
                 # The process was stopped between this store and the server's checkpoint: these are
                 # its bits.
                 continue
-            store.save(attempt, parent, number, self._own.tasks[task.name])
+            best = NO_PARENT if state.best is None else state.best.attempts[task.name]
+            store.save(attempt, parent, number, self._own.tasks[task.name], best=best)
         return replace(
             state,
             round=number,
@@ -159,7 +199,12 @@ class Centralised:
         )
 
     def _evaluate(
-        self, number: int, own: CentralisedState, tell: Observer, final: bool
+        self,
+        number: int,
+        own: CentralisedState,
+        tell: Observer,
+        final: bool,
+        result: ResultRound | None,
     ) -> EvaluationRecord:
         began, settings = time.perf_counter(), self._config.evaluation
         share = share_of_samples(
@@ -167,10 +212,8 @@ class Centralised:
         )
         reports, images = {}, {}
         for place, task in enumerate(self._images):
-            load_tensors(self._model, own.shared.average, own.tasks[task.name].exclusive.average)
-            self._model.eval()
             evaluated = evaluate_task(
-                denoiser_of_task(self._objective, self._model, place, self._forward),
+                self._denoiser(place, own),
                 self._objective.process,
                 self._config,
                 task=task.name,
@@ -198,4 +241,5 @@ class Centralised:
             self._floor(images),
             final=final,
             seconds=time.perf_counter() - began,
+            result=result,
         )

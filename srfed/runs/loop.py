@@ -1,13 +1,14 @@
 """The one loop in which every run is trained, federated or centralised, begun or resumed."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from srfed.observer import Observer, Observers
 from srfed.records import TaskInfo
 from srfed.runs.trainer import Trainer
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
-from srfed.storage.server_checkpoints import ServerCheckpoints
+from srfed.storage.server_checkpoints import RunState, ServerCheckpoints
 
 
 def run_rounds(run: RunFolder, trainer: Trainer, observers: Iterable[Observer] = ()) -> None:
@@ -30,6 +31,8 @@ def run_rounds(run: RunFolder, trainer: Trainer, observers: Iterable[Observer] =
     with run.in_use():
         try:
             found = checkpoints.load_last() if run.started else None
+            if found is not None:
+                found = _with_known_best(found, checkpoints, tell)
             state = trainer.begin(found, tell)
             if found is None:
                 checkpoints.save(state)
@@ -55,6 +58,17 @@ def run_rounds(run: RunFolder, trainer: Trainer, observers: Iterable[Observer] =
                 tell.on_round(record)
         finally:
             tell.on_end()
+
+
+def _with_known_best(found: RunState, checkpoints: ServerCheckpoints, tell: Observer) -> RunState:
+    """The state without its best round where the checkpoint of that has been removed; says so."""
+    if found.best is None or found.best.round in checkpoints.rounds():
+        return found
+    tell.on_notice(
+        f"the checkpoint of round {found.best.round}, the best by validation, is gone; the best "
+        "round begins anew"
+    )
+    return replace(found, best=None)
 
 
 class _Joining(Observer):

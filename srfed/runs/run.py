@@ -2,6 +2,7 @@
 site.
 """
 
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -71,7 +72,8 @@ class TrainedSite:
 
 
 class TrainedRun:
-    """The models of a simulation's run folder.
+    """The models of a simulation's run folder: of its best round so far under ``federation.result:
+    best``, else of its last.
 
     Attributes:
         shapes: the different H, W, C of its tasks' images, in the order of the tasks.
@@ -88,7 +90,9 @@ class TrainedRun:
         self._run = RunFolder.open(path)
         self.config = self._run.config
         checkpoints = ServerCheckpoints(self._run.server, 1)
-        self._state = checkpoints.load_last()
+        last = checkpoints.load_last()
+        # The best round's, where that is the run's result; shapes may be of tasks that came later.
+        self._state = replace(checkpoints.load_best(last), shapes=last.shapes)
         self.round = self._state.round
         self.tasks: list[TaskInfo] = MetricsLog(self._run.metrics).tasks()
         if not self.tasks:

@@ -71,7 +71,7 @@ def evaluate_run(
     progress: Callable[[str], object] = lambda _: None,
     on_changed_images: Callable[[str], object] | None = None,
 ) -> dict[str, Any]:
-    """Sample a run's last checkpoint and score it, or read what an earlier call has left.
+    """Sample a run's weights and score it, or read what an earlier call has left.
 
     Args:
         path: the run's folder.

@@ -142,14 +142,29 @@ class ClientStore:
         check_name(attempt)
         return str(read_manifest(self._present / attempt, _KINDS).get("line", attempt))
 
-    def save(self, attempt: str, parent: str, round_number: int, state: ClientState) -> None:
+    def save(
+        self,
+        attempt: str,
+        parent: str,
+        round_number: int,
+        state: ClientState,
+        *,
+        best: str = NO_PARENT,
+    ) -> None:
         """Store an attempt durably, then drop those of its ancestors that no kept round refers to.
+
+        Args:
+            attempt, parent: names of the new one, and of that which it started from.
+            round_number: its round.
+            state: what it has left.
+            best: the attempt of the run's best round so far, or "none".
 
         Raises:
             UserError: it cannot be written, would exceed the store's bounds, or is no later than
                 its parent; the store is as it was.
         """
-        check_name(attempt)
+        for name in (attempt, best):
+            check_name(name)
         own = state.exclusive
         groups: dict[str, dict[str, Tensor]] = dict(
             zip(
@@ -177,6 +192,7 @@ class ClientStore:
             manifest = {
                 "attempt": attempt,
                 "parent": parent,
+                "best": best,
                 "line": self.line(parent) if parent in known else attempt,
                 "round": round_number,
                 "steps": state.minibatches,
@@ -259,6 +275,10 @@ def _dispensable(manifests: dict[str, dict[str, Any]], newest: str, horizon: int
     that branched off from them. Of those that have no parent only such go as nothing descends from:
     the beginning of another line is not ours to judge.
 
+    What the anchor names as the best stays too, and nothing else does: an attempt after it names
+    the same one, or one of those that are kept anyway. Around it there are gaps, so of the same
+    line all that is earlier than the anchor goes, which once descended from what has gone.
+
     Args:
         manifests: of all attempts.
         newest: the attempt just stored.
@@ -273,11 +293,18 @@ def _dispensable(manifests: dict[str, dict[str, Any]], newest: str, horizon: int
     children: dict[str, list[str]] = {}
     for name, manifest in manifests.items():
         children.setdefault(str(manifest["parent"]), []).append(name)
-    kept, gone = set(ancestors[: anchor + 1]), set()
+    oldest = manifests[ancestors[anchor]]
+    kept, gone = {*ancestors[: anchor + 1], str(oldest.get("best", NO_PARENT))}, set()
     first = str(manifests[ancestors[-1]]["parent"])
     waiting = [*ancestors[anchor + 1 :], *(children[first] if first != NO_PARENT else [])]
     waiting += [
         name for name in children.get(NO_PARENT, []) if first == NO_PARENT and name not in children
+    ]
+    waiting += [
+        name
+        for name, manifest in manifests.items()
+        if manifest.get("line", name) == oldest.get("line")
+        and _round(manifests, name) < _round(manifests, ancestors[anchor])
     ]
     while waiting:
         name = waiting.pop()

@@ -73,6 +73,7 @@ class MetricsLog:
             c: {**asdict(one), "ratio": one.ratio, "verdict": one.verdict}
             for c, one in record.comparisons.items()
         }
+        fields["result"] = None if record.result is None else asdict(record.result)
         fields["audits"] = {
             c: {**audit.to_numbers(), "fires": audit.fires} for c, audit in record.audits.items()
         }

@@ -16,6 +16,7 @@ from srfed.storage.checkpoint import (
     find_checkpoints,
     image_shape,
     read_checkpoint,
+    read_manifest,
     remove_checkpoint,
     remove_remains,
     write_checkpoint,
@@ -55,6 +56,23 @@ class KnownClient:
 
 
 @dataclass(frozen=True)
+class BestRound:
+    """The best round so far by validation images; its weights are in its own checkpoint.
+
+    Attributes:
+        round: its number.
+        loss: mean over the clients.
+        losses: by client.
+        attempts: the accepted attempts after it, which the clients keep.
+    """
+
+    round: int
+    loss: float
+    losses: dict[str, float]
+    attempts: dict[str, str]
+
+
+@dataclass(frozen=True)
 class RunState:
     """All that the next round depends on.
 
@@ -71,6 +89,8 @@ class RunState:
             anew.
         minibatches: how many of them are behind each client's accepted attempt.
         control: c of control variates, float64; empty before the first round and without them.
+        validation: the last validation loss that each client has told.
+        best: the best round by these; None before one was found.
     """
 
     lineage: str
@@ -83,6 +103,8 @@ class RunState:
     known: dict[str, KnownClient] = field(default_factory=dict)
     minibatches: dict[str, int] = field(default_factory=dict)
     control: dict[str, Tensor] = field(default_factory=dict)
+    validation: dict[str, float] = field(default_factory=dict)
+    best: BestRound | None = None
 
     def parent(self, client: str) -> str:
         """The attempt that a client is to start from."""
@@ -90,7 +112,7 @@ class RunState:
 
 
 class ServerCheckpoints:
-    """The checkpoints of one run, the last ``keep`` of them.
+    """The checkpoints of one run, the last ``keep`` of them, and that of the best round.
 
     Args:
         folder: where they lie, one folder a round.
@@ -112,6 +134,8 @@ class ServerCheckpoints:
             "clients": list(state.clients),
             "known": {client: asdict(known) for client, known in state.known.items()},
             "minibatches": state.minibatches,
+            "validation": state.validation,
+            "best": None if state.best is None else asdict(state.best),
         }
         shared = state.shared
         groups: dict[str, dict[str, Tensor]] = dict(
@@ -128,8 +152,12 @@ class ServerCheckpoints:
             )
         )
         write_checkpoint(self._path(state.round), Checkpoint(groups, manifest))
-        for number in self.rounds()[: -self._keep]:
-            remove_checkpoint(self._path(number))
+        rounds = self.rounds()
+        # Later checkpoints than the oldest name the same best round, or one of those that are kept.
+        oldest = self._best_round(rounds[-self._keep :][0])
+        for number in rounds[: -self._keep]:
+            if number != oldest:
+                remove_checkpoint(self._path(number))
         remove_remains(self.folder)
 
     def rounds(self) -> list[int]:
@@ -155,22 +183,41 @@ class ServerCheckpoints:
             raise UserError(
                 f"{self.folder} has no checkpoint: the run stopped before its first round ended"
             )
-        path = self._path(rounds[-1])
+        advice = (
+            f"remove {self._path(rounds[-1])} to go back to round {rounds[-2]}"
+            if len(rounds) > 1
+            else "it is the only one"
+        )
+        return self._load(rounds[-1], advice)
+
+    def load_best(self, last: RunState) -> RunState:
+        """The state after the best round that a state knows of; the same state where it knows of
+        none, or the checkpoint of that was removed.
+
+        Raises:
+            DamagedError: its checkpoint is damaged; the text says how to go on.
+            UserError: it cannot be read, or is of another srfed.
+        """
+        best = last.best
+        if best is None or best.round == last.round or best.round not in self.rounds():
+            return last
+        path = self._path(best.round)
+        return self._load(best.round, f"remove {path} to have the last round in its place")
+
+    def _load(self, number: int, advice: str) -> RunState:
+        path = self._path(number)
         try:
             checkpoint = read_checkpoint(path, _KINDS)
             shapes = _shapes(path, checkpoint.manifest)
         except DamagedError as error:
-            advice = (
-                f"remove {path} to go back to round {rounds[-2]}"
-                if len(rounds) > 1
-                else "it is the only one"
-            )
             raise DamagedError(f"{error}; {advice}") from error
         manifest = checkpoint.manifest
+        best = manifest.get("best")
         try:
             known = {
                 client: KnownClient(**entry) for client, entry in manifest.get("known", {}).items()
             }
+            best = None if best is None else BestRound(**best)
         except (AttributeError, TypeError) as error:
             raise DamagedError(f"{path} is damaged: {error}") from error
         return RunState(
@@ -189,6 +236,8 @@ class ServerCheckpoints:
             known=known,
             minibatches=manifest.get("minibatches", {}),
             control=checkpoint.group("control"),
+            validation=manifest.get("validation", {}),
+            best=best,
         )
 
     def check(self, state: RunState, shared: Mapping[str, Tensor]) -> None:
@@ -198,6 +247,16 @@ class ServerCheckpoints:
         control = [state.control] if state.control else []
         for tensors in (state.shared.weights, state.shared.average, *control):
             check_tensors(str(self._path(state.round)), tensors, shared)
+
+    def _best_round(self, number: int) -> int | None:
+        """The best round as a checkpoint's manifest has it; None where it has none or cannot be
+        read, when nobody can go back to it.
+        """
+        try:
+            best = read_manifest(self._path(number)).get("best")
+        except UserError:
+            return None
+        return best.get("round") if isinstance(best, dict) else None
 
     def _path(self, number: int) -> Path:
         return self.folder / f"round-{number:05d}"

@@ -3,7 +3,8 @@ averaged θ_i.
 
     <state-dir>/<client>/models/<lineage>/round-00030-4/
 
-It is written at each evaluation, so the one of the last round is there when training ends. The
+It is written at each evaluation, so the one of the last round, or of the best where that is the
+run's result, is there when training ends. The
 number behind the round counts the models that the site has written; the highest is the newest,
 whatever a copy has done to times.
 """

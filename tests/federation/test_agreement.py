@@ -34,9 +34,11 @@ from srfed.federation.agreement import (
 from srfed.federation.flower.client_app import app
 from srfed.federation.flower.in_process import InlineGrid
 from srfed.federation.flower.packing import read_metrics, request_content
-from srfed.federation.messages import DESCRIBE, EVALUATE, REFUSED, SHARED, TRAIN, Request
+from srfed.federation.messages import DESCRIBE, EVALUATE, REFUSED, SHARED, TRAIN, VALIDATE, Request
 from srfed.federation.site import own_task
 from srfed.model import build_model, build_partition
+from srfed.storage.client_store import ClientStore
+from srfed.storage.site_model import SiteModel
 from support.tiny_run import TINY, tiny_config
 
 CLIENT = "clinic-a"
@@ -72,7 +74,7 @@ class AgreedSite:
     def ask(self, kind: str, config: RunConfig | str | None = None, **fields: Any) -> Message:
         asked = self.config if config is None else config
         text = asked if isinstance(asked, str) else asked.to_json()
-        number = {TRAIN: 1, EVALUATE: 2, DESCRIBE: 0}[kind]
+        number = {TRAIN: 1, EVALUATE: 2, VALIDATE: 2, DESCRIBE: 0}[kind]
         values = {
             "lineage": "lineage",
             "client": CLIENT,
@@ -118,6 +120,74 @@ def test_a_site_serves_what_its_owner_has_agreed_to(tmp_path: Path) -> None:
     assert site.ask(TRAIN).has_content()
     assert site.ask(EVALUATE).has_content()
     assert len(site.stored) == 2, "an attempt and a model"
+
+
+BEST = {
+    **MOMENTS,
+    "data.validation_images": 4,
+    "federation.result": "best",
+    "federation.validate_every": 2,
+}
+
+
+def test_a_site_tells_its_validation_loss_as_often_as_was_agreed(tmp_path: Path) -> None:
+    site = AgreedSite(tmp_path, BEST)
+    numbers = read_metrics(site.ask(VALIDATE).content)
+    assert set(numbers) == {"loss", "images"}
+    assert numbers["images"] == 4
+    assert isinstance(numbers["loss"], float)
+    assert 0 < numbers["loss"] < 10
+    assert site.ask(VALIDATE, round=3).has_content(), "the last"
+    assert refusal(site.ask(VALIDATE, round=1)) == "not agreed: federation.validate_every"
+    for changes in (
+        {"federation.validate_every": 1},
+        {"federation.validate_every": 3},
+        {"federation.result": "last"},
+        {"data.validation_images": 2},
+    ):
+        (name,) = changes
+        for kind in (TRAIN, VALIDATE):
+            asked = tiny_config({**BEST, **changes})
+            assert refusal(site.ask(kind, asked, round=1)) == f"not agreed: {name}"
+    assert site.stored == []
+
+
+def test_a_loss_that_too_few_images_stand_behind_is_withheld(tmp_path: Path) -> None:
+    site = AgreedSite(tmp_path, BEST)
+    for least, told in ((4, True), (5, False)):
+        agreement = Agreement.load(site.state / CLIENT)
+        careful = agreement.least_images.model_copy(update={"mean": least})
+        agreement.model_copy(update={"least_images": careful}).save(site.state / CLIENT)
+        loss = read_metrics(site.ask(VALIDATE).content)["loss"]
+        assert isinstance(loss, float)
+        assert math.isfinite(loss) == told
+        said = in_words(Agreement.load(site.state / CLIENT), site.config)
+        assert "mean loss on your 4 validation images" in said
+        assert ("withheld unless 5 stand behind it" in said) != told
+
+
+def test_a_sites_own_model_at_the_end_is_that_of_the_best_round(tmp_path: Path) -> None:
+    """θ_i of the attempt that the server names, whatever the site has trained since."""
+    site = AgreedSite(tmp_path, {**BEST, "evaluation.every": 1})
+    for number in (1, 2, 3):
+        parent = f"attempt-{number - 1}" if number > 1 else "none"
+        best = {"best": "attempt-1", "best_round": 1} if number > 1 else {}
+        asked = site.ask(TRAIN, round=number, attempt=f"attempt-{number}", parent=parent, **best)
+        assert asked.has_content()
+    store = ClientStore(site.state, CLIENT, "lineage", 3)
+
+    def model_after(**fields: Any) -> int:
+        named = {"parent": "attempt-3", "best": "attempt-1", "best_round": 1, **fields}
+        named |= {"round": 3, "attempt": "e", "samples": 20, "final": True}
+        assert site.ask(EVALUATE, **named).has_content()
+        model = SiteModel(site.state / CLIENT)
+        attempt = "attempt-1" if model.round == 1 else "attempt-3"
+        expected = store.load(attempt).exclusive.average
+        assert all(torch.equal(model.tensors[1][name], expected[name]) for name in expected)
+        return model.round
+
+    assert model_after() == 1
+    assert model_after(best="none", best_round=0) == 3
 
 
 # What was seen to work against a site whose owner had agreed to statistics of twenty images a
@@ -221,11 +291,14 @@ def test_a_request_that_was_not_agreed_is_refused_by_name_before_any_work(
         (TRAIN, {"round": 10**9}, "the request's round is impossible"),
         (TRAIN, {"round": 2**63 - 1}, "the request's round is impossible"),
         (TRAIN, {"attempt": "none"}, "the request's round is impossible"),
+        (VALIDATE, {}, "not agreed: federation.validate_every"),
+        (TRAIN, {"best_round": -1}, "the request's best_round is impossible"),
+        (TRAIN, {"best_round": 10**9}, "the request's best_round is impossible"),
         (EVALUATE, {"samples": -1}, "the request's samples is impossible"),
         (EVALUATE, {"samples": 2**62}, "the request's samples is impossible"),
         *[
             (TRAIN, {field: name}, f"the request's {field} is impossible")
-            for field in ("lineage", "attempt", "parent", "client")
+            for field in ("lineage", "attempt", "parent", "best", "client")
             for name in (
                 "../../x",
                 "/etc",
@@ -241,7 +314,7 @@ def test_a_request_that_was_not_agreed_is_refused_by_name_before_any_work(
         ],
         *[
             (TRAIN, {field: ""}, f"the request's {field} is impossible")
-            for field in ("lineage", "attempt", "parent")
+            for field in ("lineage", "attempt", "parent", "best")
         ],
     ],
 )

@@ -362,3 +362,64 @@ def test_two_processes_that_save_at_once_lose_nothing(tmp_path: Path) -> None:
         for number in range(1, count + 1):
             assert store.load(f"{name}-{number}").minibatches == number
     assert len(list(store.folder.iterdir())) == 2 * count
+
+
+# --- The best round ------------------------------------------------------------------------------
+
+
+def test_the_attempt_of_the_best_round_stays_and_goes_when_another_is_the_best(
+    tmp_path: Path,
+) -> None:
+    store = ClientStore(tmp_path, "client", "lineage", 2)
+    parent, best = NO_PARENT, NO_PARENT
+    for number in range(1, 16):
+        attempt = f"a-{number}"
+        for name in (f"{attempt}-lost", attempt):
+            store.save(name, parent, number, client_state(number), best=best)
+        # The server may go back to any of its two last checkpoints, and needs their best rounds.
+        kept = {store.load(f"a-{one}").minibatches for one in range(max(1, number - 2), number)}
+        assert kept == set(range(max(1, number - 2), number))
+        if best != NO_PARENT:
+            store.load(best)
+        if number > 4:
+            assert len([name for name in attempts_of(store) if not name.endswith("lost")]) <= 4
+        parent, best = attempt, {3: "a-3", 9: "a-9"}.get(number, best)
+    lost = {"a-14-lost", "a-15-lost"}
+    assert attempts_of(store) == {"a-9", "a-13", "a-14", "a-15", *lost}
+
+
+def test_going_back_finds_the_best_round_of_that_time(tmp_path: Path) -> None:
+    """The best became another one in the last round, of which the server loses its checkpoint."""
+    store = ClientStore(tmp_path, "client", "lineage", 2)
+    for number in range(1, 9):
+        best = NO_PARENT if number < 3 else "a-2" if number < 8 else "a-7"
+        parent = f"a-{number - 1}" if number > 1 else NO_PARENT
+        store.save(f"a-{number}", parent, number, client_state(number), best=best)
+    assert attempts_of(store) == {"a-2", "a-6", "a-7", "a-8"}
+    store.save("b-7", "a-6", 7, client_state(7), best="a-2")
+    store.load("a-2")
+
+
+def test_a_server_that_names_another_best_each_time_fills_no_store(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path, "client", "lineage", 2)
+    lines_of(store, "a6", NO_PARENT, 1)
+    lines_of(ClientStore(tmp_path, "client", "lineage", 99), "c1", NO_PARENT, 1)
+    for number in range(7, 40):
+        named = ["c-1", "a-1", f"a-{number - 3}", f"a-{number - 1}", "absent"][number % 5]
+        store.save(f"a-{number}", f"a-{number - 1}", number, client_state(1), best=named)
+        assert {"c-1", f"a-{number}"} <= attempts_of(store), "another line is not its to remove"
+        assert len(attempts_of(store)) <= 1 + 3 + 1
+    with pytest.raises(UserError, match="is no name for a store"):
+        store.save("a-40", "a-39", 40, client_state(1), best="../a")
+    assert "a-40" not in attempts_of(store)
+
+
+def test_a_store_from_before_there_was_a_best_round_goes_on(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path, "client", "lineage", 2)
+    lines_of(store, "a4", NO_PARENT, 1)
+    for manifest in store.folder.rglob(MANIFEST_FILE):
+        content = json.loads(manifest.read_text())
+        del content["best"]
+        manifest.write_text(json.dumps(content))
+    store.save("a-5", "a-4", 5, client_state(5), best="a-4")
+    assert attempts_of(store) == {"a-3", "a-4", "a-5"}

@@ -25,6 +25,10 @@ MOMENTS = 8
 """Timesteps at which a model is asked."""
 BANDS: Mapping[str, slice] = {"low": slice(0, 3), "middle": slice(3, 5), "high": slice(5, 8)}
 """Moments by how much noise there is."""
+LARGEST_LOSS = 1e6
+"""The mean squared error of predicted noise is of the order of 1, of a network that diverges
+perhaps of thousands.
+"""
 RESAMPLES = 2_000
 CONFIDENCE = 0.95
 
@@ -117,6 +121,14 @@ def trivial_loss(images: Images, process: Process) -> float:
 def mean_loss(losses: Losses) -> float:
     """Over images and moments."""
     return float(losses.mean())
+
+
+def comparable_loss(losses: Losses) -> float:
+    """The mean over images and moments by which rounds are compared: a model that has diverged has
+    the largest there is, not one that no number is below.
+    """
+    loss = mean_loss(losses)
+    return min(loss, LARGEST_LOSS) if math.isfinite(loss) else LARGEST_LOSS
 
 
 def loss_by_band(losses: Losses) -> dict[str, float]:

@@ -16,9 +16,17 @@ from srfed.federation.agreement import (
     AgreedImages,
     Agreement,
     RequestRefusedError,
+    not_agreed,
 )
 from srfed.federation.flower.packing import read_request
-from srfed.federation.messages import DESCRIBE, EVALUATE, IMPOSSIBLE_CONFIG, TRAIN, Request
+from srfed.federation.messages import (
+    DESCRIBE,
+    EVALUATE,
+    IMPOSSIBLE_CONFIG,
+    TRAIN,
+    VALIDATE,
+    Request,
+)
 from srfed.federation.site import Site, deployed_site, is_simulated, own_task, site_of
 from srfed.files import exists
 from srfed.storage.client_store import NO_PARENT
@@ -54,7 +62,7 @@ def admit(message: Message, context: Context) -> Admitted:
     """
     request = read_request(message.content)
     kind = message.metadata.message_type
-    if kind not in (DESCRIBE, TRAIN, EVALUATE):
+    if kind not in (DESCRIBE, TRAIN, EVALUATE, VALIDATE):
         raise RequestRefusedError("the request is of an unknown kind", f"{kind[:100]!a}")
     agreement = None
     if is_simulated(context):
@@ -72,6 +80,8 @@ def admit(message: Message, context: Context) -> Admitted:
         raise RequestRefusedError("not agreed: federation.rounds", f"round {request.round}")
     if agreement is not None and kind == EVALUATE:
         agreement.admit_evaluation(config, request.round, request.samples, request.final)
+    if kind == VALIDATE and not config.validation_due(request.round):
+        raise not_agreed("federation.validate_every", f"a loss after round {request.round}")
     task = own_task(config.data, site)
     if agreement is not None:
         agreement.admit_images(images_of(task))

@@ -1,4 +1,6 @@
-"""The ClientApp: describe yourself, train a round, generate and judge samples."""
+"""The ClientApp: describe yourself, train a round, say the loss on validation images, generate and
+judge samples.
+"""
 
 import math
 import time
@@ -13,7 +15,12 @@ from torch import Tensor
 from srfed import __version__
 from srfed.evaluation.features.statistics import FeatureStatistics
 from srfed.evaluation.generation import Generated
-from srfed.evaluation.metrics.denoising_loss import denoising_losses, mean_loss, trivial_loss
+from srfed.evaluation.metrics.denoising_loss import (
+    comparable_loss,
+    denoising_losses,
+    mean_loss,
+    trivial_loss,
+)
 from srfed.evaluation.metrics.memorisation import draw_nearest_pairs
 from srfed.evaluation.task import TaskEvaluation, evaluate_task
 from srfed.federation.agreement import RequestRefusedError
@@ -47,6 +54,7 @@ from srfed.federation.updates import Delta, Memory, difference, encode_update
 from srfed.federation.worker import Worker, features_for, worker_for
 from srfed.networks.partition import Control, Shared
 from srfed.reporting.pictures import draw_grid, write_png
+from srfed.storage.client_store import NO_PARENT
 from srfed.storage.site_model import save_site_model
 from srfed.training.local import LocalResult
 from srfed.training.part import ClientState, load_tensors
@@ -137,7 +145,9 @@ def train(message: Message, context: Context) -> Message:
     if judged_against_trivial(admitted.config, request.round):
         metrics[AGAINST_TRIVIAL] = _against_trivial(admitted, worker, result)
     content = reply_content(_header(admitted), metrics, arrays)
-    worker.store(site, request).save(request.attempt, request.parent, request.round, state)
+    worker.store(site, request).save(
+        request.attempt, request.parent, request.round, state, best=request.best
+    )
     return Message(content, reply_to=message)
 
 
@@ -161,19 +171,24 @@ def evaluate(message: Message, context: Context) -> Message:
     network = features_for(admitted) if config.evaluation.mode == "statistics" else None
     shared = _shared(message, worker, worker.contract.request)
     state = worker.state(site, request, training=False)
+    judged, exclusive = request, state.exclusive.average
+    if request.final and config.federation.result == "best" and request.best != NO_PARENT:
+        judged = replace(request, parent=request.best, round=request.best_round)
+        exclusive = worker.state(site, judged, training=False).exclusive.average
     if site.data is not None:
         save_site_model(
             site.folder,
             config,
             request.lineage,
-            request.round,
+            judged.round,
             task.train.shape[1:],
             shared,
-            state.exclusive.average,
-            worker.store(site, request).line(request.parent),
+            exclusive,
+            worker.store(site, request).line(judged.parent),
         )
-    compared = compare(worker, admitted, (shared, state.exclusive.average), state)
-    load_tensors(worker.model, shared, state.exclusive.average)
+    # What the client has kept of its model alone is that of its last attempt, whatever is judged.
+    compared = compare(worker, admitted, (shared, exclusive), state)
+    load_tensors(worker.model, shared, exclusive)
     evaluated = evaluate_task(
         worker.denoiser(site),
         worker.objective.process,
@@ -216,6 +231,30 @@ def evaluate(message: Message, context: Context) -> Message:
         )
     metrics["seconds"] = time.perf_counter() - start
     return Message(reply_content(header, metrics, arrays), reply_to=message)
+
+
+@app.evaluate("validate")
+def validate(message: Message, context: Context) -> Message:
+    """Say the mean loss of the averaged (φ, θ_i) on the own validation images, where enough of them
+    stand behind it.
+    """
+    admitted = admit(message, context)
+    site, images, worker = admitted.site, admitted.task.validation, worker_for(admitted)
+    shared = _shared(message, worker, worker.contract.request)
+    state = worker.state(site, admitted.request, training=False)
+    loss = math.nan
+    if len(images) >= _least_behind_a_mean(admitted):
+        load_tensors(worker.model, shared, state.exclusive.average)
+        losses = denoising_losses(
+            worker.denoiser(site),
+            worker.objective.process,
+            images,
+            task=site.client,
+            seed=admitted.config.seed,
+        )
+        loss = comparable_loss(losses)
+    numbers: dict[str, float | list[float]] = {"loss": loss, "images": float(len(images))}
+    return Message(reply_content(_header(admitted), numbers), reply_to=message)
 
 
 def _update(
@@ -266,9 +305,14 @@ def _told_quarters(result: LocalResult, admitted: Admitted) -> list[float]:
     """The mean loss of each quarter of the timesteps; NaN where too few images stand behind it to
     be told.
     """
-    least = 1 if admitted.agreement is None else admitted.agreement.least_images.mean
+    least = _least_behind_a_mean(admitted)
     pairs = zip(result.loss_by_quarter, result.images_by_quarter, strict=True)
     return [loss if images >= least else math.nan for loss, images in pairs]
+
+
+def _least_behind_a_mean(admitted: Admitted) -> int:
+    """How many images the owner wants behind a mean that is told."""
+    return 1 if admitted.agreement is None else admitted.agreement.least_images.mean
 
 
 def _keep_pictures(admitted: Admitted, generated: Generated) -> None:

@@ -20,6 +20,7 @@ from srfed.federation.screening import (
     EvaluateReply,
     RefusedError,
     TrainReply,
+    ValidateReply,
     reason_of_failure,
 )
 from srfed.networks.partition import Control, Shared
@@ -39,7 +40,7 @@ LOST = frozenset(
 )
 """Flower's errors that mean that a client is gone; the others mean that it has failed."""
 
-ReplyT = TypeVar("ReplyT", TrainReply, EvaluateReply)
+ReplyT = TypeVar("ReplyT", TrainReply, EvaluateReply, ValidateReply)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from srfed.federation.messages import (
     SETS,
     SHARED,
     TRAIN,
+    VALIDATE,
     Reply,
     ReplyHeader,
     Request,
@@ -39,9 +40,11 @@ from srfed.federation.messages import (
 from srfed.federation.screening import (
     EvaluateReply,
     TrainReply,
+    ValidateReply,
     screen_samples,
     screen_statistics,
     screen_train,
+    screen_validation,
 )
 from srfed.federation.updates import update_in_words
 from srfed.model import shared_of
@@ -49,6 +52,7 @@ from srfed.networks.partition import Control, Shared
 from srfed.observer import Observer
 from srfed.randomness import derive_generator
 from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
+from srfed.runs.best_round import hold_to_owners, judge_round, result_of
 from srfed.storage.client_store import NO_PARENT
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import KnownClient, RunState, ServerCheckpoints
@@ -150,7 +154,8 @@ class Federated:
         return self.state
 
     def train_round(self, state: RunState, tell: Observer) -> tuple[RunState, RoundRecord]:
-        """Send φ, train at the clients, aggregate what comes back.
+        """Send φ, train at the clients, aggregate what comes back; in some rounds ask all clients
+        for their validation loss of what that makes.
 
         Raises:
             UserError: fewer accepted updates than ``federation.min_clients``.
@@ -167,12 +172,18 @@ class Federated:
             self._screen_update,
             away=self._away,
         )
-        return self._aggregate(number, screened)
+        self.state, record = self._aggregate(number, screened)
+        self.state = hold_to_owners(self.state, tell)
+        if self.config.validation_due(number):
+            record = self._validate(record, tell)
+        return self.state, record
 
     def evaluate(self, state: RunState, tell: Observer, *, final: bool) -> EvaluationRecord | None:
-        """Judge the averaged φ with every θ_i, at the clients; None where no client sent samples.
+        """Judge the averaged φ with every θ_i, at the clients; at the end those of the best round,
+        if that is the result. None where no client sent samples.
 
         Raises:
+            DamagedError: the checkpoint of the best round is damaged.
             StoppedError: the user asked to stop.
         """
         self._tell, number = tell, state.round
@@ -185,7 +196,7 @@ class Federated:
         screened = self._clients(tell).ask(
             EVALUATE,
             [self._request(client, number, share, final) for client in clients],
-            {SHARED: self.state.shared.average},
+            {SHARED: self._average_judged(final)},
             f"evaluation {number}",
             self._screen_evaluation,
             away=self._away,
@@ -198,6 +209,54 @@ class Federated:
         if not self.config.training.control_variates:
             return {SHARED: shared}
         return {SHARED: shared, CONTROL: sent_control(self.state.control, shared)}
+
+    def _average_judged(self, final: bool) -> Shared:
+        """The averaged φ of the round at hand; at the end that of the best round, if there is
+        one.
+        """
+        if not final:
+            return self.state.shared.average
+        checkpoints = ServerCheckpoints(self._run.server, self.config.federation.keep_attempts)
+        best = checkpoints.load_best(self.state)
+        checkpoints.check(best, self.state.shared.weights)
+        return self._partition.take_shared(best.shared.average)
+
+    def _validate(self, record: RoundRecord, tell: Observer) -> RoundRecord:
+        """Ask every client that is there for its validation loss of the round at hand, and compare
+        it with the best.
+        """
+        number, clients = record.round, self._available()
+        screened = self._clients(tell).ask(
+            VALIDATE,
+            [self._request(client, number) for client in clients],
+            {SHARED: self.state.shared.average},
+            f"validation {number}",
+            self._screen_validation,
+            away=[client for client in self.state.clients if client not in clients],
+        )
+        told = {c: reply.loss for c, reply in screened.accepted.items() if reply.loss is not None}
+        silent = dict.fromkeys(
+            screened.accepted.keys() - told, "its owner tells no mean of so few images"
+        )
+        self.state, validation = judge_round(
+            self.state,
+            told,
+            tell,
+            refused=screened.refused,
+            missing=dict(sorted({**screened.missing, **silent}.items())),
+        )
+        return replace(
+            record,
+            validation=validation,
+            bytes_up=record.bytes_up + screened.bytes_up,
+            bytes_down=record.bytes_down + screened.bytes_down,
+            seconds=time.perf_counter() - self._started,
+        )
+
+    def _screen_validation(
+        self, reply: Reply, header: ReplyHeader, request: Request
+    ) -> ValidateReply:
+        return screen_validation(reply, header, self._contract)
 
     def _clients(self, tell: Observer) -> FlowerClients:
         return FlowerClients(self._grid, self.config, self._roster, tell)
@@ -360,6 +419,7 @@ class Federated:
             exchanged=Exchanged(
                 screened.refused, screened.missing, screened.bytes_up, screened.bytes_down
             ),
+            result=result_of(self.state) if final else None,
         )
 
     def _screen_evaluation(
@@ -492,6 +552,7 @@ class Federated:
         """What a client is asked, but for the name of its attempt, which it gets when it is
         asked.
         """
+        best = self.state.best
         return Request(
             config=self.config.to_json(),
             lineage=self.state.lineage,
@@ -499,6 +560,8 @@ class Federated:
             round=server_round,
             attempt="",
             parent=self.state.parent(client),
+            best=NO_PARENT if best is None else best.attempts.get(client, NO_PARENT),
+            best_round=0 if best is None else best.round,
             samples=samples,
             final=final,
         )

@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from srfed.config import parse_config_json
 from srfed.errors import UserError
 from srfed.federation.agreement import RequestRefusedError
-from srfed.federation.bounds import EvaluatePlan, TrainPlan
+from srfed.federation.bounds import EvaluatePlan, TrainPlan, exactly
 from srfed.federation.contract import DESCRIBED, Form
 from srfed.federation.flower.admission import Admitted, admit
 from srfed.federation.flower.packing import LAYOUT, read_layout, read_request
@@ -28,6 +28,7 @@ from srfed.federation.messages import (
     METRICS,
     REFUSED,
     REPLY,
+    VALIDATE,
 )
 from srfed.federation.site import Site, deployed_site, is_simulated, site_of
 from srfed.federation.site_log import write_to_log
@@ -147,6 +148,8 @@ def _form(kind: str, admitted: Admitted) -> Form:
         )
         dimension = features_for(admitted).dimension_of(channels) if plan.statistics else None
         return worker.contract.evaluated(plan, dimension)
+    if kind == VALIDATE:
+        return worker.contract.validated(exactly(len(task.validation)))
     return worker.contract.trained(
         TrainPlan.of(
             config, worker.partition, admitted.site.client, len(task.train), 0, request.round
