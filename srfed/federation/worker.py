@@ -14,9 +14,10 @@ from srfed.diffusion.process import Denoiser
 from srfed.errors import UserError
 from srfed.evaluation.features.load import FeatureNetwork, load_feature_network
 from srfed.federation.agreement import not_agreed
+from srfed.federation.coming import decode_coming
 from srfed.federation.contract import Contract
 from srfed.federation.flower.admission import Admitted
-from srfed.federation.layout import layout_of
+from srfed.federation.layout import Layout, layout_of
 from srfed.federation.messages import Request
 from srfed.federation.site import Site, own_task
 from srfed.model import build_model, build_objective, build_partition, denoiser_of_task
@@ -111,15 +112,29 @@ class Worker:
         )
         return state
 
-    def check_shared(self, shared: Mapping[str, Tensor], what: str = "φ") -> None:
-        """Raise UserError unless the tensors are φ of this run, or another ``what`` like it, by
-        name, shape and type.
+    def check_received(
+        self, tensors: Mapping[str, Tensor], layout: Layout, what: str = "φ"
+    ) -> None:
+        """Raise UserError unless the tensors that came in place of φ, or of another ``what``, are
+        of a layout of this run's contract, by name, shape and type.
         """
-        _check_names(what, shared, self.partition.shared)
-        agreed = set(self.contract.shared)
-        for name, dtype, shape in layout_of(shared):
+        _check_names(what, tensors, tuple(name for name, _, _ in layout))
+        agreed = set(layout)
+        for name, dtype, shape in layout_of(tensors):
             if (name, dtype, shape) not in agreed:
                 raise UserError(f"the {what} received has {name} as {dtype} {shape}")
+
+    def to_train(self, came: Mapping[str, Tensor], record: str, what: str) -> dict[str, Tensor]:
+        """φ, or another ``what``, of a request to train, as this client is to train with it.
+
+        Raises:
+            UserError: what came is of another layout, or no server can have encoded it.
+        """
+        self.check_received(came, self.contract.training_request[record], what)
+        try:
+            return decode_coming(self.config.updates, came, self.contract.shared)
+        except ValueError as error:
+            raise UserError(f"the {what} received cannot be decoded: {error}") from error
 
 
 def worker_for(admitted: Admitted) -> Worker:

@@ -70,9 +70,9 @@ KEY = ("set", "side", "seed", "config_hash", "every", "samples", "test_images", 
 """What a line of cells.csv is known by."""
 
 
-def add_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a line to a CSV, or put it in the place of the same cell's; the file is whole at any
-    time.
+def add_row(path: Path, row: Mapping[str, Any], key: Sequence[str] = KEY) -> None:
+    """Add a line to a CSV, or put it in the place of the same cell's, of the same values in the
+    columns ``key``; the file is whole at any time.
 
     Columns that a file of an earlier version lacks are left empty there.
     """
@@ -81,7 +81,7 @@ def add_row(path: Path, row: Mapping[str, Any]) -> None:
     kept = [
         {name: old.get(name, "") for name in row}
         for old in csv.DictReader(io.StringIO(text))
-        if any(old.get(name) != told[name] for name in KEY)
+        if any(old.get(name) != told[name] for name in key)
     ]
     write_csv(path, [*kept, told])
 

@@ -62,15 +62,12 @@ def _header(admitted: Admitted) -> ReplyHeader:
     return ReplyHeader(admitted.site.client, admitted.request.attempt, admitted.request.round)
 
 
-def _shared(message: Message, worker: Worker, expected: Collection[str]) -> Shared:
-    """φ as the message carries it, checked; raises RequestRefusedError where it carries other
-    arrays than those of ``expected``, by record.
+def _refuse_others(message: Message, expected: Collection[str]) -> None:
+    """Raise RequestRefusedError where a message carries other arrays than those of ``expected``, by
+    record.
     """
     if unasked := [name for name in message.content.array_records if name not in expected]:
         raise RequestRefusedError("the request has other arrays", f"{unasked[0][:100]!a}")
-    shared = Shared(read_tensors(message.content, SHARED))
-    worker.check_shared(shared)
-    return shared
 
 
 def _correction(
@@ -79,8 +76,7 @@ def _correction(
     """c - c_i, of the c that the message carries; None without control variates."""
     if not worker.contract.control:
         return None
-    control = Control(read_tensors(message.content, CONTROL))
-    worker.check_shared(control, "c")
+    control = Control(worker.to_train(read_tensors(message.content, CONTROL), CONTROL, "c"))
     own, said = own_control(parent.memory, admitted.request.round)
     if said:
         admitted.site.note(f"round {admitted.request.round}: {said}")
@@ -118,7 +114,8 @@ def train(message: Message, context: Context) -> Message:
     """
     admitted = admit(message, context)
     request, site, worker = admitted.request, admitted.site, worker_for(admitted)
-    shared = _shared(message, worker, worker.contract.training_request)
+    _refuse_others(message, worker.contract.training_request)
+    shared = Shared(worker.to_train(read_tensors(message.content, SHARED), SHARED, "φ"))
     parent = worker.state(site, request, training=True)
     corrected = _correction(message, admitted, worker, parent)
     result = worker.trainer(site).train(request.round, shared, parent, corrected)
@@ -159,7 +156,9 @@ def evaluate(message: Message, context: Context) -> Message:
     )
     config, client = admitted.config, site.client
     network = features_for(admitted) if config.evaluation.mode == "statistics" else None
-    shared = _shared(message, worker, worker.contract.request)
+    _refuse_others(message, worker.contract.request)
+    shared = Shared(read_tensors(message.content, SHARED))
+    worker.check_received(shared, worker.contract.shared)
     state = worker.state(site, request, training=False)
     if site.data is not None:
         save_site_model(
