@@ -39,8 +39,8 @@ def encode_shared(config: RunConfig, shared: Shared, round_number: int) -> tuple
     if config.updates.shared_bits is None:
         return shared, shared
     step, layout = Quantise(quantise_bits=config.updates.shared_bits), layout_of(shared)
-    # At random, not to the nearest code: where φ moves by less than half a scale a round, the
-    # nearest would be wrong by the same amount each time.
+    # At random, not to the nearest code: that would be wrong by the same amount, round after
+    # round, where φ moves by less than half a scale in one.
     generator = derive_generator(config.seed, "φ of a round", round_number)
     codes, _ = step.encode(Delta(shared), {}, generator)
     if not bool(codes[SCALES].isfinite().all()):

@@ -112,25 +112,25 @@ class Worker:
         )
         return state
 
-    def check_received(
-        self, tensors: Mapping[str, Tensor], layout: Layout, what: str = "φ"
-    ) -> None:
-        """Raise UserError unless the tensors that came in place of φ, or of another ``what``, are
-        of a layout of this run's contract, by name, shape and type.
-        """
-        _check_names(what, tensors, tuple(name for name, _, _ in layout))
-        agreed = set(layout)
-        for name, dtype, shape in layout_of(tensors):
-            if (name, dtype, shape) not in agreed:
-                raise UserError(f"the {what} received has {name} as {dtype} {shape}")
+    def received(self, came: Mapping[str, Tensor], layout: Layout, what: str) -> dict[str, Tensor]:
+        """What a request brought in place of φ, or of another ``what`` like it: decoded, where the
+        layout is that of codes.
 
-    def to_train(self, came: Mapping[str, Tensor], record: str, what: str) -> dict[str, Tensor]:
-        """φ, or another ``what``, of a request to train, as this client is to train with it.
+        Args:
+            came: the tensors of the message.
+            layout: what they must be, by name, shape and type.
+            what: which they are, in words.
 
         Raises:
             UserError: what came is of another layout, or no server can have encoded it.
         """
-        self.check_received(came, self.contract.training_request[record], what)
+        _check_names(what, came, tuple(name for name, _, _ in layout))
+        agreed = set(layout)
+        for name, dtype, shape in layout_of(came):
+            if (name, dtype, shape) not in agreed:
+                raise UserError(f"the {what} received has {name} as {dtype} {shape}")
+        if layout == self.contract.shared:
+            return dict(came)
         try:
             return decode_coming(self.config.updates, came, self.contract.shared)
         except ValueError as error:

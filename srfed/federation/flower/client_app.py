@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -28,6 +28,7 @@ from srfed.federation.flower.packing import (
     read_tensors,
     reply_content,
 )
+from srfed.federation.layout import Layout
 from srfed.federation.messages import (
     AGAINST_TRIVIAL,
     CONTROL,
@@ -62,12 +63,13 @@ def _header(admitted: Admitted) -> ReplyHeader:
     return ReplyHeader(admitted.site.client, admitted.request.attempt, admitted.request.round)
 
 
-def _refuse_others(message: Message, expected: Collection[str]) -> None:
-    """Raise RequestRefusedError where a message carries other arrays than those of ``expected``, by
-    record.
+def _shared(message: Message, worker: Worker, expected: Mapping[str, Layout]) -> Shared:
+    """φ as the message carries it, checked and decoded; raises RequestRefusedError where it carries
+    other arrays than those of ``expected``, by record.
     """
     if unasked := [name for name in message.content.array_records if name not in expected]:
         raise RequestRefusedError("the request has other arrays", f"{unasked[0][:100]!a}")
+    return Shared(worker.received(read_tensors(message.content, SHARED), expected[SHARED], "φ"))
 
 
 def _correction(
@@ -76,7 +78,8 @@ def _correction(
     """c - c_i, of the c that the message carries; None without control variates."""
     if not worker.contract.control:
         return None
-    control = Control(worker.to_train(read_tensors(message.content, CONTROL), CONTROL, "c"))
+    layout = worker.contract.training_request[CONTROL]
+    control = Control(worker.received(read_tensors(message.content, CONTROL), layout, "c"))
     own, said = own_control(parent.memory, admitted.request.round)
     if said:
         admitted.site.note(f"round {admitted.request.round}: {said}")
@@ -114,8 +117,7 @@ def train(message: Message, context: Context) -> Message:
     """
     admitted = admit(message, context)
     request, site, worker = admitted.request, admitted.site, worker_for(admitted)
-    _refuse_others(message, worker.contract.training_request)
-    shared = Shared(worker.to_train(read_tensors(message.content, SHARED), SHARED, "φ"))
+    shared = _shared(message, worker, worker.contract.training_request)
     parent = worker.state(site, request, training=True)
     corrected = _correction(message, admitted, worker, parent)
     result = worker.trainer(site).train(request.round, shared, parent, corrected)
@@ -156,9 +158,7 @@ def evaluate(message: Message, context: Context) -> Message:
     )
     config, client = admitted.config, site.client
     network = features_for(admitted) if config.evaluation.mode == "statistics" else None
-    _refuse_others(message, worker.contract.request)
-    shared = Shared(read_tensors(message.content, SHARED))
-    worker.check_received(shared, worker.contract.shared)
+    shared = _shared(message, worker, worker.contract.request)
     state = worker.state(site, request, training=False)
     if site.data is not None:
         save_site_model(
