@@ -7,6 +7,7 @@ end. Stopped, it goes on where it was.
 
     cells.csv     a line for each run, as soon as it has ended
     sides.csv, sides.md, owners.csv, loss.png     at the end
+    images.csv, images.md, images.png             and with --alone-images
 """
 
 import argparse
@@ -20,8 +21,8 @@ from srfed.errors import UserError
 from srfed.interrupts import run_command
 from srfed.paths import absolute_path
 from srfed.studies.cases import add_options, change
-from srfed.studies.gains import report, run_cells
-from srfed.studies.joining import COMMON, OWN_RATES, SIDES, cells
+from srfed.studies.gains import describe_worth, report, run_cells
+from srfed.studies.joining import ALONE, COMMON, OWN_RATES, SIDES, alone_with, cells
 from srfed.studies.owners import SETS
 
 
@@ -54,6 +55,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--test-images", type=int, default=96, metavar="N", help="test images an owner (96)"
     )
     parser.add_argument(
+        "--patience",
+        type=int,
+        default=20,
+        metavar="N",
+        help="end where no network has been better for N rounds; 0: never (20)",
+    )
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        choices=SIDES,
+        default=list(SIDES),
+        metavar="SIDE",
+        help="which; alone, that all are compared with, among them (" + " ".join(SIDES) + ")",
+    )
+    parser.add_argument(
+        "--alone-images",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="N",
+        help="besides, owners alone with N training images: with how many is one as good alone?",
+    )
+    parser.add_argument(
         "--own-rate",
         action="append",
         default=[],
@@ -70,18 +94,30 @@ def _study(options: argparse.Namespace) -> None:
     for name, least in (("seeds", 1), ("rounds", 1), ("every", 1), ("samples", 2)):
         _at_least(name, getattr(options, name), least)
     _at_least("test-images", options.test_images, 2)
+    _at_least("patience", options.patience, 0)
+    for count in options.alone_images:
+        _at_least("alone-images", count, 1)
+    if ALONE not in options.sides:
+        raise UserError(f"--sides {' '.join(options.sides)} is impossible; {ALONE} is missing")
     base, pool = configuration(options), options.pool
     asked = cells(
         options.owner_set,
         base,
-        {name: getattr(options, name) for name in ("every", "samples", "test_images")},
+        {name: getattr(options, name) for name in ("every", "samples", "test_images", "patience")},
         options.seeds,
         _own_rates(options.own_rate),
+        [side for side in SIDES if side in options.sides],
     )
+    others = alone_with(options.alone_images, base, asked)
     # What is wrong with the images is said before anything is trained.
-    load_tasks(base.data, base.federation.clients)
+    for config in (base, *(cell.config for cell in others)):
+        load_tasks(config.data, config.federation.clients)
     out = options.out or Path("runs") / f"joining-{options.owner_set}-{base.federation.clients}"
-    print(report(asked, run_cells(asked, pool, options.jobs, out), out))
+    outcomes = run_cells([*asked, *others], pool, options.jobs, out)
+    mine, of_others = outcomes[: len(asked)], outcomes[len(asked) :]
+    print(report(asked, mine, out))
+    if others:
+        print(describe_worth(asked, mine, others, of_others, out))
     print(f"every number and the picture: {out}")
 
 

@@ -246,7 +246,8 @@ class Run:
 
         Args:
             task: the new task, of the shape of one of the run's, with at least two training and
-                test images.
+                test images. Its validation images, if any, choose the step whose model is kept;
+                otherwise it is the last.
             out: the folder of the adaptation; one that is finished is opened again.
             mode: "frozen" (φ stays), "thawed" (φ moves, here only) or "scratch" (nothing is taken
                 over but the initialisation).

@@ -3,6 +3,7 @@
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from srfed.data import Task
     from srfed.runs.adapting import Point
     from srfed.runs.run import TrainedRun, TrainedSite
+    from srfed.training.adaptation import Adapted
 
 ROW = 10
 """Samples in one row of a picture."""
@@ -41,6 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data.add_argument("--task", metavar="NAME", help="or a task of the run's own data set")
     parser.add_argument(
         "--images", type=int, metavar="N", help="the first N training images; default: all"
+    )
+    parser.add_argument(
+        "--validation",
+        type=int,
+        metavar="N",
+        help="how many of these are set aside to choose a step by, 0, or 2 and more; default: the "
+        "run's data.validation_images where at least as many are left to train on, else 0",
     )
     parser.add_argument(
         "--mode",
@@ -89,6 +98,7 @@ def _adapt(options: argparse.Namespace) -> None:
     from srfed.reporting.pictures import draw_grid, write_png
     from srfed.runs.adapting import (
         AdaptationFolder,
+        best_step,
         computed_here,
         images_hash,
         score_adaptation,
@@ -140,6 +150,8 @@ def _adapt(options: argparse.Namespace) -> None:
             f"{task.name}: {len(task.train)} training images and {len(task.test)} held out, of "
             f"{extents(task.shape)}; core of round {trained.round}, sha256 {core}"
         )
+        if len(task.validation):
+            print(f"{len(task.validation)} images besides choose the step")
         for mode in modes:
             if folder.has(mode, task.name):
                 print(f"{mode}: finished already")
@@ -164,16 +176,18 @@ def _adapt(options: argparse.Namespace) -> None:
                     point = scored.point
                     tqdm.write(
                         f"{mode:<8} step {point.steps:>5}  loss {point.loss:.4f}  "
-                        f"{point.score_name} {point.score:.3f}"
+                        + (f"validation {point.validation:.4f}  " if len(task.validation) else "")
+                        + f"{point.score_name} {point.score:.3f}"
                     )
-            last = curve[-1]
+            best = best_step(curve)
             folder.add(own[mode], mode, task.name, curve)
             rows = {
-                str(first): last.samples[first : first + ROW]
-                for first in range(0, len(last.samples[:100]), ROW)
+                str(first): best.samples[first : first + ROW]
+                for first in range(0, len(best.samples[:100]), ROW)
             }
             write_png(out / f"samples-{mode}.png", draw_grid(rows))
-            print(f"{mode}: {_core_words(mode, core, tensors_hash(last.adapted.shared))}")
+            print(f"{mode}: {_core_words(mode, core, tensors_hash(best.adapted.shared))}")
+            print(f"  {_values_words(mode, best.adapted)}; kept: {_kept_words(best.point)}")
             print(
                 f"  sample it: srfed sample --store {folder.store(mode, task.name)} --n "
                 "64 --out grid.png"
@@ -196,9 +210,9 @@ def _task(options: argparse.Namespace, trained: "TrainedRun | TrainedSite") -> "
     from srfed.data.images import CHANNELS
     from srfed.data.source import slugs
     from srfed.errors import UserError
-    from srfed.runs.adapting import fitting_task
+    from srfed.runs.adapting import fitting_task, with_validation
 
-    # A new task is judged by its test images at set steps, so no round is to be chosen.
+    # How many of the images are used is said first, and then which of these are set aside.
     config = trained.config.data.model_copy(
         update={"images_per_task": None, "validation_images": 0}
     )
@@ -222,7 +236,8 @@ def _task(options: argparse.Namespace, trained: "TrainedRun | TrainedSite") -> "
         task = load_own_task(config, options.data, name)
         for line in describe_own_images(config, options.data):
             print(line)
-    return fitting_task(trained.shapes, task, options.images, name="--images")
+    task = fitting_task(trained.shapes, task, options.images, name="--images")
+    return with_validation(trained.config.data, task, options.validation, name="--validation")
 
 
 def _core_words(mode: str, before: str, after: str) -> str:
@@ -233,6 +248,18 @@ def _core_words(mode: str, before: str, after: str) -> str:
         if mode == "scratch"
         else f"the core has moved, here only (sha256 {after})"
     )
+
+
+def _values_words(mode: str, adapted: "Adapted") -> str:
+    sizes = [sum(t.numel() for t in part.values()) for part in (adapted.exclusive, adapted.shared)]
+    trained = sizes[0] if mode == "frozen" else sum(sizes)
+    return f"trained: {trained:,} of {sum(sizes):,} values"
+
+
+def _kept_words(point: "Point") -> str:
+    if math.isfinite(point.validation):
+        return f"step {point.steps}, which has the least validation loss"
+    return f"step {point.steps}, the last"
 
 
 def _plot(path: Path, points: "Sequence[Point]", task: str) -> None:

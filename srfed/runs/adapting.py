@@ -9,9 +9,10 @@ writes.
 import csv
 import hashlib
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,15 +20,17 @@ import numpy as np
 import safetensors.torch
 from torch import Tensor
 
-from srfed.config import RunConfig, parse_config
+from srfed.config import DataConfig, RunConfig, parse_config
 from srfed.data import Task
 from srfed.data.images import Images
 from srfed.data.tasks import extents
+from srfed.data.validation import set_aside
 from srfed.device import resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.features.network import FeatureNetwork
 from srfed.evaluation.features.statistics import FeatureStatistics
 from srfed.evaluation.generation import generate
+from srfed.evaluation.metrics.denoising_loss import denoising_losses, mean_loss
 from srfed.evaluation.metrics.frechet import frechet_distance
 from srfed.files import exists, held, list_folder, read_json, try_output, write_bytes, write_json
 from srfed.model import build_model, build_objective
@@ -39,6 +42,8 @@ from srfed.training.part import load_tensors
 IDENTITY, LOCK = "adaptation.json", "lock"
 DIGITS = 16
 """Hexadecimal digits of a hash that names what was adapted."""
+VALIDATION_NOISE = 1
+"""A seed: the noise is the same for every mode and step, whatever the adaptation's own seed."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Point:
         floor: the distance of the training images to the held-out ones.
         network_sha256: of the feature network's weights.
         seed: of training and of the samples.
+        validation: loss on the validation images; infinite where there are none.
     """
 
     mode: str
@@ -69,6 +75,7 @@ class Point:
     floor: float
     network_sha256: str
     seed: int
+    validation: float = field(default=math.inf, kw_only=True)
 
 
 SomePoint = TypeVar("SomePoint", bound=Point)
@@ -81,6 +88,12 @@ class ScoredAdaptation:
     point: Point
     adapted: Adapted
     samples: Images
+
+
+def best_step(curve: Sequence[ScoredAdaptation]) -> ScoredAdaptation:
+    """The first with the least validation loss; the last where none has a finite one."""
+    known = [scored for scored in curve if math.isfinite(scored.point.validation)]
+    return min(known, key=lambda scored: scored.point.validation) if known else curve[-1]
 
 
 def computed_here(config: RunConfig, device: str, *, cuda: bool) -> RunConfig:
@@ -127,6 +140,41 @@ def fitting_task(
     return replace(task, train=task.train[:images])
 
 
+def with_validation(
+    config: DataConfig, task: Task, count: int | None = None, *, name: str = "validation"
+) -> Task:
+    """A new task with some of its training images set aside, to choose a step by.
+
+    Args:
+        config: the run's settings of data.
+        task: the new task.
+        count: how many to set aside; None takes ``data.validation_images`` where at least as many
+            are left to train on, and otherwise none.
+        name: what the caller calls that number.
+
+    Raises:
+        UserError: so many cannot be set aside.
+    """
+    images = len(task.train)
+    if count is None:
+        count = config.validation_images if images >= 2 * config.validation_images else 0
+    allowed = f"0, or 2 to {images - 2}" if images >= 4 else "0"
+    if count != 0 and not 2 <= count <= images - 2:
+        raise UserError(
+            f"{name} {count} is impossible: {task.name} has {images} training images, 2 of which "
+            f"are left to train on; allowed: {allowed}"
+        )
+    train, validation = set_aside(
+        config.model_copy(update={"validation_images": count}), task.name, task.train
+    )
+    if len(train) < 2:
+        raise UserError(
+            f"{name} {count} is impossible: {task.name} has too many equal images, which stay on "
+            "one side; allowed: fewer, or 0"
+        )
+    return replace(task, train=train, validation=validation)
+
+
 def score_adaptation(
     config: RunConfig,
     shared: Mapping[str, Tensor],
@@ -144,7 +192,8 @@ def score_adaptation(
     Args:
         config: the run's configuration.
         shared: the run's averaged φ.
-        task: the new task; all its training images are used.
+        task: the new task; all its training images are trained on, its validation images looked
+            at.
         network: the feature network.
         mode, steps, every: see :func:`~srfed.training.adaptation.adapt`.
         samples: images to generate for each score.
@@ -174,6 +223,17 @@ def score_adaptation(
             task=task.name,
         ).images
         score = frechet_distance(FeatureStatistics.of(network(images)), held_out)
+        validation = math.inf
+        if len(task.validation):
+            validation = mean_loss(
+                denoising_losses(
+                    denoiser,
+                    objective.process,
+                    task.validation,
+                    task=task.name,
+                    seed=VALIDATION_NOISE,
+                )
+            )
         point = Point(
             mode=mode,
             images=len(task.train),
@@ -186,6 +246,7 @@ def score_adaptation(
             floor=floor,
             network_sha256=network.sha256,
             seed=seed,
+            validation=validation,
         )
         yield ScoredAdaptation(point, adapted, images)
 
@@ -241,17 +302,17 @@ class AdaptationFolder:
                 it.
             mode: the mode.
             task: the new task's name.
-            curve: the mode's results, the last of which is kept as a model.
+            curve: the mode's results, the best of which (:func:`best_step`) is kept as a model.
         """
-        last = curve[-1]
+        best = best_step(curve)
         save_site_model(
             self.store(mode, task),
             config,
             f"adapted-{mode}",
-            last.adapted.chunk,
-            last.samples.shape[1:],
-            last.adapted.shared,
-            last.adapted.exclusive,
+            best.adapted.chunk,
+            best.samples.shape[1:],
+            best.adapted.shared,
+            best.adapted.exclusive,
         )
         self.points = [point for point in self.points if point.mode != mode] + [
             scored.point for scored in curve
@@ -290,7 +351,8 @@ def write_points(path: Path, points: Sequence[Point]) -> None:
 
 
 def read_points(path: Path, kind: type[SomePoint]) -> list[SomePoint]:
-    """The points that :func:`write_points` has written; none where there is no file.
+    """The points that :func:`write_points` has written; none where there is no file. A column that
+    an earlier version did not write is as its default.
 
     Raises:
         UserError: the file is damaged, or holds another kind.
@@ -302,10 +364,10 @@ def read_points(path: Path, kind: type[SomePoint]) -> list[SomePoint]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             return [
-                kind(**{name: kinds[name](row[name]) for name in kinds})
+                kind(**{name: kinds[name](row[name]) for name in kinds if name in row})
                 for row in csv.DictReader(file)
             ]
-    except (OSError, KeyError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}; name another folder with --out") from error
 
 
@@ -316,8 +378,8 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def images_hash(task: Task) -> str:
-    """The same of a task's training and held-out images."""
+    """The same of a task's training, held-out and, if any, validation images."""
     digest = hashlib.sha256()
-    for images in (task.train, task.test):
+    for images in (task.train, task.test, *([task.validation] if len(task.validation) else [])):
         digest.update(repr(images.shape).encode() + np.ascontiguousarray(images).tobytes())
     return digest.hexdigest()[:DIGITS]

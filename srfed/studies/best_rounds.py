@@ -124,6 +124,22 @@ def best_rounds(
     return best
 
 
+def has_passed(
+    history: Mapping[int, Mapping[str, float]],
+    groups: Mapping[str, Sequence[str]],
+    patience: int,
+) -> bool:
+    """Whether no group has had a better round for ``patience`` rounds; 0: never."""
+    if not patience or not history:
+        return False
+    last = max(history)
+    return all(
+        last - min(history, key=lambda number: (_of_group(history[number], members), number))
+        >= patience
+        for members in groups.values()
+    )
+
+
 def _of_group(losses: Mapping[str, float], members: Sequence[str]) -> float:
     """Mean over a group's tasks; what is not finite is worse than all that is."""
     loss = mean(losses[member] for member in members)

@@ -69,6 +69,7 @@ class Job:
         given: its standard input.
         threads: of its arithmetic.
         left: reads what it has left in the folder; None where that is not there, or another's.
+        niceness: how much it lets other processes go first, as of the command ``nice``.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Job:
     given: bytes
     threads: int
     left: Callable[[], dict[str, Any] | None]
+    niceness: int = 0
 
 
 @dataclass(frozen=True)
@@ -329,12 +331,13 @@ def _run(job: Job, pool: Path, running: "set[subprocess.Popen[bytes]]") -> dict[
         return known
     log = folder.parent / "logs" / f"{folder.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    polite = ["nice", "-n", str(job.niceness)] if job.niceness else []
     # A second study that wants the same run waits for it, and then finds it done.
     with (
         held(pool / "locks" / folder.name / "lock", wait=True),
         log.open("ab") as output,
         subprocess.Popen(
-            [sys.executable, "-m", *job.command],
+            [*polite, sys.executable, "-m", *job.command],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,

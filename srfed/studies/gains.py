@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -45,6 +46,8 @@ def row_of(cell: Cell, outcome: Mapping[str, Any]) -> dict[str, Any]:
         "every": cell.judging.every,
         "samples": cell.judging.samples,
         "test_images": cell.judging.test_images,
+        "patience": cell.judging.patience,
+        "asked_rounds": config.federation.rounds,
         "owners": len(owners),
         "images_per_owner": outcome["images_per_owner"],
         "rounds": outcome["rounds"],
@@ -66,15 +69,30 @@ def row_of(cell: Cell, outcome: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-KEY = ("set", "side", "seed", "config_hash", "every", "samples", "test_images", "rounds")
+KEY = (
+    "set",
+    "side",
+    "seed",
+    "config_hash",
+    "every",
+    "samples",
+    "test_images",
+    "patience",
+    "asked_rounds",
+)
 """What a line of cells.csv is known by."""
 
 
 def add_row(path: Path, row: Mapping[str, Any], key: Sequence[str] = KEY) -> None:
-    """Add a line to a CSV, or put it in the place of the same cell's, of the same values in the
-    columns ``key``; the file is whole at any time.
+    """Add a line to a CSV, or put it in the place of the same cell's; the file is whole at any
+    time.
 
     Columns that a file of an earlier version lacks are left empty there.
+
+    Args:
+        path: the file.
+        row: the line, by column.
+        key: columns that a cell's line is known by.
     """
     text = read_bytes(path).decode() if exists(path) else ""
     told = {name: "" if value is None else str(value) for name, value in row.items()}
@@ -104,7 +122,7 @@ def report(asked: Sequence[Cell], outcomes: Sequence[dict[str, Any]], out: Path)
     write_csv(out / "owners.csv", owner_rows(asked, outcomes, found))
     line_plot(
         out / "loss.png",
-        {side: _curve([sides[side] for sides in found.values()]) for side in SIDES},
+        {side: _curve([sides[side] for sides in found.values()]) for side in _sides(asked)},
         x_label="round",
         y_label="loss on validation images, mean over owners",
         title=f"{asked[0].owners}, {len(outcomes[0]['owners'])} owners",
@@ -146,9 +164,11 @@ def owner_rows(
 
 def gap_closed(sides: Mapping[str, Mapping[str, Any]], side: str) -> float | None:
     """The share of the way from alone to pooled that a side has come, by the mean loss over owners;
-    None where pooled is no better than alone.
+    None where pooled is no better than alone, or was not asked for.
     """
-    loss = {name: mean(o["loss"] for o in sides[name]["owners"].values()) for name in SIDES}
+    if POOLED not in sides:
+        return None
+    loss = {name: mean_over_owners(outcome) for name, outcome in sides.items()}
     gap = loss[ALONE] - loss[POOLED]
     return (loss[ALONE] - loss[side]) / gap if gap > 0 else None
 
@@ -163,7 +183,7 @@ def describe(asked: Sequence[Cell], seeds: Sequence[Mapping[str, dict[str, Any]]
         f"SSIM-rec@{config.evaluation.ssim_timestep} | best round | messages | core time |",
         "|---" * (11 + len(BANDS)) + "|",
     ]
-    for side in SIDES:
+    for side in _sides(asked):
         outcomes = [sides[side] for sides in seeds]
         owners = [list(outcome["owners"].values()) for outcome in outcomes]
         ratio = _ratio(_losses([sides[ALONE] for sides in seeds]), _losses(outcomes))
@@ -195,17 +215,19 @@ def describe(asked: Sequence[Cell], seeds: Sequence[Mapping[str, dict[str, Any]]
             )
             + " |"
         )
+    waited = asked[0].judging.patience
+    patience = f", or until none is the best for {waited} rounds" if waited else ""
     control = any(getattr(cell.config.training, "control_variates", False) for cell in asked)
     own = ", ".join(
         f"{cell.side} {cell.config.training.exclusive_learning_rate:g}"
-        for cell in asked[: len(SIDES)]
+        for cell in asked[: len(_sides(asked))]
     )
     lines += [
         "",
         f"{asked[0].owners}, {len(some['owners'])} owners with {some['images_per_owner']:g} "
         f"training images each, {config.data.validation_images} besides to choose rounds by, "
-        f"{some['test_images']} test images at most; {some['rounds']} rounds of "
-        f"{config.training.local_steps} steps of {config.training.batch_size} images, "
+        f"{some['test_images']} test images at most; {some['asked_rounds']} rounds of "
+        f"{config.training.local_steps} steps of {config.training.batch_size} images{patience}, "
         f"{len(seeds)} seed(s). Real images are recognised at a share of "
         f"{some['recognised_real']:.2f}; {some['samples']} samples an owner; copies: distance to "
         "training images over that of held-out ones. The interval is over held-out images, not "
@@ -213,6 +235,96 @@ def describe(asked: Sequence[Cell], seeds: Sequence[Mapping[str, dict[str, Any]]
         f"together has {'' if control else 'no '}control variates.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def mean_over_owners(outcome: Mapping[str, Any]) -> float:
+    """The held-out loss of a side."""
+    return float(mean(owner["loss"] for owner in outcome["owners"].values()))
+
+
+def worth_of_images(points: Sequence[tuple[float, float]], loss: float) -> tuple[float, float]:
+    """With how many images an owner alone comes to a loss, between which two bounds.
+
+    Args:
+        points: (images, loss) of owners alone.
+        loss: to compare with.
+
+    Returns:
+        The same number twice, interpolated between logarithms; where no point lies on one side of
+        the loss, 0 or infinity and the number that is known.
+    """
+    ordered = sorted(points)
+    enough = next((place for place, (_, other) in enumerate(ordered) if other <= loss), None)
+    if enough is None:
+        return ordered[-1][0], math.inf
+    if enough == 0:
+        return 0, ordered[0][0]
+    (fewer, worse), (more, better) = ordered[enough - 1], ordered[enough]
+    part = math.log(worse / loss) / math.log(worse / better)
+    found = fewer * (more / fewer) ** part
+    return found, found
+
+
+def describe_worth(
+    asked: Sequence[Cell],
+    outcomes: Sequence[dict[str, Any]],
+    others: Sequence[Cell],
+    of_others: Sequence[dict[str, Any]],
+    out: Path,
+) -> str:
+    """Write images.csv, images.md and images.png: each side with its images beside owners alone
+    with other numbers of them; returns the table.
+    """
+    by_count: dict[float, list[float]] = {}
+    rows = []
+    for cell, outcome in [*zip(asked, outcomes, strict=True), *zip(others, of_others, strict=True)]:
+        if cell.side == ALONE:
+            by_count.setdefault(outcome["images_per_owner"], []).append(mean_over_owners(outcome))
+            rows.append(row_of(cell, outcome))
+    write_csv(out / "images.csv", rows)
+    points = sorted((count, mean(losses)) for count, losses in by_count.items())
+    lines = ["| alone with | held-out loss |", "|---|---|"]
+    lines += [f"| {c:g} images | {mean_and_spread(by_count[c], 4)} |" for c, _ in points]
+    lines += ["", "| side | held-out loss | as good as alone with |", "|---|---|---|"]
+    sides = [side for side in _sides(asked) if side != ALONE]
+    lost = {
+        side: [
+            mean_over_owners(outcome)
+            for cell, outcome in zip(asked, outcomes, strict=True)
+            if cell.side == side
+        ]
+        for side in sides
+    }
+    for side, losses in lost.items():
+        low, high = worth_of_images(points, mean(losses))
+        told = f"{low:.0f}" if low == high else f"fewer than {high:g}"
+        told = f"more than {low:g}" if math.isinf(high) else told
+        lines.append(f"| {side} | {mean_and_spread(losses, 4)} | {told} images |")
+    some = outcomes[0]
+    line_plot(
+        out / "images.png",
+        {
+            ALONE: ([count for count, _ in points], [loss for _, loss in points]),
+            **{
+                f"{side} with {some['images_per_owner']:g}": (
+                    [points[0][0], points[-1][0]],
+                    [mean(losses)] * 2,
+                )
+                for side, losses in lost.items()
+            },
+        },
+        x_label="training images of an owner",
+        y_label="held-out loss, mean over owners",
+        title=f"{asked[0].owners}, {len(some['owners'])} owners",
+        log_y=True,
+    )
+    text = "\n".join(lines) + "\n"
+    write_bytes(out / "images.md", text.encode())
+    return text
+
+
+def _sides(asked: Sequence[Cell]) -> list[str]:
+    return [side for side in SIDES if any(cell.side == side for cell in asked)]
 
 
 def _losses(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Losses]:

@@ -12,7 +12,8 @@ The test images are looked at once, when every choice has been made.
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -42,6 +43,7 @@ from srfed.files import write_json
 from srfed.interrupts import run_command
 from srfed.model import build_model, build_objective, build_partition, denoiser_of_task
 from srfed.observer import Observer
+from srfed.records import RoundRecord
 from srfed.reporting.curves import shown_on_terminal
 from srfed.reporting.summary import totals
 from srfed.runs.checks import check_training, finished
@@ -53,6 +55,7 @@ from srfed.studies.best_rounds import (
     best_file,
     best_rounds,
     groups_of,
+    has_passed,
     read_history,
 )
 from srfed.training.part import load_tensors
@@ -73,12 +76,14 @@ class Judging:
             mean over tasks decides for all.
         samples: generated images of each task, at least 2.
         test_images: test images of each task, the first, at least 2; fewer where there are no more.
+        patience: training ends where no network has been better for as many rounds; 0: never.
     """
 
     every: int
     apart: bool
     samples: int
     test_images: int
+    patience: int = 0
 
 
 def judge(run: RunFolder, tasks: Sequence[Task], judging: Judging) -> dict[str, Any]:
@@ -125,7 +130,7 @@ def judge(run: RunFolder, tasks: Sequence[Task], judging: Judging) -> dict[str, 
         shown = Task(
             task.name, task.train, task.test[: judging.test_images], task.index, task.validation
         )
-        samples[task.name], owners[task.name] = _scores(
+        samples[task.name], owners[task.name] = scores_of(
             denoiser_of_task(objective, network, place),
             objective.process,
             config,
@@ -149,6 +154,7 @@ def judge(run: RunFolder, tasks: Sequence[Task], judging: Judging) -> dict[str, 
         "recognised_real": accuracy_on_real_images(judged),
         "score_name": features.score_name,
         "history": {str(n): mean(losses.values()) for n, losses in sorted(history.items())},
+        "asked_rounds": config.federation.rounds,
         "rounds": sums.rounds,
         "bytes": sum(line["bytes_up"] + line["bytes_down"] for line in rounds),
         "core_seconds": sums.training_seconds * config.resources.client_cpus,
@@ -159,7 +165,7 @@ def judge(run: RunFolder, tasks: Sequence[Task], judging: Judging) -> dict[str, 
     }
 
 
-def _scores(
+def scores_of(
     denoiser: Denoiser,
     process: Process,
     config: RunConfig,
@@ -167,7 +173,19 @@ def _scores(
     network: FeatureNetwork,
     count: int,
 ) -> tuple[Images, dict[str, Any]]:
-    """An owner's samples, and its scores."""
+    """An owner's samples, and its scores on its test images.
+
+    Args:
+        denoiser: E[x_0 | x_t] of its model, in evaluation mode.
+        process: the forward process.
+        config: of the run.
+        task: the owner's images, at least 2 test images.
+        network: the feature network.
+        count: samples, at least 2.
+
+    Raises:
+        UserError: there are too few images for a score.
+    """
     losses = denoising_losses(denoiser, process, task.test, task=task.name, seed=TEST_NOISE)
     samples = generate(
         denoiser, process, config.sampling, count=count, shape=task.shape, seed=0, task=task.name
@@ -208,6 +226,23 @@ def _copies(samples: Images, task: Task, network: FeatureNetwork) -> float | Non
     return pixels.generated_to_training / pixels.held_out_to_training
 
 
+class PassedError(Exception):
+    """The best rounds are past."""
+
+
+class _Patience(Observer):
+    """Ends a run whose best rounds are past."""
+
+    def __init__(
+        self, run: RunFolder, groups: Mapping[str, Sequence[str]], judging: Judging
+    ) -> None:
+        self._run, self._groups, self._judging = run, groups, judging
+
+    def on_round(self, record: RoundRecord) -> None:
+        if has_passed(read_history(self._run), self._groups, self._judging.patience):
+            raise PassedError
+
+
 def main() -> int:
     """The command; returns its exit code."""
     return run_command(lambda: _do(Path(sys.argv[1]), json.load(sys.stdin)))
@@ -233,9 +268,13 @@ def train_judged(
         check_training(config)
         run = RunFolder.create(folder, config)
     tasks = load_recorded_tasks(config.data, config.federation.clients, run.images)
-    if not finished(run):
+    groups = groups_of(tasks, apart=judging.apart)
+    if not finished(run) and not has_passed(read_history(run), groups, judging.patience):
         best = BestRounds(run, tasks, judging.every, apart=judging.apart)
-        train_run(run, [best, *shown_on_terminal(run), *observers])
+        with suppress(PassedError):
+            train_run(
+                run, [best, *shown_on_terminal(run), *observers, _Patience(run, groups, judging)]
+            )
     outcome = judge(run, tasks, judging)
     write_json(folder / OUTCOME_FILE, outcome)
     return outcome

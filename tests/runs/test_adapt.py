@@ -5,17 +5,21 @@ it is.
 import csv
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import srfed
 from srfed.commands import adapt as command
 from srfed.commands import sample
 from srfed.config import ResourcesConfig, parse_config
-from srfed.data import load_task, to_model_range
+from srfed.data import Task, load_task, to_model_range
+from srfed.data.record import fingerprints
 from srfed.errors import UserError
 from srfed.evaluation.features.embedded import EmbeddedFeatures
 from srfed.evaluation.features.statistics import FeatureStatistics
@@ -23,7 +27,15 @@ from srfed.evaluation.generation import generate
 from srfed.evaluation.metrics.frechet import frechet_distance
 from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.partition import divide
-from srfed.runs.adapting import computed_here, tensors_hash
+from srfed.runs import adapting
+from srfed.runs.adapting import (
+    Point,
+    computed_here,
+    read_points,
+    tensors_hash,
+    with_validation,
+    write_points,
+)
 from srfed.runs.run import TrainedRun, TrainedSite
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.site_model import SiteModel
@@ -299,7 +311,10 @@ def test_the_command_keeps_scores_pictures_and_models(
         "floor",
         "network_sha256",
         "seed",
+        "validation",
     ]
+    assert {row["validation"] for row in rows} == {"inf"}
+    assert said.out.count("kept: step 6, the last") == 3
     assert [(row["mode"], row["steps"]) for row in rows] == [
         (mode, steps) for mode in MODES for steps in ("4", "6")
     ]
@@ -334,6 +349,118 @@ def test_the_command_keeps_scores_pictures_and_models(
             assert content["tasks"].tolist() == [NEW] * 8
             distance = frechet_distance(FeatureStatistics.of(network(content["images"])), held_out)
         assert distance == pytest.approx(float(row["score"]), rel=1e-9)
+
+
+def test_the_step_with_the_least_validation_loss_is_kept(
+    run_command: Callable[..., tuple[int, Path]],
+    trained: TrainedRun,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, asked = adapting.denoising_losses, []
+
+    def losses(*arguments: Any, **named: Any) -> np.ndarray:
+        """Least after the first of three looks."""
+        asked.append(arguments[2])
+        return real(*arguments, **named) + len(asked)
+
+    monkeypatch.setattr(adapting, "denoising_losses", losses)
+    code, out = run_command("--task", NEW, "--images", 20, "--validation", 6, "--every", 2)
+    assert code == 0
+    said = capsys.readouterr().out
+    assert "14 training images and 36 held out" in said
+    assert "6 images besides choose the step" in said
+    assert "kept: step 2, which has the least validation loss" in said
+    points = read_points(out / "scores.csv", Point)
+    assert [point.steps for point in points] == [2, 4, 6]
+    assert [point.validation > number for number, point in enumerate(points, 1)] == [True] * 3
+    first = load_task(trained.config.data, 7).train[:20]
+    assert all(len(images) == 6 for images in asked)
+    assert {bytes(image) for image in asked[0]} < {bytes(image) for image in first}
+    assert SiteModel(out / "frozen" / NEW).round == 1
+    trained_on = [image for image in first if bytes(image) not in {*map(bytes, asked[0])}]
+    one, *_ = adapt(
+        trained.config,
+        trained.shared,
+        np.stack(trained_on),
+        task=NEW,
+        mode="frozen",
+        steps=6,
+        every=2,
+        seed=0,
+    )
+    assert same_bits(SiteModel(out / "frozen" / NEW).tensors[1], one.exclusive)
+
+
+def test_how_many_images_choose_the_step(new_images: np.ndarray) -> None:
+    task = Task(NEW, new_images[:10], new_images[10:12])
+    data = tiny_config({"data.validation_images": 5}).data
+    for count, left in ((None, 5), (0, 10), (2, 8), (8, 2)):
+        found = with_validation(data, task, count)
+        assert (len(found.train), len(found.validation)) == (left, 10 - left)
+    few = replace(task, train=task.train[:9])
+    assert len(with_validation(data, few).validation) == 0, "fewer would be left to train on"
+    for impossible in (1, 9, -1):
+        with pytest.raises(UserError, match=f"^--validation {impossible} .* allowed: 0, or 2 to 8"):
+            with_validation(data, task, impossible, name="--validation")
+    order = np.argsort(fingerprints(task.train))
+    alike = replace(task, train=task.train[[order[0]] * 9 + [order[1]]])
+    with pytest.raises(UserError, match="too many equal images"):
+        with_validation(data, alike, 2)
+
+
+def test_scores_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    point = Point("frozen", 20, 4, 0.5, "fd", 2.0, 8, 36, 1.0, "abc", 0)
+    write_points(tmp_path / "scores.csv", [point])
+    lines = (tmp_path / "scores.csv").read_text().splitlines()
+    (tmp_path / "scores.csv").write_text(
+        "\n".join(line.rpartition(",")[0] for line in lines) + "\n"
+    )
+    assert read_points(tmp_path / "scores.csv", Point) == [point]
+    (tmp_path / "scores.csv").write_text("mode,images\nfrozen,20\n")
+    with pytest.raises(UserError, match="is damaged"):
+        read_points(tmp_path / "scores.csv", Point)
+
+
+@pytest.mark.parametrize("method", ["federated", "balanced"])
+def test_small_parts_are_added_to_a_run_that_shares_everything_else(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {
+        "data.validation_images": 10,
+        "model.exclusive_stages": "none",
+        "model.owned": ["vector", "film"],
+        "training.method": method,
+        "training.centralised_batch_size": 12 if method == "balanced" else None,
+        "training.exclusive_learning_rate": 2e-2,
+        "federation.rounds": 1,
+        "evaluation.ssim_images": 0,
+    }
+    run = srfed.train(tiny_config(small), run_dir=tmp_path / "run")
+    arguments = ["--run", run.path, "--task", NEW, "--images", 24, *FEW, "--out", tmp_path / "out"]
+    assert command.main([str(argument) for argument in arguments]) == 0
+    said = capsys.readouterr().out
+    assert "14 training images" in said
+    assert "10 images besides choose the step" in said
+    opened = TrainedRun(run.path, CPU)
+    assert f"the core is unchanged (sha256 {tensors_hash(opened.shared)})" in said
+    shared, exclusive = SiteModel(tmp_path / "out" / "frozen" / NEW).tensors
+    sizes = [sum(tensor.numel() for tensor in part.values()) for part in (exclusive, shared)]
+    assert f"trained: {sizes[0]:,} of {sum(sizes):,} values" in said
+    assert all(tensor.any() for tensor in exclusive.values())
+    # Adam's first step moves a value by the rate, and the first of the average's decays is 0.1.
+    (one,) = adapt(
+        opened.config,
+        opened.shared,
+        load_task(opened.config.data, 7).train,
+        task=NEW,
+        mode="frozen",
+        steps=1,
+        every=1,
+    )
+    moved = [float(tensor.abs().max()) for tensor in one.exclusive.values()]
+    assert moved == pytest.approx([0.9 * 2e-2] * len(moved), rel=0.1)
+    assert srfed.open_run(tmp_path / "out" / "frozen" / NEW).sample(0, 2).shape == (2, 8, 8, 1)
 
 
 def test_a_run_of_half_precision_can_be_adapted_to_on_a_cpu() -> None:
@@ -428,6 +555,10 @@ def test_an_npz_without_labels_is_a_task(
         (
             ("--task", NEW, "--every", 7),
             "7 steps between two scores are impossible; allowed: 1 to 6",
+        ),
+        (
+            ("--task", NEW, "--images", 20, "--validation", 19),
+            "--validation 19 is impossible: digit-7 has 20 training images, 2 of which are left",
         ),
         (("--task", NEW, "--samples", 1), "--samples 1 is impossible; allowed: 2 or more"),
         (("--data", "/nowhere/at/all"), "/nowhere/at/all does not exist"),

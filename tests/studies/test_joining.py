@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +24,32 @@ from srfed.storage.checkpoint import read_arrays
 from srfed.storage.run_folder import RunFolder
 from srfed.studies import best_rounds as keeping
 from srfed.studies import judged
-from srfed.studies.best_rounds import BestRounds, best_file, best_rounds, groups_of, read_history
+from srfed.studies.best_rounds import (
+    BestRounds,
+    best_file,
+    best_rounds,
+    groups_of,
+    has_passed,
+    read_history,
+)
 from srfed.studies.cases import change
-from srfed.studies.gains import add_row, gap_closed, report, row_of
-from srfed.studies.joining import COMMON, OWN_RATES, SIDES, Cell, cells
+from srfed.studies.gains import (
+    add_row,
+    describe_worth,
+    gap_closed,
+    report,
+    row_of,
+    worth_of_images,
+)
+from srfed.studies.joining import OWN_RATES, SIDES, Cell, alone_with, cells
 from srfed.studies.judged import train_judged
 from srfed.studies.owners import SETS
 from support.images import random_images, save
+from support.tiny_study import tiny_base
 
 OWNERS = ("digit-0", "digit-1", "digit-2")
 ASKED = {"every": 1, "samples": 4, "test_images": 6}
 CLOCK = {"core_seconds"}
-
-
-def tiny_base(rounds: int = 2, **changes: Any) -> RunConfig:
-    return change(
-        change(RunConfig(), **COMMON),
-        data__images_per_task=16,
-        data__validation_images=4,
-        data__image_size=8,
-        model__channels=(8, 16, 16, 16),
-        model__groups=4,
-        training__local_steps=3,
-        federation__clients=3,
-        federation__rounds=rounds,
-        sampling__steps=4,
-        evaluation__samples=6,
-        evaluation__samples_between=6,
-        evaluation__ssim_timestep=5,
-        evaluation__ssim_curve=(5,),
-        resources__device="cpu",
-        **changes,
-    )
 
 
 def tiny_cells(rounds: int = 2) -> dict[str, Cell]:
@@ -108,6 +104,40 @@ def test_each_group_has_the_first_of_its_best_rounds() -> None:
     assert best_rounds(history, groups_of(tasks, apart=False)) == {"all": 2}
     with pytest.raises(UserError, match="the validation loss of b was finite in no round"):
         best_rounds({2: {"a": 0.1, "b": nan}}, groups_of(tasks, apart=True))
+
+
+def test_patience_is_over_when_no_group_has_been_better_for_so_long() -> None:
+    history = {2: {"a": 0.5, "b": 0.5}, 4: {"a": 0.75, "b": 0.25}, 6: {"a": 0.75, "b": 0.25}}
+    apart, together = {"a": ["a"], "b": ["b"]}, {"all": ["a", "b"]}
+    # The best rounds: a 2, b the first of 4 and 6, both together 2, as all have a mean of .5.
+    assert has_passed(history, apart, 2)
+    assert not has_passed(history, apart, 3)
+    assert has_passed(history, together, 4)
+    assert not has_passed(history, together, 0)
+    assert not has_passed({}, together, 1)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_run_ends_when_patience_does_and_is_judged_as_if_that_were_all(
+    killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses are made up: every owner's are least after round 1."""
+    real, folder = keeping.denoising_losses, tmp_path / "run"
+
+    def losses(*arguments: Any, task: str, seed: int) -> np.ndarray:
+        found = real(*arguments, task=task, seed=seed)
+        return np.full_like(found, TrainedRun(folder, cell.config.resources).round)
+
+    monkeypatch.setattr(keeping, "denoising_losses", losses)
+    cell = tiny_cells(4)["together"]
+    judging = replace(cell.judging, patience=2)
+    if killed:
+        with pytest.raises(KilledError):
+            train_judged(folder, cell.config, judging, [Recorder(folder, kill_after=3)])
+    outcome = train_judged(folder, cell.config, judging)
+    assert outcome["rounds"] == 3
+    assert outcome["asked_rounds"] == 4
+    assert {owner["round"] for owner in outcome["owners"].values()} == {1}
 
 
 class KilledError(Exception):
@@ -278,6 +308,41 @@ def test_there_is_no_gap_where_pooling_does_not_pay(
 ) -> None:
     sides = {side: made_up_outcome(undisturbed["alone"], 1.0) for side in SIDES}
     assert gap_closed(sides, "together") is None
+
+
+def test_a_side_without_pooled_has_no_gap(undisturbed: dict[str, dict[str, Any]]) -> None:
+    assert gap_closed({"alone": undisturbed["alone"]}, "alone") is None
+
+
+def test_images_are_worth_what_lies_between_two_numbers_of_them() -> None:
+    points = [(40.0, 0.04), (10.0, 0.16), (20.0, 0.08)]  # loss 1.6 / images
+    assert worth_of_images(points, 0.05) == pytest.approx((32, 32))
+    assert worth_of_images(points, 0.04) == pytest.approx((40, 40))
+    assert worth_of_images(points, 0.03) == (40, math.inf)
+    assert worth_of_images(points, 0.2) == (0, 10)
+
+
+def test_together_is_as_good_as_alone_with_more_images(
+    undisturbed: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    base = tiny_base()
+    asked = cells("digits", base, ASKED, 1, OWN_RATES, ("alone", "together"))
+    others = alone_with([24, 48], base, asked)
+    assert [cell.config.data.images_per_task for cell in others] == [28, 52]
+    assert {cell.side for cell in others} == {"alone"}
+    outcomes = [made_up_outcome(undisturbed["alone"], factor) for factor in (1, 0.375, 0.5, 0.25)]
+    for outcome, count in zip(outcomes, (12, 12, 24, 48), strict=True):
+        outcome["images_per_owner"] = count
+    text = describe_worth(asked, outcomes[:2], others, outcomes[2:], tmp_path)
+    assert [float(row["images_per_owner"]) for row in read_rows(tmp_path / "images.csv")] == [
+        12,
+        24,
+        48,
+    ]
+    assert "| 32 images |" in text
+    assert "| alone with | held-out loss |" in text
+    with Image.open(tmp_path / "images.png") as picture:
+        assert picture.width > 300
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
