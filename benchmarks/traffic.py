@@ -1,5 +1,5 @@
-"""Bytes of a round along the partition's dial, and with steps on the update: ``python -m
-benchmarks.traffic``.
+"""Bytes of a round along the partition's dial, with steps on the update, and with φ in codes:
+``python -m benchmarks.traffic``.
 
 Runs one real round in process for each setting and prints what the messages held, beside the least
 possible (4 bytes a parameter of φ), per client and direction.
@@ -28,6 +28,18 @@ CASES = {
     "clip": ["updates.steps=[clip]"],
     "quantise, 8 bits": ["updates.steps=[quantise]"],
     "quantise, 4 bits": ["updates.steps=[quantise]", "updates.quantise_bits=4"],
+    "8 bits down": ["updates.shared_bits=8"],
+    "8 bits both ways": ["updates.shared_bits=8", "updates.steps=[quantise]"],
+    "4 up, 8 down": [
+        "updates.shared_bits=8",
+        "updates.steps=[quantise]",
+        "updates.quantise_bits=4",
+    ],
+    "4 bits both ways": [
+        "updates.shared_bits=4",
+        "updates.steps=[quantise]",
+        "updates.quantise_bits=4",
+    ],
 }
 
 

@@ -55,7 +55,7 @@ class RunConfig(Section):
         default_factory=lambda: TrainingConfig(), description="what a client does"
     )
     updates: UpdatesConfig = setting(
-        default_factory=lambda: UpdatesConfig(), description="how a client's update travels"
+        default_factory=lambda: UpdatesConfig(), description="how φ and a client's update travel"
     )
     federation: FederationConfig = setting(
         default_factory=lambda: FederationConfig(), description="what the server does"
@@ -132,6 +132,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"updates.steps {json.dumps(self.updates.steps)} means nothing under "
                 f"training.method {training.method}; allowed: []"
+            )
+        if self.updates.shared_bits is not None:
+            raise ValueError(
+                f"updates.shared_bits {self.updates.shared_bits} means nothing under "
+                f"training.method {training.method}; allowed: null"
             )
         if training.method == "pooled" and self.model.exclusive_stages != "none":
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What becomes of a client's update Δ_i = φ_i - φ^r before it travels."""
+"""What becomes of φ before it comes to a client, and of the client's update Δ_i before it goes."""
 
 import json
 from typing import TYPE_CHECKING, Literal, Self
@@ -27,6 +27,12 @@ class UpdatesConfig(Section):
         8,
         description="step quantise: bits of each value that travels; what rounding takes away is "
         "kept at the client, and added to its next update",
+    )
+    shared_bits: Literal[8, 4] | None = setting(
+        None,
+        description="bits of each value of φ, and of c of control variates, that come to a client "
+        "to be trained; null: float32. The client trains from what the codes stand for, and sends "
+        "the change from there; the server keeps φ as it is",
     )
 
     @model_validator(mode="after")

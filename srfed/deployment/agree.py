@@ -27,6 +27,7 @@ from srfed.federation.agreement import (
     weak_numbers,
 )
 from srfed.federation.bounds import comparison_in_words, validation_in_words
+from srfed.federation.coming import coming_in_words
 from srfed.federation.contract import Contract
 from srfed.federation.control import control_in_words
 from srfed.federation.flower.admission import images_of
@@ -91,6 +92,7 @@ def propose(
         shared=AgreedShared(
             tensors=len(partition.shared),
             bytes=sum(tensors[name].nbytes for name in partition.shared),
+            bytes_down=sum(map(value_bytes, contract.training_request.values())),
             bytes_up=sum(map(value_bytes, contract.update.values())),
             bytes_control=sum(map(value_bytes, contract.control.values())) or None,
             fingerprint=partition.fingerprint(tensors),
@@ -224,6 +226,13 @@ def in_words(agreement: Agreement, config: RunConfig) -> str:
     if config.updates.steps and (up := shared.bytes_up) is not None:
         how = update_in_words(config.updates)
         change = [f"{up:,} bytes ({bytes_in_words(up)}): the change, {how}, of"]
+    come = []
+    if config.updates.shared_bits is not None and (down := shared.bytes_down) is not None:
+        tensors = "φ, and c of control variates" if config.training.control_variates else "φ"
+        come = [
+            f"  comes:       in each round {down:,} bytes ({bytes_in_words(down)}): {tensors}, "
+            f"{coming_in_words(config.updates)}; to be evaluated φ comes in float32"
+        ]
     control = []
     if config.training.control_variates and (up := shared.bytes_control) is not None:
         how = control_in_words(config.training)
@@ -260,6 +269,7 @@ def in_words(agreement: Agreement, config: RunConfig) -> str:
             "may be asked",
             f"  training:    up to {config.federation.rounds} rounds, each of up to {steps} in "
             f"minibatches of {training.batch_size} images",
+            *come,
             f"  least:       {least.statistics} images behind feature statistics, {least.mean} "
             "behind a mean",
             f"  settings:    {len(agreement.exactly)} exactly as in this configuration, "

@@ -27,7 +27,7 @@ class Aggregate:
             "second_moment.<name>".
         update_norm: ‖φ^{r+1} - φ^r‖.
         disagreement: between 0 (all clients moved alike) and 1 (their moves cancel): the root of
-            Σ p_i ‖Δ_i - Δ̄‖² / Σ p_i ‖Δ_i‖², with Δ_i = φ_i - φ^r.
+            Σ p_i ‖Δ_i - Δ̄‖² / Σ p_i ‖Δ_i‖², with Δ_i the client's change of what came to it.
     """
 
     shared: dict[str, Tensor]
@@ -81,8 +81,10 @@ def aggregate(
     updates: Mapping[str, Tensors],
     weights: Mapping[str, float],
     optimizer: Tensors,
+    start: Tensors | None = None,
 ) -> Aggregate:
-    """φ^{r+1} = φ^r + ServerOptimizer(Σ p_i (φ_i - φ^r)).
+    """φ^{r+1} = φ^r + ServerOptimizer(Σ p_i (φ_i - φ^r)), or φ_i - φ̂ where the clients began at
+    φ̂.
 
     Args:
         settings: which server optimizer, and its constants.
@@ -90,6 +92,7 @@ def aggregate(
         updates: φ_i by client, at least one.
         weights: p_i by client.
         optimizer: the optimizer's state after the last round; empty at first.
+        start: φ̂, what came to the clients in place of φ^r; None where that is φ^r itself.
 
     FedAvgM is Hsu et al. (2019): m ← β m + Δ, φ ← φ + η m. FedAdam is Reddi et al. (2021),
     Algorithm 2: m ← β1 m + (1 - β1) Δ, v ← β2 v + (1 - β2) Δ², φ ← φ + η m / (√v + τ). FedExP is
@@ -98,8 +101,9 @@ def aggregate(
     p_i², what it is where clients move at right angles; updates that cancel each other are not
     stretched beyond.
     """
+    began = shared if start is None else start
     deltas = {
-        client: {name: update[name].double() - shared[name].double() for name in shared}
+        client: {name: update[name].double() - began[name].double() for name in shared}
         for client, update in updates.items()
     }
     mean = weighted_mean(deltas, weights)

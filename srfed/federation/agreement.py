@@ -99,12 +99,15 @@ class _Part(BaseModel):
 
 
 class AgreedShared(_Part):
-    """φ, the tensors that travel in each round: as they are to the client, and back as they are or
-    as what ``updates.steps`` make of their change.
+    """φ, the tensors that travel in each round: to the client as they are or in
+    ``updates.shared_bits``, and back as they are or as what ``updates.steps`` make of their change.
     """
 
     tensors: _Count
     bytes: _Count
+    bytes_down: _Count | None = None
+    """What comes to be trained, c of control variates besides; None in agreements from before there
+    were ``updates.shared_bits``: everything in float32."""
     bytes_up: _Count | None = None
     """What goes back; None in agreements from before there were steps: as much as comes."""
     bytes_control: _Count | None = None

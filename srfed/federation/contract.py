@@ -16,6 +16,7 @@ from srfed.federation.bounds import (
     TrainPlan,
     validation_numbers,
 )
+from srfed.federation.coming import coming_in_words, layout_of_coming
 from srfed.federation.control import control_in_words, layout_of_control
 from srfed.federation.layout import Layout, layout_of, value_bytes, value_count
 from srfed.federation.messages import (
@@ -88,8 +89,9 @@ class Contract:
 
     @property
     def training_request(self) -> dict[str, Layout]:
-        """What comes with a request to train: besides φ, c of control variates."""
-        return {SHARED: self.shared, **({CONTROL: self.shared} if self.control else {})}
+        """What comes with a request to train: besides φ, or its codes, c of control variates."""
+        coming = layout_of_coming(self.config.updates, self.shared)
+        return {SHARED: coming, **({CONTROL: coming} if self.control else {})}
 
     @cached_property
     def update(self) -> dict[str, Layout]:
@@ -155,24 +157,28 @@ class Contract:
 
     def in_words(self) -> list[str]:
         """What comes and what goes in each round, in bytes of the tensors' values."""
-        down, (up,) = self.shared, self.update.values()
+        settings, down, (up,) = self.config.updates, self.shared, self.update.values()
+        come = layout_of_coming(settings, down)
         shared = f"φ, {value_count(down):,} parameters in {len(down)} tensors"
+        coded = f", {coming_in_words(settings)}" if settings.shared_bits else ""
         control = [
             line
             for layout in self.control.values()
             for line in (
-                f"{_bytes(down)} come: c of control variates, a gradient of φ",
+                f"{_bytes(come)} come: c of control variates, a gradient of φ{coded}",
                 f"{_bytes(layout)} go: c_i, {control_in_words(self.config.training)}, in "
                 f"{len(layout)} tensors",
             )
         ]
-        if not self.config.updates.steps:
+        if not settings.steps and not coded:
             return [f"{_bytes(down)} come and as many go: {shared}", *control]
-        how = update_in_words(self.config.updates)
+        how = f"its change, {update_in_words(settings)}" if settings.steps else "φ as trained"
+        average = f"{_bytes(down)} come at an evaluation: φ's moving average, in float32"
         return [
-            f"{_bytes(down)} come: {shared}",
-            f"{_bytes(up)} go: its change, {how}, in {len(up)} tensors",
+            f"{_bytes(come)} come: {shared}{coded}",
+            f"{_bytes(up)} go: {how}, in {len(up)} tensors",
             *control,
+            *([average] if coded else []),
         ]
 
 

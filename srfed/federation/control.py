@@ -2,10 +2,11 @@
 
 c_i is the mean gradient of φ over a client's last round, c the mean of the c_i of a round; to each
 local step's gradient a client adds c - c_i, so that clients with different images drift apart less.
-c goes down beside φ, as float32. What goes up in place of c_i is its codes of 8 bits
-(:class:`~srfed.federation.updates.quantise.Quantise`), without error feedback, as c_i is not summed
-up over rounds. Client and server both go on with what the codes stand for, so that the c_i's which
-are added and taken away are the same to the bit.
+c goes down beside φ, and like it: as float32, or as codes of ``updates.shared_bits``. What goes up
+in place of c_i is its codes of 8 bits (:class:`~srfed.federation.updates.quantise.Quantise`),
+without error feedback, as c_i is not summed up over rounds. Client and server both go on with what
+the codes of c_i stand for, so that the c_i's which are added and taken away are the same to the
+bit.
 
 A mean of clipped gradients is no longer than ``training.gradient_clip``, but rounding can make it
 longer: its scales are then shortened, so that the bound holds of what the codes stand for too.
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from srfed.config import RunConfig, TrainingConfig
 from srfed.errors import UserError
-from srfed.federation.layout import Layout, layout_of
+from srfed.federation.layout import Layout, check_finite, layout_of
 from srfed.federation.updates import Delta, Memory, norm_of
 from srfed.federation.updates.quantise import SCALES, Quantise
 from srfed.networks.partition import Control
@@ -62,16 +63,8 @@ def encode_control(
     Raises:
         UserError: the gradient has values that are not finite.
     """
-    layout, limit = layout_of(gradient), config.training.gradient_clip
     generator = derive_generator(config.seed, "control variates", client, round_number)
-    codes, _ = _CODES.encode(Delta(gradient), {}, generator)
-    if not bool(codes[SCALES].isfinite().all()):
-        raise UserError(f"the gradients of round {round_number} have values that are not finite")
-    decoded = _CODES.decode(codes, layout)
-    if limit is not None and (norm := norm_of(decoded)) > limit:
-        codes[SCALES] = (codes[SCALES].double() * (limit / norm)).float()
-        decoded = _CODES.decode(codes, layout)
-    return Control(codes), Control(decoded)
+    return _encode(_CODES, config.training, gradient, round_number, generator)
 
 
 def decode_control(training: TrainingConfig, codes: Control, shared: Layout) -> Control:
@@ -86,9 +79,7 @@ def decode_control(training: TrainingConfig, codes: Control, shared: Layout) -> 
         ValueError: no client can have encoded this.
     """
     decoded = _CODES.decode(Delta(codes), shared)
-    for name, tensor in decoded.items():
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"tensor {name!r} has values that are not finite")
+    check_finite(decoded)
     limit = training.gradient_clip
     if limit is not None and (norm := norm_of(decoded)) > limit * (1 + ROUNDING):
         raise ValueError(
@@ -127,11 +118,53 @@ def correction(control: Control, own: Control) -> Control:
     return Control({name: c - own[name] if own else c for name, c in control.items()})
 
 
-def sent_control(control: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Control:
-    """c as it goes to the clients, in the order and the type of φ; an empty c is 0."""
-    return Control(
+def encode_sent(
+    config: RunConfig,
+    control: Mapping[str, Tensor],
+    shared: Mapping[str, Tensor],
+    round_number: int,
+) -> Control:
+    """What comes to every client of a round in place of c: in the order and the type of φ, or its
+    codes; an empty c is 0.
+
+    Args:
+        config: the run's configuration.
+        control: c.
+        shared: φ.
+        round_number: the round; it names the draws.
+
+    Raises:
+        UserError: c has values that are not finite, and is to come in codes.
+    """
+    whole = Control(
         {
             name: control[name].to(tensor.dtype) if control else torch.zeros_like(tensor)
             for name, tensor in shared.items()
         }
     )
+    bits = config.updates.shared_bits
+    if bits is None:
+        return whole
+    generator = derive_generator(config.seed, "c of control variates", round_number)
+    step = Quantise(quantise_bits=bits)
+    codes, _ = _encode(step, config.training, whole, round_number, generator)
+    return codes
+
+
+def _encode(
+    step: Quantise,
+    training: TrainingConfig,
+    gradient: Control,
+    round_number: int,
+    generator: torch.Generator,
+) -> tuple[Control, Control]:
+    """Codes of a mean gradient, and what they stand for, no longer than clipped gradients are."""
+    layout, limit = layout_of(gradient), training.gradient_clip
+    codes, _ = step.encode(Delta(gradient), {}, generator)
+    if not bool(codes[SCALES].isfinite().all()):
+        raise UserError(f"the gradients of round {round_number} have values that are not finite")
+    decoded = step.decode(codes, layout)
+    if limit is not None and (norm := norm_of(decoded)) > limit:
+        codes[SCALES] = (codes[SCALES].double() * (limit / norm)).float()
+        decoded = step.decode(codes, layout)
+    return Control(codes), Control(decoded)

@@ -37,3 +37,10 @@ def value_bytes(layout: Layout) -> int:
 def zeros_of(layout: Layout) -> dict[str, Tensor]:
     """Tensors of a layout, of zeros."""
     return {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, dtype, shape in layout}
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming the tensor, where a value is not finite."""
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"tensor {name!r} has values that are not finite")

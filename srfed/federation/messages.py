@@ -28,12 +28,12 @@ VALIDATE = "evaluate.validate"
 Samples = NewType("Samples", dict[str, Tensor])
 """Generated images, or statistics of features: what may leave an owner besides φ."""
 SHARED = "shared"
-"""Array record of φ, both ways."""
+"""Array record of φ, both ways; server to client, with ``updates.shared_bits``, of its codes."""
 UPDATE = "update"
 """Array record of what steps have made of Δ_i, client to server, in place of φ_i."""
 CONTROL = "control"
-"""Array record of control variates: c beside φ, server to client, and what travels in place of c_i,
-client to server.
+"""Array record of control variates: c, or its codes, beside φ, server to client, and what travels
+in place of c_i, client to server.
 """
 AGAINST_TRIVIAL = "against_trivial"
 """Number of one round's reply: the loss over that of a predictor that has learned nothing."""

@@ -28,7 +28,7 @@ from srfed.federation.bounds import (
 )
 from srfed.federation.contract import DESCRIBED, Contract, Form
 from srfed.federation.control import decode_control
-from srfed.federation.layout import Layout, layout_bytes, layout_of, value_bytes
+from srfed.federation.layout import Layout, check_finite, layout_bytes, layout_of, value_bytes
 from srfed.federation.messages import (
     AGAINST_TRIVIAL,
     CONTROL,
@@ -167,9 +167,9 @@ def screen_train(
     reach: Reach | None,
     shared: Mapping[str, Tensor],
 ) -> TrainReply:
-    """Check an update against φ^r: who, which attempt, key set, shapes, dtypes, finite values,
-    numbers, its length. Steps on it are undone: what is accepted is φ_i, in φ's own type. So is a
-    control variate, decoded and no longer than clipped gradients can make it.
+    """Check an update against φ as it came to the client: who, which attempt, key set, shapes,
+    dtypes, finite values, numbers, its length. Steps on it are undone: what is accepted is φ_i, in
+    φ's own type. So is a control variate, decoded and no longer than clipped gradients can make it.
 
     Args:
         reply: as it came.
@@ -177,7 +177,7 @@ def screen_train(
         contract: what the run's messages hold.
         plan: what the client was to do.
         reach: how far its optimizer can have moved φ; None where nothing bounds it.
-        shared: φ^r, in the partition's order.
+        shared: φ as it came to the client, in the partition's order; what it was changed from.
 
     Raises:
         RefusedError: it is not what was asked for.
@@ -232,7 +232,7 @@ def screen_validation(reply: Reply, expected: ReplyHeader, contract: Contract) -
 def _moved(
     shared: Mapping[str, Tensor], moved: Mapping[str, Tensor], factor: float
 ) -> dict[str, Tensor]:
-    """φ^r and so much of an update, in φ's own type."""
+    """φ as it came and so much of an update, in φ's own type."""
     return {
         name: (shared[name].double() + factor * delta).to(shared[name].dtype)
         for name, delta in moved.items()
@@ -424,9 +424,10 @@ def _check_like(tensors: Mapping[str, Tensor], expected: Layout) -> None:
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise RefusedError(f"tensor {name!r} has values that are not finite")
+    try:
+        check_finite(tensors)
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
 
 
 def _check_numbers(

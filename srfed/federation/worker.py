@@ -14,9 +14,10 @@ from srfed.diffusion.process import Denoiser
 from srfed.errors import UserError
 from srfed.evaluation.features.load import FeatureNetwork, load_feature_network
 from srfed.federation.agreement import not_agreed
+from srfed.federation.coming import decode_coming
 from srfed.federation.contract import Contract
 from srfed.federation.flower.admission import Admitted
-from srfed.federation.layout import layout_of
+from srfed.federation.layout import Layout, layout_of
 from srfed.federation.messages import Request
 from srfed.federation.site import Site, own_task
 from srfed.model import build_model, build_objective, build_partition, denoiser_of_task
@@ -111,15 +112,29 @@ class Worker:
         )
         return state
 
-    def check_shared(self, shared: Mapping[str, Tensor], what: str = "φ") -> None:
-        """Raise UserError unless the tensors are φ of this run, or another ``what`` like it, by
-        name, shape and type.
+    def received(self, came: Mapping[str, Tensor], layout: Layout, what: str) -> dict[str, Tensor]:
+        """What a request brought in place of φ, or of another ``what`` like it: decoded, where the
+        layout is that of codes.
+
+        Args:
+            came: the tensors of the message.
+            layout: what they must be, by name, shape and type.
+            what: which they are, in words.
+
+        Raises:
+            UserError: what came is of another layout, or no server can have encoded it.
         """
-        _check_names(what, shared, self.partition.shared)
-        agreed = set(self.contract.shared)
-        for name, dtype, shape in layout_of(shared):
+        _check_names(what, came, tuple(name for name, _, _ in layout))
+        agreed = set(layout)
+        for name, dtype, shape in layout_of(came):
             if (name, dtype, shape) not in agreed:
                 raise UserError(f"the {what} received has {name} as {dtype} {shape}")
+        if layout == self.contract.shared:
+            return dict(came)
+        try:
+            return decode_coming(self.config.updates, came, self.contract.shared)
+        except ValueError as error:
+            raise UserError(f"the {what} received cannot be decoded: {error}") from error
 
 
 def worker_for(admitted: Admitted) -> Worker:

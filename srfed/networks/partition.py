@@ -20,11 +20,13 @@ Rule = Literal["none", "io", "all"] | int | Sequence[str]
 
 
 Shared = NewType("Shared", dict[str, Tensor])
-"""φ, or what has φ's names and may be where φ may: the only tensors of a model that travel."""
+"""φ, what has φ's names and may be where φ may, or φ's codes: the only tensors of a model that
+travel.
+"""
 Exclusive = NewType("Exclusive", dict[str, Tensor])
 """θ_i, or its moving average: never leaves its owner. What packs messages takes no such thing."""
 Control = NewType("Control", dict[str, Tensor])
-"""c or c_i of control variates, which are gradients of φ, or what travels in place of c_i."""
+"""c or c_i of control variates, which are gradients of φ, or what travels in place of them."""
 
 
 @dataclass(frozen=True)

@@ -164,13 +164,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
 
 
-def run_cases(cases: Sequence[Case], pool: Path, jobs: int) -> list[Outcome]:
+def run_cases(
+    cases: Sequence[Case],
+    pool: Path,
+    jobs: int,
+    on_outcome: Callable[[Outcome], object] = lambda outcome: None,
+) -> list[Outcome]:
     """Train and score what is missing.
 
     Args:
         cases: in the order in which they start.
         pool: folder of the runs, shared by all studies.
         jobs: how many run at a time.
+        on_outcome: told each outcome once it is there, one at a time, in any thread.
 
     Returns:
         The outcomes, in the order of the cases.
@@ -178,7 +184,12 @@ def run_cases(cases: Sequence[Case], pool: Path, jobs: int) -> list[Outcome]:
     Raises:
         UserError: a run failed; the text has its last words. What others have done by then stays.
     """
-    records = run_jobs([_job_of(case, pool) for case in cases], pool, jobs)
+    processes = [_job_of(case, pool) for case in cases]
+    # By identity: two cases can have one folder.
+    case_of = {id(job): case for job, case in zip(processes, cases, strict=True)}
+    records = run_jobs(
+        processes, pool, jobs, lambda job, record: on_outcome(Outcome(case_of[id(job)], record))
+    )
     return [Outcome(case, record) for case, record in zip(cases, records, strict=True)]
 
 

@@ -49,21 +49,26 @@ def test_owned_parts_are_listed_by_themselves(capsys: pytest.CaptureFixture[str]
     assert re.search(rf"^exclusive .* {total:,} parameters", printed, re.MULTILINE)
 
 
+@pytest.mark.parametrize("bits", ["null", "8"])
 def test_a_round_carries_what_the_steps_and_control_variates_make_of_it(
+    bits: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Four bytes a parameter of φ down, twice with c; up one byte, twice with c_i, and four bytes a
-    tensor for the scales.
+    tensor for the scales; down as much where φ and c come in codes too.
     """
     settings = ["updates.steps=[quantise]", "training.control_variates=true"]
+    settings.append(f"updates.shared_bits={bits}")
     assert main([word for text in settings for word in ("--set", text)]) == 0
     words = capsys.readouterr().out
     found = re.search(r"\(φ\) +(\d+) parameters in (\d+)", words.replace(",", ""))
     assert found
     shared, tensors = map(int, found.groups())
-    down, up = 8 * shared, 2 * (shared + 4 * tensors)
+    up = 2 * (shared + 4 * tensors)
+    down = 8 * shared if bits == "null" else up
+    back = bytes_in_words(up) if bits == "null" else "as much"
     assert (
-        f"{bytes_in_words(down)} to each client and {bytes_in_words(up)} back; with 10 clients "
+        f"{bytes_in_words(down)} to each client and {back} back; with 10 clients "
         f"{bytes_in_words(10 * (down + up))} in all"
     ) in words
 

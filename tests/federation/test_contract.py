@@ -36,6 +36,7 @@ from support.tiny_run import begin, run_on_grid, tiny_config
 
 INT4: dict[str, Any] = {"updates.steps": ["clip", "quantise"], "updates.quantise_bits": 4}
 CONTROLLED: dict[str, Any] = {"training.control_variates": True}
+DOWN: dict[str, Any] = {"updates.shared_bits": 8}
 SITE: dict[str, Any] = {
     "evaluation.mode": "statistics",
     "evaluation.samples": 60,
@@ -63,7 +64,9 @@ class RecordingGrid(InlineGrid):
 
 
 @pytest.mark.parametrize(
-    "overrides", [{}, {"updates.steps": ["clip"]}, INT4, CONTROLLED, INT4 | CONTROLLED], ids=str
+    "overrides",
+    [{}, {"updates.steps": ["clip"]}, INT4, CONTROLLED, INT4 | CONTROLLED | DOWN],
+    ids=str,
 )
 def test_what_travels_is_what_the_contract_says(tmp_path: Path, overrides: dict[str, Any]) -> None:
     settings = {"federation.rounds": 1, **overrides}

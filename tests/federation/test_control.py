@@ -489,8 +489,8 @@ def test_a_checkpoint_without_c_begins_at_zero_and_says_so(
 def test_a_run_that_was_stopped_under_ray_goes_on_in_process_with_the_same_bits(
     tmp_path: Path,
 ) -> None:
-    rounds = 3
-    settings = [f"{name}={json.dumps(value)}" for name, value in {**CHEAP, **ON}.items()]
+    rounds, changed = 3, {**CHEAP, **ON, "updates.shared_bits": 8}
+    settings = [f"{name}={json.dumps(value)}" for name, value in changed.items()]
     command = ["-m", "srfed", "simulate", "--config", str(write_tiny_yaml(tmp_path / "tiny.yaml"))]
     options = [word for pair in settings for word in ("--set", pair)]
     code, message = stop_after_a_round(
@@ -509,9 +509,9 @@ def test_a_run_that_was_stopped_under_ray_goes_on_in_process_with_the_same_bits(
     )
     assert code == 143, message
     run = RunFolder.open(tmp_path / "stopped")
-    inline = tiny_config({**CHEAP, **ON, "federation.rounds": rounds})
-    resumed = run_in_process(run.reconfigure(inline))
-    whole = run_in_process(begin(tmp_path / "whole", {**CHEAP, **ON, "federation.rounds": rounds}))
+    changed["federation.rounds"] = rounds
+    resumed = run_in_process(run.reconfigure(tiny_config(changed)))
+    whole = run_in_process(begin(tmp_path / "whole", changed))
     assert all_bits(resumed) == all_bits(whole)
 
 

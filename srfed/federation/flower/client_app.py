@@ -4,7 +4,7 @@ judge samples.
 
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -35,6 +35,7 @@ from srfed.federation.flower.packing import (
     read_tensors,
     reply_content,
 )
+from srfed.federation.layout import Layout
 from srfed.federation.messages import (
     AGAINST_TRIVIAL,
     CONTROL,
@@ -70,15 +71,13 @@ def _header(admitted: Admitted) -> ReplyHeader:
     return ReplyHeader(admitted.site.client, admitted.request.attempt, admitted.request.round)
 
 
-def _shared(message: Message, worker: Worker, expected: Collection[str]) -> Shared:
-    """φ as the message carries it, checked; raises RequestRefusedError where it carries other
-    arrays than those of ``expected``, by record.
+def _shared(message: Message, worker: Worker, expected: Mapping[str, Layout]) -> Shared:
+    """φ as the message carries it, checked and decoded; raises RequestRefusedError where it carries
+    other arrays than those of ``expected``, by record.
     """
     if unasked := [name for name in message.content.array_records if name not in expected]:
         raise RequestRefusedError("the request has other arrays", f"{unasked[0][:100]!a}")
-    shared = Shared(read_tensors(message.content, SHARED))
-    worker.check_shared(shared)
-    return shared
+    return Shared(worker.received(read_tensors(message.content, SHARED), expected[SHARED], "φ"))
 
 
 def _correction(
@@ -87,8 +86,8 @@ def _correction(
     """c - c_i, of the c that the message carries; None without control variates."""
     if not worker.contract.control:
         return None
-    control = Control(read_tensors(message.content, CONTROL))
-    worker.check_shared(control, "c")
+    layout = worker.contract.training_request[CONTROL]
+    control = Control(worker.received(read_tensors(message.content, CONTROL), layout, "c"))
     own, said = own_control(parent.memory, admitted.request.round)
     if said:
         admitted.site.note(f"round {admitted.request.round}: {said}")

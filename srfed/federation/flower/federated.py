@@ -21,8 +21,9 @@ from srfed.evaluation.report import Exchanged, TaskReport, evaluation_record
 from srfed.evaluation.shares import share_of_samples
 from srfed.federation.aggregation import aggregate, client_weights, weighted_mean
 from srfed.federation.bounds import EvaluatePlan, TrainPlan
+from srfed.federation.coming import encode_shared
 from srfed.federation.contract import Contract
-from srfed.federation.control import sent_control
+from srfed.federation.control import encode_sent
 from srfed.federation.flower.clients import FlowerClients, Screened
 from srfed.federation.flower.identity import kept_roster
 from srfed.federation.flower.roster import Expected, Member, Roster
@@ -158,7 +159,8 @@ class Federated:
         for their validation loss of what that makes.
 
         Raises:
-            UserError: fewer accepted updates than ``federation.min_clients``.
+            UserError: fewer accepted updates than ``federation.min_clients``; φ has values that are
+                not finite, and is to come in codes.
             StoppedError: the user asked to stop.
         """
         self._tell, number = tell, state.round + 1
@@ -167,7 +169,7 @@ class Federated:
         screened = self._clients(tell).ask(
             TRAIN,
             requests,
-            self._sent(),
+            self._sent(number),
             f"round {number}",
             self._screen_update,
             away=self._away,
@@ -203,12 +205,15 @@ class Federated:
         )
         return self._judge(number, screened, final)
 
-    def _sent(self) -> dict[str, Shared | Control]:
-        """What goes to the clients of a round: φ, and c of control variates."""
-        shared = self.state.shared.weights
+    def _sent(self, number: int) -> dict[str, Shared | Control]:
+        """What goes to the clients of a round: φ, and c of control variates; notes what of φ comes
+        to them.
+        """
+        shared, control = self.state.shared.weights, self.state.control
+        sent, self._came = encode_shared(self.config, shared, number)
         if not self.config.training.control_variates:
-            return {SHARED: shared}
-        return {SHARED: shared, CONTROL: sent_control(self.state.control, shared)}
+            return {SHARED: sent}
+        return {SHARED: sent, CONTROL: encode_sent(self.config, control, shared, number)}
 
     def _average_judged(self, final: bool) -> Shared:
         """The averaged φ of the round at hand; at the end that of the best round, if there is
@@ -294,6 +299,7 @@ class Federated:
             {client: reply.shared for client, reply in accepted.items()},
             weights,
             self.state.optimizer,
+            self._came,
         )
         before = self.state.shared
         steps = round(sum(weights[c] * accepted[c].plan.shared_steps for c in weights))
@@ -384,10 +390,8 @@ class Federated:
             self._minibatches(client),
             request.round,
         )
-        reach = reach_of_round(
-            self.config, request.round, plan.shared_steps, self.state.shared.weights
-        )
-        return screen_train(reply, header, self._contract, plan, reach, self.state.shared.weights)
+        reach = reach_of_round(self.config, request.round, plan.shared_steps, self._came)
+        return screen_train(reply, header, self._contract, plan, reach, self._came)
 
     def _judge(
         self, server_round: int, screened: Screened[EvaluateReply], final: bool
