@@ -11,6 +11,12 @@ from srfed.storage.run_folder import RunFolder
 from support.tiny_run import begin, run_in_process, write_tiny_yaml
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: whoever runs one last lets the others wait."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def tiny_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration file of the tiny federation, in-process backend."""
