@@ -157,6 +157,10 @@ class EvaluationRecord:
         refused, missing: as in a round.
         bytes_up, bytes_down: of its messages.
         seconds: wall time.
+        recognised, recognised_by_client: share of the samples that a nearest-neighbour judge on
+            real images gives to their own client, mean over clients and for each; empty where the
+            server does not have the images of two.
+        recognised_real: the same share of held-out real images.
         result: whose weights it has judged, at the end under ``federation.result: best``; None
             where they are those of ``round``.
     """
@@ -182,4 +186,7 @@ class EvaluationRecord:
     bytes_down: int
     seconds: float
     comparisons: dict[str, Comparison] = field(default_factory=dict)
+    recognised: float | None = None
+    recognised_by_client: dict[str, float] = field(default_factory=dict)
+    recognised_real: float | None = None
     result: ResultRound | None = None

@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple
 
 from srfed.config import EvaluationConfig
 from srfed.data.images import Images
 from srfed.evaluation.metrics.memorisation import Audit
+from srfed.evaluation.metrics.nearest_neighbour import Recogniser
 from srfed.evaluation.references import Scores
 from srfed.records import Comparison, EvaluationRecord, ResultRound
 
@@ -28,6 +31,22 @@ class TaskReport:
     ssim_window: int
     audit: Audit | None
     comparison: Comparison | None = None
+
+
+class Recognised(NamedTuple):
+    """Whose the samples are (:class:`~srfed.evaluation.metrics.nearest_neighbour.Recogniser`).
+
+    Attributes:
+        by_client: the share that is given to its own client.
+        real: the same of held-out real images.
+    """
+
+    by_client: Mapping[str, float]
+    real: float | None
+
+    @classmethod
+    def of(cls, recogniser: Recogniser, samples: Mapping[str, Images]) -> "Recognised":
+        return cls(recogniser.shares(samples), recogniser.accuracy)
 
 
 @dataclass(frozen=True)
@@ -54,6 +73,7 @@ def evaluation_record(
     *,
     final: bool,
     seconds: float,
+    recognised: Recognised | None = None,
     exchanged: Exchanged | None = None,
     result: ResultRound | None = None,
 ) -> EvaluationRecord:
@@ -67,10 +87,12 @@ def evaluation_record(
         floor: what real training images would score.
         final: the evaluation at the end of the run.
         seconds: wall time.
+        recognised: whose the samples are, where the server has real images.
         exchanged: how the owners were asked.
         result: the round whose weights were judged; None where that is the same.
     """
     exchanged = exchanged or Exchanged({}, {})
+    by_client, real = recognised or Recognised({}, None)
     curves = {client: report.ssim for client, report in reports.items() if report.ssim}
     return EvaluationRecord(
         round=round_number,
@@ -102,6 +124,9 @@ def evaluation_record(
         bytes_up=exchanged.bytes_up,
         bytes_down=exchanged.bytes_down,
         seconds=seconds,
+        recognised=fmean(by_client.values()) if by_client else None,
+        recognised_by_client=dict(by_client),
+        recognised_real=real,
         result=result,
     )
 

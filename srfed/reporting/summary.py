@@ -64,18 +64,24 @@ def _table(log: MetricsLog, evaluation: dict[str, Any]) -> list[str]:
     losses = log.rounds()[-1]["loss_by_client"] if log.rounds() else {}
     tasks = log.tasks()
     width = max([len("all tasks"), *(len(task.task) for task in tasks)])
-    lines = [f"{'task':<{width}}  {'images':>7}  {'loss':>7}  {score:>12}  {ssim:>12}"]
+    recognised = evaluation.get("recognised_by_client", {})
+    lines = [
+        f"{'task':<{width}}  {'images':>7}  {'loss':>7}  {score:>12}  {ssim:>12}"
+        + ("  recognised" if recognised else "")
+    ]
     for task in tasks:
         lines.append(
             f"{task.task:<{width}}  {task.images:>7,}  {_cell(losses.get(task.client), 7, 4)}  "
             f"{_cell(evaluation['score_by_client'].get(task.client), 12, 3)}  "
             f"{_cell(evaluation['ssim_by_client'].get(task.client), 12, 3)}"
+            + (f"  {_cell(recognised.get(task.client), 10, 2)}" if recognised else "")
         )
     last = log.rounds()[-1]["loss"] if log.rounds() else None
     overall = evaluation["ssim"].get(str(evaluation["ssim_timestep"]))
     lines.append(
         f"{'all tasks':<{width}}  {sum(task.images for task in tasks):>7,}  {_cell(last, 7, 4)}  "
         f"{_cell(evaluation['score'], 12, 3)}  {_cell(overall, 12, 3)}"
+        + (f"  {_cell(evaluation['recognised'], 10, 2)}" if recognised else "")
     )
     lines.append("")
     if found := evaluation.get("result"):
@@ -94,6 +100,11 @@ def _table(log: MetricsLog, evaluation: dict[str, Any]) -> list[str]:
         window = evaluation["ssim_window"]
         lines.append(
             f"SSIM-rec: test images brought back from x_t (window {window} px; 1 is best): {curve}"
+        )
+    if recognised and (real := evaluation["recognised_real"]) is not None:
+        lines.append(
+            "recognised: share of a task's samples that the 3 nearest real training images of all "
+            f"tasks give to it; held-out real images: {real:.2f}"
         )
     audits = evaluation.get("audits", {})
     if audits:

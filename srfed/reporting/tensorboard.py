@@ -101,6 +101,10 @@ class TensorBoard:
             "traffic/evaluation_bytes_down": record.bytes_down,
             "speed/seconds_per_evaluation": record.seconds,
         }
+        values |= {f"recognised_by_client/{c}": s for c, s in record.recognised_by_client.items()}
+        for name, share in (("all", record.recognised), ("real_images", record.recognised_real)):
+            if share is not None:
+                values[f"recognised/{name}"] = share
         if record.floor is not None:
             values[f"{record.score_name}/real_images"] = record.floor
         self._write(partial(_add, values=values, pictures=pictures, step=record.round))

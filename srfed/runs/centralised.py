@@ -11,8 +11,9 @@ from srfed.device import captured_forward, memory_layout, resolve_device
 from srfed.diffusion.process import Denoiser
 from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.metrics.denoising_loss import comparable_loss, denoising_losses
+from srfed.evaluation.metrics.nearest_neighbour import Recogniser
 from srfed.evaluation.references import RealFloor, References
-from srfed.evaluation.report import TaskReport, evaluation_record
+from srfed.evaluation.report import Recognised, TaskReport, evaluation_record
 from srfed.evaluation.shares import share_of_samples
 from srfed.evaluation.task import evaluate_task
 from srfed.model import build_model, build_objective, build_partition, denoiser_of_task
@@ -72,6 +73,7 @@ class Centralised:
         )
         self._references = References(network, {task.name: task.test for task in self._images})
         self._floor = RealFloor(self._references, self._images)
+        self._recogniser = Recogniser(self._images)
         if found is not None:
             checkpoints = ServerCheckpoints(run.server, config.federation.keep_attempts)
             checkpoints.check(found, shared)
@@ -241,5 +243,6 @@ class Centralised:
             self._floor(images),
             final=final,
             seconds=time.perf_counter() - began,
+            recognised=Recognised.of(self._recogniser, images),
             result=result,
         )

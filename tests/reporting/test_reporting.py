@@ -227,7 +227,10 @@ def test_a_finished_runs_table_is_made_of_its_metrics(finished_run: RunFolder) -
             f"{last['loss_by_client'][task.client]:.4f}",
             f"{evaluation['score_by_client'][task.client]:.3f}",
             f"{evaluation['ssim_by_client'][task.client]:.3f}",
+            f"{evaluation['recognised_by_client'][task.client]:.2f}",
         ]
+    assert cells(text, "all tasks")[-1] == f"{evaluation['recognised']:.2f}"
+    assert f"held-out real images: {evaluation['recognised_real']:.2f}" in text
     assert last["loss"] == pytest.approx(sum(last["loss_by_client"].values()) / 3)
     assert evaluation["ssim"]["5"] == pytest.approx(sum(evaluation["ssim_by_client"].values()) / 3)
 
@@ -360,7 +363,13 @@ def test_every_number_of_a_run_is_a_curve_and_every_picture_is_there(
     }.items():
         expected = {line["round"]: pytest.approx(line[key], rel=1e-5) for line in log.rounds()}
         assert {event.step: event.value for event in events.Scalars(tag)} == expected, tag
-    for tag, key in {"fd_embedded/all": "score", "fd_embedded/real_images": "floor"}.items():
+    of_evaluations = {
+        "fd_embedded/all": "score",
+        "fd_embedded/real_images": "floor",
+        "recognised/all": "recognised",
+        "recognised/real_images": "recognised_real",
+    }
+    for tag, key in of_evaluations.items():
         expected = {line["round"]: pytest.approx(line[key], rel=1e-5) for line in log.evaluations()}
         assert {event.step: event.value for event in events.Scalars(tag)} == expected, tag
     assert [event.step for event in events.Scalars("ssim_rec/t=5")] == [2, 3]
@@ -370,7 +379,7 @@ def test_every_number_of_a_run_is_a_curve_and_every_picture_is_there(
     tags = set(events.Tags()["scalars"])
     for client in ("digit-0", "digit-1", "digit-2"):
         assert {f"loss_by_client/{client}", f"fd_embedded_by_client/{client}"} <= tags
-        assert f"ssim_rec_by_client/{client}" in tags
+        assert {f"ssim_rec_by_client/{client}", f"recognised_by_client/{client}"} <= tags
     assert {f"loss_by_timestep/quarter_{quarter}" for quarter in (1, 2, 3, 4)} <= tags
     for tag in ("samples", "reverse_process"):
         shown = events.Images(tag)

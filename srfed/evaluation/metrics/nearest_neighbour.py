@@ -7,6 +7,7 @@ is always told beside it.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 from sklearn.neighbors import KNeighborsClassifier
@@ -16,6 +17,52 @@ from srfed.data.images import Images, fit_images
 from srfed.records import Shape
 
 NEIGHBOURS = 3
+MOST_IMAGES = 500
+"""Of each task, that a run's evaluations judge by: the first."""
+
+
+class Recogniser:
+    """Says in every evaluation of a run whose the samples are, by the same real images.
+
+    Args:
+        tasks: whose images the server has; with fewer than two there is nothing to tell apart.
+    """
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self._tasks = tasks
+
+    @cached_property
+    def accuracy(self) -> float | None:
+        """The share of the tasks' test images that is given to their own task; None where there is
+        nothing to tell.
+        """
+        if self._judge is None:
+            return None
+        images = {task.name: task.test[:MOST_IMAGES] for task in self._tasks if len(task.test)}
+        right = sum(share * len(images[name]) for name, share in self.shares(images).items())
+        return right / sum(map(len, images.values())) if images else None
+
+    def shares(self, samples: Mapping[str, Images]) -> dict[str, float]:
+        """The share of each task's samples, uint8 N x H x W x C, that is given to that task."""
+        if self._judge is None:
+            return {}
+        known = {task.name for task in self._tasks}
+        return {
+            name: float((self._judge.predict(_flat(images, self._shape)) == name).mean())
+            for name, images in samples.items()
+            if name in known and len(images)
+        }
+
+    @cached_property
+    def _shape(self) -> Shape | None:
+        return _common_shape(self._tasks)
+
+    @cached_property
+    def _judge(self) -> KNeighborsClassifier | None:
+        if len(self._tasks) < 2 or sum(len(task.train) for task in self._tasks) < NEIGHBOURS:
+            return None
+        classes = [(task.name, task.train[:MOST_IMAGES]) for task in self._tasks]
+        return _train(classes, self._shape)
 
 
 def class_agreement(tasks: Sequence[Task], samples: Mapping[str, Images]) -> dict[str, float]:

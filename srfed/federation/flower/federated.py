@@ -15,9 +15,10 @@ from srfed.data.tasks import ALLOW
 from srfed.device import resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
+from srfed.evaluation.metrics.nearest_neighbour import Recogniser
 from srfed.evaluation.metrics.ssim import ssim_window
 from srfed.evaluation.references import RealFloor, References, Scores, score_statistics
-from srfed.evaluation.report import Exchanged, TaskReport, evaluation_record
+from srfed.evaluation.report import Exchanged, Recognised, TaskReport, evaluation_record
 from srfed.evaluation.shares import share_of_samples
 from srfed.federation.aggregation import aggregate, client_weights, weighted_mean
 from srfed.federation.bounds import EvaluatePlan, TrainPlan
@@ -152,6 +153,7 @@ class Federated:
         )
         self._evaluation = References(network, {task.name: task.test for task in self._references})
         self._floor = RealFloor(self._evaluation, self._references)
+        self._recogniser = Recogniser(self._references)
         return self.state
 
     def train_round(self, state: RunState, tell: Observer) -> tuple[RunState, RoundRecord]:
@@ -420,6 +422,10 @@ class Federated:
             floor,
             final=final,
             seconds=time.perf_counter() - self._started,
+            recognised=Recognised.of(
+                self._recogniser,
+                {c: report.images for c, report in reports.items() if report.images is not None},
+            ),
             exchanged=Exchanged(
                 screened.refused, screened.missing, screened.bytes_up, screened.bytes_down
             ),
