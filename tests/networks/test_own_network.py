@@ -128,6 +128,17 @@ def test_what_a_class_owns_is_trained_alone_and_is_in_no_pool(
     build_partition(pooled, build_model(pooled, 1))
 
 
+def test_only_what_owns_something_can_be_guided(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = {"network": f"{HERE}Tower", "exclusive_stages": "none"}
+    config = parse_config({"model": model, "sampling": {"guidance": 0.5}})
+    assert build_partition(config, build_model(config, 1)).exclusive == ("own",)
+    with pytest.raises(UserError, match=r"guidance 0.5 needs model.exclusive_stages none, and it"):
+        parse_config({"model": {**model, "exclusive_stages": 1}, "sampling": {"guidance": 0.5}})
+    monkeypatch.setattr(Tower, "owned", ())
+    with pytest.raises(UserError, match=r"sampling.guidance 0.5 .* owns nothing; allowed: 0"):
+        build_partition(config, build_model(config, 1))
+
+
 def test_a_module_that_is_no_network_has_no_shells_but_can_be_divided_by_patterns() -> None:
     plain = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     assert divide(plain, ["0"]).shared == ("1.weight", "1.bias")
