@@ -30,12 +30,14 @@ from srfed.federation.flower.packing import read_tensors
 from srfed.federation.messages import EVALUATE, GENERATED, REPLY
 from srfed.model import build_model, build_objective, build_partition, denoiser_of_task
 from srfed.networks.network import Network
+from srfed.networks.partition import Exclusive, Shared
 from srfed.runs.adapting import score_adaptation
 from srfed.runs.centralised import Centralised
 from srfed.runs.loop import run_rounds
 from srfed.runs.run import TrainedRun
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
+from srfed.storage.site_model import save_site_model
 from support.tiny_run import CLIENTS, all_bits, begin, run_on_grid, tiny_config
 from support.wire import RecordingGrid
 
@@ -275,6 +277,26 @@ def test_commands_guide_a_run_that_was_not(
         assert guided_by_command[name] == as_run[name], name
     scores_of_none = srfed.open_run(unguided.path, device="cpu").evaluate(6)["scores"]
     assert scores_of_none != as_run["scores"]
+
+
+def test_a_sites_own_model_is_guided_as_the_runs(
+    recorded: tuple[RunFolder, RecordingGrid], unguided: RunFolder, tmp_path: Path
+) -> None:
+    """By its own configuration, and by the command."""
+    run, _ = recorded
+    trained, client = TrainedRun(run.path, run.config.resources), CLIENTS[1]
+    exclusive = Exclusive(trained.exclusive_of(trained.find_task(client)))
+    expected = srfed.open_run(run.path, device="cpu").sample(client, 2)
+    for number, config in enumerate((run.config, unguided.config)):
+        store = tmp_path / str(number) / client
+        shared = Shared(trained.shared)
+        save_site_model(store, config, "lineage", 2, (8, 8, 1), shared, exclusive)
+        images = srfed.open_run(store, device="cpu").sample(client, 2)
+        assert (images == expected).all() == (number == 0)
+        out = ["--out", str(tmp_path / "x.png"), "--npz", str(tmp_path / "x.npz")]
+        guidance = ["--guidance", str(WEIGHT), "--device", "cpu", "--n", "2", *out]
+        assert sample.main(["--store", str(store), *guidance]) == 0
+        np.testing.assert_array_equal(np.load(tmp_path / "x.npz")["images"], expected)
 
 
 def test_a_centralised_runs_samples_are_those_of_its_opened_run(
