@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from srfed.config import ResourcesConfig
 from srfed.errors import UserError
@@ -132,15 +132,15 @@ class Captured:
 
 
 def captured_forward(
-    model: nn.Module, resources: ResourcesConfig, device: torch.device
+    model: Callable[..., Tensor], resources: ResourcesConfig, device: torch.device
 ) -> Captured:
-    """The model's forward pass, captured where there is CUDA, in the run's arithmetic; weights may
+    """A model's forward pass, captured where there is CUDA, in the run's arithmetic; weights may
     change in place.
     """
 
     def forward(*arguments: Tensor) -> Tensor:
         with arithmetic(resources, device):
-            return cast(Tensor, model(*arguments))
+            return model(*arguments)
 
     return Captured(forward, device)
 

@@ -4,12 +4,16 @@ import inspect
 import json
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
-from srfed.config import OwnNetworkConfig, RunConfig
+from srfed.config import OwnNetworkConfig, ResourcesConfig, RunConfig
 from srfed.config.choices import NETWORKS, OBJECTIVES, chosen, constants
+from srfed.device import captured_forward
+from srfed.diffusion.guidance import TaskDenoiser
 from srfed.diffusion.objective import Objective
 from srfed.diffusion.process import Denoiser
 from srfed.diffusion.schedule import build_schedule
@@ -104,7 +108,8 @@ def build_partition(config: RunConfig, model: Network) -> Partition:
 
     Raises:
         UserError: a pattern matches nothing; the run trains θ_i alone and there is none; it has a
-            pool of all tasks and there is one; or control variates of a φ that has no tensors.
+            pool of all tasks and there is one; or control variates of a φ that has no tensors; or
+            as :func:`check_guidance`.
     """
     try:
         partition = divide(model, config.model.exclusive_stages)
@@ -132,34 +137,87 @@ def build_partition(config: RunConfig, model: Network) -> Partition:
             "training.control_variates true needs shared tensors, and model.exclusive_stages "
             f"{json.dumps(config.model.exclusive_stages)} leaves none"
         )
+    check_guidance(config, partition)
     return partition
 
 
+def check_guidance(config: RunConfig, partition: Partition) -> None:
+    """Raise UserError where samples are to be guided and the network owns nothing, which of a
+    network of one's own the configuration cannot tell.
+    """
+    if config.sampling.guidance and not partition.owned:
+        raise UserError(
+            f"sampling.guidance {config.sampling.guidance} leads away from zeros in place of what "
+            f"is a task's own, and model.network {config.model.network} owns nothing; allowed: 0"
+        )
+
+
+class Forwards(NamedTuple):
+    """A network's forward passes.
+
+    Attributes:
+        task: with the weights that it has.
+        nobody: with zeros in place of what it owns; None where it owns nothing.
+    """
+
+    task: Callable[..., Tensor]
+    nobody: Callable[..., Tensor] | None
+
+
+def forwards_of(model: Network) -> Forwards:
+    """The forward passes of a network that stays on its device."""
+    state, owned = model.state_dict(), divide(model, "none").owned
+    if not owned:
+        return Forwards(model, None)
+    # Made once: a captured pass reads them where they are.
+    zeros = {name: torch.zeros_like(state[name]) for name in owned}
+
+    def nobody(*arguments: Tensor) -> Tensor:
+        predicted: Tensor = functional_call(model, zeros, arguments)
+        return predicted
+
+    return Forwards(model, nobody)
+
+
+def captured_forwards(model: Network, resources: ResourcesConfig, device: torch.device) -> Forwards:
+    """The same, each captured where there is CUDA (:func:`~srfed.device.captured_forward`)."""
+    task, nobody = forwards_of(model)
+    return Forwards(
+        captured_forward(task, resources, device),
+        None if nobody is None else captured_forward(nobody, resources, device),
+    )
+
+
 def denoiser_of_task(
-    objective: Objective, model: Network, task: int, forward: Callable[..., Tensor] | None = None
+    objective: Objective, model: Network, task: int | None, forwards: Forwards | None = None
 ) -> Denoiser:
-    """E[x_0 | x_t] of one task, with the weights that the model has when it is called.
+    """E[x_0 | x_t] of one task, with the weights that the model has when it is called; it knows its
+    guide where the model owns something.
 
     Args:
         objective: what the model predicts.
         model: the network, in evaluation mode, told the task's position in every call if it has a
             table of tasks.
-        task: the task's position.
-        forward: the network's forward pass, if not the model itself.
+        task: the task's position; None: it has none, as a deployed site and a new owner.
+        forwards: the network's forward passes, if not as :func:`forwards_of` gives them.
 
     Raises:
         UserError: the model has a table, and no such task in it.
     """
-    called = forward or model
     position = task_of_table(model, task)
-    if position is None:
-        return objective.denoiser(called)
-    return objective.denoiser(
-        lambda x, times: called(x, times, torch.full_like(times, position, dtype=torch.long))
-    )
+
+    def denoiser(forward: Callable[..., Tensor]) -> Denoiser:
+        if position is None:
+            return objective.denoiser(forward)
+        return objective.denoiser(
+            lambda x, times: forward(x, times, torch.full_like(times, position, dtype=torch.long))
+        )
+
+    own, nobody = forwards or forwards_of(model)
+    return denoiser(own) if nobody is None else TaskDenoiser(denoiser(own), denoiser(nobody))
 
 
-def task_of_table(model: Network, task: int) -> int | None:
+def task_of_table(model: Network, task: int | None) -> int | None:
     """A task's row in the model's table of tasks; None where it has no table.
 
     Raises:
@@ -167,7 +225,7 @@ def task_of_table(model: Network, task: int) -> int | None:
     """
     if not model.tasks:
         return None
-    if not 0 <= task < model.tasks:
+    if task is None or not 0 <= task < model.tasks:
         raise UserError(
             f"model.task_embedding = shared has tasks 0 to {model.tasks - 1}, and no {task}; a "
             "deployed site has no number"

@@ -18,7 +18,13 @@ from srfed.device import Captured, arithmetic, resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.generation import generate
 from srfed.federation.flower.ray import client_share
-from srfed.model import build_model, build_objective, build_partition
+from srfed.model import (
+    build_model,
+    build_objective,
+    build_partition,
+    captured_forwards,
+    denoiser_of_task,
+)
 from srfed.networks.blocks import SelfAttention
 from srfed.training.local import LocalResult, LocalTrainer
 from srfed.training.optimizer import PartOptimizer
@@ -249,6 +255,40 @@ def test_a_gpu_trains_and_draws_as_a_cpu_does() -> None:
         for device, objective in objectives.items()
     ]
     assert np.abs(images[0].astype(int) - images[1].astype(int)).max() <= 1
+
+
+@needs_cuda
+def test_a_gpu_guides_as_a_cpu_does() -> None:
+    """Both forward passes captured, and weights that change in place."""
+    owned = {"model.exclusive_stages": "none", "model.owned": ("vector", "film")}
+    config = tiny_config({**owned, "sampling.guidance": 1.5})
+    images = {}
+    for device in (torch.device("cpu"), torch.device("cuda", torch.cuda.current_device())):
+        model = build_model(config, 1).to(device).eval()
+        objective = build_objective(config, device)
+        forwards = captured_forwards(model, config.resources, device)
+        denoiser, found = denoiser_of_task(objective, model, None, forwards), []
+        for seed in (0, 1):
+            generator = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(
+                        0.1 * torch.randn(parameter.shape, generator=generator).to(device)
+                    )
+            found.append(
+                generate(
+                    denoiser,
+                    objective.process,
+                    config.sampling,
+                    count=4,
+                    shape=(8, 8, 1),
+                    seed=0,
+                    task="digit-0",
+                ).images
+            )
+        images[device.type] = np.stack(found).astype(int)
+    assert np.abs(images["cpu"] - images["cuda"]).max() <= 1
+    assert (images["cpu"][0] != images["cpu"][1]).any()
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

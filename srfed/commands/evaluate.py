@@ -38,6 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--eta", type=float, metavar="X", help="DDIM's noise, 0 to 1; default: the run's"
     )
     parser.add_argument(
+        "--guidance",
+        type=float,
+        metavar="W",
+        help="away from what is drawn for nobody, 0 (none) to 10; default: the run's",
+    )
+    parser.add_argument(
         "--ssim-images", type=int, metavar="N", help="test images of each task; default: the run's"
     )
     parser.add_argument(
@@ -82,7 +88,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     content = own.model_dump(mode="json")
     content["evaluation"] |= {key: value for key, value in given.items() if value is not None}
     content["sampling"] = requested_sampling(
-        own, options.sampler, options.steps, options.eta
+        own, options.sampler, options.steps, options.eta, options.guidance
     ).model_dump(mode="json")
     config = with_absolute_paths(parse_config(content, "the command line"))
     evaluation = config.evaluation
@@ -95,6 +101,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from srfed.evaluation.features.load import load_feature_network
+    from srfed.model import check_guidance
     from srfed.runs.run import TrainedRun
     from srfed.runs.scoring import ScoringSettings, evaluate_run
 
@@ -104,6 +111,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             "those that are there"
         )
     trained = TrainedRun(options.run, resources)
+    check_guidance(config, trained.partition)
     network = load_feature_network(
         evaluation.feature_network, evaluation.inception_weights, trained.device
     )

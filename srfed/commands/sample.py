@@ -46,6 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--eta", type=float, metavar="X", help="DDIM's noise, 0 to 1; default: the run's"
     )
     parser.add_argument(
+        "--guidance",
+        type=float,
+        metavar="W",
+        help="away from what is drawn for nobody, 0 (none) to 10; default: the run's",
+    )
+    parser.add_argument(
         "--seed", type=int, default=0, help="the same seed gives the same images (default 0)"
     )
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
@@ -72,7 +78,7 @@ def _sample(options: argparse.Namespace) -> None:
     if options.n < 1:
         raise UserError(f"--n {options.n} is impossible; allowed: 1 or more")
     resources = load_config(None, [f"resources.device={options.device}"]).resources
-    given = options.sampler, options.steps, options.eta
+    given = options.sampler, options.steps, options.eta, options.guidance
     if options.run is not None:
         requested_sampling(RunFolder.open(options.run).config, *given)
     # Importing torch takes seconds: what is wrong with the options is said before.
@@ -82,6 +88,7 @@ def _sample(options: argparse.Namespace) -> None:
 
     from srfed.evaluation.generation import generate
     from srfed.files import try_output, write_bytes
+    from srfed.model import check_guidance
     from srfed.reporting.pictures import draw_grid, write_png
     from srfed.runs.run import TrainedRun, TrainedSite
 
@@ -94,6 +101,7 @@ def _sample(options: argparse.Namespace) -> None:
         else TrainedSite(options.store, resources)
     )
     sampling = requested_sampling(trained.config, *given)
+    check_guidance(trained.config.model_copy(update={"sampling": sampling}), trained.partition)
     torch.set_num_threads(trained.config.resources.client_cpus)
     tasks = trained.tasks if options.task is None else [trained.find_task(options.task)]
     images = {}

@@ -107,6 +107,16 @@ class RunConfig(Section):
                 f"training.owned_learning_rate {self.training.owned_learning_rate} is of nothing, "
                 "as model.owned is []; allowed: null"
             )
+        if self.sampling.guidance and self.model.exclusive_stages != "none":
+            raise ValueError(
+                f"sampling.guidance {self.sampling.guidance} needs model.exclusive_stages none, "
+                f"and it is {json.dumps(self.model.exclusive_stages)}; allowed: 0"
+            )
+        if self.sampling.guidance and self.model.owned == ():
+            raise ValueError(
+                f"sampling.guidance {self.sampling.guidance} leads away from zeros in place of "
+                "what is a task's own, and model.owned is []; allowed: 0"
+            )
         if self.data.dataset == "sites":
             if self.model.task_embedding == "shared":
                 raise ValueError(

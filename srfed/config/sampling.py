@@ -35,4 +35,13 @@ class SamplingConfig(Section):
         "beta", decides="scores", description="σ_t² of ancestral sampling: β_t or β̃_t"
     )
     clip: bool = setting(True, decides="scores", description="clamp each predicted x_0 to [-1, 1]")
+    guidance: float = setting(
+        0.0,
+        ge=0,
+        le=10,
+        decides="scores",
+        description="w of x_0 = D(x_t; θ_i) + w (D(x_t; θ_i) - D(x_t; 0)), for generated images "
+        "alone: away from what is drawn with zeros for all that is a task's own (model.owned); "
+        "0: none, and no second forward pass",
+    )
     batch_size: int = setting(256, ge=1, decides="nothing", description="images sampled at once")

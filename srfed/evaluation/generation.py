@@ -9,6 +9,7 @@ from srfed.config import SamplingConfig
 from srfed.config.choices import SAMPLERS, chosen, constants
 from srfed.data import to_uint8
 from srfed.data.images import Images
+from srfed.diffusion.guidance import guided
 from srfed.diffusion.process import Denoiser, Process
 from srfed.diffusion.sampler import Sampler, drawn_for_each, sample
 from srfed.randomness import derive_generator
@@ -45,17 +46,21 @@ def generate(
     alone: not on how many are asked for, nor on how many are sampled at once.
 
     Args:
-        denoiser: E[x_0 | x_t] of (φ, θ_i), on the process's device, in evaluation mode.
+        denoiser: E[x_0 | x_t] of (φ, θ_i), on the process's device, in evaluation mode; it is
+            guided here, if that is asked for.
         process: the forward process.
-        sampling: sampler, steps, batch size.
+        sampling: sampler, steps, guidance, batch size.
         count: number of images.
         shape: H, W, C of one image.
         seed: the run's seed, or another for other images.
         task: the task's name.
         strip_steps: pictures in the strip, evenly spaced from T to 0.
+
+    Raises:
+        ValueError: guidance is asked for, and the denoiser has no guide.
     """
     height, width, channels = shape
-    sampler = build_sampler(sampling)
+    sampler, drawn_with = build_sampler(sampling), guided(denoiser, sampling.guidance)
     record = strip_timesteps(process.timesteps, strip_steps)
     images = [np.empty((0, height, width, channels), np.uint8)]
     strip = images[0]
@@ -65,7 +70,7 @@ def generate(
         noise = draw(torch.empty((len(numbers), channels, height, width), device=process.device))
         sampled = sample(
             sampler,
-            denoiser,
+            drawn_with,
             process,
             process.start(noise),
             draw,

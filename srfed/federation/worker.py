@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from srfed.config import RunConfig
-from srfed.device import captured_forward, memory_layout, resolve_device
+from srfed.device import memory_layout, resolve_device
 from srfed.diffusion.process import Denoiser
 from srfed.errors import UserError
 from srfed.evaluation.features.load import FeatureNetwork, load_feature_network
@@ -20,7 +20,13 @@ from srfed.federation.flower.admission import Admitted
 from srfed.federation.layout import Layout, layout_of
 from srfed.federation.messages import Request
 from srfed.federation.site import Site, own_task
-from srfed.model import build_model, build_objective, build_partition, denoiser_of_task
+from srfed.model import (
+    build_model,
+    build_objective,
+    build_partition,
+    captured_forwards,
+    denoiser_of_task,
+)
 from srfed.networks.partition import Shared
 from srfed.storage.checkpoint import check_tensors
 from srfed.storage.client_store import NO_PARENT, ClientStore
@@ -49,7 +55,7 @@ class Worker:
         self.model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
         self.objective = build_objective(config, self.device)
         self._step = LocalStep(config, self.model, self.partition, self.objective)
-        self._forward = captured_forward(self.model, config.resources, self.device)
+        self._forwards = captured_forwards(self.model, config.resources, self.device)
         self._trainers: dict[Site, LocalTrainer] = {}
 
     def trainer(self, site: Site) -> LocalTrainer:
@@ -78,7 +84,7 @@ class Worker:
         where that is needed.
         """
         self.model.eval()
-        return denoiser_of_task(self.objective, self.model, site.index, self._forward)
+        return denoiser_of_task(self.objective, self.model, site.index, self._forwards)
 
     @cached_property
     def feature_network(self) -> FeatureNetwork:

@@ -67,4 +67,5 @@ def evaluation_passes(config: RunConfig, clients: int, *, final: bool) -> int:
     steps = config.diffusion.timesteps if every else sampling.steps
     samples = evaluation.samples if final else evaluation.samples_between
     timesteps = {evaluation.ssim_timestep, *(evaluation.ssim_curve if final else ())}
-    return samples * steps + clients * evaluation.ssim_images * sum(timesteps)
+    asked = steps * (2 if sampling.guidance else 1)
+    return samples * asked + clients * evaluation.ssim_images * sum(timesteps)

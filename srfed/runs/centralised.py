@@ -7,7 +7,7 @@ import torch
 
 from srfed.data import Task, load_recorded_tasks, record_tasks
 from srfed.data.tasks import check_one_shape
-from srfed.device import captured_forward, memory_layout, resolve_device
+from srfed.device import memory_layout, resolve_device
 from srfed.diffusion.process import Denoiser
 from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.metrics.denoising_loss import comparable_loss, denoising_losses
@@ -16,7 +16,13 @@ from srfed.evaluation.references import RealFloor, References
 from srfed.evaluation.report import Recognised, TaskReport, evaluation_record
 from srfed.evaluation.shares import share_of_samples
 from srfed.evaluation.task import evaluate_task
-from srfed.model import build_model, build_objective, build_partition, denoiser_of_task
+from srfed.model import (
+    build_model,
+    build_objective,
+    build_partition,
+    captured_forwards,
+    denoiser_of_task,
+)
 from srfed.networks.partition import Shared
 from srfed.observer import Observer
 from srfed.records import EvaluationRecord, ResultRound, RoundRecord, TaskInfo
@@ -63,7 +69,7 @@ class Centralised:
         self._initial = initial_state(model, self._partition)
         shared = Shared(copies(self._partition.take_shared(model.state_dict())))
         self._model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
-        self._forward = captured_forward(self._model, config.resources, device)
+        self._forwards = captured_forwards(self._model, config.resources, device)
         self._objective = build_objective(config, device)
         self._trainer = CentralisedTrainer(
             config, self._model, self._partition, self._objective, self._images
@@ -134,7 +140,7 @@ class Centralised:
         exclusive = own.tasks[self._images[place].name].exclusive
         load_tensors(self._model, own.shared.average, exclusive.average)
         self._model.eval()
-        return denoiser_of_task(self._objective, self._model, place, self._forward)
+        return denoiser_of_task(self._objective, self._model, place, self._forwards)
 
     def _restore(self, state: RunState) -> CentralisedState:
         tasks = {

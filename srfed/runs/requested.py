@@ -56,17 +56,22 @@ def requested_config(
 
 
 def requested_sampling(
-    config: RunConfig, sampler: str | None, steps: int | None, eta: float | None
+    config: RunConfig,
+    sampler: str | None,
+    steps: int | None,
+    eta: float | None,
+    guidance: float | None,
 ) -> SamplingConfig:
-    """A run's way of sampling with what --sampler, --steps and --eta change; None leaves the run's.
+    """A run's way of sampling with what --sampler, --steps, --eta and --guidance change; None
+    leaves the run's.
 
     Raises:
         UserError: a value is impossible, or would be ignored.
     """
-    given = {"sampler": sampler, "steps": steps, "eta": eta}
+    given = {"sampler": sampler, "steps": steps, "eta": eta, "guidance": guidance}
     content = config.model_dump(mode="json")
     content["sampling"] |= {key: value for key, value in given.items() if value is not None}
-    sampling = parse_config(content, "--sampler, --steps, --eta").sampling
+    sampling = parse_config(content, "--sampler, --steps, --eta, --guidance").sampling
     if steps is not None and chosen(SAMPLERS, sampling.sampler).every_timestep:
         raise UserError(
             f"--steps {steps} would be ignored: the {sampling.sampler} sampler always takes all "

@@ -10,11 +10,19 @@ from typing import NamedTuple
 from torch import Tensor
 
 from srfed.config import ResourcesConfig
-from srfed.device import Captured, captured_forward, resolve_device
+from srfed.device import resolve_device
 from srfed.diffusion.process import Denoiser
 from srfed.errors import UserError
 from srfed.files import exists
-from srfed.model import build_model, build_objective, denoiser_of_task, shared_of
+from srfed.model import (
+    Forwards,
+    build_model,
+    build_objective,
+    build_partition,
+    captured_forwards,
+    denoiser_of_task,
+    shared_of,
+)
 from srfed.networks.network import Network
 from srfed.records import Shape, TaskInfo
 from srfed.storage.checkpoint import check_tensors
@@ -32,6 +40,7 @@ class TrainedSite:
 
     Attributes:
         shared: the averaged φ.
+        partition: what of the model that is.
         shapes: H, W, C of its images, alone.
 
     Args:
@@ -50,7 +59,9 @@ class TrainedSite:
         self.shared, exclusive = stored.tensors
         check_tensors(str(stored.path), {**self.shared, **exclusive}, model.state_dict())
         load_tensors(model, self.shared, exclusive)
-        self._model = captured_forward(model.to(self.device).eval(), resources, self.device)
+        self.partition = build_partition(self.config, model)
+        self._model = model.to(self.device).eval()
+        self._forwards = captured_forwards(self._model, resources, self.device)
         self.objective = build_objective(self.config, self.device)
         self.tasks = [TaskInfo(stored.client, stored.client, 0, 0)]
 
@@ -67,8 +78,10 @@ class TrainedSite:
         return self.shapes[0]
 
     def denoiser(self, task: TaskInfo) -> Denoiser:
-        """E[x_0 | x_t] of the averaged (φ, θ_i), in evaluation mode."""
-        return self.objective.denoiser(self._model)
+        """E[x_0 | x_t] of the averaged (φ, θ_i), in evaluation mode; where samples are drawn, it is
+        guided.
+        """
+        return denoiser_of_task(self.objective, self._model, None, self._forwards)
 
 
 class TrainedRun:
@@ -116,14 +129,14 @@ class TrainedRun:
         raise UserError(f"--task {wanted!r} is not in this run; it has {names}")
 
     def denoiser(self, task: TaskInfo) -> Denoiser:
-        """E[x_0 | x_t] of a task's averaged (φ, θ_i), in evaluation mode; the next call reuses
-        the same module.
+        """E[x_0 | x_t] of a task's averaged (φ, θ_i), in evaluation mode; where samples are drawn,
+        it is guided. The next call reuses the same module.
         """
         model = self._model_of(task)
         load_tensors(model.network, self.shared, self.exclusive_of(task))
         model.network.eval()
         return denoiser_of_task(
-            self.objective, model.network, self.tasks.index(task), model.forward
+            self.objective, model.network, self.tasks.index(task), model.forwards
         )
 
     def shape_of(self, task: TaskInfo) -> Shape:
@@ -179,7 +192,7 @@ class TrainedRun:
             initial = initial_state(network, self.partition)
             network.to(self.device)
             self._models[channels] = _Model(
-                network, captured_forward(network, self._resources, self.device), initial
+                network, captured_forwards(network, self._resources, self.device), initial
             )
         return self._models[channels]
 
@@ -188,5 +201,5 @@ class _Model(NamedTuple):
     """The network for images of so many channels."""
 
     network: Network
-    forward: Captured
+    forwards: Forwards
     initial: ClientState

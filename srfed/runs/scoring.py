@@ -233,9 +233,11 @@ def _key(
     trained: TrainedRun, wanted: ScoringSettings, network: FeatureNetwork, others: Any = None
 ) -> str:
     """What names an evaluation; ``others`` describes images that are not the run's own."""
+    # Without guidance a key is what it was before there was any.
+    unguided = None if wanted.sampling.guidance else {"guidance"}
     content = {
         **asdict(wanted),
-        "sampling": wanted.sampling.model_dump(mode="json"),
+        "sampling": wanted.sampling.model_dump(mode="json", exclude=unguided),
         "network": network.fingerprint,
         "weights": trained.weights_hash,
         **({} if others is None else {"images": others}),

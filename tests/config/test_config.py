@@ -184,6 +184,9 @@ def test_the_configuration_is_immutable() -> None:
         ("training.learning_rate=.inf", ["training.learning_rate = Infinity", "number"]),
         ("federation.round_timeout=.inf", ["federation.round_timeout = Infinity", "number"]),
         ("federation.round_timeout=1e999", ["federation.round_timeout = Infinity", "number"]),
+        # out of their range
+        ("sampling.guidance=-0.1", ["sampling.guidance = -0.1", "≥ 0, ≤ 10"]),
+        ("sampling.guidance=10.1", ["sampling.guidance = 10.1", "≥ 0, ≤ 10"]),
         # lists
         (
             "model.channels=[32,64]",
@@ -285,6 +288,19 @@ def test_a_refusal_is_one_line_with_key_value_and_what_is_allowed(
         (
             ["diffusion.beta_scale=none", "diffusion.beta_end=0.9"],
             "beta_end 0.9 over 500 timesteps leaves ᾱ_T below 1e-30",
+        ),
+        (
+            ["sampling.guidance=0.5", "model.owned=[vector]"],
+            "sampling.guidance 0.5 needs model.exclusive_stages none, and it is 2; allowed: 0",
+        ),
+        (
+            ["sampling.guidance=1", "model.owned=[vector]", "model.exclusive_stages=[up.0]"],
+            'sampling.guidance 1.0 needs model.exclusive_stages none, and it is ["up.0"]; '
+            "allowed: 0",
+        ),
+        (
+            ["sampling.guidance=0.5", "model.exclusive_stages=none"],
+            "in place of what is a task's own, and model.owned is []; allowed: 0",
         ),
         (["seed=3", "seed.x=4"], "`seed` is not a section"),
     ],

@@ -130,6 +130,16 @@ BEST = {
 }
 
 
+def test_guidance_is_as_agreed(tmp_path: Path) -> None:
+    own = {**MOMENTS, "model.exclusive_stages": "none", "model.owned": ("vector",)}
+    site = AgreedSite(tmp_path, {**own, "sampling.guidance": 0.5})
+    assert site.ask(EVALUATE).has_content()
+    for weight in (0.0, 0.4, 0.6):
+        asked = tiny_config({**own, "sampling.guidance": weight})
+        for kind in (TRAIN, EVALUATE):
+            assert refusal(site.ask(kind, asked)) == "not agreed: sampling.guidance"
+
+
 def test_a_site_tells_its_validation_loss_as_often_as_was_agreed(tmp_path: Path) -> None:
     site = AgreedSite(tmp_path, BEST)
     numbers = read_metrics(site.ask(VALIDATE).content)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import srfed
+from srfed.commands import evaluate, sample
 from srfed.config import OwnNetworkConfig, RunConfig, load_config, parse_config
 from srfed.errors import UserError
 from srfed.model import build_model, build_partition
@@ -126,6 +127,17 @@ def test_what_a_class_owns_is_trained_alone_and_is_in_no_pool(
     with pytest.raises(UserError, match=r"update exclusive trains nothing .* owns nothing"):
         build_partition(alone, build_model(alone, 1))
     build_partition(pooled, build_model(pooled, 1))
+
+
+def test_only_what_owns_something_can_be_guided(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = {"network": f"{HERE}Tower", "exclusive_stages": "none"}
+    config = parse_config({"model": model, "sampling": {"guidance": 0.5}})
+    assert build_partition(config, build_model(config, 1)).exclusive == ("own",)
+    with pytest.raises(UserError, match=r"guidance 0.5 needs model.exclusive_stages none, and it"):
+        parse_config({"model": {**model, "exclusive_stages": 1}, "sampling": {"guidance": 0.5}})
+    monkeypatch.setattr(Tower, "owned", ())
+    with pytest.raises(UserError, match=r"sampling.guidance 0.5 .* owns nothing; allowed: 0"):
+        build_partition(config, build_model(config, 1))
 
 
 def test_a_module_that_is_no_network_has_no_shells_but_can_be_divided_by_patterns() -> None:
@@ -257,6 +269,24 @@ def test_a_network_of_ones_own_trains_through_the_front_door(tmp_path: Path) -> 
     assert run.sample(0, 2).shape == (2, 8, 8, 1)
     again = srfed.open_run(tmp_path / "run")
     assert (again.sample(0, 2) == run.sample(0, 2)).all()
+
+
+def test_a_command_guides_no_run_whose_network_owns_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Tower, "owned", ())
+    config = tiny_config({"model.exclusive_stages": "none", "federation.rounds": 1})
+    run = srfed.train(config, network=Tower, run_dir=tmp_path / "run")
+    capsys.readouterr()
+    out = ["--out", str(tmp_path / "x.png")]
+    for command, options in ((sample, out), (evaluate, [])):
+        assert command.main(["--run", str(run.path), "--guidance", "1", *options]) == 2
+        said = capsys.readouterr().err
+        assert "sampling.guidance 1.0" in said
+        assert "owns nothing; allowed: 0" in said
+        assert said.count("\n") == 1
+    assert not (tmp_path / "x.png").exists()
+    assert not (run.path / "evaluations").exists()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from srfed.diffusion.guidance import TaskDenoiser
 from srfed.errors import DamagedError, UserError
 from srfed.evaluation.task import evaluate_task
 from srfed.model import build_objective
@@ -493,6 +494,11 @@ def test_curves_that_cannot_be_begun_are_the_users_to_mend(tmp_path: Path) -> No
         {"sampling.sampler": "ancestral"},
         {"sampling.sampler": "dpm_solver"},
         {"evaluation.ssim_images": 0},
+        {
+            "sampling.guidance": 0.5,
+            "model.exclusive_stages": "none",
+            "model.owned": ("vector",),
+        },
     ],
 )
 def test_the_passes_of_an_evaluation_are_those_that_the_network_is_asked_for(
@@ -508,7 +514,7 @@ def test_the_passes_of_an_evaluation_are_those_that_the_network_is_asked_for(
         return torch.zeros_like(x)
 
     evaluate_task(
-        denoiser,
+        TaskDenoiser(denoiser, denoiser),
         build_objective(config, torch.device("cpu")).process,
         config,
         task="t",
