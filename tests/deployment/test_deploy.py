@@ -46,19 +46,14 @@ from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from srfed.training.local import LocalTrainer
 from srfed.training.part import initial_state
+from support.commands import run_here
 from support.tiny_run import CLIENTS, all_bits, begin, run_in_process, server_bits, tiny_config
 
 HOSTS = ("fed.example.org", "10.0.0.5")
 
 
 def command(*arguments: object, folder: Path | None = None) -> "subprocess.CompletedProcess[str]":
-    """The command in a process of its own, standing in a folder."""
-    whole = [sys.executable, "-m", "srfed", "deploy", *map(str, arguments)]
-    # The package that is tested here, wherever the process stands.
-    environment = {**os.environ, "PYTHONPATH": str(Path(deploy.__file__).parent.parent)}
-    return subprocess.run(
-        whole, capture_output=True, text=True, timeout=300, cwd=folder, env=environment
-    )
+    return run_here("deploy", *arguments, folder=folder)
 
 
 def assert_one_line(done: "subprocess.CompletedProcess[str]", *words: str) -> None:

@@ -4,10 +4,8 @@ for.
 
 import json
 import math
-import os
 import stat
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +37,7 @@ from srfed.federation.site import own_task
 from srfed.model import build_model, build_partition
 from srfed.storage.client_store import ClientStore
 from srfed.storage.site_model import SiteModel
+from support.commands import run_here
 from support.tiny_run import TINY, tiny_config
 
 CLIENT = "clinic-a"
@@ -642,15 +641,7 @@ def test_the_number_of_samples_depends_on_nobodys_presence(tmp_path: Path) -> No
 
 
 def command(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run(
-        [sys.executable, "-m", "srfed", "deploy", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-    )
+    return run_here("deploy", *arguments)
 
 
 def test_an_owner_agrees_sees_what_changes_and_check_says_whether_it_fits(tmp_path: Path) -> None:

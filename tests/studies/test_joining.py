@@ -206,7 +206,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str,
 @pytest.mark.parametrize(
     ("side", "where"),
     [
-        *((side, "before the round is judged") for side in SIDES),
+        *((side, "before the round is judged") for side in ("alone", "together", "pooled")),
         ("alone", "after it"),
         ("alone", "in its history"),
     ],
