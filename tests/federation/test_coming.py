@@ -44,6 +44,7 @@ from srfed.training.local import LocalTrainer
 from srfed.training.part import initial_state
 from support.membership import failure
 from support.tiny_run import (
+    CHEAP,
     StoppingGrid,
     all_bits,
     begin,
@@ -54,14 +55,6 @@ from support.tiny_run import (
 )
 
 MOST = {8: 127, 4: 7}
-CHEAP: dict[str, Any] = {
-    "federation.keep_attempts": 9,
-    "evaluation.every": 0,
-    "evaluation.samples": 6,
-    "evaluation.ssim_images": 0,
-    "sampling.steps": 1,
-    "training.batch_size": 4,
-}
 CONTROLLED: dict[str, Any] = {"training.control_variates": True}
 UP: dict[str, Any] = {"updates.steps": ["quantise"], "updates.quantise_bits": 4}
 SITE: dict[str, Any] = {

@@ -66,6 +66,7 @@ from support.centralised import Draw, assert_close, ddpm_losses, leaves
 from support.faults import fail
 from support.membership import failure
 from support.tiny_run import (
+    CHEAP,
     CLIENTS,
     StoppingGrid,
     accepted_attempts,
@@ -81,14 +82,6 @@ from support.tiny_run import (
 )
 
 ON: dict[str, Any] = {"training.control_variates": True}
-CHEAP: dict[str, Any] = {
-    "federation.keep_attempts": 9,
-    "evaluation.every": 0,
-    "evaluation.samples": 6,
-    "evaluation.ssim_images": 0,
-    "sampling.steps": 1,
-    "training.batch_size": 4,
-}
 RATE, T = 0.05, 100
 BY_HAND: dict[str, Any] = {
     **CHEAP,

@@ -42,6 +42,15 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "resources": {"backend": "inline", "device": "cpu"},
 }
+CHEAP: dict[str, Any] = {
+    "federation.keep_attempts": 9,
+    "evaluation.every": 0,
+    "evaluation.samples": 6,
+    "evaluation.ssim_images": 0,
+    "sampling.steps": 1,
+    "training.batch_size": 4,
+}
+"""For tests of the rounds alone: next to no evaluation, and all attempts stay."""
 CLIENTS = ["digit-0", "digit-1", "digit-2"]
 TIMINGS = {"seconds", "images_per_second"}
 
