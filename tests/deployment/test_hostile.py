@@ -181,6 +181,17 @@ REQUESTS: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
 ]
 
 
+def written(folder: Path) -> set[Path]:
+    """What lies in ``folder``, without Flower's own folder and the interpreter's compiled
+    modules.
+    """
+    return {
+        path
+        for path in folder.rglob("*")
+        if folder / "d" not in path.parents and "__pycache__" not in path.parts
+    }
+
+
 def test_neither_a_hostile_server_nor_a_hostile_client_gets_further_than_its_own_harm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,7 +232,7 @@ def test_neither_a_hostile_server_nor_a_hostile_client_gets_further_than_its_own
             deployment.add_site(task.name, data, state, wait=False)
         for client in (HONEST, HOSTILE):
             deployment.wait_for_site(client)
-        before = {path for path in tmp_path.rglob("*") if (tmp_path / "d") not in path.parents}
+        before = written(tmp_path)
         told = deployment.flwr(
             "run",
             str(tmp_path / "app"),
@@ -233,7 +244,7 @@ def test_neither_a_hostile_server_nor_a_hostile_client_gets_further_than_its_own
         )
         assert answers.exists(), told
         answered = json.loads(answers.read_text())
-        after = {path for path in tmp_path.rglob("*") if (tmp_path / "d") not in path.parents}
+        after = written(tmp_path)
         run = deployment.run(tmp_path / "run", tmp_path / "config.yaml")
         assert run.wait(480) is not None
         assert run.result()[0] == "finished:completed", "\n".join(run.lines())
