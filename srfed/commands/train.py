@@ -5,13 +5,13 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from srfed.commands.options import training_parser
 from srfed.config.model import exclusive_in_words
 from srfed.errors import UserError
 from srfed.files import write_bytes
 from srfed.interrupts import run_command, status_of, stopping_gently, tell
+from srfed.paths import relative
 from srfed.reporting.summary import summarise
 from srfed.runs.checks import check_centralised, check_simulation, finished
 from srfed.runs.requested import requested_config
@@ -112,6 +112,10 @@ def train_by_command(
             raise UserError(f"{text}; once it is mended, go on with: {go_on}") from error
     summary = summarise(MetricsLog(run.metrics), time.monotonic() - began)
     write_bytes(run.summary, f"{summary}\n".encode())
+    # What it draws with takes a second to import, which nobody waits for before the run.
+    from srfed.reporting.report import write_report
+
+    write_report(run)
     print(f"\n{summary}")
     _show_where(run)
 
@@ -132,14 +136,6 @@ def _last_reason(run: RunFolder, since: float) -> str:
         f"; {relative(latest)} ends with: "
         f"{latest.read_text(errors='replace').rstrip().splitlines()[-1]}"
     )
-
-
-def relative(path: Path) -> Path:
-    """A path as a user in this folder would write it."""
-    try:
-        return path.relative_to(Path.cwd())
-    except ValueError:
-        return path
 
 
 def _announce(run: RunFolder) -> None:
@@ -167,6 +163,7 @@ def _show_where(run: RunFolder) -> None:
     print()
     if pictures:
         print(f"samples:    {relative(pictures[-1])}")
+    print(f"report:     {relative(run.report)}")
     print(f"curves:     tensorboard --logdir {relative(run.tensorboard)}")
     print(f"more:       srfed sample --run {path} --n 64 --out grid.png")
 

@@ -1,12 +1,17 @@
-"""Plots for studies: lines and heat maps, as PNG files. The only module that imports matplotlib."""
+"""Plots: lines and heat maps as PNG files for studies, lines and intervals as SVG for pages.
+
+The only module that imports matplotlib.
+"""
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from numpy.typing import ArrayLike
 
 from srfed.files import write_bytes
@@ -15,6 +20,23 @@ RESOLUTION = 110
 """Dots per inch."""
 Curve = tuple[Sequence[float], Sequence[float]]
 """x and y of one line."""
+COLOURS = (
+    "#1f77b4",
+    "#ff7f0e",
+    "#2ca02c",
+    "#d62728",
+    "#9467bd",
+    "#8c564b",
+    "#e377c2",
+    "#7f7f7f",
+    "#bcbd22",
+    "#17becf",
+    "#4c9f70",
+)
+"""Of lines, readable on light and on dark ground."""
+GREY = "#8a8a8a"
+_INK = "#010203"
+"""What becomes the page's own colour of text."""
 
 
 def line_plot(
@@ -108,6 +130,119 @@ def heat_map(
                 column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour
             )
     _write(path, figure)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A plot for a page: SVG in the page's own colour of text, and each line's label and colour.
+
+    The labels are for the page to write: in SVG a name that anybody may have chosen is markup, and
+    matplotlib's fonts do not have every letter.
+    """
+
+    svg: str
+    key: Sequence[tuple[str, str]] = ()
+
+
+def draw_lines(
+    series: Sequence[tuple[str, Curve]],
+    *,
+    x_label: str,
+    y_label: str,
+    log_y: bool = False,
+    level: float | None = None,
+) -> Drawing:
+    """Draw lines for a page; it is as wide as a telephone and larger by the page's choice.
+
+    Args:
+        series: label, x and y; of more than there are colours all but the first are grey.
+        x_label, y_label: texts of ours.
+        log_y: a logarithmic axis, where all values are above 0.
+        level: a dashed line across.
+    """
+    figure, axes = _page_figure()
+    many = len(series) > len(COLOURS)
+    key = []
+    # The first is the headline, and lies on top.
+    for number, (label, (x, y)) in enumerate(series):
+        colour = GREY if many and number else COLOURS[number]
+        if number < 1 or not many:
+            key.append((label, colour))
+        axes.plot(
+            x,
+            y,
+            color=colour,
+            linewidth=1.0 if number else 1.8,
+            marker="o" if len(x) < 30 else None,
+            markersize=3,
+            zorder=2 if number else 3,
+        )
+    if many:
+        key.append((f"the other {len(series) - 1}", GREY))
+    if level is not None:
+        axes.axhline(level, color=_INK, linewidth=1, linestyle="--")
+    axes.set_xlabel(x_label, color=_INK)
+    axes.set_ylabel(y_label, color=_INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if log_y and all(value > 0 for _, (_, y) in series for value in y):
+        axes.set_yscale("log")
+        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            set_formatter(StrMethodFormatter("{x:g}"))
+        axes.tick_params(which="minor", axis="y", labelsize=6)
+    return Drawing(_svg(figure, axes), key)
+
+
+def draw_intervals(
+    values: Sequence[tuple[float, float, float]], *, x_label: str, level: float
+) -> Drawing:
+    """Draw (low, value, high) as marks with bars, numbered from the top, for a page.
+
+    Args:
+        values: in order.
+        x_label: a text of ours.
+        level: where a dashed line stands.
+    """
+    figure, axes = _page_figure(height=1.2 + 0.22 * len(values))
+    rows = range(1, len(values) + 1)
+    middle = [value for _, value, _ in values]
+    axes.errorbar(
+        middle,
+        rows,
+        xerr=[
+            [max(0.0, value - low) for low, value, _ in values],
+            [max(0.0, high - value) for _, value, high in values],
+        ],
+        fmt="o",
+        markersize=4,
+        capsize=2,
+        color=COLOURS[0],
+    )
+    axes.axvline(level, color=_INK, linewidth=1, linestyle="--")
+    axes.set_yticks(rows)
+    axes.set_ylim(len(values) + 0.5, 0.5)
+    axes.set_xlabel(x_label, color=_INK)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    return Drawing(_svg(figure, axes))
+
+
+def _page_figure(height: float = 2.9) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.4, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _svg(figure: Figure, axes: Axes) -> str:
+    """The figure without ground and in the page's ink, as an element of a page."""
+    figure.patch.set_alpha(0)
+    axes.patch.set_alpha(0)
+    axes.grid(color=_INK, alpha=0.15, which="both")
+    axes.tick_params(which="both", colors=_INK)
+    for spine in axes.spines.values():
+        spine.set_color(_INK)
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", metadata=nothing)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].replace(_INK, "currentColor")
 
 
 def _write(path: Path, figure: Figure) -> None:

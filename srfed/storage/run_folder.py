@@ -6,6 +6,7 @@ run.json         lineage, version, when it began, the settings that decide its r
 images.json      fingerprints of the images that it was begun with
 metrics.jsonl    one line a round, one an evaluation: what TensorBoard shows, as numbers
 summary.txt      the table printed at the end
+report.html      the run on one page; of a simulation with real training images
 samples/         grids of samples and reverse-process strips, PNG
 tensorboard/     event files
 server/          checkpoints of φ
@@ -173,6 +174,10 @@ class RunFolder:
     @property
     def summary(self) -> Path:
         return self.path / "summary.txt"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def samples(self) -> Path:
