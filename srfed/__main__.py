@@ -11,6 +11,7 @@ COMMANDS = {
     "evaluate": ("srfed.commands.evaluate:main", "score a trained run in every way there is"),
     "adapt": ("srfed.commands.adapt:main", "fit a new task to a trained run"),
     "partition": ("srfed.commands.partition:main", "show what is shared and what is exclusive"),
+    "runs": ("srfed.commands.runs:main", "list runs, their state and their headline"),
     "report": ("srfed.commands.report:main", "make a run's page, report.html, again"),
     "deploy": ("srfed.commands.deploy:main", "run a federation on real machines"),
 }

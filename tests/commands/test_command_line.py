@@ -90,6 +90,7 @@ EARLY: dict[str, list[list[str]]] = {
         ["--run", "x", "--task", "y", "--steps", "0"],
     ],
     "partition": [WRONG_SETTING, ["--image-channels", "0"], ["--data-dir", "/nowhere"]],
+    "runs": [["/nowhere"], ["x", "y"]],
     "report": [["/nowhere"], ["x", "y"]],
     "deploy": [
         ["check", "--data", "x", "--state-dir", "y", *WRONG_SETTING],
