@@ -225,6 +225,51 @@ def draw_intervals(
     return Drawing(_svg(figure, axes))
 
 
+@dataclass(frozen=True)
+class Panel:
+    """One measure of :func:`interval_panels`: its text, and (low, value, high) or None by row."""
+
+    text: str
+    values: Sequence[tuple[float, float, float] | None]
+
+
+def interval_panels(
+    path: Path, panels: Sequence[Panel], rows: Sequence[str], *, level: float
+) -> None:
+    """Draw marks with bars, a panel for each measure and a row for each label, and write them.
+
+    Args:
+        path: the PNG file, which the umask decides about.
+        panels: from the top, each with an axis of its own.
+        rows: their labels, of ours, from the top.
+        level: where a dashed line stands.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    figure = Figure(
+        figsize=(7.0, len(panels) * (0.9 + 0.25 * len(rows))), dpi=RESOLUTION, layout="constrained"
+    )
+    for panel, axes in zip(panels, figure.subplots(len(panels), squeeze=False)[:, 0], strict=True):
+        for row, found in enumerate(panel.values):
+            if found is not None:
+                low, value, high = found
+                axes.errorbar(
+                    value,
+                    row,
+                    xerr=[[value - low], [high - value]],
+                    marker="o",
+                    capsize=3,
+                    color=COLOURS[row % len(COLOURS)],
+                )
+        axes.axvline(level, color="black", linewidth=1, linestyle="--")
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlabel(panel.text, fontsize=9)
+        axes.grid(alpha=0.3, axis="x")
+    _write(path, figure, private=False)
+
+
 def _page_figure(height: float = 2.9) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(4.4, height), layout="constrained")
     return figure, figure.add_subplot()
@@ -245,7 +290,7 @@ def _svg(figure: Figure, axes: Axes) -> str:
     return text[text.index("<svg") :].replace(_INK, "currentColor")
 
 
-def _write(path: Path, figure: Figure) -> None:
+def _write(path: Path, figure: Figure, *, private: bool = True) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue(), private=private)

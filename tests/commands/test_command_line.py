@@ -91,6 +91,7 @@ EARLY: dict[str, list[list[str]]] = {
     ],
     "partition": [WRONG_SETTING, ["--image-channels", "0"], ["--data-dir", "/nowhere"]],
     "runs": [["/nowhere"], ["x", "y"]],
+    "compare": [["/nowhere", "x"], ["x"]],
     "report": [["/nowhere"], ["x", "y"]],
     "deploy": [
         ["check", "--data", "x", "--state-dir", "y", *WRONG_SETTING],
