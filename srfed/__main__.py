@@ -13,6 +13,7 @@ COMMANDS = {
     "partition": ("srfed.commands.partition:main", "show what is shared and what is exclusive"),
     "runs": ("srfed.commands.runs:main", "list runs, their state and their headline"),
     "report": ("srfed.commands.report:main", "make a run's page, report.html, again"),
+    "watch": ("srfed.commands.watch:main", "see a run's page while it goes on"),
     "compare": ("srfed.commands.compare:main", "set runs beside each other"),
     "deploy": ("srfed.commands.deploy:main", "run a federation on real machines"),
 }

@@ -154,7 +154,8 @@ def _announce(run: RunFolder) -> None:
     for line in describe_images(config.data, config.federation.clients):
         print(line)
     print(f"run folder: {run.path}")
-    print(f"follow it:  tensorboard --logdir {relative(run.tensorboard)}", flush=True)
+    print(f"follow it:  srfed watch {shlex.quote(str(relative(run.path)))}")
+    print(f"curves:     tensorboard --logdir {relative(run.tensorboard)}", flush=True)
 
 
 def _show_where(run: RunFolder) -> None:

@@ -91,6 +91,7 @@ EARLY: dict[str, list[list[str]]] = {
     ],
     "partition": [WRONG_SETTING, ["--image-channels", "0"], ["--data-dir", "/nowhere"]],
     "runs": [["/nowhere"], ["x", "y"]],
+    "watch": [["/nowhere"], ["x", "--every", "0"], ["x", "--port", "-1"]],
     "compare": [["/nowhere", "x"], ["x"]],
     "report": [["/nowhere"], ["x", "y"]],
     "deploy": [
