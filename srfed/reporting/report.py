@@ -19,7 +19,7 @@ from srfed.config import RunConfig
 from srfed.config.evaluation import strip_timesteps
 from srfed.data import load_recorded_tasks
 from srfed.errors import UserError
-from srfed.files import exists, list_folder, read_bytes, read_json, write_bytes
+from srfed.files import list_folder, read_bytes, read_json, write_bytes
 from srfed.records import TaskInfo
 from srfed.reporting.joining import VERDICTS
 from srfed.reporting.page_plots import page_plots
@@ -59,7 +59,7 @@ def real_images(run: RunFolder) -> RealImages:
 
     A deployed run's images are the sites' own, and are not looked for.
     """
-    if not exists(run.clients):
+    if not run.has_every_party:
         return RealImages({}, "Real images are not shown: they are their owners' alone.")
     config = run.config
     try:
@@ -94,7 +94,7 @@ def render_report(run: RunFolder, real: RealImages, *, refresh: int | None = Non
         done=rounds[-1]["round"] if rounds else 0,
         asked=config.federation.rounds,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        simulated=exists(run.clients),
+        simulated=run.has_every_party,
         method=config.training.method,
         tasks=tasks,
         sums=sums,
@@ -223,7 +223,7 @@ def _changed(config: RunConfig) -> list[tuple[str, Any, Any]]:
 def _commands(run: RunFolder, ended: bool) -> list[tuple[str, str]]:
     """What one may do next, and how it is typed where the run's folder stands."""
     path = shlex.quote(run.path.name)
-    if not exists(run.clients):
+    if not run.has_every_party:
         return [
             ("sample, at a site", "srfed sample --store STATE_DIR/CLIENT --n 64 --out samples.png"),
             ("follow it", f"srfed watch {path}"),
@@ -234,6 +234,7 @@ def _commands(run: RunFolder, ended: bool) -> list[tuple[str, str]]:
     more = f" --set federation.rounds={2 * run.config.federation.rounds}" if ended else ""
     constant = run.config.training.learning_rate_schedule == "constant"
     return [
+        *([] if ended else [("follow it", f"srfed watch {path}")]),
         *([("go on", f"{resume} --resume {path}{more}")] if not ended or constant else []),
         ("sample", f"srfed sample --run {path} --n 64 --out samples.png"),
         ("score again", f"srfed evaluate --run {path} --samples 10000"),

@@ -196,6 +196,13 @@ class RunFolder:
         return self.path / "clients"
 
     @property
+    def has_every_party(self) -> bool:
+        """Whether all parties are in one place: simulated, from the first round on, or centralised.
+        Of a deployed run the images are the sites' own.
+        """
+        return self.config.training.method != "federated" or exists(self.clients)
+
+    @property
     def last_round(self) -> int | None:
         """The round of the last checkpoint, None before the first; raises UserError where that
         cannot be read.
