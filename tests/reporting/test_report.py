@@ -12,11 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Context, RecordDict
 from markupsafe import escape
 from PIL import Image
 
 import srfed.reporting.report as report
 from srfed.data import load_tasks
+from srfed.federation.flower import server_app
+from srfed.federation.flower.client_app import app as client_app
+from srfed.federation.flower.in_process import InlineGrid
 from srfed.records import Comparison, ResultRound, TaskInfo
 from srfed.reporting.pictures import draw_grid
 from srfed.reporting.report import write_report
@@ -126,6 +130,21 @@ def test_a_deployed_run_shows_no_real_image_and_looks_for_none(
     assert "they are their owners' alone" in words(page)
     assert "This page shows real training images" not in words(page)
     assert "srfed sample --store" in words(page)
+
+
+def test_a_serverapp_ends_with_a_page_of_its_run_without_a_real_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As under a SuperLink: clients keep what is theirs elsewhere."""
+    config = {"federation.rounds": 1, "evaluation.samples": 6, "evaluation.ssim_images": 0}
+    run = begin(tmp_path / "run", config)
+    grid = InlineGrid(client_app, 3, tmp_path / "sites")
+    server_app.main(grid, Context(0, 0, {}, RecordDict(), {"run-dir": str(run.path)}))
+    assert "Fréchet distance of 6 samples" in capsys.readouterr().out
+    page = run.report.read_text()
+    assert "finished: round 1 of 1; 3 owners, a federation, deployed" in page
+    assert "Real training images" not in page
+    assert len(Seen(page).pictures()) == 2
 
 
 def test_images_that_have_changed_are_not_shown_as_the_runs(run: RunFolder) -> None:

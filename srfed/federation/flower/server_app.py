@@ -18,7 +18,6 @@ from srfed.federation.site import run_folder
 from srfed.files import write_bytes, write_json
 from srfed.paths import user_path
 from srfed.reporting.curves import shown_on_terminal
-from srfed.reporting.report import write_report
 from srfed.reporting.summary import summarise
 from srfed.runs.loop import run_rounds
 from srfed.storage.metrics_log import MetricsLog
@@ -40,6 +39,9 @@ def main(grid: Grid, context: Context) -> None:
     run_federation(grid, run)
     summary = summarise(MetricsLog(run.metrics), time.monotonic() - began)
     write_bytes(run.summary, f"{summary}\n".encode())
+    # What it draws with takes a second to import, which the sites need not wait for.
+    from srfed.reporting.report import write_report
+
     write_report(run)
     print(f"\n{summary}", flush=True)
 
