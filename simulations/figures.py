@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from srfed.commands.options import Parser
 from srfed.config import load_config
+from srfed.config.evaluation import strip_timesteps
 from srfed.data.images import Images
 from srfed.errors import UserError
-from srfed.evaluation.generation import generate, strip_timesteps
+from srfed.evaluation.generation import generate
 from srfed.interrupts import run_command
 from srfed.reporting.pictures import draw_grid, write_png
 from srfed.runs.run import TrainedRun

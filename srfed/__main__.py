@@ -11,6 +11,10 @@ COMMANDS = {
     "evaluate": ("srfed.commands.evaluate:main", "score a trained run in every way there is"),
     "adapt": ("srfed.commands.adapt:main", "fit a new task to a trained run"),
     "partition": ("srfed.commands.partition:main", "show what is shared and what is exclusive"),
+    "runs": ("srfed.commands.runs:main", "list runs, their state and their headline"),
+    "report": ("srfed.commands.report:main", "make a run's page, report.html, again"),
+    "watch": ("srfed.commands.watch:main", "see a run's page while it goes on"),
+    "compare": ("srfed.commands.compare:main", "set runs beside each other"),
     "deploy": ("srfed.commands.deploy:main", "run a federation on real machines"),
 }
 """What each command is, and where."""

@@ -47,7 +47,7 @@ def train(
     """Train a run to its last evaluation: a simulated federation, or one party with all images.
 
     Works in any thread and as often as one likes in a process. Nothing is printed unless an
-    observer does; the run's folder has metrics.jsonl, checkpoints, curves and pictures.
+    observer does; the run's folder has metrics.jsonl, checkpoints, curves, pictures, report.html.
 
     Args:
         config: what is asked, see :func:`srfed.load_config`.
@@ -74,6 +74,7 @@ def train(
     run = _resumed(config, tasks, folder) if resume else _begun(config, tasks, folder)
     if not finished(run):
         from srfed.reporting.curves import Curves
+        from srfed.reporting.report import write_report
 
         if run.config.training.method == "federated":
             # Centralised training does without Flower.
@@ -82,6 +83,7 @@ def train(
             # Only commands ask in this way; what an earlier run has left must not stop this one.
             stop_requested.clear()
         train_run(run, [Curves(run), *observers])
+        write_report(run)
     return Run(run.path)
 
 

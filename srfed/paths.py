@@ -28,3 +28,11 @@ def user_path(text: str | Path) -> Path:
 def absolute_path(text: str | Path) -> Path:
     """:func:`user_path`, as every process finds it, wherever it stands."""
     return user_path(text).absolute()
+
+
+def relative(path: Path) -> Path:
+    """A path as a user in this folder would write it."""
+    try:
+        return path.relative_to(Path.cwd())
+    except ValueError:
+        return path

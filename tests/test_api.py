@@ -57,6 +57,7 @@ def test_training_here_has_the_bits_of_the_command(trained: srfed.Run, tmp_path:
     by_command = run_in_process(begin(tmp_path / "run", TWO))
     assert all_bits(RunFolder.open(trained.path)) == all_bits(by_command)
     assert records(RunFolder.open(trained.path)) == records(by_command)
+    assert "finished: round 2 of 2" in (trained.path / "report.html").read_text()
 
 
 def test_a_run_prints_nothing_and_leaves_nothing_behind(

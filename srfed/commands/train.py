@@ -5,13 +5,13 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from srfed.commands.options import training_parser
 from srfed.config.model import exclusive_in_words
 from srfed.errors import UserError
 from srfed.files import write_bytes
 from srfed.interrupts import run_command, status_of, stopping_gently, tell
+from srfed.paths import relative
 from srfed.reporting.summary import summarise
 from srfed.runs.checks import check_centralised, check_simulation, finished
 from srfed.runs.requested import requested_config
@@ -112,6 +112,10 @@ def train_by_command(
             raise UserError(f"{text}; once it is mended, go on with: {go_on}") from error
     summary = summarise(MetricsLog(run.metrics), time.monotonic() - began)
     write_bytes(run.summary, f"{summary}\n".encode())
+    # What it draws with takes a second to import, which nobody waits for before the run.
+    from srfed.reporting.report import write_report
+
+    write_report(run)
     print(f"\n{summary}")
     _show_where(run)
 
@@ -134,14 +138,6 @@ def _last_reason(run: RunFolder, since: float) -> str:
     )
 
 
-def relative(path: Path) -> Path:
-    """A path as a user in this folder would write it."""
-    try:
-        return path.relative_to(Path.cwd())
-    except ValueError:
-        return path
-
-
 def _announce(run: RunFolder) -> None:
     from srfed.data import describe_images
 
@@ -158,7 +154,8 @@ def _announce(run: RunFolder) -> None:
     for line in describe_images(config.data, config.federation.clients):
         print(line)
     print(f"run folder: {run.path}")
-    print(f"follow it:  tensorboard --logdir {relative(run.tensorboard)}", flush=True)
+    print(f"follow it:  srfed watch {shlex.quote(str(relative(run.path)))}")
+    print(f"curves:     tensorboard --logdir {relative(run.tensorboard)}", flush=True)
 
 
 def _show_where(run: RunFolder) -> None:
@@ -167,6 +164,7 @@ def _show_where(run: RunFolder) -> None:
     print()
     if pictures:
         print(f"samples:    {relative(pictures[-1])}")
+    print(f"report:     {relative(run.report)}")
     print(f"curves:     tensorboard --logdir {relative(run.tensorboard)}")
     print(f"more:       srfed sample --run {path} --n 64 --out grid.png")
 

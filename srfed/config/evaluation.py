@@ -77,3 +77,10 @@ class EvaluationConfig(Section):
         decides="nothing",
         description="pictures in a reverse-process strip, x_T to x_0",
     )
+
+
+def strip_timesteps(timesteps: int, steps: int) -> list[int]:
+    """The timesteps of a strip of ``steps`` pictures: T first, 0 last, evenly spaced; none where
+    steps is below 2.
+    """
+    return [round(timesteps * (1 - k / (steps - 1))) for k in range(steps)] if steps > 1 else []

@@ -2,7 +2,6 @@
 says.
 """
 
-import fcntl
 import json
 import os
 import subprocess
@@ -14,9 +13,10 @@ from typing import Any
 from srfed.deployment.connection import check_superlink
 from srfed.deployment.flower import QUIET, plain, program
 from srfed.errors import UserError
+from srfed.files import is_held
 from srfed.paths import user_path
 from srfed.storage.metrics_log import MetricsLog
-from srfed.storage.run_folder import RunFolder
+from srfed.storage.run_folder import LOCK, RunFolder
 from srfed.units import printable, seconds_in_words
 
 LATEST_RUNS = 5
@@ -38,7 +38,7 @@ def status(run_dir: Path, connection: str | None) -> str:
     run = RunFolder.open(run_dir)
     log = MetricsLog(run.metrics)
     rounds, evaluations = log.rounds(), log.evaluations()
-    at_work = _is_held(run.path / "lock")
+    at_work = is_held(run.path / LOCK)
     done, wanted = (rounds[-1]["round"] if rounds else 0), run.config.federation.rounds
     ago = f", {seconds_in_words(time.time() - run.metrics.stat().st_mtime)} ago" if rounds else ""
     finished = done >= wanted and any(line["final"] for line in evaluations)
@@ -113,20 +113,6 @@ def _advice(run: RunFolder, at_work: bool, finished: bool, runs: list[dict[str, 
             f"takes a minute to notice; then go on with: {resume}"
         )
     return f"nobody is at work on it; go on with: {resume}"
-
-
-def _is_held(lock: Path) -> bool:
-    """Whether a process holds a run's lock; it is let go of at once where none does."""
-    try:
-        with lock.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise UserError(f"cannot read {lock}: {error.strerror or error}") from error
-    return False
 
 
 def _connection(name: str) -> tuple[str, Path | None]:

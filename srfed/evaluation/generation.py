@@ -7,6 +7,7 @@ import torch
 
 from srfed.config import SamplingConfig
 from srfed.config.choices import SAMPLERS, chosen, constants
+from srfed.config.evaluation import strip_timesteps
 from srfed.data import to_uint8
 from srfed.data.images import Images
 from srfed.diffusion.guidance import guided
@@ -89,10 +90,3 @@ def build_sampler(sampling: SamplingConfig) -> Sampler:
     made = chosen(SAMPLERS, sampling.sampler)
     sampler: Sampler = made(**constants(made, sampling))
     return sampler
-
-
-def strip_timesteps(timesteps: int, steps: int) -> list[int]:
-    """The timesteps of a strip of ``steps`` pictures: T first, 0 last, evenly spaced; none where
-    steps is below 2.
-    """
-    return [round(timesteps * (1 - k / (steps - 1))) for k in range(steps)] if steps > 1 else []

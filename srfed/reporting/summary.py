@@ -1,9 +1,10 @@
 """The short table at the end of a run, made from metrics.jsonl alone."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from srfed.records import Comparison, ResultRound
+from srfed.records import Comparison, ResultRound, TaskInfo
 from srfed.reporting.joining import joining_table
 from srfed.storage.metrics_log import MetricsLog
 from srfed.units import bytes_in_words, seconds_in_words
@@ -83,7 +84,15 @@ def _table(log: MetricsLog, evaluation: dict[str, Any]) -> list[str]:
         f"{_cell(evaluation['score'], 12, 3)}  {_cell(overall, 12, 3)}"
         + (f"  {_cell(evaluation['recognised'], 10, 2)}" if recognised else "")
     )
-    lines.append("")
+    lines += ["", *scores_in_words(tasks, evaluation)]
+    compared = comparisons_of(tasks, evaluation)
+    return [*lines, "", *joining_table(compared)] if compared else lines
+
+
+def scores_in_words(tasks: Sequence[TaskInfo], evaluation: Mapping[str, Any]) -> list[str]:
+    """What the scores of an evaluation's line rest on, a sentence each."""
+    lines = []
+    score, recognised = evaluation["score_name"], evaluation.get("recognised_by_client", {})
     if found := evaluation.get("result"):
         lines.append(ResultRound(**found).in_words(evaluation["round"]))
     floor = evaluation["floor"]
@@ -119,12 +128,18 @@ def _table(log: MetricsLog, evaluation: dict[str, Any]) -> list[str]:
             f"samples are nearer to a training image than {quantile:.1%} of held-out images; "
             + (f"it fires for {', '.join(fired)}" if fired else "it fires for no task")
         )
-    compared = {
-        task.task: Comparison(**{f.name: found[f.name] for f in fields(Comparison)})
+    return lines
+
+
+def comparisons_of(
+    tasks: Sequence[TaskInfo], evaluation: Mapping[str, Any]
+) -> dict[str, Comparison]:
+    """What joining is worth by task, where an evaluation's line has it."""
+    return {
+        task.task: Comparison(**{one.name: found[one.name] for one in fields(Comparison)})
         for task in tasks
         if (found := evaluation.get("comparisons", {}).get(task.client))
     }
-    return [*lines, "", *joining_table(compared)] if compared else lines
 
 
 def _cell(value: float | None, width: int, digits: int) -> str:

@@ -6,6 +6,7 @@ run.json         lineage, version, when it began, the settings that decide its r
 images.json      fingerprints of the images that it was begun with
 metrics.jsonl    one line a round, one an evaluation: what TensorBoard shows, as numbers
 summary.txt      the table printed at the end
+report.html      the run on one page; of a simulation with real training images
 samples/         grids of samples and reverse-process strips, PNG
 tensorboard/     event files
 server/          checkpoints of φ
@@ -175,6 +176,10 @@ class RunFolder:
         return self.path / "summary.txt"
 
     @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 
@@ -189,6 +194,13 @@ class RunFolder:
     @property
     def clients(self) -> Path:
         return self.path / "clients"
+
+    @property
+    def has_every_party(self) -> bool:
+        """Whether all parties are in one place: simulated, from the first round on, or centralised.
+        Of a deployed run the images are the sites' own.
+        """
+        return self.config.training.method != "federated" or exists(self.clients)
 
     @property
     def last_round(self) -> int | None:

@@ -111,6 +111,7 @@ def test_a_run_that_was_stopped_and_resumed_has_the_bits_of_one_that_was_not(
     assert [number for number, _ in losses(run)] == [1, 2, 3]
     evaluation = [line for line in records(run) if line["kind"] == "evaluation"][-1]
     assert evaluation == [line for line in records(undisturbed) if line["kind"] == "evaluation"][-1]
+    assert "Real training images of the same owners" in run.report.read_text()
 
 
 def test_a_run_that_was_killed_goes_on_with_the_same_bits(tiny: Path, tmp_path: Path) -> None:

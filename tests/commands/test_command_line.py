@@ -90,6 +90,10 @@ EARLY: dict[str, list[list[str]]] = {
         ["--run", "x", "--task", "y", "--steps", "0"],
     ],
     "partition": [WRONG_SETTING, ["--image-channels", "0"], ["--data-dir", "/nowhere"]],
+    "runs": [["/nowhere"], ["x", "y"]],
+    "watch": [["/nowhere"], ["x", "--every", "0"], ["x", "--port", "-1"]],
+    "compare": [["/nowhere", "x"], ["x"]],
+    "report": [["/nowhere"], ["x", "y"]],
     "deploy": [
         ["check", "--data", "x", "--state-dir", "y", *WRONG_SETTING],
         ["agree", "--data", "x", "--state-dir", "y", "--client-id", "z", *WRONG_SETTING],

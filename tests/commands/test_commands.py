@@ -39,7 +39,7 @@ def test_the_main_job_from_the_command_line(
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "no warnings, no progress bar where there is no terminal"
     run = RunFolder.open(tmp_path / "run")
-    for name in ("config.yaml", "run.json", "metrics.jsonl", "summary.txt"):
+    for name in ("config.yaml", "run.json", "metrics.jsonl", "summary.txt", "report.html"):
         assert (run.path / name).stat().st_size > 0, name
     assert run.config.to_yaml() == (run.path / "config.yaml").read_text()
     assert run.summary.read_text().strip() in done.stdout

@@ -677,6 +677,9 @@ def test_a_rehearsal_stopped_and_resumed_has_the_bits_of_a_simulation(
     assert [line["round"] for line in log.rounds()] == [1, 2]
     assert [(line["round"], line["final"]) for line in log.evaluations()] == [(2, True)]
     assert not run.clients.exists(), "what clients keep is at the sites"
+    page = run.report.read_text()
+    assert "a federation, deployed" in page
+    assert "Real training images" not in page
     simulated = run_in_process(begin(tmp_path / "simulated", {"federation.rounds": 2}))
     bits = deployed_bits(folder)
     assert set(bits) == {"server", *CLIENTS}

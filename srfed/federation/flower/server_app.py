@@ -39,6 +39,10 @@ def main(grid: Grid, context: Context) -> None:
     run_federation(grid, run)
     summary = summarise(MetricsLog(run.metrics), time.monotonic() - began)
     write_bytes(run.summary, f"{summary}\n".encode())
+    # What it draws with takes a second to import, which the sites need not wait for.
+    from srfed.reporting.report import write_report
+
+    write_report(run)
     print(f"\n{summary}", flush=True)
 
 
