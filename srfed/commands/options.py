@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Never
 
 from srfed.config import describe
+from srfed.config.presets import preset_file, preset_names
 from srfed.errors import UserError
 from srfed.interrupts import CLOSED_PIPE, flushed, mend_streams, tell
 from srfed.paths import user_path
@@ -48,9 +49,7 @@ def training_parser(program: str, description: str) -> argparse.ArgumentParser:
         epilog="settings (name = default):\n" + describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="a YAML file; default: the embedded digits"
-    )
+    add_configuration(parser)
     parser.add_argument(
         "--clients",
         metavar="N",
@@ -72,15 +71,38 @@ def training_parser(program: str, description: str) -> argparse.ArgumentParser:
         action="store_true",
         help="with --resume: go on although the images are not those that the run was begun with",
     )
+    return parser
+
+
+def add_configuration(parser: Parser, example: str = "training.batch_size=32") -> None:
+    """``--config`` or ``--preset``, and ``--set``: what is set; a preset is a file like others."""
+    base = parser.add_mutually_exclusive_group()
+    base.add_argument(
+        "--config", type=Path, metavar="FILE", help="a YAML file; default: the embedded digits"
+    )
+    base.add_argument(
+        "--preset",
+        type=_preset,
+        dest="config",
+        metavar="NAME",
+        help=f"a configuration that comes with srfed: {', '.join(preset_names())}",
+    )
     parser.add_argument(
         "--set",
-        action="append",
+        action="extend",
+        nargs="+",
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help="override a setting, e.g. training.batch_size=32; repeatable",
+        help=f"override settings, e.g. {example}; repeatable",
     )
-    return parser
+
+
+def _preset(name: str) -> Path:
+    try:
+        return preset_file(name)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _path(text: str) -> Path:

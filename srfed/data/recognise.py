@@ -40,7 +40,7 @@ def recognise(named: str) -> DatasetName:
     if published:
         raise UserError(
             f"data.dir = {named} holds {' and '.join(published)}; say which is meant, for example "
-            f"--config configs/{published[0]}.yaml or --set data.dataset={published[0]}"
+            f"--preset {published[0]} or --set data.dataset={published[0]}"
         )
     inside = list(path.iterdir())
     if not any(one.is_dir() for one in inside):

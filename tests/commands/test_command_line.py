@@ -19,13 +19,15 @@ from PIL import Image
 from srfed import simulate
 from srfed.__main__ import COMMANDS
 from srfed.commands import evaluate, partition, sample
-from srfed.commands.options import Parser
+from srfed.commands.options import Parser, training_parser
 from srfed.commands.train import CENTRALISE, SIMULATE
-from srfed.config import ResourcesConfig, RunConfig
+from srfed.config import ResourcesConfig, RunConfig, load_config
+from srfed.config.presets import preset_file, preset_names
 from srfed.cores import check_resources, quota_of_group, usable_cores
 from srfed.errors import UserError
 from srfed.runs.requested import requested_config
 from srfed.storage.run_folder import RunFolder
+from support.commands import run_here
 from support.tiny_run import records
 
 ROOT = Path(__file__).parents[2]
@@ -224,6 +226,28 @@ def test_data_dir_in_the_home_folder_is_found_from_everywhere(
         requested_config(None, [], {"data.dir": '"~nobody-here/photos"'})
 
 
+def test_a_preset_is_a_file_that_comes_with_srfed(tmp_path: Path) -> None:
+    parser = training_parser("x", "x")
+    assert preset_names() == sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
+    for name in ("digits", "mnist_paper", "mnist-paper"):
+        file = parser.parse_args(["--preset", name]).config
+        assert load_config(file).name == name.replace("-", "_")
+    assert load_config(preset_file("digits")) == RunConfig()
+    done = run_here("partition", "--preset", "mnits", folder=tmp_path)
+    assert done.returncode == 2
+    assert "there is no preset mnits, did you mean mnist?; allowed: cifar10" in done.stderr
+    done = run_here("simulate", "--preset", "mnist", "--config", "x.yaml", folder=tmp_path)
+    assert done.returncode == 2
+    assert "not allowed with argument" in done.stderr
+
+
+def test_one_set_takes_several_settings() -> None:
+    parser = training_parser("x", "x")
+    several = ["seed=1", "model.owned=[vector, film]"]
+    options = parser.parse_args(["--set", *several, "--set", "name=a"])
+    assert options.overrides == [*several, "name=a"]
+
+
 # --- The data say what they are -------------------------------------------------------------------
 
 
@@ -287,7 +311,7 @@ def test_a_run_of_own_data_has_all_tasks_and_their_name(
 @pytest.mark.parametrize(
     ("inside", "said"),
     [
-        (["MNIST/raw"], "holds mnist; say which is meant, for example --config configs/mnist.yaml"),
+        (["MNIST/raw"], "holds mnist; say which is meant, for example --preset mnist"),
         (["MNIST/raw", "cifar-100-python"], "holds mnist and cifar100; say which"),
         (["FashionMNIST/raw"], "holds fashion_mnist"),
         (["cifar-10-batches-py"], "holds cifar10"),
