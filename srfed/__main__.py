@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
+    "train": ("srfed.commands.train:train", "train on images of your own: proposes the rest"),
     "simulate": ("srfed.commands.train:simulate", "train over n simulated clients"),
     "centralise": ("srfed.commands.train:centralise", "train a baseline with all images"),
     "sample": ("srfed.commands.sample:main", "generate images with a trained run"),

@@ -41,8 +41,10 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(status if flushed() else status or CLOSED_PIPE)
 
 
-def training_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """Options of a command that trains; the settings are listed in its help."""
+def training_parser(program: str, description: str, data: str = "--data-dir") -> Parser:
+    """Options of a command that trains; ``data`` is the one that says where the images are. The
+    settings are listed in its help.
+    """
     parser = Parser(
         prog=program,
         description=description,
@@ -56,8 +58,9 @@ def training_parser(program: str, description: str) -> argparse.ArgumentParser:
         help="the first N tasks (federation.clients); default: all of own data, or 10",
     )
     parser.add_argument(
-        "--data-dir",
+        data,
         metavar="DIR",
+        dest="data_dir",
         help="where the images are (data.dir); what they are is looked up",
     )
     parser.add_argument(

@@ -30,7 +30,7 @@ def preset_file(name: str) -> Path:
 
 def is_preset(path: Path) -> bool:
     """Whether a file is one of the presets, and so nobody's own."""
-    return path.parent == FOLDER
+    return path.resolve().parent == FOLDER.resolve()
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -74,6 +74,12 @@ def refusal(
 
 WRONG_SETTING = ["--set", "training.batch_size=0100"]
 EARLY: dict[str, list[list[str]]] = {
+    "train": [
+        WRONG_SETTING,
+        ["--data", "/nowhere"],
+        ["--resume", "/nowhere"],
+        ["--resume", "/nowhere", "--quick"],
+    ],
     "simulate": [
         WRONG_SETTING,
         ["--data-dir", "/nowhere"],
