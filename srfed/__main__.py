@@ -20,6 +20,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command that the first argument names; returns its exit code."""
     from srfed.commands.options import Parser
+    from srfed.errors import did_you_mean
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = Parser(
@@ -28,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, (_, about) in COMMANDS.items():
         commands.add_parser(name, help=about, add_help=False)
+    if given and not given[0].startswith("-") and given[0] not in COMMANDS:
+        meant = did_you_mean(given[0], COMMANDS)
+        parser.error(f"there is no command {given[0]!r}{meant}; allowed: {', '.join(COMMANDS)}")
     # The command's own parser reads the rest, its --help too.
     name = parser.parse_args(given[:1]).command
     module, function = COMMANDS[name][0].split(":")

@@ -6,7 +6,7 @@ from typing import Any, Never
 
 from srfed.config import describe
 from srfed.config.presets import preset_file, preset_names
-from srfed.errors import UserError
+from srfed.errors import UserError, did_you_mean
 from srfed.interrupts import CLOSED_PIPE, flushed, mend_streams, tell
 from srfed.paths import user_path
 
@@ -21,6 +21,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **{"allow_abbrev": False, **settings})
         self.register("type", Path, _path)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but that nothing may be left over: here, as a sub-command's parser is the
+        one that knows what could have been meant.
+        """
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            named = (word.partition("=")[0] for word in unknown if word.startswith("--"))
+            meant = next((did_you_mean(name, self._option_string_actions) for name in named), "")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return found, unknown
 
     def print_help(self, file: Any = None) -> None:
         mend_streams()
@@ -73,6 +84,11 @@ def training_parser(program: str, description: str, data: str = "--data-dir") ->
         "--allow-changed-images",
         action="store_true",
         help="with --resume: go on although the images are not those that the run was begun with",
+    )
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the whole configuration as YAML, for --config, and stop there",
     )
     return parser
 

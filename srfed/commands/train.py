@@ -3,8 +3,10 @@
 import argparse
 import json
 import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from srfed.commands.options import training_parser
@@ -133,16 +135,21 @@ def train_by_command(
             raise UserError(
                 "--allow-changed-images is for --resume: a new run takes the images that are there"
             )
-        if plan is None:
-            config = requested_config(options.config, options.overrides, named)
-            check(config)
-        elif (planned := plan(named)) is None:
+        # What is said on the way is no YAML.
+        with redirect_stdout(sys.stderr) if options.print_config else nullcontext():
+            if plan is None:
+                config = requested_config(options.config, options.overrides, named)
+                check(config)
+            elif (planned := plan(named)) is None:
+                return
+            else:
+                config = planned
+        if options.print_config:
+            print(config.to_yaml(), end="")
             return
-        else:
-            config = planned
         run = RunFolder.create(options.run_dir, config)
     else:
-        for option in ("quick", "dry_run"):
+        for option in ("quick", "dry_run", "print_config"):
             if getattr(options, option, False):
                 raise UserError(
                     f"--{option.replace('_', '-')} is for a new run: --resume goes on with what "

@@ -1,9 +1,8 @@
 """The configurations that come with srfed, by name."""
 
-from difflib import get_close_matches
 from pathlib import Path
 
-from srfed.errors import UserError
+from srfed.errors import UserError, did_you_mean
 
 FOLDER = Path(__file__).parent.parent / "presets"
 """In a clone ``configs/``, in an installed srfed a copy of it."""
@@ -31,9 +30,3 @@ def preset_file(name: str) -> Path:
 def is_preset(path: Path) -> bool:
     """Whether a file is one of the presets, and so nobody's own."""
     return path.resolve().parent == FOLDER.resolve()
-
-
-def did_you_mean(word: str, known: list[str]) -> str:
-    """ ", did you mean ...?" where a known word is close to this one; else nothing."""
-    close = get_close_matches(word, known, n=1)
-    return f", did you mean {close[0]}?" if close else ""

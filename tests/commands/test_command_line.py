@@ -254,6 +254,41 @@ def test_one_set_takes_several_settings() -> None:
     assert options.overrides == [*several, "name=a"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trian"], "there is no command 'trian', did you mean train?; allowed: train, simulate"),
+        (["simulate", "--data", "x"], "unrecognized arguments: --data x, did you mean --data-dir?"),
+        (["deploy", "rehearse", "--client=3"], "--client=3, did you mean --clients?"),
+        (["train", "--drie-run"], "did you mean --dry-run?"),
+        (["simulate", "--set", "training.batchsize=3"], "did you mean training.batch_size?"),
+        (["simulate", "--set", "training.rounds=3"], "did you mean federation.rounds?"),
+        (["simulate", "--set", "batch_size=3"], "`batch_size`, did you mean training.batch_size?"),
+        (["simulate", "--set", "trainning.batch_size=3"], "did you mean training?"),
+        (["simulate", "--set", "trainning={}"], "`trainning`, did you mean training?"),
+    ],
+)
+def test_what_was_meant_is_guessed(arguments: list[str], said: str) -> None:
+    done = run_here(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_a_printed_configuration_is_the_runs_and_can_be_read_again(tmp_path: Path) -> None:
+    photos = pictures(tmp_path / "photos", "a", "b")
+    given = ["--set", "training.batch_size=4", "seed=3", "--print-config"]
+    done = run_here("simulate", "--data-dir", photos, *given, folder=tmp_path)
+    assert "taken as data.dataset = folder" in done.stderr
+    (tmp_path / "again.yaml").write_text(done.stdout)
+    config = load_config(tmp_path / "again.yaml")
+    assert (config.seed, config.federation.clients, config.data.dir) == (3, 2, str(photos))
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["again.yaml", "photos"]
+    done = run_here("train", "--data", photos, "--print-config", folder=tmp_path)
+    assert "time: " in done.stderr
+    (tmp_path / "again.yaml").write_text(done.stdout)
+    assert load_config(tmp_path / "again.yaml").federation.result == "best"
+
+
 # --- The data say what they are -------------------------------------------------------------------
 
 
