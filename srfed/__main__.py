@@ -13,6 +13,8 @@ COMMANDS = {
     "adapt": ("srfed.commands.adapt:main", "fit a new task to a trained run"),
     "partition": ("srfed.commands.partition:main", "show what is shared and what is exclusive"),
     "deploy": ("srfed.commands.deploy:main", "run a federation on real machines"),
+    "schema": ("srfed.commands.schema:main", "print the settings as a JSON schema, for editors"),
+    "completion": ("srfed.commands.completion:main", "print a script that completes in the shell"),
 }
 """What each command is, and where."""
 

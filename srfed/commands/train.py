@@ -246,7 +246,8 @@ def _plan(options: argparse.Namespace, named: Named) -> RunConfig | None:
     proposal = propose(
         options.data_dir, options.config, options.overrides, named, quick=options.quick
     )
-    print("\n".join(proposal.words), flush=True)
+    for line in proposal.words:
+        print(line, flush=True)
     config = requested_config(proposal.base, [*proposal.overrides, *options.overrides], named)
     tasks = check_simulation(config)
     from srfed.plan import plan_run

@@ -5,6 +5,7 @@ options are sound.
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from jsonschema import Draft202012Validator
 from PIL import Image
 
 from srfed import simulate
@@ -98,6 +101,8 @@ EARLY: dict[str, list[list[str]]] = {
         ["--run", "x", "--task", "y", "--steps", "0"],
     ],
     "partition": [WRONG_SETTING, ["--image-channels", "0"], ["--data-dir", "/nowhere"]],
+    "schema": [],
+    "completion": [],
     "deploy": [
         ["check", "--data", "x", "--state-dir", "y", *WRONG_SETTING],
         ["agree", "--data", "x", "--state-dir", "y", "--client-id", "z", *WRONG_SETTING],
@@ -287,6 +292,48 @@ def test_a_printed_configuration_is_the_runs_and_can_be_read_again(tmp_path: Pat
     assert "time: " in done.stderr
     (tmp_path / "again.yaml").write_text(done.stdout)
     assert load_config(tmp_path / "again.yaml").federation.result == "best"
+
+
+def test_the_schema_takes_what_the_configuration_takes() -> None:
+    schema = json.loads(run_here("schema").stdout)
+    check = Draft202012Validator(schema)
+    files = [(ROOT / "configs" / f"{name}.yaml").read_text() for name in preset_names()]
+    own = "model: {network: 'a:B', options: {depth: 2, kinds: [x, y]}}"
+    for text in (*files, own, "{}", "seed: 3"):
+        assert check.is_valid(yaml.safe_load(text)), text
+    for wrong in (
+        "training: {batch_size: many}",
+        "training: {batchsize: 3}",
+        "model: {channels: [8, 16]}",
+        "data: {dataset: minst}",
+        "seed: -1",
+    ):
+        assert not check.is_valid(yaml.safe_load(wrong)), wrong
+    described = [
+        field for section in schema["$defs"].values() for field in section["properties"].values()
+    ]
+    assert all(field["description"] for field in described)
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        (["ce"], ["centralise"]),
+        (["train", "--dry"], ["--dry-run"]),
+        (["simulate", "--preset", "few"], ["few_images"]),
+        (["simulate", "--set", "seed=1", "training.batch"], ["training.batch_size="]),
+        (["deploy", "reh"], ["rehearse"]),
+        (["sample", "--gui"], ["--guidance"]),
+    ],
+)
+def test_the_shell_completes(words: list[str], completed: list[str], tmp_path: Path) -> None:
+    (tmp_path / "script").write_text(run_here("completion").stdout)
+    line = shlex.join(["srfed", *words])
+    done = shell(
+        f"source {tmp_path}/script; COMP_WORDS=({line}); COMP_CWORD={len(words)}; _srfed; "
+        'echo "${COMPREPLY[@]}"'
+    )
+    assert done.stdout.split() == completed, done.stderr
 
 
 # --- The data say what they are -------------------------------------------------------------------

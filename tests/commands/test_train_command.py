@@ -12,6 +12,7 @@ from PIL import Image
 
 from srfed import plan
 from srfed.config import RunConfig, load_config
+from srfed.config.presets import is_preset, preset_file
 from srfed.data import load_tasks
 from srfed.runs.proposed import FEW, Proposal, propose
 from srfed.runs.requested import requested_config
@@ -50,7 +51,7 @@ def test_few_images_an_owner_take_the_recipe_for_few_and_the_best_round(tmp_path
     folder = photos(tmp_path / "my drawings", "a", "b", "c")
     config = configuration(propose(str(folder), None, [], {}), folder)
     assert config.model_dump(exclude={"name", "data", "federation"}) == load_config(
-        Path("configs/few_images.yaml")
+        preset_file("few_images")
     ).model_dump(exclude={"name", "data", "federation"})
     assert (config.name, config.data.dataset) == ("my-drawings", "folder")
     assert (config.federation.clients, config.federation.result) == (3, "best")
@@ -121,8 +122,10 @@ def test_a_published_set_is_found_by_looking(tmp_path: Path) -> None:
     done = run_here("train", "--data", tmp_path, folder=tmp_path)
     assert done.returncode == 2
     assert "holds mnist and cifar100; say which is meant" in done.stderr
-    preset = Path("configs/cifar100.yaml").resolve()
+    preset = preset_file("cifar100")
     assert propose(str(tmp_path), preset, [], {}).settings["data.dataset"] == "cifar100"
+    assert is_preset(preset.resolve())
+    assert not is_preset(tmp_path / "cifar100.yaml")
 
 
 def test_many_owners_have_samples_enough_for_a_score(tmp_path: Path) -> None:
