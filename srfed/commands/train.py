@@ -252,7 +252,7 @@ def _plan(options: argparse.Namespace, named: Named) -> RunConfig | None:
     tasks = check_simulation(config)
     from srfed.plan import plan_run
 
-    plan = plan_run(config, tasks, free=proposal.free, quick=options.quick)
+    plan = plan_run(config, tasks, free=proposal.free, quick=proposal.fitted)
     print("\n".join(plan.lines()), flush=True)
     if options.dry_run:
         print("nothing was begun (--dry-run)")

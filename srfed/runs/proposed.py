@@ -6,12 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from srfed.config import DatasetName, parse_config, read_settings
 from srfed.config.presets import is_preset, preset_file
 from srfed.data.recognise import published_in, recognise
 from srfed.data.survey import Survey, survey
+from srfed.errors import UserError
 from srfed.runs.requested import OWN, name_of
 
 FEW = 60
@@ -44,12 +45,14 @@ class Proposal:
         settings: what differs from it and was not said, by name.
         words: a line for each choice, with its reason.
         free: whether the network was left open.
+        fitted: whether the rounds are to be as many as are quick.
     """
 
     base: Path | None
     settings: Settings
     words: list[str]
     free: bool
+    fitted: bool = False
 
     @property
     def overrides(self) -> list[str]:
@@ -76,16 +79,22 @@ def propose(
 
     Raises:
         UserError: the data are not there, cannot be read, or are not clear; a setting cannot be
-            read.
+            read; ``quick`` with a file of one's own.
     """
     given = [*overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
-    said = read_settings(base if base is not None and not is_preset(base) else None, given)
+    own = base is not None and not is_preset(base)
+    if own and quick:
+        raise UserError(
+            f"--quick would be ignored, as {base} says what the run is; leave one of them out, or "
+            "name a preset"
+        )
+    said = read_settings(base if own else None, given)
     free = base is None and not any(has(said, name) for name in ("model.channels", "model.network"))
     settings: Settings = {}
     words: list[str] = []
     side = QUICK_SIDE
     if data is not None:
-        dataset = _dataset(data, read_settings(base, given))
+        dataset = _dataset(data, said, read_settings(base))
         settings["data.dataset"] = dataset
         words.append(f"data:       {data} is taken as data.dataset = {dataset}")
         if dataset in OWN:
@@ -111,20 +120,21 @@ def propose(
     clients = value(asked, "federation.clients")
     clients = clients if isinstance(clients, int) else QUICK_OWNERS
     if quick:
-        settings |= QUICK | {"federation.clients": min(clients, QUICK_OWNERS)}
+        if not has(said, "federation.clients"):
+            clients = min(clients, QUICK_OWNERS)
+        settings |= QUICK | {"federation.clients": clients}
         if data is not None and side > QUICK_SIDE:
             settings["data.image_size"] = QUICK_SIDE
         if value(asked, "model.network") not in (None, "unet"):
             del settings["model.channels"]
         words.append("quick:      small pictures, a small network, few rounds: a look, no result")
-    for key, usual in (("samples", 1000), ("samples_between", 200)):
-        if quick:
-            settings[f"evaluation.{key}"] = QUICK_SAMPLES
-        elif 2 * clients > usual:
-            # A score needs two of each owner.
-            settings[f"evaluation.{key}"] = 2 * clients
+    for key in ("evaluation.samples", "evaluation.samples_between"):
+        usual = QUICK_SAMPLES if quick else value(asked, key)
+        # A score needs two of each owner.
+        if isinstance(usual, int) and (quick or 2 * clients > usual):
+            settings[key] = max(usual, 2 * clients)
     unsaid = {name: one for name, one in settings.items() if not has(said, name)}
-    return Proposal(base, unsaid, words, free)
+    return Proposal(base, unsaid, words, free, quick and not has(said, "federation.rounds"))
 
 
 def has(settings: Mapping[str, Any], name: str) -> bool:
@@ -141,11 +151,14 @@ def value(settings: Mapping[str, Any], name: str) -> Any:
     return values.get(key) if isinstance(values, Mapping) else None
 
 
-def _dataset(data: str, asked: Mapping[str, Any]) -> DatasetName:
-    """What lies there: what was asked for where it is one of several published sets."""
+def _dataset(data: str, said: Mapping[str, Any], preset: Mapping[str, Any]) -> DatasetName:
+    """What is said to lie there, or does; of several published sets the preset's."""
+    for known in get_args(DatasetName):
+        if value(said, "data.dataset") == known:
+            return known  # type: ignore[no-any-return]
     published = published_in(data)
     for name in published:
-        if len(published) == 1 or value(asked, "data.dataset") == name:
+        if len(published) == 1 or value(preset, "data.dataset") == name:
             return name
     return recognise(data)
 

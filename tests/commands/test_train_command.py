@@ -140,6 +140,13 @@ def test_a_quick_run_takes_ten_owners_and_enlarges_nothing(tmp_path: Path) -> No
     assert (config.federation.clients, config.data.image_size) == (10, None)
     assert config.training.learning_rate_schedule == "linear"
     assert config.training.decay_rounds is None
+    assert propose(str(folder), None, [], {}, quick=True).fitted
+    many = propose(str(folder), None, ["federation.clients=40"], {}, quick=True)
+    assert many.settings["evaluation.samples"] == 80
+    assert not propose(str(folder), None, ["federation.rounds=3"], {}, quick=True).fitted
+    (tmp_path / "own.yaml").write_text("seed: 3\n")
+    done = run_here("train", "--quick", "--config", "own.yaml", folder=tmp_path)
+    assert "--quick would be ignored" in done.stderr
     digits = propose(None, None, [], {}, quick=True)
     assert requested_config(digits.base, digits.overrides, {}).data == RunConfig().data
 
