@@ -28,7 +28,9 @@ QUICK: dict[str, Any] = {
     "model.channels": [16, 32, 64, 64],
     "training.decay_rounds": None,
     "evaluation.every": 0,
-    "evaluation.ssim_images": 2,
+    "evaluation.ssim_images": 8,
+    "evaluation.ssim_timestep": 10,
+    "evaluation.ssim_curve": [],
     "resources.backend": "inline",
 }
 """What makes a run of minutes one of seconds; its rounds follow from the machine's pace."""
