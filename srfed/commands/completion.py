@@ -6,6 +6,7 @@ from contextlib import redirect_stdout, suppress
 from io import StringIO
 
 from srfed.commands.options import Parser
+from srfed.commands.table import COMMANDS, run
 from srfed.interrupts import run_command
 
 SCRIPT = """_srfed() {{
@@ -44,7 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show() -> None:
-    from srfed.__main__ import COMMANDS
     from srfed.config import RunConfig
     from srfed.config.presets import preset_names
 
@@ -60,12 +60,10 @@ def _show() -> None:
 
 def _words(command: str) -> list[str]:
     """The options, or the sub-commands, that a command's help begins lines with."""
-    from srfed.__main__ import main as srfed
-
     said = StringIO()
     if command != "completion":
         with redirect_stdout(said), suppress(SystemExit):
-            srfed([command, "--help"])
+            run(command, ["--help"])
     lines = said.getvalue()
     options = re.findall(r"^ +(?:-\w, )?(--[a-z][a-z-]*)", lines, re.MULTILINE)
     sub_commands = re.findall(r"^    ([a-z]+)(?: {2,}|$)", lines, re.MULTILINE)

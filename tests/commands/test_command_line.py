@@ -20,9 +20,9 @@ from jsonschema import Draft202012Validator
 from PIL import Image
 
 from srfed import simulate
-from srfed.__main__ import COMMANDS
 from srfed.commands import evaluate, partition, sample
 from srfed.commands.options import Parser, training_parser
+from srfed.commands.table import COMMANDS
 from srfed.commands.train import CENTRALISE, SIMULATE
 from srfed.config import ResourcesConfig, RunConfig, load_config
 from srfed.config.presets import preset_file, preset_names
