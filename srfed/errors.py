@@ -1,5 +1,8 @@
 """The one exception that a command turns into a single line and exit code 2."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class UserError(Exception):
     """Something the user can mend: its text names what was given, why it fails and what is allowed.
@@ -16,3 +19,9 @@ class DamagedError(UserError):
     is away) may be sound: that is a plain UserError, and no advice to remove anything follows from
     it.
     """
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The words ", did you mean ...?" where a known word is close to this one; else nothing."""
+    close = get_close_matches(word, list(known), n=1)
+    return f", did you mean {close[0]}?" if close else ""

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, Never
 
 from srfed.config import describe
-from srfed.errors import UserError
+from srfed.config.presets import preset_file, preset_names
+from srfed.errors import UserError, did_you_mean
 from srfed.interrupts import CLOSED_PIPE, flushed, mend_streams, tell
 from srfed.paths import user_path
 
@@ -20,6 +21,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **{"allow_abbrev": False, **settings})
         self.register("type", Path, _path)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but that nothing may be left over: here, as a sub-command's parser is the
+        one that knows what could have been meant.
+        """
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            named = (word.partition("=")[0] for word in unknown if word.startswith("--"))
+            meant = next((did_you_mean(name, self._option_string_actions) for name in named), "")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return found, unknown
 
     def print_help(self, file: Any = None) -> None:
         mend_streams()
@@ -40,25 +52,26 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(status if flushed() else status or CLOSED_PIPE)
 
 
-def training_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """Options of a command that trains; the settings are listed in its help."""
+def training_parser(program: str, description: str, data: str = "--data-dir") -> Parser:
+    """Options of a command that trains; ``data`` is the one that says where the images are. The
+    settings are listed in its help.
+    """
     parser = Parser(
         prog=program,
         description=description,
         epilog="settings (name = default):\n" + describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="a YAML file; default: the embedded digits"
-    )
+    add_configuration(parser)
     parser.add_argument(
         "--clients",
         metavar="N",
         help="the first N tasks (federation.clients); default: all of own data, or 10",
     )
     parser.add_argument(
-        "--data-dir",
+        data,
         metavar="DIR",
+        dest="data_dir",
         help="where the images are (data.dir); what they are is looked up",
     )
     parser.add_argument(
@@ -73,14 +86,42 @@ def training_parser(program: str, description: str) -> argparse.ArgumentParser:
         help="with --resume: go on although the images are not those that the run was begun with",
     )
     parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the whole configuration as YAML, for --config, and stop there",
+    )
+    return parser
+
+
+def add_configuration(parser: Parser, example: str = "training.batch_size=32") -> None:
+    """``--config`` or ``--preset``, and ``--set``: what is set; a preset is a file like others."""
+    base = parser.add_mutually_exclusive_group()
+    base.add_argument(
+        "--config", type=Path, metavar="FILE", help="a YAML file; default: the embedded digits"
+    )
+    base.add_argument(
+        "--preset",
+        type=_preset,
+        dest="config",
+        metavar="NAME",
+        help=f"a configuration that comes with srfed: {', '.join(preset_names())}",
+    )
+    parser.add_argument(
         "--set",
-        action="append",
+        action="extend",
+        nargs="+",
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help="override a setting, e.g. training.batch_size=32; repeatable",
+        help=f"override settings, e.g. {example}; repeatable",
     )
-    return parser
+
+
+def _preset(name: str) -> Path:
+    try:
+        return preset_file(name)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _path(text: str) -> Path:

@@ -1,11 +1,10 @@
-"""Show a configuration's partition: ``srfed partition --config configs/mnist.yaml``."""
+"""Show a configuration's partition: ``srfed partition --preset mnist``."""
 
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
-from srfed.commands.options import Parser
+from srfed.commands.options import Parser, add_configuration
 from srfed.interrupts import run_command
 
 
@@ -16,23 +15,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Print which of the network's modules are shared and which exclusive, with "
         "parameters and bytes.",
     )
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="a YAML file; default: the embedded digits"
-    )
+    add_configuration(parser, "model.exclusive_stages=io")
     parser.add_argument("--data-dir", metavar="DIR", help="where the images are (data.dir)")
     parser.add_argument(
         "--image-channels",
         type=int,
         metavar="C",
         help="channels of the images; default: looked up in the data",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="override a setting, e.g. model.exclusive_stages=io; repeatable",
     )
     options = parser.parse_args(arguments)
     return run_command(lambda: _show(options))

@@ -1,12 +1,15 @@
-"""Commands that train: ``srfed simulate`` and ``srfed centralise``."""
+"""Commands that train: ``srfed train``, ``srfed simulate`` and ``srfed centralise``."""
 
 import argparse
 import json
 import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 
 from srfed.commands.options import training_parser
+from srfed.config import RunConfig
 from srfed.config.model import exclusive_in_words
 from srfed.errors import UserError
 from srfed.files import write_bytes
@@ -18,7 +21,53 @@ from srfed.runs.requested import requested_config
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 
-SIMULATE, CENTRALISE = "python -m srfed.simulate", "srfed centralise"
+TRAIN, SIMULATE, CENTRALISE = "srfed train", "python -m srfed.simulate", "srfed centralise"
+Named = dict[str, str | None]
+"""Settings that a command has options of its own for, in YAML; None where not given."""
+
+
+def train(arguments: Sequence[str] | None = None) -> int:
+    """Train over the owners of a folder of images; returns the command's exit code.
+
+    What is not said is proposed, and what the run will take is said before it begins.
+    """
+    parser = training_parser(
+        TRAIN,
+        "Train one diffusion model over all owners of a folder of task folders, an .npz file or a "
+        "published data set, simulated on this machine. What is not said is proposed for these "
+        "images and this machine.",
+        data="--data",
+    )
+    parser.add_argument("--backend", metavar="NAME", help="ray or inline (resources.backend)")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a whole run, with samples and scores, in under two minutes: a look, no result",
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="let every owner train alone too, and say what joining is worth to each "
+        "(federation.compare); twice the work",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what the run would take, and stop there"
+    )
+    options = parser.parse_args(arguments)
+    further = {
+        "resources.backend": options.backend,
+        "federation.compare": "alone" if options.compare else None,
+    }
+    return run_command(
+        lambda: train_by_command(
+            TRAIN,
+            options,
+            further,
+            check_simulation,
+            _simulate,
+            lambda named: _plan(options, named),
+        )
+    )
 
 
 def simulate(arguments: Sequence[str] | None = None) -> int:
@@ -53,9 +102,10 @@ def centralise(arguments: Sequence[str] | None = None) -> int:
 def train_by_command(
     command: str,
     options: argparse.Namespace,
-    further: dict[str, str | None],
-    check: Callable[..., None],
+    further: Named,
+    check: Callable[..., object],
     train: Callable[[RunFolder], None],
+    plan: Callable[[Named], RunConfig | None] | None = None,
 ) -> None:
     """Begin a run or go on with one, train it, and say how it went.
 
@@ -67,6 +117,8 @@ def train_by_command(
             written.
         train: does the work; may raise UserError, KeyboardInterrupt or, where nobody reads the
             output, BrokenPipeError.
+        plan: looks at what a new run is asked for, and gives its configuration, checked; None where
+            nothing is to be begun.
 
     Raises:
         UserError: the text says how to go on where there is something to go on with.
@@ -83,10 +135,26 @@ def train_by_command(
             raise UserError(
                 "--allow-changed-images is for --resume: a new run takes the images that are there"
             )
-        config = requested_config(options.config, options.overrides, named)
-        check(config)
+        # What is said on the way is no YAML.
+        with redirect_stdout(sys.stderr) if options.print_config else nullcontext():
+            if plan is None:
+                config = requested_config(options.config, options.overrides, named)
+                check(config)
+            elif (planned := plan(named)) is None:
+                return
+            else:
+                config = planned
+        if options.print_config:
+            print(config.to_yaml(), end="")
+            return
         run = RunFolder.create(options.run_dir, config)
     else:
+        for option in ("quick", "dry_run", "print_config"):
+            if getattr(options, option, False):
+                raise UserError(
+                    f"--{option.replace('_', '-')} is for a new run: --resume goes on with what "
+                    "the run was begun with"
+                )
         if options.run_dir is not None:
             raise UserError("--resume names the run's folder; leave --run-dir out")
         run = RunFolder.open(options.resume)
@@ -167,6 +235,27 @@ def _show_where(run: RunFolder) -> None:
     print(f"report:     {relative(run.report)}")
     print(f"curves:     tensorboard --logdir {relative(run.tensorboard)}")
     print(f"more:       srfed sample --run {path} --n 64 --out grid.png")
+
+
+def _plan(options: argparse.Namespace, named: Named) -> RunConfig | None:
+    """The configuration of a new run, where it is to be begun; what it will take is said."""
+    from srfed.runs.proposed import propose
+
+    proposal = propose(
+        options.data_dir, options.config, options.overrides, named, quick=options.quick
+    )
+    for line in proposal.words:
+        print(line, flush=True)
+    config = requested_config(proposal.base, [*proposal.overrides, *options.overrides], named)
+    tasks = check_simulation(config)
+    from srfed.plan import plan_run
+
+    plan = plan_run(config, tasks, free=proposal.free, quick=proposal.fitted)
+    print("\n".join(plan.lines()), flush=True)
+    if options.dry_run:
+        print("nothing was begun (--dry-run)")
+        return None
+    return plan.config
 
 
 def _simulate(run: RunFolder) -> None:

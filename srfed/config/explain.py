@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from srfed.config.model import SECTIONS, Options
 from srfed.config.run import REMOVED, RunConfig, sections_of
 from srfed.config.settings import Section
+from srfed.errors import did_you_mean
 
 OLD_NUMBER = re.compile(r"[-+]?[0-9][0-9a-fA-FoOxX_:]*")
 """What YAML 1.1 or Python would take for a number: 0100, 0x10, 1_000, 1:30."""
@@ -98,6 +99,19 @@ def _type_words(annotation: Any) -> str:
     return words[annotation.__name__]
 
 
+def _meant(path: Sequence[str], siblings: Iterable[str], known: Iterable[str]) -> str:
+    """What an unknown key may have been meant for: one of its name in another section, or one of
+    its own section that is spelled alike.
+    """
+    name = ".".join(path)
+    for one in known:
+        if one.rpartition(".")[2] == path[-1]:
+            # A setting of a network of another kind is meant as it stands.
+            return "" if one == name else f", did you mean {one}?"
+    within = name[: -len(path[-1])]
+    return did_you_mean(name, [within + key for key in siblings])
+
+
 def explain(content: dict[str, Any], error: ValidationError) -> list[str]:
     """Each thing that is wrong, once: the key, the value, what is allowed."""
     lines: dict[str, None] = {}
@@ -117,7 +131,8 @@ def explain(content: dict[str, Any], error: ValidationError) -> list[str]:
             ] = None
         elif problem["type"] == "extra_forbidden":
             allowed = ", ".join(siblings.model_fields)
-            lines[f"unknown key `{'.'.join(path)}`; allowed: {allowed}"] = None
+            meant = _meant(path, siblings.model_fields, known)
+            lines[f"unknown key `{'.'.join(path)}`{meant}; allowed: {allowed}"] = None
         elif problem["type"] == "value_error":
             where = f"{'.'.join(path)}: " if path else ""
             lines[where + str(problem["ctx"]["error"])] = None

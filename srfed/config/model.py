@@ -12,6 +12,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     Tag,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -40,7 +41,12 @@ def _pairs(options: Any) -> Any:
     )
 
 
-Options = Annotated[tuple[tuple[str, Option], ...], BeforeValidator(_pairs), PlainSerializer(dict)]
+Options = Annotated[
+    tuple[tuple[str, Option], ...],
+    BeforeValidator(_pairs),
+    PlainSerializer(dict),
+    WithJsonSchema({"type": "object"}),
+]
 
 
 def _check_patterns(stages: object) -> None:

@@ -34,13 +34,10 @@ def recognise(named: str) -> DatasetName:
         raise UserError(
             f"data.dir = {named} does not exist; allowed: an .npz file, or a folder of task folders"
         )
-    published = [
-        name for name, signs in PUBLISHED.items() if any((path / sign).exists() for sign in signs)
-    ]
-    if published:
+    if published := published_in(named):
         raise UserError(
             f"data.dir = {named} holds {' and '.join(published)}; say which is meant, for example "
-            f"--config configs/{published[0]}.yaml or --set data.dataset={published[0]}"
+            f"--preset {published[0]} or --set data.dataset={published[0]}"
         )
     inside = list(path.iterdir())
     if not any(one.is_dir() for one in inside):
@@ -55,3 +52,15 @@ def recognise(named: str) -> DatasetName:
                 "into a folder of its own"
             )
     return "folder"
+
+
+def published_in(named: str) -> list[DatasetName]:
+    """The published sets that lie in a folder; none where it is no folder.
+
+    Raises:
+        UserError: an unknown ``~name``.
+    """
+    path = user_path(named)
+    return [
+        name for name, signs in PUBLISHED.items() if any((path / sign).exists() for sign in signs)
+    ]

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from srfed.config import RunConfig
 from srfed.cores import check_resources
@@ -10,37 +11,43 @@ from srfed.files import held
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import LOCK, RunFolder
 
+if TYPE_CHECKING:
+    from srfed.data import Task
+
 
 def check_simulation(
     config: RunConfig, record: Path | None = None, *, allow_changed_images: bool = False
-) -> None:
+) -> list["Task"]:
     """As :func:`check_training`, of a federation; raises UserError for a centralised method."""
     if config.training.method != "federated":
         raise UserError(f"training.method = {config.training.method} is for srfed centralise")
-    check_training(config, record, allow_changed_images=allow_changed_images)
+    return check_training(config, record, allow_changed_images=allow_changed_images)
 
 
 def check_centralised(
     config: RunConfig, record: Path | None = None, *, allow_changed_images: bool = False
-) -> None:
+) -> list["Task"]:
     """As :func:`check_training`, centralised; raises UserError for a federation."""
     if config.training.method == "federated":
         raise UserError(
             "training.method = federated is for python -m srfed.simulate; allowed here: pooled, "
             "one_task, balanced"
         )
-    check_training(config, record, allow_changed_images=allow_changed_images)
+    return check_training(config, record, allow_changed_images=allow_changed_images)
 
 
 def check_training(
     config: RunConfig, record: Path | None = None, *, allow_changed_images: bool = False
-) -> None:
+) -> list["Task"]:
     """Look for everything that would fail later, before anything is written or started.
 
     Args:
         config: the run's configuration.
         record: of the images that the run was begun with; None for a new run.
         allow_changed_images: put other images on record, and say so, instead of refusing them.
+
+    Returns:
+        The tasks.
 
     Raises:
         UserError: data, batch size, device, partition, feature network or cores do not fit; images
@@ -98,6 +105,7 @@ def check_training(
             )
         with held(record.parent / LOCK, wait=False):
             record_tasks(record, tasks)
+    return tasks
 
 
 def finished(run: RunFolder) -> bool:

@@ -127,12 +127,12 @@ def _complete(content: dict[str, Any], data: dict[str, Any], source: str) -> Non
         print(f"tasks: all {len(names)} of {settings.dir}: {', '.join(shown)}")
     if "name" not in content and "dataset" in data:
         content["name"] = (
-            data["dataset"] if settings is None else _name_of(settings.dir, str(data["dataset"]))
+            data["dataset"] if settings is None else name_of(settings.dir, str(data["dataset"]))
         )
 
 
-def _name_of(folder: str, otherwise: str) -> str:
-    """A run's name from the place of its images."""
+def name_of(folder: str, otherwise: str) -> str:
+    """A run's name from the place of its images; ``otherwise`` where no name can be made of it."""
     from srfed.data.source import slugs
 
     try:

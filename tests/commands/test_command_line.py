@@ -5,6 +5,7 @@ options are sound.
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,18 +15,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from jsonschema import Draft202012Validator
 from PIL import Image
 
 from srfed import simulate
-from srfed.__main__ import COMMANDS
 from srfed.commands import evaluate, partition, sample
-from srfed.commands.options import Parser
+from srfed.commands.options import Parser, training_parser
+from srfed.commands.table import COMMANDS
 from srfed.commands.train import CENTRALISE, SIMULATE
-from srfed.config import ResourcesConfig, RunConfig
+from srfed.config import ResourcesConfig, RunConfig, load_config
+from srfed.config.presets import preset_file, preset_names
 from srfed.cores import check_resources, quota_of_group, usable_cores
 from srfed.errors import UserError
 from srfed.runs.requested import requested_config
 from srfed.storage.run_folder import RunFolder
+from support.commands import run_here
 from support.tiny_run import records
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +77,12 @@ def refusal(
 
 WRONG_SETTING = ["--set", "training.batch_size=0100"]
 EARLY: dict[str, list[list[str]]] = {
+    "train": [
+        WRONG_SETTING,
+        ["--data", "/nowhere"],
+        ["--resume", "/nowhere"],
+        ["--resume", "/nowhere", "--quick"],
+    ],
     "simulate": [
         WRONG_SETTING,
         ["--data-dir", "/nowhere"],
@@ -90,6 +101,8 @@ EARLY: dict[str, list[list[str]]] = {
         ["--run", "x", "--task", "y", "--steps", "0"],
     ],
     "partition": [WRONG_SETTING, ["--image-channels", "0"], ["--data-dir", "/nowhere"]],
+    "schema": [],
+    "completion": [],
     "runs": [["/nowhere"], ["x", "y"]],
     "watch": [["/nowhere"], ["x", "--every", "0"], ["x", "--port", "-1"]],
     "compare": [["/nowhere", "x"], ["x"]],
@@ -228,6 +241,105 @@ def test_data_dir_in_the_home_folder_is_found_from_everywhere(
         requested_config(None, [], {"data.dir": '"~nobody-here/photos"'})
 
 
+def test_a_preset_is_a_file_that_comes_with_srfed(tmp_path: Path) -> None:
+    parser = training_parser("x", "x")
+    assert preset_names() == sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
+    for name in ("digits", "mnist_paper", "mnist-paper"):
+        file = parser.parse_args(["--preset", name]).config
+        assert load_config(file).name == name.replace("-", "_")
+    assert load_config(preset_file("digits")) == RunConfig()
+    done = run_here("partition", "--preset", "mnits", folder=tmp_path)
+    assert done.returncode == 2
+    assert "there is no preset mnits, did you mean mnist?; allowed: cifar10" in done.stderr
+    done = run_here("simulate", "--preset", "mnist", "--config", "x.yaml", folder=tmp_path)
+    assert done.returncode == 2
+    assert "not allowed with argument" in done.stderr
+
+
+def test_one_set_takes_several_settings() -> None:
+    parser = training_parser("x", "x")
+    several = ["seed=1", "model.owned=[vector, film]"]
+    options = parser.parse_args(["--set", *several, "--set", "name=a"])
+    assert options.overrides == [*several, "name=a"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trian"], "there is no command 'trian', did you mean train?; allowed: train, simulate"),
+        (["simulate", "--data", "x"], "unrecognized arguments: --data x, did you mean --data-dir?"),
+        (["deploy", "rehearse", "--client=3"], "--client=3, did you mean --clients?"),
+        (["train", "--drie-run"], "did you mean --dry-run?"),
+        (["simulate", "--set", "training.batchsize=3"], "did you mean training.batch_size?"),
+        (["simulate", "--set", "training.rounds=3"], "did you mean federation.rounds?"),
+        (["simulate", "--set", "batch_size=3"], "`batch_size`, did you mean training.batch_size?"),
+        (["simulate", "--set", "trainning.batch_size=3"], "did you mean training?"),
+        (["simulate", "--set", "trainning={}"], "`trainning`, did you mean training?"),
+    ],
+)
+def test_what_was_meant_is_guessed(arguments: list[str], said: str) -> None:
+    done = run_here(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_a_printed_configuration_is_the_runs_and_can_be_read_again(tmp_path: Path) -> None:
+    photos = pictures(tmp_path / "photos", "a", "b")
+    given = ["--set", "training.batch_size=4", "seed=3", "--print-config"]
+    done = run_here("simulate", "--data-dir", photos, *given, folder=tmp_path)
+    assert "taken as data.dataset = folder" in done.stderr
+    (tmp_path / "again.yaml").write_text(done.stdout)
+    config = load_config(tmp_path / "again.yaml")
+    assert (config.seed, config.federation.clients, config.data.dir) == (3, 2, str(photos))
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["again.yaml", "photos"]
+    done = run_here("train", "--data", photos, "--print-config", folder=tmp_path)
+    assert "time: " in done.stderr
+    (tmp_path / "again.yaml").write_text(done.stdout)
+    assert load_config(tmp_path / "again.yaml").federation.result == "best"
+
+
+def test_the_schema_takes_what_the_configuration_takes() -> None:
+    schema = json.loads(run_here("schema").stdout)
+    check = Draft202012Validator(schema)
+    files = [(ROOT / "configs" / f"{name}.yaml").read_text() for name in preset_names()]
+    own = "model: {network: 'a:B', options: {depth: 2, kinds: [x, y]}}"
+    for text in (*files, own, "{}", "seed: 3"):
+        assert check.is_valid(yaml.safe_load(text)), text
+    for wrong in (
+        "training: {batch_size: many}",
+        "training: {batchsize: 3}",
+        "model: {channels: [8, 16]}",
+        "data: {dataset: minst}",
+        "seed: -1",
+    ):
+        assert not check.is_valid(yaml.safe_load(wrong)), wrong
+    described = [
+        field for section in schema["$defs"].values() for field in section["properties"].values()
+    ]
+    assert all(field["description"] for field in described)
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        (["ce"], ["centralise"]),
+        (["train", "--dry"], ["--dry-run"]),
+        (["simulate", "--preset", "few"], ["few_images"]),
+        (["simulate", "--set", "seed=1", "training.batch"], ["training.batch_size="]),
+        (["deploy", "reh"], ["rehearse"]),
+        (["sample", "--gui"], ["--guidance"]),
+    ],
+)
+def test_the_shell_completes(words: list[str], completed: list[str], tmp_path: Path) -> None:
+    (tmp_path / "script").write_text(run_here("completion").stdout)
+    line = shlex.join(["srfed", *words])
+    done = shell(
+        f"source {tmp_path}/script; COMP_WORDS=({line}); COMP_CWORD={len(words)}; _srfed; "
+        'echo "${COMPREPLY[@]}"'
+    )
+    assert done.stdout.split() == completed, done.stderr
+
+
 # --- The data say what they are -------------------------------------------------------------------
 
 
@@ -291,7 +403,7 @@ def test_a_run_of_own_data_has_all_tasks_and_their_name(
 @pytest.mark.parametrize(
     ("inside", "said"),
     [
-        (["MNIST/raw"], "holds mnist; say which is meant, for example --config configs/mnist.yaml"),
+        (["MNIST/raw"], "holds mnist; say which is meant, for example --preset mnist"),
         (["MNIST/raw", "cifar-100-python"], "holds mnist and cifar100; say which"),
         (["FashionMNIST/raw"], "holds fashion_mnist"),
         (["cifar-10-batches-py"], "holds cifar10"),

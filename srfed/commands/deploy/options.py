@@ -41,21 +41,3 @@ def add_client_id(parser: Parser, *, required: bool = True) -> None:
         metavar="ID",
         help=f"the site's name, the same for ever{default}",
     )
-
-
-def add_configuration(parser: Parser) -> None:
-    """``--config`` and ``--set``: what is set."""
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="the run's YAML file; default: the embedded digits",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="override a setting, e.g. training.batch_size=32; repeatable",
-    )

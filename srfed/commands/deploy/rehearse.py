@@ -5,7 +5,8 @@ import shlex
 from datetime import datetime
 from pathlib import Path
 
-from srfed.commands.deploy.options import Commands, add_configuration
+from srfed.commands.deploy.options import Commands
+from srfed.commands.options import add_configuration
 from srfed.interrupts import status_of, tell
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from srfed.commands.deploy.options import (
     Commands,
     add_client_id,
-    add_configuration,
     add_data,
     add_state_dir,
 )
+from srfed.commands.options import add_configuration
 from srfed.errors import UserError
 
 
