@@ -5,6 +5,7 @@ every reply names its client and attempt, so that the server can tell what it go
 Flower's messages is :mod:`srfed.federation.flower.packing`.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NewType, Protocol, Self
@@ -269,6 +270,16 @@ def other_protocol(peer: str, theirs: int, here: str) -> str:
         f"the {peer} speaks protocol {theirs} of srfed, this {here} {PROTOCOL}; install the same "
         "srfed at both"
     )
+
+
+def works_together(theirs: str, ours: str) -> bool:
+    """Whether two versions of srfed take part in one federation: alike, or a patch apart.
+
+    A patch changes neither what a message means nor what a setting does: what does raises PROTOCOL
+    or the minor version. Of what is not numbered, such as a pre-release, every character counts.
+    """
+    both = [re.fullmatch(r"([0-9]+\.[0-9]+)\.[0-9]+", version) for version in (theirs, ours)]
+    return theirs == ours or (all(both) and len({found[1] for found in both if found}) == 1)
 
 
 def audit_metrics(audit: Audit) -> dict[str, float | list[float]]:
