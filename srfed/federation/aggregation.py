@@ -7,7 +7,7 @@ replies arrive changes no bit.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,21 @@ class Aggregate:
     optimizer: dict[str, Tensor]
     update_norm: float
     disagreement: float
+
+
+class Aggregator(Protocol):
+    """Forms φ^{r+1}: :func:`aggregate`, or one of one's own around it."""
+
+    def __call__(
+        self,
+        settings: FederationConfig,
+        shared: Tensors,
+        updates: Mapping[str, Tensors],
+        weights: Mapping[str, float],
+        optimizer: Tensors,
+        start: Tensors | None = None,
+    ) -> Aggregate:
+        """As :func:`aggregate`."""
 
 
 def client_weights(

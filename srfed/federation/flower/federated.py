@@ -20,7 +20,7 @@ from srfed.evaluation.metrics.ssim import ssim_window
 from srfed.evaluation.references import RealFloor, References, Scores, score_statistics
 from srfed.evaluation.report import Exchanged, Recognised, TaskReport, evaluation_record
 from srfed.evaluation.shares import share_of_samples
-from srfed.federation.aggregation import aggregate, client_weights, weighted_mean
+from srfed.federation.aggregation import Aggregator, aggregate, client_weights, weighted_mean
 from srfed.federation.bounds import EvaluatePlan, TrainPlan
 from srfed.federation.coming import encode_shared
 from srfed.federation.contract import Contract
@@ -71,10 +71,18 @@ class Federated:
         grid: where the clients are.
         run: the run's folder.
         fixed: the clients are those of a simulation; one that does not fit is not waited for.
+        aggregator: forms φ^{r+1} of a round's accepted updates.
     """
 
-    def __init__(self, grid: Grid, run: RunFolder, *, fixed: bool = False) -> None:
-        self._grid, self._run, self._fixed = grid, run, fixed
+    def __init__(
+        self,
+        grid: Grid,
+        run: RunFolder,
+        *,
+        fixed: bool = False,
+        aggregator: Aggregator = aggregate,
+    ) -> None:
+        self._grid, self._run, self._fixed, self._aggregator = grid, run, fixed, aggregator
         self.config = run.config
         self._away: list[str] = []
         self._started = 0.0
@@ -295,7 +303,7 @@ class Federated:
             {c: reply.plan.examples for c, reply in accepted.items()},
             federation.largest_weight,
         )
-        outcome = aggregate(
+        outcome = self._aggregator(
             federation,
             self.state.shared.weights,
             {client: reply.shared for client, reply in accepted.items()},

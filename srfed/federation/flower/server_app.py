@@ -12,6 +12,7 @@ from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 
 from srfed.config import load_config
 from srfed.errors import UserError
+from srfed.federation.aggregation import Aggregator, aggregate
 from srfed.federation.flower.exchange import StoppedError
 from srfed.federation.flower.federated import Federated
 from srfed.federation.flower.identity import ROSTER_FILE, read_roster
@@ -28,11 +29,19 @@ from srfed.storage.run_folder import RunFolder
 STILL_SECONDS = 0.5
 """A simulation's nodes are complete when there are no more of them after this time."""
 
-app = ServerApp()
+
+def server_app(aggregator: Aggregator = aggregate) -> ServerApp:
+    """A ServerApp that forms φ in this way."""
+    own = ServerApp()
+
+    @own.main()
+    def serve(grid: Grid, context: Context) -> None:
+        main(grid, context, aggregator)
+
+    return own
 
 
-@app.main()
-def main(grid: Grid, context: Context) -> None:
+def main(grid: Grid, context: Context, aggregator: Aggregator = aggregate) -> None:
     """Begin the run of a run folder, or go on with it; see :func:`begin_or_go_on`.
 
     Raises:
@@ -43,7 +52,7 @@ def main(grid: Grid, context: Context) -> None:
     run = begin_or_go_on(context, grid.run.override_config, simulated_nodes(grid))
     if not context.run_config.get("run-dir"):
         print(f"the run's folder is {run.path}", flush=True)
-    run_federation(grid, run)
+    run_federation(grid, run, aggregator=aggregator)
     summary = summarise(MetricsLog(run.metrics), time.monotonic() - began)
     write_bytes(run.summary, f"{summary}\n".encode())
     # What it draws with takes a second to import, which the sites need not wait for.
@@ -132,16 +141,23 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     return True
 
 
-def run_federation(grid: Grid, run: RunFolder, *, fixed: bool = False) -> None:
+def run_federation(
+    grid: Grid, run: RunFolder, *, fixed: bool = False, aggregator: Aggregator = aggregate
+) -> None:
     """Train and evaluate until the last round, and show it on the terminal.
 
     Args:
         grid: where the clients are.
         run: the run's folder.
         fixed: the clients are those of a simulation; one that does not fit is not waited for.
+        aggregator: forms φ^{r+1} of a round's accepted updates.
 
     Raises:
         UserError: too few clients, a damaged checkpoint, a round that fails, a folder in use.
         StoppedError: the user asked to stop.
     """
-    run_rounds(run, Federated(grid, run, fixed=fixed), shown_on_terminal(run))
+    federated = Federated(grid, run, fixed=fixed, aggregator=aggregator)
+    run_rounds(run, federated, shown_on_terminal(run))
+
+
+app = server_app()
