@@ -197,9 +197,9 @@ TRAIN_FAULTS: dict[str, tuple[Callable[[Message], Message | None], str]] = {
     "a layout without end": (relaid(lambda text: b"[" * 5000), "cannot be read"),
     "400,000 empty tensors": (relaid(with_empty_tensors), "its layout is"),
     "an array for each letter": (with_arrays(200), "it sent 201 arrays"),
-    "no tensors": (without(SHARED), "no arrays 'shared'"),
+    "no tensors": (without(SHARED), "no arrays 'arrays'"),
     "no header": (without(REPLY), "header is malformed"),
-    "no numbers": (without(METRICS), "'examples'"),
+    "no numbers": (without(METRICS), "'num-examples'"),
     "another client's name": (set_field("client", "digit-0"), "answers as 'digit-0'"),
     "an older attempt": (
         set_field("attempt", "round-00001-0123abcd"),
@@ -214,7 +214,7 @@ TRAIN_FAULTS: dict[str, tuple[Callable[[Message], Message | None], str]] = {
         "'num-examples' is 1e+300, not 146",
     ),
     "less than no image": (set_number("num-examples", -146.0), "'num-examples' is -146.0"),
-    "infinitely many images": (set_number("num-examples", float("inf")), "'examples'"),
+    "infinitely many images": (set_number("num-examples", float("inf")), "'num-examples'"),
     "a loss that is no number": (set_number("loss", float("nan")), "'loss'"),
     "a list for a loss": (set_number("loss", [0.5]), "'loss'"),
     "three quarters": (

@@ -47,7 +47,7 @@ def request_content(request: Request, arrays: Arrays | None = None) -> RecordDic
 def read_request(content: RecordDict) -> Request:
     """Read a request; raises RequestRefusedError as :meth:`Request.of`."""
     records = content.config_records
-    return Request.of(_read(records.get(REQUEST) or records.get(OLD_REQUEST, {})))
+    return Request.of(_read(records.get(REQUEST if REQUEST in records else OLD_REQUEST, {})))
 
 
 def description_content(description: Description) -> RecordDict:
