@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message
+from flwr.serverapp import ServerApp
+from flwr.supercore import object_ref
 
 from srfed.deployment.agree import agree, in_words, propose, standing
 from srfed.federation.agreement import LeastImages
@@ -244,6 +246,12 @@ def test_a_mod_around_the_guard_sees_what_leaves(tmp_path: Path) -> None:
 
 
 # --- An aggregator --------------------------------------------------------------------------------
+
+
+def test_flower_takes_the_examples_app(tmp_path: Path) -> None:
+    assert object_ref.validate("own_aggregator:app", True, tmp_path) == (True, None)
+    loaded = object_ref.load_app("own_aggregator:app", ValueError, tmp_path)
+    assert isinstance(loaded, ServerApp)
 
 
 def test_the_examples_aggregator_takes_the_clients_median(tmp_path: Path) -> None:
