@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from srfed.errors import UserError
-from srfed.federation.agreement import AgreedMod, not_agreed
+from srfed.federation.agreement import COMMAND, AgreedMod, not_agreed
 
 Handler = Callable[..., Any]
 """Answers a message; takes Flower's message and context."""
@@ -40,16 +40,27 @@ def with_mods(mods: Sequence[AgreedMod], handler: Handler) -> Handler:
         RequestRefusedError: what is installed is not what was agreed to.
         UserError: it is not installed, or no function.
     """
+    # Before any is imported: what was not agreed to does not run.
+    if said := changed_mod(mods):
+        raise not_agreed("a mod of this site", f"{said}; agree again with: {COMMAND}")
     for mod in reversed(mods):
-        # Before it is imported: what was not agreed to does not run.
-        if (found := package_fingerprint(mod.name)) != mod.fingerprint:
-            raise not_agreed(
-                "a mod of this site",
-                f"the package of {mod.name} has the fingerprint {found[:12]}, agreed was "
-                f"{mod.fingerprint[:12]}",
-            )
         handler = partial(_called, _load(mod.name), handler)
     return handler
+
+
+def changed_mod(mods: Sequence[AgreedMod]) -> str | None:
+    """The first mod whose package is not the one that was agreed to, in words; None where all are.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    for mod in mods:
+        if (found := package_fingerprint(mod.name)) != mod.fingerprint:
+            return (
+                f"the package of {mod.name} has the SHA-256 {found[:12]}, agreed was "
+                f"{mod.fingerprint[:12]}"
+            )
+    return None
 
 
 def package_fingerprint(name: str) -> str:

@@ -12,6 +12,8 @@ from flwr.serverapp import ServerApp
 from flwr.supercore import object_ref
 
 from srfed.deployment.agree import agree, in_words, propose, standing
+from srfed.deployment.certificates import make_certificates
+from srfed.deployment.site_command import check_before_start
 from srfed.federation.agreement import LeastImages
 from srfed.federation.flower.client_app import app, guarded_app
 from srfed.federation.flower.packing import LAYOUT, read_tensors
@@ -21,6 +23,7 @@ from srfed.federation.mods import package_fingerprint
 from srfed.storage.checkpoint import read_checkpoint
 from support.agreed_site import CLIENT, AgreedSite, refusal
 from support.commands import run_here
+from support.errors import message_of
 from support.tiny_run import CHEAP, begin
 from support.wire import SECRET, RecordingGrid, is_bare_error
 
@@ -119,7 +122,11 @@ def test_code_that_was_not_agreed_to_never_runs(
     package(f"open({str(mark)!r}, 'w')\n{file.read_text()}")
     assert refusal(site.ask(TRAIN)) == "not agreed: a mod of this site"
     assert not mark.exists()
-    assert "the package of owners_mods:through has the fingerprint" in site.log
+    assert "the package of owners_mods:through has the SHA-256" in site.log
+    make_certificates(tmp_path, ["localhost"])
+    said = message_of(check_before_start, site.state, CLIENT, tmp_path / "ca.crt")
+    assert "the package of owners_mods:through has the SHA-256" in said
+    assert "agree again with: python -m srfed.deploy agree" in said
 
 
 ADDS = """
