@@ -56,9 +56,9 @@ class TrainedSite:
         self.config, self.round, self.shapes = stored.config, stored.round, [stored.shape]
         self.device = resolve_device(resources)
         model = build_model(self.config, stored.shape[-1])
-        self.shared, exclusive = stored.tensors
-        check_tensors(str(stored.path), {**self.shared, **exclusive}, model.state_dict())
-        load_tensors(model, self.shared, exclusive)
+        self.shared, self._exclusive = stored.tensors
+        check_tensors(str(stored.path), {**self.shared, **self._exclusive}, model.state_dict())
+        load_tensors(model, self.shared, self._exclusive)
         self.partition = build_partition(self.config, model)
         self._model = model.to(self.device).eval()
         self._forwards = captured_forwards(self._model, resources, self.device)
@@ -82,6 +82,15 @@ class TrainedSite:
         guided.
         """
         return denoiser_of_task(self.objective, self._model, None, self._forwards)
+
+    def exclusive_of(self, task: TaskInfo) -> dict[str, Tensor]:
+        """The averaged θ_i."""
+        return self._exclusive
+
+    @property
+    def at_hand(self) -> list[TaskInfo]:
+        """The tasks that can be sampled here: its own."""
+        return self.tasks
 
 
 class TrainedRun:
@@ -121,9 +130,11 @@ class TrainedRun:
         self.objective = build_objective(self.config, self.device)
 
     def find_task(self, wanted: str) -> TaskInfo:
-        """The task of that name or position; raises UserError listing what there is."""
-        for position, task in enumerate(self.tasks):
-            if wanted in (task.task, str(position)):
+        """The task of that name, or else at that position; raises UserError listing what there
+        is.
+        """
+        for position, task in [*((task.task, task) for task in self.tasks), *enumerate(self.tasks)]:
+            if wanted == str(position):
                 return task
         names = ", ".join(f"{position} ({task.task})" for position, task in enumerate(self.tasks))
         raise UserError(f"--task {wanted!r} is not in this run; it has {names}")
@@ -149,6 +160,15 @@ class TrainedRun:
         """The averaged φ."""
         return self._state.shared.average
 
+    @property
+    def at_hand(self) -> list[TaskInfo]:
+        """The tasks that can be sampled here: of a shared copy those whose θ_i it has, otherwise
+        all.
+        """
+        if not self._run.is_copy or not self.partition.exclusive:
+            return self.tasks
+        return [task for task in self.tasks if exists(self._run.clients / task.client)]
+
     def initial_exclusive_of(self, task: TaskInfo) -> dict[str, Tensor]:
         """θ_0, the initialisation that all tasks with images of so many channels have in common."""
         return self._model_of(task).initial.exclusive.weights
@@ -173,10 +193,15 @@ class TrainedRun:
             UserError: the run was deployed, and θ_i is at its site.
         """
         initial = self._model_of(task).initial.exclusive.average
-        if task.client not in self._state.attempts:
+        if task.client not in self._state.attempts or not self.partition.exclusive:
             return initial
         store = ClientStore(self._run.clients, task.client, self._run.lineage, 1)
         if not exists(self._run.clients / task.client):
+            if self._run.is_copy:
+                raise UserError(
+                    f"{self._run.path} is a copy without θ of {task.client!r}, which srfed share "
+                    "has left out; sample where the run itself is"
+                )
             raise UserError(
                 f"{self._run.path} has no θ of {task.client!r}: a deployed site keeps its own; "
                 "sample there with --store <state-dir>/<client-id>"

@@ -11,6 +11,7 @@ samples/         grids of samples and reverse-process strips, PNG
 tensorboard/     event files
 server/          checkpoints of φ
 clients/         simulation only: each client's own store, with θ_i and the client's log
+share.json       of a copy that `srfed share` has made: what it has and has not
 """
 
 import platform
@@ -123,8 +124,13 @@ class RunFolder:
 
         Raises:
             UserError: it differs in something else, or ends before what there is already; the text
-                names it.
+                names it. Or it is a copy, which has not all that the next round needs.
         """
+        if self.is_copy:
+            raise UserError(
+                f"{self.path} is a copy without what its owners keep, and cannot go on; go on with "
+                "the run that srfed share has made it of"
+            )
         if config.fingerprint() != self.config.fingerprint():
             changed = ", ".join(self.config.decisive_differences(config))
             raise UserError(f"{self.path} was begun with another configuration: {changed}")
@@ -198,9 +204,19 @@ class RunFolder:
     @property
     def has_every_party(self) -> bool:
         """Whether all parties are in one place: simulated, from the first round on, or centralised.
-        Of a deployed run the images are the sites' own.
+        Of a deployed run the images are the sites' own, and of a copy to pass on nobody's here.
         """
-        return self.config.training.method != "federated" or exists(self.clients)
+        everybody = self.config.training.method != "federated" or exists(self.clients)
+        return everybody and not self.is_copy
+
+    @property
+    def copy_file(self) -> Path:
+        return self.path / "share.json"
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it was made to be passed on, without what is the owners' alone."""
+        return exists(self.copy_file)
 
     @property
     def last_round(self) -> int | None:
