@@ -107,6 +107,7 @@ EARLY: dict[str, list[list[str]]] = {
     "watch": [["/nowhere"], ["x", "--every", "0"], ["x", "--port", "-1"]],
     "compare": [["/nowhere", "x"], ["x"]],
     "report": [["/nowhere"], ["x", "y"]],
+    "export": [["/nowhere", "--out", "x"], ["x"], ["--out", "x"], ["x", "--store", "y"]],
     "deploy": [
         ["check", "--data", "x", "--state-dir", "y", *WRONG_SETTING],
         ["agree", "--data", "x", "--state-dir", "y", "--client-id", "z", *WRONG_SETTING],
