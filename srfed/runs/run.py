@@ -29,7 +29,7 @@ from srfed.storage.checkpoint import check_tensors
 from srfed.storage.client_store import ClientStore
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
-from srfed.storage.server_checkpoints import ServerCheckpoints
+from srfed.storage.server_checkpoints import RunState, ServerCheckpoints
 from srfed.storage.site_model import SiteModel
 from srfed.training.part import ClientState, initial_state, load_tensors
 
@@ -162,12 +162,16 @@ class TrainedRun:
 
     @property
     def at_hand(self) -> list[TaskInfo]:
-        """The tasks that can be sampled here: of a shared copy those whose θ_i it has, otherwise
-        all.
+        """The tasks that can be sampled here: of a copy those whose θ_i was kept, otherwise all; if
+        none was, all, so that whoever samples is told.
         """
-        if not self._run.is_copy or not self.partition.exclusive:
-            return self.tasks
-        return [task for task in self.tasks if exists(self._run.clients / task.client)]
+        kept = self._run.copied_tasks
+        return [task for task in self.tasks if kept is not None and task.task in kept] or self.tasks
+
+    @property
+    def state(self) -> RunState:
+        """What the checkpoint holds whose weights these are."""
+        return self._state
 
     def initial_exclusive_of(self, task: TaskInfo) -> dict[str, Tensor]:
         """θ_0, the initialisation that all tasks with images of so many channels have in common."""
@@ -197,7 +201,7 @@ class TrainedRun:
             return initial
         store = ClientStore(self._run.clients, task.client, self._run.lineage, 1)
         if not exists(self._run.clients / task.client):
-            if self._run.is_copy:
+            if self._run.copied_tasks is not None:
                 raise UserError(
                     f"{self._run.path} is a copy without θ of {task.client!r}, which srfed share "
                     "has left out; sample where the run itself is"

@@ -126,7 +126,7 @@ class RunFolder:
             UserError: it differs in something else, or ends before what there is already; the text
                 names it. Or it is a copy, which has not all that the next round needs.
         """
-        if self.is_copy:
+        if self.copied_tasks is not None:
             raise UserError(
                 f"{self.path} is a copy without what its owners keep, and cannot go on; go on with "
                 "the run that srfed share has made it of"
@@ -207,16 +207,23 @@ class RunFolder:
         Of a deployed run the images are the sites' own, and of a copy to pass on nobody's here.
         """
         everybody = self.config.training.method != "federated" or exists(self.clients)
-        return everybody and not self.is_copy
+        return everybody and self.copied_tasks is None
 
     @property
     def copy_file(self) -> Path:
         return self.path / "share.json"
 
     @property
-    def is_copy(self) -> bool:
-        """Whether it was made to be passed on, without what is the owners' alone."""
-        return exists(self.copy_file)
+    def copied_tasks(self) -> list[str] | None:
+        """Of a copy that was made to be passed on, the tasks that can be sampled from it; None
+        where this is no copy, but the run itself.
+
+        Raises:
+            UserError: what says so cannot be read.
+        """
+        if not exists(self.copy_file):
+            return None
+        return list(map(str, read_json(self.copy_file, kinds={"tasks": list})["tasks"]))
 
     @property
     def last_round(self) -> int | None:
