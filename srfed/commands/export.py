@@ -62,7 +62,8 @@ def _export(options: argparse.Namespace) -> None:
     task = trained.at_hand[0] if options.task is None else trained.find_task(options.task)
     export_pipeline(trained, task, options.out, run)
     print(f"the model of {task.task} after round {trained.round}: {options.out}")
-    print(f"it holds φ and θ of {task.task}, and no other task's θ; README.md is its card")
+    held = f"φ and θ of {task.task}, and no other task's θ" if trained.partition.exclusive else "φ"
+    print(f"it holds {held}; README.md is its card")
     print(
         f'DiffusionPipeline.from_pretrained("{options.out}", trust_remote_code=True)'
         f"({call_in_words(trained.config)})"

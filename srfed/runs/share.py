@@ -180,11 +180,12 @@ def _left_out(run: RunFolder, trained: TrainedRun, kept: Sequence[TaskInfo]) -> 
         )
     if exists(run.path / "evaluations"):
         found.append("the samples of srfed evaluate; its scores are there")
-    found += [
+    found.append(
         "in server/ all checkpoints but that of the result, optimizer state, and what the clients "
-        "are held to, so nobody can go on with this run",
-        "in config.yaml the paths of the machine",
-    ]
+        "are held to, so nobody can go on with this run"
+    )
+    if paths := [f"{section}.{key}" for section, key in PATHS if _setting(run, section, key)]:
+        found.append(f"in config.yaml {' and '.join(paths)}, paths of the machine")
     named = {*WHOLE, *REMADE, "clients", "tasks.npz", "images.json", "tensorboard", "share.json"}
     if strangers := [name for name in list_folder(run.path) if name not in named]:
         found.append(f"what a run's folder need not have: {', '.join(strangers)}")
@@ -209,6 +210,10 @@ def _warnings(run: RunFolder, trained: TrainedRun) -> list[str]:
             "training images."
         )
     return warnings
+
+
+def _setting(run: RunFolder, section: str, key: str) -> object:
+    return getattr(getattr(run.config, section), key)
 
 
 def _names(tasks: Sequence[TaskInfo]) -> str:

@@ -50,9 +50,9 @@ README = """The folder of a run of srfed; docs/run_folder.md says what each file
 Who may see it? Not everybody. Where all parties are simulated on one machine, clients/ holds what
 no party of a real federation gives away: every exclusive part, and in memorisation/ crops of real
 training images. The folder is therefore its owner's alone (mode 0700); whoever passes it on passes
-on those images too. config.yaml, run.json, metrics.jsonl and summary.txt are settings and numbers,
-samples/ and tensorboard/ hold generated images besides. server/ holds the shared part, which every
-party has seen.
+on those images too; srfed share makes a copy without them. config.yaml, run.json, metrics.jsonl and
+summary.txt are settings and numbers, samples/ and tensorboard/ hold generated images besides.
+server/ holds the shared part, which every party has seen.
 """
 _KINDS = {"lineage": str, "fingerprint": str}
 _REMOVED = {"federation.largest_update": 100.0}

@@ -17,6 +17,7 @@ from srfed.diffusion.sampler import drawn_for_each, sample
 from srfed.evaluation.generation import build_sampler
 from srfed.model import build_model, build_partition
 from srfed.randomness import derive_generator
+from srfed.runs.export import folded
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.site_model import save_site_model
 from support.commands import run_here
@@ -145,6 +146,26 @@ def test_diffusers_draws_what_a_site_draws(
     assert np.abs(found - by_srfed(store, "clinic-7", {"eta": 0.0})).max() < 1e-4
     weights = load_file(out / "unet/diffusion_pytorch_model.safetensors")
     assert not [name for name in weights if "film" in name or "task_" in name]
+
+
+def test_a_row_of_a_table_of_tasks_becomes_a_bias() -> None:
+    config = tiny_config(
+        {
+            "training.method": "pooled",
+            "model.exclusive_stages": "none",
+            "model.task_embedding": "shared",
+        }
+    )
+    whole, plain = build_model(config, 1), build_model(tiny_config(), 1)
+    for parameter in whole.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    plain.load_state_dict(folded(whole.state_dict(), 2))
+    images, times = torch.randn(4, 1, 8, 8), torch.tensor([1, 7, 100, 500])
+    with torch.no_grad():
+        found, expected = plain(images, times), whole(images, times, torch.full((4,), 2))
+        other = whole(images, times, torch.full((4,), 1))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (other - expected).abs().max() > 0.01
 
 
 def test_the_card_says_what_the_run_scored_and_names_no_other_owner(
