@@ -126,6 +126,7 @@ def test_the_owner_who_is_named_can_be_sampled_and_nobody_else(
 ) -> None:
     assert run_here("share", "run", "copy", "--task", "digit-1", folder=tmp_path).returncode == 0
     copy = tmp_path / "copy"
+    assert real_images_in(copy, load_tasks(run.config.data, 3)) == {}
     kept = tensors_in(copy)
     assert not (own_tensors(run, "digit-0") | own_tensors(run, "digit-2")) & kept
     found = load((accepted_attempts(run)["digit-1"] / "state.safetensors").read_bytes())
