@@ -63,7 +63,7 @@ def exchange(
     ready: Callable[[str], bool] = lambda client: True,
     again: Callable[[str, Message | None], bool] = lambda client, reply: False,
     heard: Callable[[int, int], None] = lambda done, total: None,
-    idle: Callable[[], None] = lambda: None,
+    idle: Callable[[], object] = lambda: None,
     waits: Callable[[list[str], float], None] = lambda clients, left: None,
 ) -> Exchange:
     """Ask clients and wait for their replies, at most ``timeout`` seconds.
