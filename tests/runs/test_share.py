@@ -6,19 +6,19 @@ import base64
 import io
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
-from safetensors.numpy import load, load_file
 
 from srfed.data import load_tasks
 from srfed.data.stored import store_tasks
 from srfed.data.tasks import Task
 from srfed.runs.share import share_run
+from srfed.storage.checkpoint import read_checkpoint
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from support.commands import run_here
@@ -73,18 +73,20 @@ def real_images_in(folder: Path, tasks: list[Task]) -> dict[str, int]:
     return found
 
 
-def own_tensors(run: RunFolder, client: str) -> set[bytes]:
-    """All that a client's store has, but for what is one number or a constant."""
-    found = load((accepted_attempts(run)[client] / "state.safetensors").read_bytes())
-    return {array.tobytes() for array in found.values() if np.unique(array).size > 8}
-
-
-def tensors_in(folder: Path) -> set[bytes]:
+def own_tensors(run: RunFolder, client: str) -> dict[str, bytes]:
+    """All that a client's store has, by group and name, but for what has hardly any values."""
     return {
-        array.tobytes()
-        for path in folder.rglob("*.safetensors")
-        for array in load_file(path).values()
+        f"{group}:{name}": tensor.numpy().tobytes()
+        for group, members in read_checkpoint(accepted_attempts(run)[client]).groups.items()
+        for name, tensor in members.items()
+        if tensor.unique().numel() > 8
     }
+
+
+def found_in(folder: Path, tensors: Mapping[str, bytes]) -> set[str]:
+    """Which of these tensors there are in a folder's files, wherever in them."""
+    files = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    return {name for name, tensor in tensors.items() if any(tensor in file for file in files)}
 
 
 def test_a_copy_has_no_real_image_and_no_theta(run: RunFolder, tmp_path: Path) -> None:
@@ -98,7 +100,10 @@ def test_a_copy_has_no_real_image_and_no_theta(run: RunFolder, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     copy = tmp_path / "copy"
     assert real_images_in(copy, tasks) == {}
-    assert not any(own_tensors(run, task.name) & tensors_in(copy) for task in tasks)
+    for task in tasks:
+        own = own_tensors(run, task.name)
+        assert found_in(run.path / "clients" / task.name, own) == {*own} != set()
+        assert not found_in(copy, own)
     for what in ("θ of digit-0, digit-1, digit-2", "memorisation/", "tasks.npz", "notes.txt"):
         assert what in done.stdout
         assert what in (copy / "README.txt").read_text()
@@ -127,13 +132,12 @@ def test_the_owner_who_is_named_can_be_sampled_and_nobody_else(
     assert run_here("share", "run", "copy", "--task", "digit-1", folder=tmp_path).returncode == 0
     copy = tmp_path / "copy"
     assert real_images_in(copy, load_tasks(run.config.data, 3)) == {}
-    kept = tensors_in(copy)
-    assert not (own_tensors(run, "digit-0") | own_tensors(run, "digit-2")) & kept
-    found = load((accepted_attempts(run)["digit-1"] / "state.safetensors").read_bytes())
-    for name, array in found.items():
-        # Weights and moments say more of the images than a model needs.
-        if np.unique(array).size > 8:
-            assert (array.tobytes() in kept) == name.startswith("exclusive_average:")
+    own = own_tensors(run, "digit-1")
+    # Weights and moments say more of the images than a model needs.
+    averages = {name for name in own if name.startswith("exclusive_average:")}
+    assert found_in(copy, own) == averages != set()
+    for other in ("digit-0", "digit-2"):
+        assert not found_in(copy, own_tensors(run, other))
     images = []
     for where, task in (("run", ["--task", "digit-1"]), ("copy", [])):
         asked = ("--run", where, *task, "--n", 2, "--npz", f"{where}.npz")
