@@ -20,9 +20,11 @@ from srfed.federation.aggregation import UpdateSum, client_weights
 from srfed.federation.flower.in_process import InlineGrid
 from srfed.model import build_model, build_partition
 from srfed.storage.checkpoint import read_checkpoint
+from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from support.aggregation import aggregated
 from support.tiny_run import (
+    CHEAP,
     CLIENTS,
     accepted_attempts,
     all_bits,
@@ -223,6 +225,23 @@ def test_every_client_keeps_a_state_of_its_own(tmp_path: Path) -> None:
 
 def sorted_bytes(tensors: dict[str, torch.Tensor]) -> list[tuple[str, bytes]]:
     return [(name, tensors[name].numpy().tobytes()) for name in sorted(tensors)]
+
+
+def test_an_evaluation_may_ask_a_few_clients_that_are_drawn_by_round_and_seed(
+    tmp_path: Path,
+) -> None:
+    few = {**CHEAP, "evaluation.clients": 2, "evaluation.every": 1, "evaluation.samples_between": 4}
+    run = run_in_process(begin(tmp_path / "run", {**few, "federation.rounds": 4}))
+    judged = [line["score_by_client"] for line in MetricsLog(run.metrics).evaluations()]
+    assert [len(scores) for scores in judged] == [2, 2, 2, 2]
+    assert len({tuple(scores) for scores in judged}) > 1, "the same two every time"
+    assert [line["samples"] for line in MetricsLog(run.metrics).evaluations()] == [4, 4, 4, 6]
+    # Which two does not depend on how many evaluations were before.
+    alone = run_in_process(
+        begin(tmp_path / "alone", {**few, "federation.rounds": 4, "evaluation.every": 3})
+    )
+    later = [line["score_by_client"] for line in MetricsLog(alone.metrics).evaluations()]
+    assert later == judged[2:]
 
 
 def test_a_round_with_fewer_clients_draws_different_ones_and_leaves_the_others_alone(

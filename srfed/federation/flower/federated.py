@@ -200,10 +200,11 @@ class Federated:
         """
         self._tell, number = tell, state.round
         self._started, settings = time.perf_counter(), self.config.evaluation
-        clients = self._available()
-        self._away = [client for client in self.state.clients if client not in clients]
+        present = self._available()
+        clients = self._drawn(present, settings.clients, "clients of an evaluation", number)
+        self._away = [client for client in self.state.clients if client not in present]
         share = share_of_samples(
-            settings.samples if final else settings.samples_between, self.config.federation.clients
+            settings.samples if final else settings.samples_between, self.config.evaluated_clients
         )
         screened = self._clients(tell).ask(
             EVALUATE,
@@ -543,14 +544,22 @@ class Federated:
 
         self._roster.gather(enough, lambda: False, fixed=False)
         clients = self._available()
-        count = min(federation.clients_per_round or len(clients), len(clients))
+        drawn = self._drawn(
+            clients, federation.clients_per_round, "clients of a round", server_round
+        )
         # Where clients are drawn, one that is away is merely not drawn.
         self._away = [
             client
             for client in self.state.clients
-            if client not in clients and count == len(clients)
+            if client not in clients and len(drawn) == len(clients)
         ]
-        generator = derive_generator(self.config.seed, "clients of a round", server_round)
+        return drawn
+
+    def _drawn(self, clients: list[str], count: int | None, purpose: str, number: int) -> list[str]:
+        """So many of the clients, in their order: a seeded draw without replacement; all of them
+        for None.
+        """
+        generator = derive_generator(self.config.seed, purpose, number)
         drawn = torch.randperm(len(clients), generator=generator)[:count]
         return [clients[index] for index in sorted(drawn.tolist())]
 
