@@ -1,4 +1,4 @@
-"""An aggregator of one's own around srfed's: the median of the clients' updates, value by value
+"""An aggregator of one's own around srfed's: the median of the clients' changes, value by value
 (Yin et al. 2018), which a single client cannot carry away.
 
 In the ``pyproject.toml`` of a Flower app, whose coordinator has this file on Python's path:
@@ -8,31 +8,43 @@ In the ``pyproject.toml`` of a Flower app, whose coordinator has this file on Py
     clientapp = "srfed.federation.flower.client_app:app"
 """
 
-from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from srfed.config import FederationConfig
-from srfed.federation.aggregation import Aggregate, Tensors, aggregate
+from srfed.federation.aggregation import Tensors, UpdateMean, UpdateSum
 from srfed.federation.flower.server_app import server_app
 
 
-def median(
-    settings: FederationConfig,
-    shared: Tensors,
-    updates: Mapping[str, Tensors],
-    weights: Mapping[str, float],
-    optimizer: Tensors,
-    start: Tensors | None = None,
-) -> Aggregate:
-    """φ^{r+1} as the server optimizer makes it of one update, the clients' median."""
-    middle = {
-        name: torch.stack([updates[client][name].double() for client in sorted(updates)]).quantile(
-            0.5, dim=0
+class Median:
+    """The sum of a round that keeps every change, where srfed's lets go of each.
+
+    Args:
+        settings: how clients are weighed; the median weighs them all alike.
+        start: what came to the clients; what their φ_i is the change of.
+    """
+
+    def __init__(self, settings: FederationConfig, start: Tensors) -> None:
+        self._sum, self._start = UpdateSum(settings, start), start
+        self._changes: list[dict[str, torch.Tensor]] = []
+
+    def add(
+        self, client: str, update: Tensors, examples: int, control: Tensors | None = None
+    ) -> None:
+        """Add a client's φ_i, and what comes with it."""
+        self._sum.add(client, update, examples, control)
+        self._changes.append(
+            {name: update[name].double() - start.double() for name, start in self._start.items()}
         )
-        for name in shared
-    }
-    return aggregate(settings, shared, {"median": middle}, {"median": 1.0}, optimizer, start)
+
+    def mean(self) -> UpdateMean:
+        """srfed's mean of the round, but for the change of φ."""
+        middle = {
+            name: torch.stack([change[name] for change in self._changes]).quantile(0.5, dim=0)
+            for name in self._start
+        }
+        return replace(self._sum.mean(), change=middle)
 
 
-app = server_app(aggregator=median)
+app = server_app(aggregator=Median)

@@ -11,6 +11,7 @@ samples/         grids of samples and reverse-process strips, PNG
 tensorboard/     event files
 server/          checkpoints of φ
 clients/         simulation only: each client's own store, with θ_i and the client's log
+share.json       of a copy that `srfed share` has made: what it has and has not
 """
 
 import platform
@@ -49,9 +50,9 @@ README = """The folder of a run of srfed; docs/run_folder.md says what each file
 Who may see it? Not everybody. Where all parties are simulated on one machine, clients/ holds what
 no party of a real federation gives away: every exclusive part, and in memorisation/ crops of real
 training images. The folder is therefore its owner's alone (mode 0700); whoever passes it on passes
-on those images too. config.yaml, run.json, metrics.jsonl and summary.txt are settings and numbers,
-samples/ and tensorboard/ hold generated images besides. server/ holds the shared part, which every
-party has seen.
+on those images too; srfed share makes a copy without them. config.yaml, run.json, metrics.jsonl and
+summary.txt are settings and numbers, samples/ and tensorboard/ hold generated images besides.
+server/ holds the shared part, which every party has seen.
 """
 _KINDS = {"lineage": str, "fingerprint": str}
 _REMOVED = {"federation.largest_update": 100.0}
@@ -123,8 +124,13 @@ class RunFolder:
 
         Raises:
             UserError: it differs in something else, or ends before what there is already; the text
-                names it.
+                names it. Or it is a copy, which has not all that the next round needs.
         """
+        if self.copied_tasks is not None:
+            raise UserError(
+                f"{self.path} is a copy without what its owners keep, and cannot go on; go on with "
+                "the run that srfed share has made it of"
+            )
         if config.fingerprint() != self.config.fingerprint():
             changed = ", ".join(self.config.decisive_differences(config))
             raise UserError(f"{self.path} was begun with another configuration: {changed}")
@@ -198,9 +204,26 @@ class RunFolder:
     @property
     def has_every_party(self) -> bool:
         """Whether all parties are in one place: simulated, from the first round on, or centralised.
-        Of a deployed run the images are the sites' own.
+        Of a deployed run the images are the sites' own, and of a copy to pass on nobody's here.
         """
-        return self.config.training.method != "federated" or exists(self.clients)
+        everybody = self.config.training.method != "federated" or exists(self.clients)
+        return everybody and self.copied_tasks is None
+
+    @property
+    def copy_file(self) -> Path:
+        return self.path / "share.json"
+
+    @property
+    def copied_tasks(self) -> list[str] | None:
+        """Of a copy that was made to be passed on, the tasks that can be sampled from it; None
+        where this is no copy, but the run itself.
+
+        Raises:
+            UserError: what says so cannot be read.
+        """
+        if not exists(self.copy_file):
+            return None
+        return list(map(str, read_json(self.copy_file, kinds={"tasks": list})["tasks"]))
 
     @property
     def last_round(self) -> int | None:

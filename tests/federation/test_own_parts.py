@@ -262,12 +262,12 @@ def test_flower_takes_the_examples_app(tmp_path: Path) -> None:
 
 
 def test_the_examples_aggregator_takes_the_clients_median(tmp_path: Path) -> None:
-    from own_aggregator import median
+    from own_aggregator import Median
 
     average = {**SETTINGS, "federation.rounds": 1, "federation.server_optimizer": "average"}
     run = begin(tmp_path / "run", average)
     grid = RecordingGrid(app, 3, run.clients)
-    run_federation(grid, run, fixed=True, aggregator=median)
+    run_federation(grid, run, fixed=True, aggregator=Median)
     trained = [
         read_tensors(reply.content, SHARED)
         for reply in grid.replies

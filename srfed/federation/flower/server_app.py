@@ -12,7 +12,7 @@ from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 
 from srfed.config import load_config
 from srfed.errors import UserError
-from srfed.federation.aggregation import Aggregator, aggregate
+from srfed.federation.aggregation import Aggregator, UpdateSum
 from srfed.federation.flower.exchange import StoppedError
 from srfed.federation.flower.federated import Federated
 from srfed.federation.flower.identity import ROSTER_FILE, read_roster
@@ -30,8 +30,8 @@ STILL_SECONDS = 0.5
 """A simulation's nodes are complete when there are no more of them after this time."""
 
 
-def server_app(aggregator: Aggregator = aggregate) -> ServerApp:
-    """A ServerApp that forms φ in this way."""
+def server_app(aggregator: Aggregator = UpdateSum) -> ServerApp:
+    """A ServerApp that makes the mean update in this way."""
     own = ServerApp()
 
     @own.main()
@@ -41,7 +41,7 @@ def server_app(aggregator: Aggregator = aggregate) -> ServerApp:
     return own
 
 
-def main(grid: Grid, context: Context, aggregator: Aggregator = aggregate) -> None:
+def main(grid: Grid, context: Context, aggregator: Aggregator = UpdateSum) -> None:
     """Begin the run of a run folder, or go on with it; see :func:`begin_or_go_on`.
 
     Raises:
@@ -142,7 +142,7 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 
 
 def run_federation(
-    grid: Grid, run: RunFolder, *, fixed: bool = False, aggregator: Aggregator = aggregate
+    grid: Grid, run: RunFolder, *, fixed: bool = False, aggregator: Aggregator = UpdateSum
 ) -> None:
     """Train and evaluate until the last round, and show it on the terminal.
 
@@ -150,7 +150,7 @@ def run_federation(
         grid: where the clients are.
         run: the run's folder.
         fixed: the clients are those of a simulation; one that does not fit is not waited for.
-        aggregator: forms φ^{r+1} of a round's accepted updates.
+        aggregator: makes the mean update of a round's accepted ones.
 
     Raises:
         UserError: too few clients, a damaged checkpoint, a round that fails, a folder in use.
