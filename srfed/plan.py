@@ -19,11 +19,12 @@ from srfed.federation.contract import Contract
 from srfed.federation.layout import value_bytes
 from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.partition import Shared
-from srfed.reporting.pace import STEP_TO_PASS, evaluation_passes
+from srfed.reporting.pace import evaluation_passes
 from srfed.training.local import LocalTrainer, phases
 from srfed.training.minibatches import MinibatchOrder
 from srfed.training.part import copies, initial_state
 from srfed.units import bytes_in_words, seconds_in_words
+from srfed.work import STEP_TO_PASS
 
 TIMED_STEPS = 2
 SLOWEST = 3600.0
