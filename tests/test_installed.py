@@ -1,0 +1,77 @@
+"""What an installed srfed says of itself, and of systems that it does not run on."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import srfed
+from srfed.config import parse_config
+from srfed.cores import check_resources
+from srfed.errors import UserError
+from srfed.systems import check_system, told_of_system
+from srfed.version import find_version
+
+CLONE = Path(__file__).parent.parent
+WINDOWS = """
+import signal, sys
+sys.platform = "win32"
+sys.modules |= {"fcntl": None, "resource": None, "termios": None}
+for name in ("SIGHUP", "SIGPIPE", "SIGKILL"):
+    delattr(signal, name)
+import srfed, srfed.__main__, srfed.deploy, srfed.simulate
+for main in (srfed.__main__.main, srfed.simulate.main, srfed.deploy.main):
+    print(main(["--help"]))
+try:
+    srfed.train
+except srfed.UserError as error:
+    print(error)
+"""
+
+
+def test_the_version_is_said_in_one_place() -> None:
+    project = tomllib.loads((CLONE / "pyproject.toml").read_text())["project"]
+    assert srfed.__version__ == find_version(CLONE / "srfed") == project["version"]
+    cited = yaml.safe_load((CLONE / "CITATION.cff").read_text())
+    assert cited["version"] == project["version"]
+
+
+def test_a_version_is_that_of_the_clone_and_not_of_a_neighbour(tmp_path: Path) -> None:
+    project = tmp_path / "pyproject.toml"
+    project.write_text('[project]\nname = "srfed"\nversion = "7.8.9"\n')
+    assert find_version(tmp_path / "srfed") == "7.8.9"
+    installed = find_version(tmp_path / "elsewhere" / "srfed")
+    project.write_text('[project]\nname = "other"\nversion = "7.8.9"\n')
+    assert find_version(tmp_path / "srfed") == installed != "7.8.9"
+
+
+def test_where_srfed_cannot_run_every_way_in_says_so_in_a_sentence() -> None:
+    done = subprocess.run([sys.executable, "-c", WINDOWS], capture_output=True, text=True)
+    said = (
+        "srfed does not run on Windows, which has neither the file locks (fcntl) that keep two "
+        "processes out of a run, nor the signals that stop one; under WSL 2 it does"
+    )
+    assert done.stdout.splitlines() == ["2", "2", "2", said]
+    assert done.stderr.splitlines() == [f"error: {said}"] * 3
+
+
+def test_what_is_not_tested_on_a_system_is_said_and_tried(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert told_of_system("darwin") == 0
+    assert capsys.readouterr().err.startswith("srfed is tested on Linux alone, and not on darwin")
+    check_system("darwin")
+    assert told_of_system("linux") == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_without_ray_the_other_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("srfed.cores.find_spec", lambda name: None)
+    resources = parse_config({"resources": {"backend": "ray"}}).resources
+    with pytest.raises(UserError, match=r"backend = ray needs Ray.*allowed: inline"):
+        check_resources(resources)
+    check_resources(resources, federated=False)
+    check_resources(resources.model_copy(update={"backend": "inline"}))
