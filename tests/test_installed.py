@@ -1,5 +1,7 @@
 """What an installed srfed says of itself, and of systems that it does not run on."""
 
+import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -16,6 +18,8 @@ from srfed.systems import check_system, told_of_system
 from srfed.version import find_version
 
 CLONE = Path(__file__).parent.parent
+CALLED = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "ray": "flwr"}
+"""Packages that are imported under another name than they are installed under."""
 WINDOWS = """
 import signal, sys
 sys.platform = "win32"
@@ -37,6 +41,25 @@ def test_the_version_is_said_in_one_place() -> None:
     assert srfed.__version__ == find_version(CLONE / "srfed") == project["version"]
     cited = yaml.safe_load((CLONE / "CITATION.cff").read_text())
     assert cited["version"] == project["version"]
+
+
+def test_what_is_imported_is_what_is_installed_and_said_why() -> None:
+    project = tomllib.loads((CLONE / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[\[<>=]", one)[0] for one in project["dependencies"]}
+    imported = set()
+    for file in (CLONE / "srfed").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.append(node.module)
+            imported |= {
+                "tensorboard" if "torch.utils.tensorboard" in one else one for one in names
+            }
+    packages = {one.split(".")[0] for one in imported} - sys.stdlib_module_names - {"srfed"}
+    assert {CALLED.get(one, one).replace("_", "-") for one in packages} == declared
+    decisions = (CLONE / "docs" / "decisions.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)(?:\[\w+\])?` \|", decisions, re.MULTILINE)
+    assert set(rows) == declared
 
 
 def test_a_version_is_that_of_the_clone_and_not_of_a_neighbour(tmp_path: Path) -> None:
