@@ -75,8 +75,10 @@ class Pace:
             self._stage, self._evaluated_from = "final" if final else "between", number + 1
 
     def hear(self, done: int, total: int) -> None:
-        """So many of the clients that are asked have answered."""
-        self._heard = done / total if total else 0.0
+        """So many of the clients that are asked have answered; what they are asked besides, in the
+        same stage, changes nothing.
+        """
+        self._heard = max(self._heard, done / total if total else 0.0)
 
     def end_round(self, record: RoundRecord) -> None:
         """Learn from a round."""

@@ -558,6 +558,9 @@ def test_where_no_pass_is_counted_the_clients_that_have_answered_say_how_far_a_r
     assert (pace.share(), pace.seconds_left()) == (0.0, None)
     pace.hear(1, 2)
     assert pace.share() == 0.5
+    pace.hear(2, 2)
+    pace.hear(1, 2)
+    assert pace.share() == 1.0, "validation follows, in the same round"
 
 
 class Counted(Observer):
