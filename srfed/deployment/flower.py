@@ -17,6 +17,7 @@ from typing import Any
 
 import srfed
 from srfed.errors import UserError
+from srfed.federation.flower.shim import install
 
 HOST = "127.0.0.1"
 CONNECTION = "deployment"
@@ -63,6 +64,8 @@ def environment_for(home: Path, folder: Path, part: str) -> dict[str, str]:
         FOLDER_VARIABLE: str(folder),
         PART_VARIABLE: part,
     }
+    if part.startswith("site"):
+        environment["PATH"] = _warm(home) + environment["PATH"]
     package = Path(srfed.__file__).parent.parent
     if package != Path(sysconfig.get_path("purelib")):
         # Not installed, or not this copy: what the processes run is to be what runs here.
@@ -70,6 +73,16 @@ def environment_for(home: Path, folder: Path, part: str) -> dict[str, str]:
             filter(None, [str(package), environment.get("PYTHONPATH", "")])
         )
     return environment
+
+
+def _warm(home: Path) -> str:
+    """Where a SuperNode finds a ClientApp that need not import everything for each message, as the
+    beginning of a PATH; empty where there is none.
+    """
+    with suppress(OSError):
+        if folder := install(home, program(CLIENT_APP), sys.executable):
+            return f"{folder}{os.pathsep}"
+    return ""
 
 
 def program(name: str) -> Path:
@@ -101,7 +114,8 @@ def marked(folder: Path) -> list[Alive]:
             environment = dict(pair.partition("=")[::2] for pair in _words(entry / "environ"))
             if environment.get(FOLDER_VARIABLE) == str(folder):
                 # Scripts run as "python /where/flower-superlink ...".
-                name = next((Path(word).name for word in _words(entry / "cmdline")[1:2]), "")
+                words = (w for w in _words(entry / "cmdline")[1:] if not w.startswith("-"))
+                name = next((Path(word).name for word in words), "")
                 found.append(Alive(int(entry.name), environment.get(PART_VARIABLE, ""), name))
         except (OSError, ValueError):
             continue  # it ended meanwhile, or is another user's
