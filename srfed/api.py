@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srfed.config import RunConfig, load_config, parse_config
+from srfed.data.given import given_tasks
 from srfed.data.images import Images
 from srfed.data.stored import check_tasks, store_tasks
 from srfed.data.tasks import Task
@@ -37,7 +38,7 @@ TASKS_FILE = "tasks.npz"
 
 def train(
     config: RunConfig,
-    tasks: Sequence[Task] | None = None,
+    tasks: Any = None,
     network: "type[Network] | None" = None,
     *,
     observers: Iterable[Observer] = (),
@@ -51,8 +52,12 @@ def train(
 
     Args:
         config: what is asked, see :func:`srfed.load_config`.
-        tasks: the owners' images; None takes those that ``config.data`` names. They are kept in the
-            run's folder, and their number is the number of clients.
+        tasks: the owners' images; None takes those that ``config.data`` names. A list of
+            :class:`srfed.Task`; a mapping of owners' names to data sets (torch's, a table with a
+            column "image", arrays); one data set with labels; or a partitioner of flwr-datasets:
+            see :func:`srfed.data.given.given_tasks`. They are converted once and kept in the run's
+            folder, and their number is the number of clients. All images of all owners are in
+            memory twice while that is done, at a byte a value.
         network: a class of your own, :class:`srfed.networks.network.Network`; None takes that of
             ``config.model``. It must stand in a module that every process can import; its options
             are ``model.options``.
@@ -69,6 +74,8 @@ def train(
             it can be known then.
     """
     folder = None if run_dir is None else Path(run_dir).absolute()
+    if tasks is not None:
+        tasks = given_tasks(config.data, tasks)
     if network is not None:
         config = _with_network(config, network)
     run = _resumed(config, tasks, folder) if resume else _begun(config, tasks, folder)
