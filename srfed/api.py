@@ -31,6 +31,8 @@ from srfed.storage.run_folder import RunFolder, usual_folder
 if TYPE_CHECKING:
     from srfed.diffusion.process import Denoiser
     from srfed.networks.network import Network
+    from srfed.networks.partition import Shared
+    from srfed.storage.start import Origin
 
 TASKS_FILE = "tasks.npz"
 """Where a run's folder keeps tasks that were given as arrays."""
@@ -44,6 +46,7 @@ def train(
     observers: Iterable[Observer] = (),
     run_dir: str | Path | None = None,
     resume: bool = False,
+    start_from: str | Path | None = None,
 ) -> "Run":
     """Train a run to its last evaluation: a simulated federation, or one party with all images.
 
@@ -65,6 +68,9 @@ def train(
         run_dir: the run's folder, new or empty; None takes runs/<name>-<time>.
         resume: go on with the run in ``run_dir``, which must have been begun with this
             configuration and these tasks; a larger ``federation.rounds`` is allowed.
+        start_from: the folder of a trained run whose averaged φ the new run starts from, in place
+            of initial values; its owners are new, and so is every θ_i. ``model`` and ``diffusion``
+            must be that run's. φ is kept in the new run's folder, and its digest in run.json.
 
     Returns:
         The run, opened for use.
@@ -78,7 +84,13 @@ def train(
         tasks = given_tasks(config.data, tasks)
     if network is not None:
         config = _with_network(config, network)
-    run = _resumed(config, tasks, folder) if resume else _begun(config, tasks, folder)
+    if resume and start_from is not None:
+        raise UserError(
+            f"start_from = {start_from} is for a new run: what {run_dir} was begun with is in its "
+            "folder"
+        )
+    source = None if start_from is None else Path(start_from)
+    run = _resumed(config, tasks, folder) if resume else _begun(config, tasks, folder, source)
     if not finished(run):
         from srfed.reporting.curves import Curves
         from srfed.reporting.report import write_report
@@ -370,17 +382,26 @@ def _with_network(config: RunConfig, network: "type[Network]") -> RunConfig:
     return parse_config(content, "network")
 
 
-def _begun(config: RunConfig, tasks: Sequence[Task] | None, folder: Path | None) -> RunFolder:
+def _begun(
+    config: RunConfig, tasks: Sequence[Task] | None, folder: Path | None, source: Path | None
+) -> RunFolder:
+    def start(config: RunConfig, loaded: Sequence[Task]) -> "tuple[Origin, Shared] | None":
+        if source is None:
+            return None
+        from srfed.runs.start import start_of
+
+        return start_of(source, config, loaded)
+
     if tasks is None:
-        check_training(config)
-        return RunFolder.create(folder, config)
+        return RunFolder.create(folder, config, start(config, check_training(config)))
     check_tasks(tasks)
     with tempfile.TemporaryDirectory() as scratch:
         # Where everything is looked at before the run has a folder.
         store_tasks(Path(scratch) / TASKS_FILE, tasks)
-        check_training(_of_stored(config, Path(scratch), len(tasks)))
+        loaded = check_training(_of_stored(config, Path(scratch), len(tasks)))
+        origin = start(config, loaded)
     folder = folder or usual_folder(config).absolute()
-    run = RunFolder.create(folder, _of_stored(config, folder, len(tasks)))
+    run = RunFolder.create(folder, _of_stored(config, folder, len(tasks)), origin)
     store_tasks(run.path / TASKS_FILE, tasks)
     return run
 

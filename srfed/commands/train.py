@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
+from typing import TYPE_CHECKING
 
 from srfed.commands.options import training_parser
 from srfed.config import RunConfig
@@ -21,7 +22,11 @@ from srfed.runs.requested import requested_config
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 
+if TYPE_CHECKING:
+    from srfed.data import Task
+
 TRAIN, SIMULATE, CENTRALISE = "srfed train", "python -m srfed.simulate", "srfed centralise"
+Planned = tuple[RunConfig, "list[Task]"]
 Named = dict[str, str | None]
 """Settings that a command has options of its own for, in YAML; None where not given."""
 
@@ -65,7 +70,7 @@ def train(arguments: Sequence[str] | None = None) -> int:
             further,
             check_simulation,
             _simulate,
-            lambda named: _plan(options, named),
+            lambda named, source: _plan(options, named, source),
         )
     )
 
@@ -103,9 +108,9 @@ def train_by_command(
     command: str,
     options: argparse.Namespace,
     further: Named,
-    check: Callable[..., object],
+    check: "Callable[..., list[Task]]",
     train: Callable[[RunFolder], None],
-    plan: Callable[[Named], RunConfig | None] | None = None,
+    plan: "Callable[[Named, RunFolder | None], Planned | None] | None" = None,
 ) -> None:
     """Begin a run or go on with one, train it, and say how it went.
 
@@ -117,8 +122,8 @@ def train_by_command(
             written.
         train: does the work; may raise UserError, KeyboardInterrupt or, where nobody reads the
             output, BrokenPipeError.
-        plan: looks at what a new run is asked for, and gives its configuration, checked; None where
-            nothing is to be begun.
+        plan: looks at what a new run is asked for, and at the run whose φ it starts from, if any;
+            gives its configuration, checked, and its tasks; None where nothing is to be begun.
 
     Raises:
         UserError: the text says how to go on where there is something to go on with.
@@ -131,6 +136,7 @@ def train_by_command(
         **further,
     }
     if options.resume is None:
+        source = None if options.start_from is None else RunFolder.open(options.start_from)
         if options.allow_changed_images:
             raise UserError(
                 "--allow-changed-images is for --resume: a new run takes the images that are there"
@@ -138,22 +144,28 @@ def train_by_command(
         # What is said on the way is no YAML.
         with redirect_stdout(sys.stderr) if options.print_config else nullcontext():
             if plan is None:
-                config = requested_config(options.config, options.overrides, named)
-                check(config)
-            elif (planned := plan(named)) is None:
+                settings = None if source is None else source.config
+                config = requested_config(options.config, options.overrides, named, settings)
+                tasks = check(config)
+            elif (planned := plan(named, source)) is None:
                 return
             else:
-                config = planned
+                config, tasks = planned
+            start = None
+            if source is not None:
+                from srfed.runs.start import start_of
+
+                start = start_of(source.path, config, tasks)
         if options.print_config:
             print(config.to_yaml(), end="")
             return
-        run = RunFolder.create(options.run_dir, config)
+        run = RunFolder.create(options.run_dir, config, start)
     else:
-        for option in ("quick", "dry_run", "print_config"):
+        for option in ("quick", "dry_run", "print_config", "start_from"):
             if getattr(options, option, False):
+                name = "from" if option == "start_from" else option.replace("_", "-")
                 raise UserError(
-                    f"--{option.replace('_', '-')} is for a new run: --resume goes on with what "
-                    "the run was begun with"
+                    f"--{name} is for a new run: --resume goes on with what the run was begun with"
                 )
         if options.run_dir is not None:
             raise UserError("--resume names the run's folder; leave --run-dir out")
@@ -237,8 +249,10 @@ def _show_where(run: RunFolder) -> None:
     print(f"more:       srfed sample --run {path} --n 64 --out grid.png")
 
 
-def _plan(options: argparse.Namespace, named: Named) -> RunConfig | None:
-    """The configuration of a new run, where it is to be begun; what it will take is said."""
+def _plan(options: argparse.Namespace, named: Named, source: RunFolder | None) -> "Planned | None":
+    """The configuration of a new run and its tasks, where it is to be begun; what it will take is
+    said.
+    """
     from srfed.runs.proposed import propose
 
     proposal = propose(
@@ -246,16 +260,21 @@ def _plan(options: argparse.Namespace, named: Named) -> RunConfig | None:
     )
     for line in proposal.words:
         print(line, flush=True)
-    config = requested_config(proposal.base, [*proposal.overrides, *options.overrides], named)
+    proposed, settings, free = proposal.overrides, None, proposal.free
+    if source is not None:
+        # The network is that of the run that this one starts from.
+        settings, free = source.config, False
+        proposed = [one for one in proposed if not one.startswith("model.")]
+    config = requested_config(proposal.base, [*proposed, *options.overrides], named, settings)
     tasks = check_simulation(config)
     from srfed.plan import plan_run
 
-    plan = plan_run(config, tasks, free=proposal.free, quick=proposal.fitted)
+    plan = plan_run(config, tasks, free=free, quick=proposal.fitted)
     print("\n".join(plan.lines()), flush=True)
     if options.dry_run:
         print("nothing was begun (--dry-run)")
         return None
-    return plan.config
+    return plan.config, tasks
 
 
 def _simulate(run: RunFolder) -> None:

@@ -210,7 +210,8 @@ def _image(config: DataConfig, image: Any) -> Images:
             f"it is of type {type(image).__name__} and shape {tuple(np.shape(image))}; allowed: "
             f"{form} with 1 or 3 channels, or a picture of Pillow's"
         )
-    return fit_images(_levels(values)[None], config.image_size, config.channels)[0]
+    fitted: Images = fit_images(_levels(values)[None], config.image_size, config.channels)[0]
+    return fitted
 
 
 def _levels(values: NDArray[Any]) -> Images:

@@ -108,11 +108,18 @@ def render_report(run: RunFolder, real: RealImages, *, refresh: int | None = Non
         samples=_samples(run, tasks, evaluation, real),
         changed=_changed(config),
         configuration=config.to_yaml(),
-        identity={
-            name: value for name, value in read_json(run.identity_file).items() if name in IDENTITY
-        },
+        identity=_identity(run),
         commands=_commands(run, ended),
     )
+
+
+def _identity(run: RunFolder) -> dict[str, Any]:
+    """Of run.json, what is shown."""
+    content = read_json(run.identity_file)
+    shown = {name: value for name, value in content.items() if name in IDENTITY}
+    if found := content.get("start"):
+        shown["starts from"] = f"{found['run']}, round {found['round']}, φ {found['sha256'][:12]}"
+    return shown
 
 
 @lru_cache(maxsize=1)

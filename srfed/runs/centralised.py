@@ -27,6 +27,7 @@ from srfed.networks.partition import Shared
 from srfed.observer import Observer
 from srfed.records import EvaluationRecord, ResultRound, RoundRecord, TaskInfo
 from srfed.runs.best_round import judge_round, result_of
+from srfed.runs.start import started
 from srfed.storage.checkpoint import check_tensors
 from srfed.storage.client_store import NO_PARENT, ClientStore
 from srfed.storage.run_folder import RunFolder
@@ -83,6 +84,8 @@ class Centralised:
         if found is not None:
             checkpoints = ServerCheckpoints(run.server, config.federation.keep_attempts)
             checkpoints.check(found, shared)
+        else:
+            shared = started(run, self._partition, shared)
         state = found or RunState(
             lineage=run.lineage,
             round=0,

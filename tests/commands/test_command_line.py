@@ -82,6 +82,7 @@ EARLY: dict[str, list[list[str]]] = {
         ["--data", "/nowhere"],
         ["--resume", "/nowhere"],
         ["--resume", "/nowhere", "--quick"],
+        ["--from", "/nowhere"],
     ],
     "simulate": [
         WRONG_SETTING,

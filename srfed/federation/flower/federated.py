@@ -55,6 +55,7 @@ from srfed.observer import Observer
 from srfed.randomness import derive_generator
 from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
 from srfed.runs.best_round import hold_to_owners, judge_round, result_of
+from srfed.runs.start import started
 from srfed.storage.client_store import NO_PARENT
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import KnownClient, RunState, ServerCheckpoints
@@ -98,6 +99,7 @@ class Federated:
         self._partition, shared = shared_of(config, self._channels())
         self._contract = Contract.of(config, shared)
         if found is None:
+            shared = started(run, self._partition, shared)
             self.state = RunState(
                 lineage=run.lineage,
                 round=0,
