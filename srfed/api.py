@@ -8,7 +8,7 @@ images = run.sample("digit-3", 64)
 
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from srfed.data.images import Images
 from srfed.data.stored import check_tasks, store_tasks
 from srfed.data.tasks import Task
 from srfed.environment import surroundings_kept
-from srfed.errors import UserError
+from srfed.errors import UserError, optional
 from srfed.files import exists
 from srfed.observer import Observer
 from srfed.runs.checks import check_training, finished
@@ -30,6 +30,7 @@ from srfed.storage.run_folder import RunFolder, usual_folder
 
 if TYPE_CHECKING:
     from srfed.diffusion.process import Denoiser
+    from srfed.evaluation.metrics.own import Metric
     from srfed.networks.network import Network
     from srfed.networks.partition import Shared
     from srfed.storage.start import Origin
@@ -44,6 +45,7 @@ def train(
     network: "type[Network] | None" = None,
     *,
     observers: Iterable[Observer] = (),
+    metrics: "Mapping[str, Metric] | None" = None,
     run_dir: str | Path | None = None,
     resume: bool = False,
     start_from: str | Path | None = None,
@@ -65,6 +67,10 @@ def train(
             ``config.model``. It must stand in a module that every process can import; its options
             are ``model.options``.
         observers: told what happens; what one raises ends the run, with all finished rounds kept.
+        metrics: metrics of your own by name: functions of (real, generated), each uint8 N x H x W x
+            C, that return a number. They are called at every evaluation, for each owner and for all
+            together, where the images are; they are in metrics.jsonl, curves, table and report.
+            ``real`` are held-out images.
         run_dir: the run's folder, new or empty; None takes runs/<name>-<time>.
         resume: go on with the run in ``run_dir``, which must have been begun with this
             configuration and these tasks; a larger ``federation.rounds`` is allowed.
@@ -89,6 +95,11 @@ def train(
             f"start_from = {start_from} is for a new run: what {run_dir} was begun with is in its "
             "folder"
         )
+    if metrics:
+        from srfed.evaluation.metrics.own import OwnMetrics
+
+        # Before anything is written.
+        OwnMetrics(metrics, config)
     source = None if start_from is None else Path(start_from)
     run = _resumed(config, tasks, folder) if resume else _begun(config, tasks, folder, source)
     if not finished(run):
@@ -101,7 +112,7 @@ def train(
 
             # Only commands ask in this way; what an earlier run has left must not stop this one.
             stop_requested.clear()
-        train_run(run, [Curves(run), *observers])
+        train_run(run, [Curves(run), *observers], metrics)
         write_report(run)
     return Run(run.path)
 
@@ -253,6 +264,20 @@ class Run:
         log = MetricsLog(RunFolder.open(self.path).metrics)
         return [dict(line) for line in log.lines() if line["kind"] in ("round", "evaluation")]
 
+    def frame(self) -> Any:
+        """:meth:`metrics` as a tidy pandas table: one number a row, with the columns kind ("round"
+        or "evaluation"), round, final, metric, owner ("all" of a mean or a score over all) and
+        value (:func:`srfed.reporting.frame.tidy`).
+
+        Raises:
+            UserError: pandas is not installed; or as :meth:`metrics`.
+        """
+        from srfed.reporting.frame import tidy
+
+        rows = tidy(self.metrics())
+        pandas = optional("pandas", "Run.frame()", "pandas")
+        return pandas.DataFrame(rows)
+
     def adapt(
         self,
         task: Task,
@@ -342,31 +367,39 @@ class Run:
             return Run(folder.store(mode, task.name), device=self._device)
 
 
-def train_run(run: RunFolder, observers: Iterable[Observer] = ()) -> None:
+def train_run(
+    run: RunFolder,
+    observers: Iterable[Observer] = (),
+    metrics: "Mapping[str, Metric] | None" = None,
+) -> None:
     """Train what a run's folder asks for, to its last evaluation, as its configuration says.
 
     Args:
         run: the folder; where there is a checkpoint, the run goes on from it.
         observers: told what happens; without one nothing is printed.
+        metrics: of one's own, as for :func:`train`.
 
     Raises:
-        UserError: the run cannot be finished; and whatever an observer raises. All finished rounds
-            are on disk.
+        UserError: the run cannot be finished, a metric fails; and whatever an observer raises. All
+            finished rounds are on disk.
     """
+    from srfed.evaluation.metrics.own import OwnMetrics
+
+    own = OwnMetrics(metrics, run.config) if metrics else None
     if run.config.training.method != "federated":
         from srfed.runs.centralised import Centralised
 
-        run_rounds(run, Centralised(run), observers)
+        run_rounds(run, Centralised(run, own), observers)
     elif run.config.resources.backend == "ray":
         with surroundings_kept():
             # Loading Flower's engine and Ray changes them too.
             from srfed.federation.flower.ray import run_on_ray
 
-            run_on_ray(run, observers)
+            run_on_ray(run, observers, metrics=own)
     else:
         from srfed.federation.flower.in_process import run_in_process
 
-        run_in_process(run, observers)
+        run_in_process(run, observers, metrics=own)
 
 
 def _with_network(config: RunConfig, network: "type[Network]") -> RunConfig:

@@ -143,7 +143,7 @@ def _scores(
         return {}
     losses = rounds[-1]["loss_by_client"] if rounds else {}
     compared, audits = comparisons_of(tasks, evaluation), evaluation.get("audits", {})
-    recognised = evaluation.get("recognised_by_client", {})
+    recognised, own = evaluation.get("recognised_by_client", {}), evaluation.get("own", {})
     rows = [
         {
             "name": task.task,
@@ -152,6 +152,7 @@ def _scores(
             "score": evaluation["score_by_client"].get(task.client),
             "ssim": evaluation["ssim_by_client"].get(task.client),
             "recognised": recognised.get(task.client),
+            "own": [one["by_client"].get(task.client) for one in own.values()],
             "joining": compared.get(task.task),
             "copies": audits.get(task.client, {}).get("fires"),
         }
@@ -164,6 +165,7 @@ def _scores(
         "score": evaluation["score"],
         "ssim": evaluation["ssim"].get(str(evaluation["ssim_timestep"])),
         "recognised": evaluation.get("recognised"),
+        "own": [one["all"] for one in own.values()],
         "joining": None,
         "copies": None,
     }
@@ -171,6 +173,7 @@ def _scores(
         "rows": [*rows, everybody],
         "words": VERDICTS,
         "with_recognised": bool(recognised),
+        "own": list(own),
         "with_joining": bool(compared),
         "with_audits": bool(audits),
     }

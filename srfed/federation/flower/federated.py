@@ -16,6 +16,7 @@ from srfed.device import resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.metrics.nearest_neighbour import Recogniser
+from srfed.evaluation.metrics.own import OwnMetrics
 from srfed.evaluation.metrics.ssim import ssim_window
 from srfed.evaluation.references import RealFloor, References, Scores, score_statistics
 from srfed.evaluation.report import Exchanged, Recognised, TaskReport, evaluation_record
@@ -72,10 +73,18 @@ class Federated:
         grid: where the clients are.
         run: the run's folder.
         fixed: the clients are those of a simulation; one that does not fit is not waited for.
+        metrics: of one's own, called at every evaluation.
     """
 
-    def __init__(self, grid: Grid, run: RunFolder, *, fixed: bool = False) -> None:
-        self._grid, self._run, self._fixed = grid, run, fixed
+    def __init__(
+        self,
+        grid: Grid,
+        run: RunFolder,
+        *,
+        fixed: bool = False,
+        metrics: OwnMetrics | None = None,
+    ) -> None:
+        self._grid, self._run, self._fixed, self._metrics = grid, run, fixed, metrics
         self.config = run.config
         self._away: list[str] = []
         self._started = 0.0
@@ -416,6 +425,8 @@ class Federated:
             )
             for client, reply in screened.accepted.items()
         }
+        images = {c: report.images for c, report in reports.items() if report.images is not None}
+        real = {task.name: task.test for task in self._references}
         return evaluation_record(
             self.config.evaluation,
             server_round,
@@ -424,14 +435,12 @@ class Federated:
             floor,
             final=final,
             seconds=time.perf_counter() - self._started,
-            recognised=Recognised.of(
-                self._recogniser,
-                {c: report.images for c, report in reports.items() if report.images is not None},
-            ),
+            recognised=Recognised.of(self._recogniser, images),
             exchanged=Exchanged(
                 screened.refused, screened.missing, screened.bytes_up, screened.bytes_down
             ),
             result=result_of(self.state) if final else None,
+            own=None if self._metrics is None else self._metrics(real, images),
         )
 
     def _screen_evaluation(
