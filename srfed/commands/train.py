@@ -7,9 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srfed.commands.options import training_parser
+from srfed.commands.sweep import train_many
 from srfed.config import RunConfig
 from srfed.config.model import exclusive_in_words
 from srfed.errors import UserError
@@ -19,13 +21,18 @@ from srfed.paths import relative
 from srfed.reporting.summary import summarise
 from srfed.runs.checks import check_centralised, check_simulation, finished
 from srfed.runs.requested import requested_config
+from srfed.runs.sweep import variants
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from srfed.data import Task
+    from srfed.networks.partition import Shared
+    from srfed.storage.start import Origin
 
 TRAIN, SIMULATE, CENTRALISE = "srfed train", "python -m srfed.simulate", "srfed centralise"
+NEW_ALONE = ("quick", "dry_run", "print_config", "start_from", "seeds", "sweep")
+"""Options of a new run, which a resumed one would ignore."""
 Planned = tuple[RunConfig, "list[Task]"]
 Named = dict[str, str | None]
 """Settings that a command has options of its own for, in YAML; None where not given."""
@@ -129,51 +136,103 @@ def train_by_command(
         UserError: the text says how to go on where there is something to go on with.
         SystemExit: a signal or a closed pipe stopped the run.
     """
-    began, started_at = time.monotonic(), time.time()
+    began = time.monotonic()
     named = {
         "federation.clients": options.clients,
         "data.dir": None if options.data_dir is None else json.dumps(options.data_dir),
         **further,
     }
-    if options.resume is None:
-        source = None if options.start_from is None else RunFolder.open(options.start_from)
-        if options.allow_changed_images:
-            raise UserError(
-                "--allow-changed-images is for --resume: a new run takes the images that are there"
-            )
-        # What is said on the way is no YAML.
-        with redirect_stdout(sys.stderr) if options.print_config else nullcontext():
-            if plan is None:
-                settings = None if source is None else source.config
-                config = requested_config(options.config, options.overrides, named, settings)
-                tasks = check(config)
-            elif (planned := plan(named, source)) is None:
-                return
-            else:
-                config, tasks = planned
-            start = None
-            if source is not None:
-                from srfed.runs.start import start_of
-
-                start = start_of(source.path, config, tasks)
-        if options.print_config:
-            print(config.to_yaml(), end="")
+    asked = options.seeds is not None or bool(options.sweep)
+    if options.resume is not None:
+        run = _reopened(options, named, check)
+        _train_to_end(run, train, f"go on with: {command} --resume {_quoted(run)}", began)
+        return
+    source = None if options.start_from is None else RunFolder.open(options.start_from)
+    if options.allow_changed_images:
+        raise UserError(
+            "--allow-changed-images is for --resume: a new run takes the images that are there"
+        )
+    if asked and options.print_config:
+        raise UserError("--print-config is of one run; leave --seeds and --sweep out")
+    found = variants(options.seeds, options.sweep, options.overrides, named) if asked else []
+    # What is said on the way is no YAML.
+    with redirect_stdout(sys.stderr) if options.print_config else nullcontext():
+        if plan is None:
+            settings = None if source is None else source.config
+            config = requested_config(options.config, options.overrides, named, settings)
+            tasks = check(config)
+        elif (planned := plan(named, source)) is None:
             return
-        run = RunFolder.create(options.run_dir, config, start)
+        else:
+            config, tasks = planned
+
+    def begin(folder: Path | None, config: RunConfig) -> RunFolder:
+        return RunFolder.create(folder, config, _start(source, config, tasks))
+
+    if options.print_config:
+        print(config.to_yaml(), end="")
+    elif asked:
+        train_many(
+            config,
+            found,
+            options.run_dir,
+            begin,
+            lambda run, config: _same_run(run, config, check, allow_changed_images=False),
+            check,
+            lambda run, how: _train_to_end(run, train, how, time.monotonic()),
+        )
     else:
-        for option in ("quick", "dry_run", "print_config", "start_from"):
-            if getattr(options, option, False):
-                name = "from" if option == "start_from" else option.replace("_", "-")
-                raise UserError(
-                    f"--{name} is for a new run: --resume goes on with what the run was begun with"
-                )
-        if options.run_dir is not None:
-            raise UserError("--resume names the run's folder; leave --run-dir out")
-        run = RunFolder.open(options.resume)
-        config = requested_config(options.config or run.config_file, options.overrides, named)
-        run = run.reconfigure(config)
-        record = run.images if run.started or run.images.exists() else None
-        check(config, record, allow_changed_images=options.allow_changed_images)
+        run = begin(options.run_dir, config)
+        _train_to_end(run, train, f"go on with: {command} --resume {_quoted(run)}", began)
+
+
+def _start(
+    source: RunFolder | None, config: RunConfig, tasks: "list[Task]"
+) -> "tuple[Origin, Shared] | None":
+    """The φ that a new run starts from; None where it has initial values of its own."""
+    if source is None:
+        return None
+    from srfed.runs.start import start_of
+
+    return start_of(source.path, config, tasks)
+
+
+def _reopened(
+    options: argparse.Namespace, named: Named, check: "Callable[..., list[Task]]"
+) -> RunFolder:
+    """The run of --resume, checked, under what it is asked for now."""
+    for option in NEW_ALONE:
+        if getattr(options, option, None):
+            name = "from" if option == "start_from" else option.replace("_", "-")
+            raise UserError(
+                f"--{name} is for a new run: --resume goes on with what the run was begun with"
+            )
+    if options.run_dir is not None:
+        raise UserError("--resume names the run's folder; leave --run-dir out")
+    run = RunFolder.open(options.resume)
+    config = requested_config(options.config or run.config_file, options.overrides, named)
+    return _same_run(run, config, check, allow_changed_images=options.allow_changed_images)
+
+
+def _same_run(
+    run: RunFolder,
+    config: RunConfig,
+    check: "Callable[..., list[Task]]",
+    *,
+    allow_changed_images: bool,
+) -> RunFolder:
+    """A run that was begun, under a configuration; checked."""
+    run = run.reconfigure(config)
+    record = run.images if run.started or run.images.exists() else None
+    check(config, record, allow_changed_images=allow_changed_images)
+    return run
+
+
+def _train_to_end(
+    run: RunFolder, train: Callable[[RunFolder], None], how: str, began: float
+) -> None:
+    """Train a run, and say how it went since ``began``; ``how`` to go on where it is stopped."""
+    started_at = time.time()
     if finished(run):
         print(
             f"{relative(run.path)} is finished already; a larger federation.rounds would go on "
@@ -181,15 +240,14 @@ def train_by_command(
         )
     else:
         _announce(run)
-        go_on = f"{command} --resume {shlex.quote(str(relative(run.path)))}"
         try:
             train(run)
         except (KeyboardInterrupt, BrokenPipeError) as stop:
-            tell(f"stopped; go on with: {go_on}")
+            tell(f"stopped; {how}")
             raise SystemExit(status_of(stop)) from None
         except UserError as error:
             text = f"{error}{_last_reason(run, since=started_at)}"
-            raise UserError(f"{text}; once it is mended, go on with: {go_on}") from error
+            raise UserError(f"{text}; once it is mended, {how}") from error
     summary = summarise(MetricsLog(run.metrics), time.monotonic() - began)
     write_bytes(run.summary, f"{summary}\n".encode())
     # What it draws with takes a second to import, which nobody waits for before the run.
@@ -198,6 +256,10 @@ def train_by_command(
     write_report(run)
     print(f"\n{summary}")
     _show_where(run)
+
+
+def _quoted(run: RunFolder) -> str:
+    return shlex.quote(str(relative(run.path)))
 
 
 def _last_reason(run: RunFolder, since: float) -> str:

@@ -83,6 +83,9 @@ EARLY: dict[str, list[list[str]]] = {
         ["--resume", "/nowhere"],
         ["--resume", "/nowhere", "--quick"],
         ["--from", "/nowhere"],
+        ["--seeds", "0,x"],
+        ["--sweep", "training.local_step=1,2"],
+        ["--resume", "/nowhere", "--seeds", "0,1"],
     ],
     "simulate": [
         WRONG_SETTING,
