@@ -41,6 +41,12 @@ def given_tasks(config: DataConfig, given: Any) -> list[Task]:
             of "train" and "test" to two of them. An image is a picture of Pillow's; an array H x W
             or H x W x C; or a tensor H x W or C x H x W; of uint8, or of floats from 0 to 1.
 
+    >>> rng = np.random.default_rng(0)
+    >>> images = rng.random((10, 8, 8))
+    >>> [task] = given_tasks(DataConfig(), {"clinic": images})
+    >>> task.name, task.train.dtype, task.shape, len(task.train) + len(task.test)
+    ('clinic', dtype('uint8'), (8, 8, 1), 10)
+
     Raises:
         UserError: it is none of these; an image is none, or of another shape than the owner's
             first; too few images differ.

@@ -54,6 +54,13 @@ def variants(
         overrides: what is set otherwise, each "section.key=value".
         options: settings that the command has options of its own for; None: not given.
 
+    >>> for run in variants("0,1", ["training.batch_size=8,16"], [], {}):
+    ...     print(run.folder)
+    training.batch_size-8/seed-0
+    training.batch_size-8/seed-1
+    training.batch_size-16/seed-0
+    training.batch_size-16/seed-1
+
     Raises:
         UserError: they are no such lists, or a setting is said twice.
     """
