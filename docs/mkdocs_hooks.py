@@ -9,6 +9,5 @@ from typing import Any
 def on_page_content(html: str, **_: Any) -> str:
     """Without Sphinx's roles, and without links that lead out of the site."""
     html = re.sub(r":(?:class|func|meth|mod|data|attr):(?=<code>|`)", "", html)
-    return re.sub(
-        r'<a href="\.\./(?:\.\./)*(?:CONTRIBUTING|srfed|README)[^"]*">(.*?)</a>', r"\1", html
-    )
+    outside = r'<a href="(?:\.\./)+(?:CONTRIBUTING|README|srfed/|examples/)[^"]*">(.*?)</a>'
+    return re.sub(outside, r"\1", html)
