@@ -2,7 +2,7 @@
 # # A federation in a notebook
 #
 # Open this file in VS Code, or in Jupyter with jupytext; `# %%` begins a cell. As it stands it
-# takes two minutes or so on two cores.
+# takes about a minute.
 
 # %% A look at it: a small network, few rounds
 settings = [

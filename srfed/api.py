@@ -48,7 +48,7 @@ def train(
     metrics: "Mapping[str, Metric] | None" = None,
     run_dir: str | Path | None = None,
     resume: bool = False,
-    start_from: str | Path | None = None,
+    start_from: "str | Path | Run | None" = None,
 ) -> "Run":
     """Train a run to its last evaluation: a simulated federation, or one party with all images.
 
@@ -62,7 +62,7 @@ def train(
             column "image", arrays); one data set with labels; or a partitioner of flwr-datasets:
             see :func:`srfed.data.given.given_tasks`. They are converted once and kept in the run's
             folder, and their number is the number of clients. All images of all owners are in
-            memory twice while that is done, at a byte a value.
+            memory three times while that is done, at a byte a value.
         network: a class of your own, :class:`srfed.networks.network.Network`; None takes that of
             ``config.model``. It must stand in a module that every process can import; its options
             are ``model.options``.
@@ -74,7 +74,7 @@ def train(
         run_dir: the run's folder, new or empty; None takes runs/<name>-<time>.
         resume: go on with the run in ``run_dir``, which must have been begun with this
             configuration and these tasks; a larger ``federation.rounds`` is allowed.
-        start_from: the folder of a trained run whose averaged φ the new run starts from, in place
+        start_from: a trained run, or its folder, whose averaged φ the new run starts from, in place
             of initial values; its owners are new, and so is every θ_i. ``model`` and ``diffusion``
             must be that run's. φ is kept in the new run's folder, and its digest in run.json.
 
@@ -90,9 +90,10 @@ def train(
         tasks = given_tasks(config.data, tasks)
     if network is not None:
         config = _with_network(config, network)
-    if resume and start_from is not None:
+    origin = start_from.path if isinstance(start_from, Run) else start_from
+    if resume and origin is not None:
         raise UserError(
-            f"start_from = {start_from} is for a new run: what {run_dir} was begun with is in its "
+            f"start_from = {origin} is for a new run: what {run_dir} was begun with is in its "
             "folder"
         )
     if metrics:
@@ -100,7 +101,7 @@ def train(
 
         # Before anything is written.
         OwnMetrics(metrics, config)
-    source = None if start_from is None else Path(start_from)
+    source = None if origin is None else Path(origin)
     run = _resumed(config, tasks, folder) if resume else _begun(config, tasks, folder, source)
     if not finished(run):
         from srfed.reporting.curves import Curves

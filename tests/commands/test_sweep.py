@@ -27,7 +27,7 @@ SETTINGS = {**CHEAP, "federation.rounds": 1, "federation.clients": 1, "sampling.
 def sweep(folder: Path, config: Path) -> "CompletedProcess[str]":
     return run_here(
         *("simulate", "--config", config, "--run-dir", folder, "--seeds", "3,4"),
-        *("--sweep", "training.learning_rate=0.001,0.01"),
+        *("--sweep", "training.learning_rate=0.01"),
     )
 
 
@@ -44,9 +44,7 @@ def test_every_value_runs_with_every_seed_and_what_is_finished_is_not_run_again(
     root = tmp_path / "root"
     done = sweep(root, config)
     assert done.returncode == 0, done.stderr
-    folders = [
-        f"training.learning_rate-{rate}/seed-{seed}" for rate in (0.001, 0.01) for seed in (3, 4)
-    ]
+    folders = [f"training.learning_rate-0.01/seed-{seed}" for seed in (3, 4)]
     assert all((root / folder / "report.html").exists() for folder in folders)
     # One of them is the run of a single command.
     one = json.loads(tiny_config({**SETTINGS, "training.learning_rate": 0.01}).to_json())
@@ -54,26 +52,23 @@ def test_every_value_runs_with_every_seed_and_what_is_finished_is_not_run_again(
         srfed.RunConfig.model_validate_json(json.dumps({**one, "seed": 4})),
         run_dir=tmp_path / "alone",
     )
-    last = RunFolder.open(root / folders[3])
+    last = RunFolder.open(root / folders[1])
     bits = all_bits(last)
     assert bits == all_bits(RunFolder.open(alone.path))
     losses = [MetricsLog(root / f / "metrics.jsonl").rounds()[-1]["loss"] for f in folders]
     table = (root / "summary.txt").read_text()
-    for first in (0, 2):
-        own = losses[first : first + 2]
-        assert f"{np.mean(own):.4g} ± {np.std(own, ddof=1):.2g}" in table
+    assert f"{np.mean(losses):.4g} ± {np.std(losses, ddof=1):.2g}" in table
     assert table in done.stdout
     rows = list(csv.DictReader((root / "scores.csv").read_text().splitlines()))
     assert [float(row["training loss"]) for row in rows] == losses
-    assert [(row["training.learning_rate"], row["seed"]) for row in rows] == [
-        *(("0.001", "3"), ("0.001", "4"), ("0.01", "3"), ("0.01", "4"))
-    ]
+    settings = [(row["training.learning_rate"], row["seed"]) for row in rows]
+    assert settings == [("0.01", "3"), ("0.01", "4")]
     # Stopped before the last one had its first checkpoint.
     shutil.rmtree(last.server)
     shutil.rmtree(last.clients)
     again = sweep(root, config)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("is finished already") == 3
+    assert again.stdout.count("is finished already") == 1
     assert all_bits(last) == bits
     assert (root / "summary.txt").read_text() == table
 

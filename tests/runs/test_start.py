@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor, equal
 import srfed
 from srfed.config import RunConfig
 from srfed.data import load_tasks
-from srfed.records import RoundRecord
+from srfed.records import RoundRecord, TaskInfo
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.start import load_start
 from support.commands import run_here
@@ -47,7 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def started(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> srfed.Run:
     folder = tmp_path_factory.mktemp("start") / "run"
-    return srfed.train(*new_owners(), run_dir=folder, start_from=trained)
+    return srfed.train(*new_owners(), run_dir=folder, start_from=srfed.open_run(trained))
 
 
 def test_phi_is_the_trained_average_and_theta_is_fresh(trained: Path, started: srfed.Run) -> None:
@@ -71,6 +71,13 @@ def test_where_it_comes_from_is_on_record(trained: Path, started: srfed.Run) -> 
     assert len(bytes.fromhex(origin["sha256"])) == hashlib.sha256().digest_size
     assert origin["sha256"][:12] in (started.path / "report.html").read_text()
     assert "start" not in json.loads((trained / "run.json").read_text())
+
+
+class StopAtOnce(srfed.Observer):
+    """With the checkpoint of round 0."""
+
+    def on_begin(self, tasks: Sequence[TaskInfo], last_round: int) -> None:
+        raise KeyboardInterrupt
 
 
 class Stop(srfed.Observer):
@@ -127,13 +134,10 @@ def test_another_network_is_refused_by_the_setting_before_anything_is_written(
 def test_images_of_other_channels_are_refused_where_what_meets_them_is_shared(
     tmp_path: Path,
 ) -> None:
-    shared = {
-        **SHORT,
-        "model.exclusive_stages": "none",
-        "federation.rounds": 1,
-        "federation.clients": 1,
-    }
-    source = srfed.train(tiny_config(shared), run_dir=tmp_path / "source").path
+    shared = tiny_config({**SHORT, "model.exclusive_stages": "none", "federation.clients": 1})
+    source = tmp_path / "source"
+    with pytest.raises(KeyboardInterrupt):
+        srfed.train(shared, run_dir=source, observers=[StopAtOnce()])
     config, tasks = new_owners(model__exclusive_stages="none", data__channels=3)
     text = message_of(
         lambda: srfed.train(config, tasks, run_dir=tmp_path / "run", start_from=source)
@@ -155,6 +159,7 @@ def test_the_command_takes_the_network_of_the_run_it_starts_from(
     run = RunFolder.open(tmp_path / "run")
     assert run.config.model == RunFolder.open(trained).config.model != RunConfig().model
     assert (run.path / "start" / "manifest.json").exists()
+    assert f"starts from {trained}, round 2 (φ " in done.stdout
     again = run_here("simulate", "--resume", run.path, "--from", trained)
     assert again.returncode == 2
     assert "--from is for a new run" in again.stderr
