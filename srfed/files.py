@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -128,6 +129,52 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
         remove_folder(temporary, files)
         raise UserError(f"cannot write {path}: {_why(error)}") from error
     _sync_folder_of(path)
+
+
+@contextmanager
+def written_tree(path: Path, *, private: bool = True) -> Iterator[Path]:
+    """A folder with folders in it, to be filled in the block: it appears complete, when that ends,
+    or not at all.
+
+    Args:
+        path: the folder; it may exist, and must be empty then.
+        private: as of :func:`write_bytes`.
+
+    Yields:
+        The folder to fill, which has the same name and lies beside; plain writes will do.
+
+    Raises:
+        UserError: the folder holds something already, or cannot be written; nothing is left of the
+            attempt.
+    """
+    refuse_used(path)
+    temporary = _temporary(path)
+    filled = temporary / path.absolute().name
+    try:
+        try:
+            make_folder(temporary.parent, private=private)
+            make_folder(temporary)
+            make_folder(filled, private=private)
+            yield filled
+            for place, _, names in os.walk(filled):
+                for name in names:
+                    with open(os.path.join(place, name), "rb") as file:
+                        _sync(file.fileno(), _NO_SYNC)
+                _sync_folder(Path(place))
+            os.rename(filled, path)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {_why(error)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sync_folder_of(path)
+
+
+def refuse_used(path: Path) -> None:
+    """Raise UserError where a new folder cannot be made: something else is there, or it holds
+    something.
+    """
+    if exists(path) and (not path.is_dir() or list_folder(path)):
+        raise UserError(f"{path} is not an empty folder; name another one, new or empty")
 
 
 def try_output(path: Path | None) -> None:

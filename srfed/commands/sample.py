@@ -33,7 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a deployed site's own store, <state-dir>/<client-id>",
     )
     parser.add_argument(
-        "--task", metavar="TASK", help="a task's name or position; default: every task"
+        "--task",
+        action="extend",
+        nargs="+",
+        metavar="TASK",
+        help="names or positions of tasks; repeatable; default: every task",
     )
     parser.add_argument(
         "--n", type=int, default=64, metavar="N", help="images of each task (default 64)"
@@ -65,6 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="also write `images` (uint8 N x H x W x C) and `tasks` (the name of each image's "
         "task)",
     )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="also write each image as DIR/TASK/NUMBER.png, as torchvision's ImageFolder and srfed "
+        "train read it; a new or empty folder",
+    )
     options = parser.parse_args(arguments)
     return run_command(lambda: _sample(options))
 
@@ -72,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _sample(options: argparse.Namespace) -> None:
     from srfed.config import load_config
     from srfed.errors import UserError
+    from srfed.files import refuse_used, try_output, write_bytes
     from srfed.runs.requested import requested_sampling
     from srfed.storage.run_folder import RunFolder
 
@@ -81,15 +93,16 @@ def _sample(options: argparse.Namespace) -> None:
     given = options.sampler, options.steps, options.eta, options.guidance
     if options.run is not None:
         requested_sampling(RunFolder.open(options.run).config, *given)
+    if options.folder is not None:
+        refuse_used(options.folder)
     # Importing torch takes seconds: what is wrong with the options is said before.
     import numpy as np
     import torch
     from tqdm import tqdm
 
     from srfed.evaluation.generation import generate
-    from srfed.files import try_output, write_bytes
     from srfed.model import check_guidance
-    from srfed.reporting.pictures import draw_grid, write_png
+    from srfed.reporting.pictures import draw_grid, write_image_folder, write_png
     from srfed.runs.run import TrainedRun, TrainedSite
 
     out = options.out or Path("samples.png")
@@ -103,7 +116,8 @@ def _sample(options: argparse.Namespace) -> None:
     sampling = requested_sampling(trained.config, *given)
     check_guidance(trained.config.model_copy(update={"sampling": sampling}), trained.partition)
     torch.set_num_threads(trained.config.resources.client_cpus)
-    tasks = trained.tasks if options.task is None else [trained.find_task(options.task)]
+    wanted = options.task or []
+    tasks = list(dict.fromkeys(map(trained.find_task, wanted))) if wanted else trained.at_hand
     images = {}
     for task in tqdm(tasks, desc="sampling", unit="task", disable=None, leave=False):
         images[task.task] = generate(
@@ -116,6 +130,8 @@ def _sample(options: argparse.Namespace) -> None:
             task=task.client,
         ).images
     write_png(out, draw_grid(_rows(images)), private=False)
+    if options.folder is not None:
+        write_image_folder(options.folder, images)
     print(f"{options.n} images of {len(tasks)} tasks after round {trained.round}: {out}")
     if options.npz is not None:
         buffer = io.BytesIO()
@@ -128,6 +144,8 @@ def _sample(options: argparse.Namespace) -> None:
         np.savez_compressed(buffer, **arrays)
         write_bytes(options.npz, buffer.getvalue(), private=False)
         print(f"as numbers: {options.npz}")
+    if options.folder is not None:
+        print(f"as files: {options.folder}")
 
 
 def _rows(images: "Mapping[str, Images]") -> "Mapping[str, Images]":

@@ -15,6 +15,8 @@ COMMANDS = {
     "report": ("srfed.commands.report:main", "make a run's page, report.html, again"),
     "watch": ("srfed.commands.watch:main", "see a run's page while it goes on"),
     "compare": ("srfed.commands.compare:main", "set runs beside each other"),
+    "export": ("srfed.commands.export:main", "write a task's model as a folder for diffusers"),
+    "share": ("srfed.commands.share:main", "copy a run without what is its owners' alone"),
     "deploy": ("srfed.commands.deploy:main", "run a federation on real machines"),
     "schema": ("srfed.commands.schema:main", "print the settings as a JSON schema, for editors"),
     "completion": ("srfed.commands.completion:main", "print a script that completes in the shell"),

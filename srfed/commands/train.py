@@ -298,7 +298,9 @@ def _announce(run: RunFolder) -> None:
     for line in describe_images(config.data, config.federation.clients):
         print(line)
     if origin := read_json(run.identity_file).get("start"):
-        print(f"starts from {origin['run']}, round {origin['round']} (φ {origin['sha256'][:12]})")
+        print(
+            f"starts from {origin['run']}, round {origin['round']} (φ {origin['phi_sha256'][:12]})"
+        )
     print(f"run folder: {run.path}")
     print(f"follow it:  srfed watch {shlex.quote(str(relative(run.path)))}")
     print(f"curves:     tensorboard --logdir {relative(run.tensorboard)}", flush=True)

@@ -16,6 +16,12 @@ class EvaluationConfig(Section):
         "client sends mean and scatter of their features and of its own images' features, and no "
         "image leaves it",
     )
+    clients: int | None = setting(
+        None,
+        ge=1,
+        decides="scores",
+        description="clients drawn for an evaluation; null takes all of them",
+    )
     every: int = setting(
         10,
         ge=0,
@@ -26,7 +32,8 @@ class EvaluationConfig(Section):
         1000,
         ge=2,
         decides="scores",
-        description="generated images scored at the end, in equal shares of all tasks, rounded up",
+        description="generated images scored at the end, in equal shares of the clients that are "
+        "asked, rounded up",
     )
     samples_between: int = setting(
         200,

@@ -81,7 +81,11 @@ class RunConfig(Section):
             for value in values:
                 if value > timesteps:
                     raise ValueError(f"{name} {value} is above diffusion.timesteps {timesteps}")
-        clients = self.federation.clients
+        if (drawn := self.evaluation.clients) and drawn > self.federation.clients:
+            raise ValueError(
+                f"evaluation.clients {drawn} is above federation.clients {self.federation.clients}"
+            )
+        clients = self.evaluated_clients
         for name in ("samples", "samples_between"):
             value = getattr(self.evaluation, name)
             if value < 2 * clients:
@@ -127,6 +131,12 @@ class RunConfig(Section):
                     f"evaluation.mode {self.evaluation.mode} needs reference images at the server, "
                     "and data.dataset sites has none; allowed: statistics"
                 )
+            if self.evaluation.clients is not None:
+                raise ValueError(
+                    f"evaluation.clients {self.evaluation.clients} is for simulations: under "
+                    "data.dataset sites an evaluation also brings each site its model; allowed: "
+                    "null"
+                )
             if self.training.control_variates and self.training.gradient_clip is None:
                 raise ValueError(
                     "training.control_variates true needs training.gradient_clip under "
@@ -163,11 +173,12 @@ class RunConfig(Section):
                 f"federation.compare {self.federation.compare} needs training.method federated, "
                 f"not {training.method}"
             )
-        if self.federation.clients_per_round is not None:
-            raise ValueError(
-                "federation.clients_per_round needs training.method federated, not "
-                f"{training.method}"
-            )
+        for name, value in (
+            ("federation.clients_per_round", self.federation.clients_per_round),
+            ("evaluation.clients", self.evaluation.clients),
+        ):
+            if value is not None:
+                raise ValueError(f"{name} needs training.method federated, not {training.method}")
         size = training.centralised_batch_size or training.batch_size
         if training.method == "balanced" and size % clients:
             raise ValueError(
@@ -181,6 +192,11 @@ class RunConfig(Section):
                 f"{clients * (training.local_steps or 0) * training.batch_size} images (clients "
                 "times local_steps times batch_size)"
             )
+
+    @property
+    def evaluated_clients(self) -> int:
+        """How many clients an evaluation asks."""
+        return self.evaluation.clients or self.federation.clients
 
     def evaluation_due(self, round_number: int) -> bool:
         """Whether an evaluation follows this round: every so many, and at the end."""

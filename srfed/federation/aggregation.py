@@ -1,7 +1,8 @@
 """What the server does with the clients' φ_i: weights, mean update, server optimizer, disagreement.
 
 Everything is summed in float64 and in the order of the clients' ids, so that the order in which
-replies arrive changes no bit.
+replies arrive changes no bit; each update is added when its turn comes and then let go, so that the
+server needs as much memory for a thousand clients as for ten.
 """
 
 import math
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,36 +65,137 @@ def client_weights(
     return weights
 
 
-def weighted_mean(
-    members: Mapping[str, Tensors], weights: Mapping[str, float]
-) -> dict[str, Tensor]:
-    """Σ p_i x_i for every tensor, float64, over the clients in sorted order."""
-    mean: dict[str, Tensor] = {}
-    for client in sorted(members):
-        for name, tensor in members[client].items():
-            term = weights[client] * tensor.double()
-            mean[name] = mean[name] + term if name in mean else term
-    return mean
+class UpdateSum:
+    """Σ p_i Δ_i, Σ p_i ‖Δ_i‖² and Σ p_i c_i of a round, of which one client after another is added.
+
+    p_i are known when all clients are: what is summed is n_i Δ_i, with n_i = 1 or m_i, and divided
+    at the end. The few that ``federation.largest_weight`` may hold back are kept apart until then.
+
+    Args:
+        settings: how clients are weighed.
+        start: φ̂, what came to the clients; what their φ_i is the change of.
+    """
+
+    def __init__(self, settings: FederationConfig, start: Tensors) -> None:
+        self._settings = settings
+        self._shapes = {name: tensor.shape for name, tensor in start.items()}
+        self._start = self._flat(start)
+        self._sum = _Term(torch.zeros_like(self._start), None, 0.0)
+        self._apart: dict[str, _Term] = {}
+        self._most_apart = 0
+        if settings.weights == "examples" and settings.largest_weight < 1:
+            self._most_apart = int(1 / settings.largest_weight)
+        self._examples: dict[str, int] = {}
+
+    def add(
+        self, client: str, update: Tensors, examples: int, control: Tensors | None = None
+    ) -> None:
+        """Add a client; it is the last one by id.
+
+        Args:
+            client: its id, later than those of all clients before.
+            update: φ_i; nothing of it is kept.
+            examples: m_i.
+            control: c_i of control variates; of all clients or of none.
+        """
+        change = self._flat(update).sub_(self._start)
+        term = _Term(
+            change,
+            self._flat(control) if control else None,
+            # numpy sums in pairs, whatever the number of threads.
+            float(np.add.reduce(np.square(change.numpy()))),
+        )
+        self._examples[client] = examples
+        if not self._most_apart:
+            self._sum.add(term, 1.0 if self._settings.weights == "uniform" else examples)
+            return
+        self._apart[client] = term
+        if len(self._apart) > self._most_apart:
+            least = min(self._apart, key=lambda one: (self._examples[one], one))
+            self._sum.add(self._apart.pop(least), self._examples[least])
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """p_i of the clients added so far."""
+        settings = self._settings
+        return client_weights(settings.weights, self._examples, settings.largest_weight)
+
+    def mean(self) -> "UpdateMean":
+        """The sums over the clients added so far, of which there is at least one."""
+        weights, whole = self.weights, self._sum
+        scale = 0.0
+        if rest := [client for client in weights if client not in self._apart]:
+            number = 1 if self._settings.weights == "uniform" else self._examples[rest[0]]
+            scale = weights[rest[0]] / number
+        control = None if whole.control is None else whole.control * scale
+        mean = _Term(whole.change * scale, control, whole.squares * scale)
+        for client, term in self._apart.items():
+            mean.add(term, weights[client])
+        return UpdateMean(
+            change=self._members(mean.change),
+            squares=mean.squares,
+            control={} if mean.control is None else self._members(mean.control),
+            weights=weights,
+        )
+
+    def _flat(self, tensors: Tensors) -> Tensor:
+        # torch refuses to join nothing, which is what is shared where all is exclusive.
+        nothing = torch.zeros(0, dtype=torch.float64)
+        return torch.cat([nothing, *(tensors[name].reshape(-1).double() for name in self._shapes)])
+
+    def _members(self, flat: Tensor) -> dict[str, Tensor]:
+        parts = flat.split([math.prod(shape) for shape in self._shapes.values()])
+        return {
+            name: part.reshape(shape)
+            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+        }
+
+
+@dataclass
+class _Term:
+    """Flat Δ_i, c_i and ‖Δ_i‖², or sums of them."""
+
+    change: Tensor
+    control: Tensor | None
+    squares: float
+
+    def add(self, other: "_Term", weight: float) -> None:
+        self.change.add_(other.change, alpha=weight)
+        self.squares += weight * other.squares
+        if other.control is not None:
+            if self.control is None:
+                self.control = torch.zeros_like(other.control)
+            self.control.add_(other.control, alpha=weight)
+
+
+@dataclass(frozen=True)
+class UpdateMean:
+    """What the clients of a round have sent, in the mean.
+
+    Attributes:
+        change: Σ p_i Δ_i, float64, by φ's names.
+        squares: Σ p_i ‖Δ_i‖².
+        control: Σ p_i c_i, float64; empty without control variates.
+        weights: p_i by client.
+    """
+
+    change: dict[str, Tensor]
+    squares: float
+    control: dict[str, Tensor]
+    weights: dict[str, float]
 
 
 def aggregate(
-    settings: FederationConfig,
-    shared: Tensors,
-    updates: Mapping[str, Tensors],
-    weights: Mapping[str, float],
-    optimizer: Tensors,
-    start: Tensors | None = None,
+    settings: FederationConfig, shared: Tensors, mean: UpdateMean, optimizer: Tensors
 ) -> Aggregate:
-    """φ^{r+1} = φ^r + ServerOptimizer(Σ p_i (φ_i - φ^r)), or φ_i - φ̂ where the clients began at
-    φ̂.
+    """φ^{r+1} = φ^r + ServerOptimizer(Σ p_i Δ_i), with Δ_i = φ_i - φ^r, or φ_i - φ̂ where the
+    clients began at φ̂.
 
     Args:
         settings: which server optimizer, and its constants.
         shared: φ^r.
-        updates: φ_i by client, at least one.
-        weights: p_i by client.
+        mean: of the clients' changes.
         optimizer: the optimizer's state after the last round; empty at first.
-        start: φ̂, what came to the clients in place of φ^r; None where that is φ^r itself.
 
     FedAvgM is Hsu et al. (2019): m ← β m + Δ, φ ← φ + η m. FedAdam is Reddi et al. (2021),
     Algorithm 2: m ← β1 m + (1 - β1) Δ, v ← β2 v + (1 - β2) Δ², φ ← φ + η m / (√v + τ). FedExP is
@@ -101,29 +204,20 @@ def aggregate(
     p_i², what it is where clients move at right angles; updates that cancel each other are not
     stretched beyond.
     """
-    began = shared if start is None else start
-    deltas = {
-        client: {name: update[name].double() - began[name].double() for name in shared}
-        for client, update in updates.items()
-    }
-    mean = weighted_mean(deltas, weights)
-    total = sum(weights[client] * _squared_norm(deltas[client]) for client in sorted(deltas))
-    rate = settings.server_learning_rate
+    rate, together = settings.server_learning_rate, _squared_norm(mean.change)
     if settings.server_optimizer == "extrapolate":
-        right_angles = 1 / sum(weight**2 for weight in weights.values())
-        rate *= max(1.0, min(total / (_squared_norm(mean) or math.inf), right_angles) / 2)
-    steps, state = _server_step(settings, mean, rate, optimizer)
+        right_angles = 1 / sum(weight**2 for weight in mean.weights.values())
+        rate *= max(1.0, min(mean.squares / (together or math.inf), right_angles) / 2)
+    steps, state = _server_step(settings, mean.change, rate, optimizer)
     moved = {name: (shared[name].double() + steps[name]).to(shared[name].dtype) for name in shared}
     changes = {name: moved[name].double() - shared[name].double() for name in shared}
-    spread = sum(
-        weights[client] * _squared_norm({name: deltas[client][name] - mean[name] for name in mean})
-        for client in sorted(deltas)
-    )
+    # Σ p_i ‖Δ_i - Δ̄‖² = Σ p_i ‖Δ_i‖² - ‖Δ̄‖², as Σ p_i = 1.
+    spread = max(0.0, mean.squares - together)
     return Aggregate(
         shared=moved,
         optimizer=state,
         update_norm=_squared_norm(changes) ** 0.5,
-        disagreement=(spread / total) ** 0.5 if total else 0.0,
+        disagreement=(spread / mean.squares) ** 0.5 if mean.squares else 0.0,
     )
 
 
@@ -155,4 +249,4 @@ def _server_step(
 
 
 def _squared_norm(tensors: Tensors) -> float:
-    return float(sum(tensor.square().sum() for tensor in tensors.values()))
+    return sum(float(np.add.reduce(np.square(t.numpy()), axis=None)) for t in tensors.values())

@@ -1,6 +1,7 @@
 """Pictures of images: a labelled grid, one row a task, and its PNG."""
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,12 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from srfed.files import write_bytes
+from srfed.errors import UserError
+from srfed.files import write_bytes, written_tree
 
 Images = NDArray[np.uint8]
 SMALLEST_CELL = 56
 GAP = 2
 LABEL_SIZE = 13
+LONGEST_FOLDER = 100
+RESERVED = re.compile(r"con|prn|aux|nul|com\d|lpt\d", re.IGNORECASE)
+"""What no file may be called in Windows, whatever its ending."""
 
 
 def draw_grid(rows: Mapping[str, Images], titles: Sequence[str] = ()) -> Images:
@@ -71,3 +76,51 @@ def write_png(path: Path, picture: Images, *, private: bool = True) -> None:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG")
     write_bytes(path, buffer.getvalue(), private=private)
+
+
+def write_image_folder(path: Path, images: Mapping[str, Images]) -> None:
+    """Write images as a folder of PNG files with one folder for each task, all of it or nothing;
+    torchvision's ``ImageFolder`` reads it, and so does ``data.dataset: folder``.
+
+    Args:
+        path: the folder; new or empty.
+        images: uint8 N x H x W x C by task.
+
+    Raises:
+        UserError: it holds something already, cannot be written, or the images have a number of
+            channels that PNG has not.
+    """
+    for task, group in images.items():
+        if group.shape[-1] not in (1, 2, 3, 4):
+            raise UserError(
+                f"images of task {task!r} have {group.shape[-1]} channels; allowed in a PNG: 1 to "
+                "4; take --npz"
+            )
+    with written_tree(path, private=False) as folder:
+        for name, group in zip(folder_names(list(images)), images.values(), strict=True):
+            (folder / name).mkdir()
+            # As wide as the last number, so that their order by name is their order.
+            digits = max(5, len(str(len(group) - 1)))
+            for number, image in enumerate(group):
+                pixels = image[..., 0] if image.shape[-1] == 1 else image
+                Image.fromarray(pixels).save(folder / name / f"{number:0{digits}d}.png")
+
+
+def folder_names(titles: Sequence[str]) -> list[str]:
+    """Names of folders for different titles, in their order, that every file system can tell apart:
+    letters, digits and . _ - alone, none twice in whatever case, none that Windows keeps for
+    itself. A title that is such a name already keeps it.
+    """
+    found: dict[str, str] = {}
+    for title in sorted(titles, key=lambda title: _plain(title) != title):
+        name, number = _plain(title), 1
+        while name.casefold() in {other.casefold() for other in found.values()}:
+            number += 1
+            name = f"{_plain(title)}-{number}"
+        found[title] = name
+    return [found[title] for title in titles]
+
+
+def _plain(title: str) -> str:
+    name = re.sub(r"[^\w.-]+", "_", title, flags=re.ASCII)[:LONGEST_FOLDER].strip(".") or "_"
+    return f"_{name}" if RESERVED.fullmatch(name.partition(".")[0]) else name

@@ -94,7 +94,11 @@ def render_report(run: RunFolder, real: RealImages, *, refresh: int | None = Non
         done=rounds[-1]["round"] if rounds else 0,
         asked=config.federation.rounds,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        simulated=run.has_every_party,
+        where="a copy to pass on"
+        if run.copied_tasks is not None
+        else "simulated"
+        if run.has_every_party
+        else "deployed",
         method=config.training.method,
         tasks=tasks,
         sums=sums,
@@ -118,7 +122,9 @@ def _identity(run: RunFolder) -> dict[str, Any]:
     content = read_json(run.identity_file)
     shown = {name: value for name, value in content.items() if name in IDENTITY}
     if found := content.get("start"):
-        shown["starts from"] = f"{found['run']}, round {found['round']}, φ {found['sha256'][:12]}"
+        shown["starts from"] = (
+            f"{found['run']}, round {found['round']}, φ {found['phi_sha256'][:12]}"
+        )
     return shown
 
 
@@ -233,6 +239,18 @@ def _changed(config: RunConfig) -> list[tuple[str, Any, Any]]:
 def _commands(run: RunFolder, ended: bool) -> list[tuple[str, str]]:
     """What one may do next, and how it is typed where the run's folder stands."""
     path = shlex.quote(run.path.name)
+    if (kept := run.copied_tasks) is not None:
+        one = f" --task {shlex.quote(kept[0])}" if len(kept) == 1 else ""
+        return [
+            *(
+                [("sample", f"srfed sample --run {path}{one} --n 64 --out samples.png")]
+                if kept
+                else []
+            ),
+            ("a new owner", f"srfed adapt --run {path} --data FOLDER --images 50"),
+            ("compare with another run", f"srfed compare {path} OTHER_RUN"),
+            ("make this page again", f"srfed report {path}"),
+        ]
     if not run.has_every_party:
         return [
             ("sample, at a site", "srfed sample --store STATE_DIR/CLIENT --n 64 --out samples.png"),

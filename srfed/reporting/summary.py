@@ -1,5 +1,6 @@
 """The short table at the end of a run, made from metrics.jsonl alone."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -8,6 +9,9 @@ from srfed.records import Comparison, ResultRound, TaskInfo
 from srfed.reporting.joining import joining_table
 from srfed.storage.metrics_log import MetricsLog
 from srfed.units import bytes_in_words, seconds_in_words
+
+MOST_ROWS = 40
+"""Tasks that have a row each in the table."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +68,37 @@ def _table(log: MetricsLog, evaluation: dict[str, Any]) -> list[str]:
     ssim = f"SSIM-rec@{evaluation['ssim_timestep']}"
     losses = log.rounds()[-1]["loss_by_client"] if log.rounds() else {}
     tasks = log.tasks()
-    width = max([len("all tasks"), *(len(task.task) for task in tasks)])
     recognised = evaluation.get("recognised_by_client", {})
+    rows: list[tuple[str, list[float | None]]] = [
+        (
+            task.task,
+            [
+                task.images,
+                *(
+                    by_client.get(task.client)
+                    for by_client in (
+                        losses,
+                        evaluation["score_by_client"],
+                        evaluation["ssim_by_client"],
+                        recognised,
+                    )
+                ),
+            ],
+        )
+        for task in tasks
+    ]
+    many = len(rows) > MOST_ROWS
+    if many:
+        rows = _quantiles([values for _, values in rows])
+    width = max(len(name) for name in ("all tasks", *(name for name, _ in rows)))
     lines = [
         f"{'task':<{width}}  {'images':>7}  {'loss':>7}  {score:>12}  {ssim:>12}"
         + ("  recognised" if recognised else "")
     ]
-    for task in tasks:
+    for name, (images, loss, own, similarity, share) in rows:
         lines.append(
-            f"{task.task:<{width}}  {task.images:>7,}  {_cell(losses.get(task.client), 7, 4)}  "
-            f"{_cell(evaluation['score_by_client'].get(task.client), 12, 3)}  "
-            f"{_cell(evaluation['ssim_by_client'].get(task.client), 12, 3)}"
-            + (f"  {_cell(recognised.get(task.client), 10, 2)}" if recognised else "")
+            f"{name:<{width}}  {images:>7,.0f}  {_cell(loss, 7, 4)}  {_cell(own, 12, 3)}  "
+            f"{_cell(similarity, 12, 3)}" + (f"  {_cell(share, 10, 2)}" if recognised else "")
         )
     last = log.rounds()[-1]["loss"] if log.rounds() else None
     overall = evaluation["ssim"].get(str(evaluation["ssim_timestep"]))
@@ -84,9 +107,32 @@ def _table(log: MetricsLog, evaluation: dict[str, Any]) -> list[str]:
         f"{_cell(evaluation['score'], 12, 3)}  {_cell(overall, 12, 3)}"
         + (f"  {_cell(evaluation['recognised'], 10, 2)}" if recognised else "")
     )
-    lines += ["", *scores_in_words(tasks, evaluation)]
+    lines.append("")
+    if many:
+        judged = len(evaluation["score_by_client"])
+        lines.append(
+            f"least, median and greatest of {len(tasks):,} tasks, of which {judged:,} were judged, "
+            "each column by itself; every task is in metrics.jsonl"
+        )
+    lines += scores_in_words(tasks, evaluation)
     compared = comparisons_of(tasks, evaluation)
     return [*lines, "", *joining_table(compared)] if compared else lines
+
+
+def _quantiles(
+    tasks: Sequence[Sequence[float | None]],
+) -> list[tuple[str, list[float | None]]]:
+    """A row each for the least, the median and the greatest of every column; None where it has
+    none.
+    """
+    columns = [
+        [value for value in column if value is not None] for column in zip(*tasks, strict=True)
+    ]
+    named = (("least", min), ("median", statistics.median), ("greatest", max))
+    return [
+        (name, [quantile(column) if column else None for column in columns])
+        for name, quantile in named
+    ]
 
 
 def scores_in_words(tasks: Sequence[TaskInfo], evaluation: Mapping[str, Any]) -> list[str]:

@@ -29,7 +29,7 @@ from srfed.storage.checkpoint import check_tensors
 from srfed.storage.client_store import ClientStore
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
-from srfed.storage.server_checkpoints import ServerCheckpoints
+from srfed.storage.server_checkpoints import RunState, ServerCheckpoints
 from srfed.storage.site_model import SiteModel
 from srfed.training.part import ClientState, initial_state, load_tensors
 
@@ -56,9 +56,9 @@ class TrainedSite:
         self.config, self.round, self.shapes = stored.config, stored.round, [stored.shape]
         self.device = resolve_device(resources)
         model = build_model(self.config, stored.shape[-1])
-        self.shared, exclusive = stored.tensors
-        check_tensors(str(stored.path), {**self.shared, **exclusive}, model.state_dict())
-        load_tensors(model, self.shared, exclusive)
+        self.shared, self._exclusive = stored.tensors
+        check_tensors(str(stored.path), {**self.shared, **self._exclusive}, model.state_dict())
+        load_tensors(model, self.shared, self._exclusive)
         self.partition = build_partition(self.config, model)
         self._model = model.to(self.device).eval()
         self._forwards = captured_forwards(self._model, resources, self.device)
@@ -82,6 +82,15 @@ class TrainedSite:
         guided.
         """
         return denoiser_of_task(self.objective, self._model, None, self._forwards)
+
+    def exclusive_of(self, task: TaskInfo) -> dict[str, Tensor]:
+        """The averaged θ_i."""
+        return self._exclusive
+
+    @property
+    def at_hand(self) -> list[TaskInfo]:
+        """The tasks that can be sampled here: its own."""
+        return self.tasks
 
 
 class TrainedRun:
@@ -121,9 +130,11 @@ class TrainedRun:
         self.objective = build_objective(self.config, self.device)
 
     def find_task(self, wanted: str) -> TaskInfo:
-        """The task of that name or position; raises UserError listing what there is."""
-        for position, task in enumerate(self.tasks):
-            if wanted in (task.task, str(position)):
+        """The task of that name, or else at that position; raises UserError listing what there
+        is.
+        """
+        for position, task in [*((task.task, task) for task in self.tasks), *enumerate(self.tasks)]:
+            if wanted == str(position):
                 return task
         names = ", ".join(f"{position} ({task.task})" for position, task in enumerate(self.tasks))
         raise UserError(f"--task {wanted!r} is not in this run; it has {names}")
@@ -149,6 +160,19 @@ class TrainedRun:
         """The averaged φ."""
         return self._state.shared.average
 
+    @property
+    def at_hand(self) -> list[TaskInfo]:
+        """The tasks that can be sampled here: of a copy those whose θ_i was kept, otherwise all; if
+        none was, all, so that whoever samples is told.
+        """
+        kept = self._run.copied_tasks
+        return [task for task in self.tasks if kept is not None and task.task in kept] or self.tasks
+
+    @property
+    def state(self) -> RunState:
+        """What the checkpoint holds whose weights these are."""
+        return self._state
+
     def initial_exclusive_of(self, task: TaskInfo) -> dict[str, Tensor]:
         """θ_0, the initialisation that all tasks with images of so many channels have in common."""
         return self._model_of(task).initial.exclusive.weights
@@ -173,10 +197,15 @@ class TrainedRun:
             UserError: the run was deployed, and θ_i is at its site.
         """
         initial = self._model_of(task).initial.exclusive.average
-        if task.client not in self._state.attempts:
+        if task.client not in self._state.attempts or not self.partition.exclusive:
             return initial
         store = ClientStore(self._run.clients, task.client, self._run.lineage, 1)
         if not exists(self._run.clients / task.client):
+            if self._run.copied_tasks is not None:
+                raise UserError(
+                    f"{self._run.path} is a copy without θ of {task.client!r}, which srfed share "
+                    "has left out; sample where the run itself is"
+                )
             raise UserError(
                 f"{self._run.path} has no θ of {task.client!r}: a deployed site keeps its own; "
                 "sample there with --store <state-dir>/<client-id>"

@@ -48,7 +48,7 @@ def start_of(source: Path, config: RunConfig, tasks: Sequence[Task]) -> tuple[Or
                 "and federation.clients as there"
             )
     kept = Shared(copies(shared))
-    origin = Origin(str(source.absolute()), trained_by.lineage, trained.round, shared_digest(kept))
+    origin = Origin(trained_by.path.name, trained_by.lineage, trained.round, shared_digest(kept))
     return origin, kept
 
 

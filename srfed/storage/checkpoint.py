@@ -1,9 +1,13 @@
 """Tensors on disk: safetensors bytes beside a manifest that says what they are and holds their
 hash.
+
+The file holds one flat array a dtype, and the layout of what they are made of: a client's state is
+some five hundred small tensors, and writing them one by one took longer than training a step.
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +16,7 @@ from typing import Any
 import safetensors
 import safetensors.numpy
 import safetensors.torch
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -33,6 +38,9 @@ from srfed.records import Shape
 STATE_FILE = "state.safetensors"
 MANIFEST_FILE = "manifest.json"
 _FILES = (STATE_FILE, MANIFEST_FILE)
+_FORMAT = 2
+"""1 had a tensor for each member of a group, and no layout."""
+_LAYOUT = "layout"
 
 
 @dataclass(frozen=True)
@@ -51,14 +59,22 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint as a new folder, complete or not at all; raises UserError where it
     cannot.
     """
-    tensors = {
-        f"{group}:{name}": tensor.detach().cpu().contiguous()
-        for group, members in checkpoint.groups.items()
-        for name, tensor in members.items()
-    }
-    state = safetensors.torch.save(tensors)
+    members = [
+        (group, name, tensor.detach().cpu())
+        for group, tensors in checkpoint.groups.items()
+        for name, tensor in tensors.items()
+    ]
+    by_dtype: dict[str, list[Tensor]] = {}
+    for _, _, tensor in members:
+        by_dtype.setdefault(_dtype_name(tensor), []).append(tensor.reshape(-1))
+    flat = {dtype: torch.cat(tensors) for dtype, tensors in by_dtype.items()}
+    layout = [
+        [group, name, _dtype_name(tensor), list(tensor.shape)] for group, name, tensor in members
+    ]
+    about = {_LAYOUT: json.dumps(layout, separators=(",", ":"))}
+    state = safetensors.torch.save(flat, metadata=about)
     manifest = {**checkpoint.manifest, "sha256": hashlib.sha256(state).hexdigest()}
-    write_folder(folder, {STATE_FILE: state, MANIFEST_FILE: json_bytes(manifest)})
+    write_folder(folder, {STATE_FILE: state, MANIFEST_FILE: json_bytes(manifest, version=_FORMAT)})
 
 
 def read_manifest(folder: Path, kinds: Mapping[str, type] | None = None) -> dict[str, Any]:
@@ -72,7 +88,12 @@ def read_manifest(folder: Path, kinds: Mapping[str, type] | None = None) -> dict
         DamagedError: it is missing or not what was written.
         UserError: it cannot be read, or is of another srfed.
     """
-    return read_json(folder / MANIFEST_FILE, kinds={"sha256": str, **(kinds or {})})
+    path = folder / MANIFEST_FILE
+    manifest = read_json(path, version=_FORMAT)
+    # 1 and 2 have the same keys; what is older has fewer.
+    version = max(1, int(manifest.get(FORMAT, 0)))
+    check_format(path, manifest, version=version, kinds={"sha256": str, **(kinds or {})})
+    return manifest
 
 
 def read_checkpoint(folder: Path, kinds: Mapping[str, type] | None = None) -> Checkpoint:
@@ -86,14 +107,36 @@ def read_checkpoint(folder: Path, kinds: Mapping[str, type] | None = None) -> Ch
         )
     groups: dict[str, dict[str, Tensor]] = {}
     try:
-        tensors = safetensors.torch.load(state)
-    except safetensors.SafetensorError as error:
+        tensors = _members(safetensors.torch.load(state), _header(state))
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise DamagedError(f"{path} is damaged: {error}") from error
-    # safetensors sorts by size; the manifest-independent order restored here is by name.
-    for name in sorted(tensors):
-        group, _, member = name.partition(":")
-        groups.setdefault(group, {})[member] = tensors[name]
+    # By name, whatever order they were written in.
+    for group, name in sorted(tensors):
+        groups.setdefault(group, {})[name] = tensors[group, name]
     return Checkpoint(groups, manifest)
+
+
+def _members(
+    stored: Mapping[str, Tensor], header: Mapping[str, str]
+) -> dict[tuple[str, str], Tensor]:
+    """The tensors of a file by group and name, as views of its flat arrays; raises ValueError where
+    these are shorter or longer than the layout says.
+    """
+    if _LAYOUT not in header:
+        return {tuple(name.split(":", 1)): tensor for name, tensor in stored.items()}  # type: ignore[misc]
+    members, begin = {}, dict.fromkeys(stored, 0)
+    for group, name, dtype, shape in json.loads(header[_LAYOUT]):
+        end = begin[dtype] + math.prod(shape)
+        members[group, name] = stored[dtype][begin[dtype] : end].view(shape)
+        begin[dtype] = end
+    for dtype, tensor in stored.items():
+        if begin[dtype] != len(tensor):
+            raise ValueError(f"{len(tensor)} values of {dtype}, where {begin[dtype]} are named")
+    return members
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def find_checkpoints(folder: Path) -> list[str]:

@@ -12,6 +12,7 @@ tensorboard/     event files
 server/          checkpoints of φ
 start/           where it starts from another run: the φ that it took
 clients/         simulation only: each client's own store, with θ_i and the client's log
+share.json       of a copy that `srfed share` has made: what it has and has not
 """
 
 import platform
@@ -54,9 +55,9 @@ README = """The folder of a run of srfed; docs/run_folder.md says what each file
 Who may see it? Not everybody. Where all parties are simulated on one machine, clients/ holds what
 no party of a real federation gives away: every exclusive part, and in memorisation/ crops of real
 training images. The folder is therefore its owner's alone (mode 0700); whoever passes it on passes
-on those images too. config.yaml, run.json, metrics.jsonl and summary.txt are settings and numbers,
-samples/ and tensorboard/ hold generated images besides. server/ holds the shared part, which every
-party has seen.
+on those images too; srfed share makes a copy without them. config.yaml, run.json, metrics.jsonl and
+summary.txt are settings and numbers, samples/ and tensorboard/ hold generated images besides.
+server/ holds the shared part, which every party has seen.
 """
 _KINDS = {"lineage": str, "fingerprint": str}
 _REMOVED = {"federation.largest_update": 100.0}
@@ -145,8 +146,13 @@ class RunFolder:
 
         Raises:
             UserError: it differs in something else, or ends before what there is already; the text
-                names it.
+                names it. Or it is a copy, which has not all that the next round needs.
         """
+        if self.copied_tasks is not None:
+            raise UserError(
+                f"{self.path} is a copy without what its owners keep, and cannot go on; go on with "
+                "the run that srfed share has made it of"
+            )
         if config.fingerprint() != self.config.fingerprint():
             changed = ", ".join(self.config.decisive_differences(config))
             raise UserError(f"{self.path} was begun with another configuration: {changed}")
@@ -176,6 +182,13 @@ class RunFolder:
                 yield
             finally:
                 _held.discard(self.path)
+
+    @property
+    def starts_from(self) -> str:
+        """Which run's φ it began with, in words; empty where it has initial values of its own."""
+        if (origin := read_json(self.identity_file).get("start")) is None:
+            return ""
+        return f"{origin['run']}, round {origin['round']}, φ {origin['phi_sha256'][:12]}"
 
     @property
     def config_file(self) -> Path:
@@ -220,9 +233,26 @@ class RunFolder:
     @property
     def has_every_party(self) -> bool:
         """Whether all parties are in one place: simulated, from the first round on, or centralised.
-        Of a deployed run the images are the sites' own.
+        Of a deployed run the images are the sites' own, and of a copy to pass on nobody's here.
         """
-        return self.config.training.method != "federated" or exists(self.clients)
+        everybody = self.config.training.method != "federated" or exists(self.clients)
+        return everybody and self.copied_tasks is None
+
+    @property
+    def copy_file(self) -> Path:
+        return self.path / "share.json"
+
+    @property
+    def copied_tasks(self) -> list[str] | None:
+        """Of a copy that was made to be passed on, the tasks that can be sampled from it; None
+        where this is no copy, but the run itself.
+
+        Raises:
+            UserError: what says so cannot be read.
+        """
+        if not exists(self.copy_file):
+            return None
+        return list(map(str, read_json(self.copy_file, kinds={"tasks": list})["tasks"]))
 
     @property
     def last_round(self) -> int | None:

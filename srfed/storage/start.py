@@ -23,16 +23,16 @@ class Origin:
     """Where φ comes from.
 
     Attributes:
-        run: the folder as it was named.
+        run: the folder's name, without its path, which would travel with a shared run.
         lineage: of the run.
         round: whose φ it is.
-        sha256: of φ, see :func:`shared_digest`.
+        phi_sha256: of φ, see :func:`shared_digest`.
     """
 
     run: str
     lineage: str
     round: int
-    sha256: str
+    phi_sha256: str
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,7 +60,7 @@ def load_start(run: Path) -> Shared | None:
     if named is None:
         return None
     shared = Shared(read_checkpoint(run / START).group("shared"))
-    if not isinstance(named, dict) or shared_digest(shared) != named.get("sha256"):
+    if not isinstance(named, dict) or shared_digest(shared) != named.get("phi_sha256"):
         raise DamagedError(
             f"{run / START} is damaged: its φ is not the one that run.json names; put it back, or "
             "begin another run"

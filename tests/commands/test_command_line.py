@@ -111,6 +111,8 @@ EARLY: dict[str, list[list[str]]] = {
     "watch": [["/nowhere"], ["x", "--every", "0"], ["x", "--port", "-1"]],
     "compare": [["/nowhere", "x"], ["x"]],
     "report": [["/nowhere"], ["x", "y"]],
+    "export": [["/nowhere", "--out", "x"], ["x"], ["--out", "x"], ["x", "--store", "y"]],
+    "share": [["/nowhere", "x"], ["x"]],
     "deploy": [
         ["check", "--data", "x", "--state-dir", "y", *WRONG_SETTING],
         ["agree", "--data", "x", "--state-dir", "y", "--client-id", "z", *WRONG_SETTING],

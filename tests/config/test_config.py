@@ -224,6 +224,8 @@ def test_the_configuration_is_immutable() -> None:
         ("training.exclusive_steps=2", ["exclusive_steps 2", "update: alternating"]),
         ("federation.clients_per_round=11", ["clients_per_round 11 is above clients 10"]),
         ("federation.min_clients=11", ["min_clients 11 is above the 10 clients"]),
+        ("evaluation.clients=11", ["evaluation.clients 11 is above federation.clients 10"]),
+        ("evaluation.clients=0", ["evaluation.clients"]),
         ("sampling.steps=501", ["sampling.steps 501 is above diffusion.timesteps 500"]),
         (
             "evaluation.ssim_timestep=501",
@@ -284,6 +286,19 @@ def test_a_refusal_is_one_line_with_key_value_and_what_is_allowed(
         (
             ["federation.clients_per_round=3", "federation.min_clients=4"],
             "min_clients 4 is above the 3 clients",
+        ),
+        (
+            ["evaluation.clients=4", "evaluation.samples_between=7"],
+            "evaluation.samples_between 7 is below 8, two for each of the 4 clients",
+        ),
+        (
+            ["evaluation.clients=4", "training.method=pooled", "model.exclusive_stages=none"],
+            "evaluation.clients needs training.method federated, not pooled",
+        ),
+        (
+            ["evaluation.clients=4", "data.dataset=sites", "evaluation.mode=statistics"],
+            "evaluation.clients 4 is for simulations: under data.dataset sites an evaluation also "
+            "brings each site its model; allowed: null",
         ),
         (
             ["diffusion.beta_scale=none", "diffusion.beta_end=0.9"],

@@ -19,7 +19,6 @@ from srfed.data import load_tasks
 from srfed.deployment.agree import fits, in_words, propose
 from srfed.deployment.check import check_site
 from srfed.errors import UserError
-from srfed.federation.aggregation import aggregate
 from srfed.federation.agreement import Agreement, LeastImages
 from srfed.federation.coming import decode_coming, encode_shared
 from srfed.federation.control import encode_sent
@@ -42,6 +41,7 @@ from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import ServerCheckpoints
 from srfed.training.local import LocalTrainer
 from srfed.training.part import initial_state
+from support.aggregation import aggregated
 from support.membership import failure
 from support.tiny_run import (
     CHEAP,
@@ -161,7 +161,7 @@ def test_a_mean_is_of_changes_from_what_came() -> None:
     updates = {"a": {"w": torch.tensor([2.25])}, "b": {"w": torch.tensor([0.25])}}
     weights = {"a": 0.25, "b": 0.75}
     settings = tiny_config({"federation.server_optimizer": "average"}).federation
-    outcome = aggregate(settings, shared, updates, weights, {}, start)
+    outcome = aggregated(settings, shared, updates, weights, {}, start)
     assert outcome.shared["w"].item() == 0.5
     assert outcome.update_norm == 0.5
 

@@ -460,7 +460,7 @@ def test_what_both_sides_go_on_with_is_the_same_to_the_bit(tmp_path: Path) -> No
         for client, folder in accepted_attempts(run).items()
     ]
     for name, tensor in mean.items():
-        assert torch.equal(tensor, sum((1 / 3) * own[name].double() for own in kept))
+        assert torch.equal(tensor, sum(own[name].double() for own in kept) * (1 / 3))
     assert all(0 < norm_of({n: own[n] for n in mean}) <= 1 + 1e-6 for own in kept)
 
 

@@ -9,18 +9,22 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pytest
 import torch
 from flwr.app import Message
 
-from srfed.federation.aggregation import aggregate, client_weights, weighted_mean
+from srfed.config import FederationConfig
+from srfed.federation.aggregation import UpdateSum, client_weights
 from srfed.federation.flower.in_process import InlineGrid
 from srfed.model import build_model, build_partition
 from srfed.storage.checkpoint import read_checkpoint
+from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
+from support.aggregation import aggregated
 from support.tiny_run import (
+    CHEAP,
     CLIENTS,
     accepted_attempts,
     all_bits,
@@ -223,6 +227,23 @@ def sorted_bytes(tensors: dict[str, torch.Tensor]) -> list[tuple[str, bytes]]:
     return [(name, tensors[name].numpy().tobytes()) for name in sorted(tensors)]
 
 
+def test_an_evaluation_may_ask_a_few_clients_that_are_drawn_by_round_and_seed(
+    tmp_path: Path,
+) -> None:
+    few = {**CHEAP, "evaluation.clients": 2, "evaluation.every": 1, "evaluation.samples_between": 4}
+    run = run_in_process(begin(tmp_path / "run", {**few, "federation.rounds": 4}))
+    judged = [line["score_by_client"] for line in MetricsLog(run.metrics).evaluations()]
+    assert [len(scores) for scores in judged] == [2, 2, 2, 2]
+    assert len({tuple(scores) for scores in judged}) > 1, "the same two every time"
+    assert [line["samples"] for line in MetricsLog(run.metrics).evaluations()] == [4, 4, 4, 6]
+    # Which two does not depend on how many evaluations were before.
+    alone = run_in_process(
+        begin(tmp_path / "alone", {**few, "federation.rounds": 4, "evaluation.every": 3})
+    )
+    later = [line["score_by_client"] for line in MetricsLog(alone.metrics).evaluations()]
+    assert later == judged[2:]
+
+
 def test_a_round_with_fewer_clients_draws_different_ones_and_leaves_the_others_alone(
     tmp_path: Path,
 ) -> None:
@@ -249,15 +270,52 @@ def test_weights_are_equal_or_by_number_of_images_never_by_number_of_batches() -
     assert client_weights("examples", images) == {"a": 0.25, "b": 0.75}
 
 
-def test_the_mean_is_summed_in_float64_in_the_order_of_the_ids() -> None:
-    members = {
-        name: {"w": torch.tensor([value])}
-        for name, value in (("c", 1.0), ("a", 2.0**60), ("b", -(2.0**60)))
+def test_the_mean_is_summed_in_float64_as_the_ids_come() -> None:
+    start = {"w": torch.zeros(1)}
+    total = UpdateSum(FederationConfig(weights="uniform"), start)
+    # Otherwise ordered, or in float32, the 1 would be lost.
+    for client, value in (("a", 2.0**60), ("b", -(2.0**60)), ("c", 1.0)):
+        total.add(client, {"w": torch.tensor([value])}, 10, {"w": torch.tensor([2 * value])})
+    mean = total.mean()
+    assert mean.change["w"].dtype == torch.float64
+    assert mean.change["w"].item() == pytest.approx(1 / 3)
+    assert mean.control["w"].item() == pytest.approx(2 / 3)
+    assert mean.squares == pytest.approx(2.0**121 / 3)
+
+
+@pytest.mark.parametrize("rule", ["uniform", "examples"])
+@pytest.mark.parametrize("largest", [0.2, 0.3, 0.8, 1.0])
+def test_a_sum_is_the_mean_with_the_weights_that_there_are_in_the_end(
+    rule: Literal["uniform", "examples"], largest: float
+) -> None:
+    """Whoever has too many examples is held back, which is known only when all are there."""
+    settings = FederationConfig(weights=rule, largest_weight=largest)
+    generator = torch.Generator().manual_seed(3)
+    start = {"w": torch.randn(3, 2, generator=generator), "b": torch.randn(4, generator=generator)}
+    examples = {"a": 3, "b": 900, "c": 40, "d": 900, "e": 2, "f": 350, "g": 41}
+    updates = {
+        client: {n: t + torch.randn(t.shape, generator=generator) for n, t in start.items()}
+        for client in examples
     }
-    weights = dict.fromkeys(members, 1.0)
-    # In the order of arrival the 1 would be lost.
-    assert weighted_mean(members, weights)["w"].item() == 1.0
-    assert weighted_mean(members, weights)["w"].dtype == torch.float64
+    total = UpdateSum(settings, start)
+    for number, client in enumerate(sorted(examples), 1):
+        total.add(client, updates[client], examples[client])
+        known = dict(sorted(examples.items())[:number])
+        weights = client_weights(rule, known, largest)
+        mean = total.mean()
+        assert mean.weights == weights
+        for name, tensor in start.items():
+            moved = {c: updates[c][name].double() - tensor.double() for c in known}
+            expected = sum(weights[c] * moved[c] for c in known)
+            torch.testing.assert_close(mean.change[name], expected, rtol=1e-12, atol=1e-12)
+        squares = {
+            c: sum(
+                float((updates[c][n].double() - t.double()).square().sum())
+                for n, t in start.items()
+            )
+            for c in known
+        }
+        assert mean.squares == pytest.approx(sum(weights[c] * squares[c] for c in known))
 
 
 def reference_server(
@@ -295,7 +353,7 @@ def test_server_optimizers_follow_their_papers(kind: str) -> None:
     optimizer: dict[str, torch.Tensor] = {}
     deltas, path = [0.3, -0.2, 0.7], []
     for delta in deltas:
-        outcome = aggregate(
+        outcome = aggregated(
             settings, shared, {"a": {"w": shared["w"] + delta}}, {"a": 1.0}, optimizer
         )
         shared, optimizer = outcome.shared, outcome.optimizer
@@ -311,7 +369,7 @@ def test_disagreement_is_0_for_equal_moves_and_1_for_moves_that_cancel(
 ) -> None:
 
     updates = {name: {"w": torch.full((3,), move)} for name, move in zip("ab", moves, strict=True)}
-    outcome = aggregate(
+    outcome = aggregated(
         tiny_config().federation, {"w": torch.zeros(3)}, updates, {"a": 0.5, "b": 0.5}, {}
     )
     assert outcome.disagreement == pytest.approx(expected)

@@ -152,6 +152,25 @@ def test_the_table_shows_the_numbers_of_the_last_round_and_evaluation(log: Metri
     )
 
 
+def test_a_table_of_many_tasks_has_their_quantiles(tmp_path: Path) -> None:
+    """Each column by itself, over the tasks that have a value."""
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    clients = [f"c{i:03d}" for i in range(101)]
+    log.begin(0, [TaskInfo(client, client, 10 + i, 4) for i, client in enumerate(clients)])
+    losses = {client: 1 + i / 100 for i, client in enumerate(reversed(clients))}
+    log.add_round(round_record(1, loss_by_client=losses))
+    scores = dict(zip(clients[:3], (7.0, 5.0, 9.0), strict=True))
+    log.add_evaluation(evaluation_record(1, score_by_client=scores, ssim_by_client={}))
+    table = summarise(log, 1.0).splitlines()
+    assert [line.split() for line in table[1:4]] == [
+        ["least", "10", "1.0000", "5.000", "-"],
+        ["median", "60", "1.5000", "7.000", "-"],
+        ["greatest", "110", "2.0000", "9.000", "-"],
+    ]
+    assert table[4].split()[:3] == ["all", "tasks", "6,060"]
+    assert "least, median and greatest of 101 tasks, of which 3 were judged" in "\n".join(table)
+
+
 def test_the_table_of_a_run_without_evaluation_or_without_anything_is_short(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "none.jsonl")
     assert "0 rounds, 0 images" in summarise(log, 1)

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
 from torch import Tensor, equal
 
 import srfed
 from srfed.config import RunConfig
 from srfed.data import load_tasks
 from srfed.records import RoundRecord, TaskInfo
+from srfed.storage.checkpoint import read_checkpoint
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.start import load_start
 from support.commands import run_here
@@ -31,12 +31,9 @@ def new_owners(**settings: object) -> tuple[RunConfig, list[srfed.Task]]:
 
 
 def tensors_of(checkpoint: Path, group: str) -> dict[str, Tensor]:
-    with safe_open(checkpoint / "state.safetensors", "pt") as file:  # type: ignore[no-untyped-call]
-        return {
-            name.removeprefix(f"{group}:"): file.get_tensor(name)
-            for name in file.keys()  # noqa: SIM118
-            if name.startswith(f"{group}:")
-        }
+    tensors = read_checkpoint(checkpoint).group(group)
+    assert tensors
+    return tensors
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +64,9 @@ def test_phi_is_the_trained_average_and_theta_is_fresh(trained: Path, started: s
 def test_where_it_comes_from_is_on_record(trained: Path, started: srfed.Run) -> None:
     origin = json.loads((started.path / "run.json").read_text())["start"]
     lineage = json.loads((trained / "run.json").read_text())["lineage"]
-    assert (origin["run"], origin["lineage"], origin["round"]) == (str(trained), lineage, 2)
-    assert len(bytes.fromhex(origin["sha256"])) == hashlib.sha256().digest_size
-    assert origin["sha256"][:12] in (started.path / "report.html").read_text()
+    assert (origin["run"], origin["lineage"], origin["round"]) == (trained.name, lineage, 2)
+    assert len(bytes.fromhex(origin["phi_sha256"])) == hashlib.sha256().digest_size
+    assert origin["phi_sha256"][:12] in (started.path / "report.html").read_text()
     assert "start" not in json.loads((trained / "run.json").read_text())
 
 
@@ -159,7 +156,7 @@ def test_the_command_takes_the_network_of_the_run_it_starts_from(
     run = RunFolder.open(tmp_path / "run")
     assert run.config.model == RunFolder.open(trained).config.model != RunConfig().model
     assert (run.path / "start" / "manifest.json").exists()
-    assert f"starts from {trained}, round 2 (φ " in done.stdout
+    assert f"starts from {trained.name}, round 2 (φ " in done.stdout
     again = run_here("simulate", "--resume", run.path, "--from", trained)
     assert again.returncode == 2
     assert "--from is for a new run" in again.stderr

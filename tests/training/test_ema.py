@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from srfed.federation.aggregation import aggregate
 from srfed.training.ema import round_decay, step_decay, update_average
+from support.aggregation import aggregated
 from support.local_training import Client, assert_close, largest_difference, run_config
 
 
@@ -115,7 +115,7 @@ def test_the_servers_average_with_one_local_step_is_the_clients(warmup: bool) ->
         before = as_shared.shared
         result = as_shared.train(number)
         config = run_config(stages="none", **settings).federation
-        moved = aggregate(config, before, {"a": result.shared}, {"a": 1.0}, {}).shared
+        moved = aggregated(config, before, {"a": result.shared}, {"a": 1.0}, {}).shared
         update_average(average, moved, round_decay(0.8, warmup, steps, result.shared_steps))
         steps += result.shared_steps
         as_exclusive.train(number)

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from srfed.config import RunConfig
 from srfed.errors import UserError
 from srfed.federation.flower.exchange import Exchange, exchange
-from srfed.federation.flower.packing import array_record, message_bytes, request_content, unpack
+from srfed.federation.flower.packing import array_record, request_content, unpack
 from srfed.federation.flower.roster import Roster
 from srfed.federation.messages import Reply, ReplyHeader, Request
 from srfed.federation.screening import (
@@ -70,10 +70,18 @@ class FlowerClients:
         config: the run's configuration.
         roster: who is there, and at which node.
         tell: told of every reply, and for whom is waited.
+        window: of :func:`srfed.federation.flower.exchange.exchange`.
     """
 
-    def __init__(self, grid: Grid, config: RunConfig, roster: Roster, tell: Observer) -> None:
-        self._grid, self._roster, self._tell = grid, roster, tell
+    def __init__(
+        self,
+        grid: Grid,
+        config: RunConfig,
+        roster: Roster,
+        tell: Observer,
+        window: int | None = None,
+    ) -> None:
+        self._grid, self._roster, self._tell, self._window = grid, roster, tell, window
         self._timeout = config.federation.round_timeout
         self._waits = config.federation.on_missing == "wait"
 
@@ -87,8 +95,8 @@ class FlowerClients:
         *,
         away: Iterable[str] = (),
     ) -> Screened[ReplyT]:
-        """Send the requests and screen the replies; under ``wait`` until every client has given
-        one.
+        """Send the requests and screen the replies, in the order of the requests; under ``wait``
+        until every client has given one.
 
         Args:
             kind: the type of the messages.
@@ -107,6 +115,9 @@ class FlowerClients:
         first = {request.client: request for request in requests}
         sent: dict[str, Request] = {}
         failures: dict[str, str] = {}
+        accepted: dict[str, ReplyT] = {}
+        refused: dict[str, str] = {}
+        missing = dict.fromkeys(away, "not connected")
 
         def make(client: str) -> Message:
             # An attempt's name is used once: what an earlier request has left at the client, or
@@ -124,25 +135,48 @@ class FlowerClients:
             self._tell.on_notice(f"{what}: {client}: {failures[client]}; asking it again")
             return True
 
+        def hear(client: str, message: Message) -> None:
+            request, reply = sent[client], unpack(message)
+            if reply.failure is not None and reply.failure.code in LOST:
+                missing[client] = reason_of_failure(reply.failure)
+                return
+            header = ReplyHeader(client, request.attempt, request.round)
+            try:
+                accepted[client] = screen(reply, header, request)
+            except RefusedError as error:
+                refused[client] = str(error)
+                if reply.failure is None:
+                    self._roster.recheck(client)
+
         outcome = exchange(
             self._grid,
             first,
             make,
+            hear,
             self._timeout,
+            window=self._window,
             ready=self._roster.is_present,
             again=again,
             heard=partial(self._tell.on_progress, what),
             idle=self._roster.look,
             waits=partial(self._say_waiting, what),
         )
-        silent = [client for client in first if client not in outcome.replies]
+        silent = [client for client in first if client not in outcome.answered]
         if self._waits and silent:
             reasons = [
                 f"{client}: {failures.get(client, self._why_silent(outcome, client))}"
                 for client in silent
             ]
             raise UserError(f"{what} has waited {self._timeout:g} s for {'; '.join(reasons[:3])}")
-        return self._screened(outcome, sent, screen, away)
+        missing |= dict.fromkeys(outcome.asked - outcome.answered, "no reply in time")
+        return Screened(
+            accepted=dict(sorted(accepted.items())),
+            attempts={client: sent[client].attempt for client in accepted},
+            refused=dict(sorted(refused.items())),
+            missing=dict(sorted(missing.items())),
+            bytes_up=outcome.bytes_up,
+            bytes_down=outcome.bytes_down,
+        )
 
     def _message(self, kind: str, request: Request, records: Mapping[str, ArrayRecord]) -> Message:
         content = request_content(request)
@@ -153,42 +187,6 @@ class FlowerClients:
         node = self._roster.node_of(request.client) if request.client in self._roster.members else 0
         ttl = self._timeout + TTL_MARGIN
         return Message(content, node, kind, ttl=ttl, group_id=str(request.round))
-
-    def _screened(
-        self,
-        outcome: Exchange,
-        sent: Mapping[str, Request],
-        screen: Callable[[Reply, ReplyHeader, Request], ReplyT],
-        away: Iterable[str],
-    ) -> Screened[ReplyT]:
-        accepted: dict[str, ReplyT] = {}
-        attempts: dict[str, str] = {}
-        refused: dict[str, str] = {}
-        missing = dict.fromkeys(away, "not connected")
-        for client, message in outcome.replies.items():
-            request, reply = sent[client], unpack(message)
-            if reply.failure is not None and reply.failure.code in LOST:
-                missing[client] = reason_of_failure(reply.failure)
-                continue
-            header = ReplyHeader(client, request.attempt, request.round)
-            try:
-                accepted[client] = screen(reply, header, request)
-                attempts[client] = request.attempt
-            except RefusedError as error:
-                refused[client] = str(error)
-                if reply.failure is None:
-                    self._roster.recheck(client)
-        for client in outcome.requests:
-            if client not in outcome.replies:
-                missing[client] = "no reply in time"
-        return Screened(
-            accepted=dict(sorted(accepted.items())),
-            attempts=attempts,
-            refused=dict(sorted(refused.items())),
-            missing=dict(sorted(missing.items())),
-            bytes_up=sum(message_bytes(message) for message in outcome.received),
-            bytes_down=sum(message_bytes(message) for message in outcome.sent),
-        )
 
     def _say_waiting(self, what: str, clients: list[str], left: float) -> None:
         """Name the deployed sites without an answer; a simulation's clients are at work, and nobody
@@ -212,7 +210,7 @@ class FlowerClients:
             )
 
     def _why_silent(self, outcome: Exchange, client: str) -> str:
-        if client not in outcome.requests or not self._roster.is_present(client):
+        if client not in outcome.asked or not self._roster.is_present(client):
             return "not connected"
         return "connected, but no reply in time; restart that site if it is not at work"
 

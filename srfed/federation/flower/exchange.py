@@ -3,6 +3,7 @@
 A client that is not there, or whose answer is an error, can be asked again until the time is up.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -10,6 +11,8 @@ from dataclasses import dataclass, field
 
 from flwr.app import Message
 from flwr.serverapp import Grid
+
+from srfed.federation.flower.packing import message_bytes
 
 POLL_SECONDS = 0.05
 LONGEST_POLL_SECONDS = 0.5
@@ -27,20 +30,19 @@ class StoppedError(Exception):
     """The user asked the run to stop."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Exchange:
-    """What was asked and what was answered, by client.
+    """Who was asked and who has answered.
 
     Attributes:
-        requests: the last request to each client that was asked at all.
-        replies: the reply to that request.
-        sent, received: every message, with those that were repeated.
+        asked, answered: the clients.
+        bytes_up, bytes_down: of every message, with those that were repeated.
     """
 
-    requests: dict[str, Message] = field(default_factory=dict)
-    replies: dict[str, Message] = field(default_factory=dict)
-    sent: list[Message] = field(default_factory=list)
-    received: list[Message] = field(default_factory=list)
+    asked: set[str] = field(default_factory=set)
+    answered: set[str] = field(default_factory=set)
+    bytes_up: int = 0
+    bytes_down: int = 0
 
 
 @dataclass
@@ -58,21 +60,29 @@ def exchange(
     grid: Grid,
     clients: Iterable[str],
     make: Callable[[str], Message],
+    hear: Callable[[str, Message], None],
     timeout: float,
     *,
+    window: int | None = None,
     ready: Callable[[str], bool] = lambda client: True,
     again: Callable[[str, Message | None], bool] = lambda client, reply: False,
     heard: Callable[[int, int], None] = lambda done, total: None,
-    idle: Callable[[], None] = lambda: None,
+    idle: Callable[[], object] = lambda: None,
     waits: Callable[[list[str], float], None] = lambda clients, left: None,
 ) -> Exchange:
     """Ask clients and wait for their replies, at most ``timeout`` seconds.
+
+    Replies are heard in the order of ``clients``: one that comes before its turn is kept until
+    then, and no other is kept at all.
 
     Args:
         grid: any Flower grid.
         clients: whom to ask.
         make: the request to a client, made anew whenever it is asked.
+        hear: takes the reply of a client.
         timeout: seconds; a reply that comes later is ignored, now and for ever.
+        window: how many clients may be asked beyond the first whose reply is not heard yet, itself
+            included, which bounds what is kept; None asks all at once.
         ready: whether a client can be asked now; one that cannot is asked later.
         again: whether a reply is to be forgotten and the client asked again; None stands for a
             request that could not be delivered.
@@ -85,28 +95,30 @@ def exchange(
     """
     outcome = Exchange()
     start = time.monotonic()
-    turns = {client: _Turn(start) for client in clients}
-    total = len(turns)
+    order = list(clients)
+    turns = {client: _Turn(start) for client in order}
     waiting: dict[str, str] = {}
+    early: dict[str, Message] = {}
+    place = 0
     poll = POLL_SECONDS
     tell, pause = start + TELL_SECONDS, TELL_SECONDS
     while turns or waiting:
         if stop_requested.is_set():
             raise StoppedError
-        for client in [
-            client
-            for client, turn in turns.items()
-            if turn.due <= time.monotonic() and ready(client)
-        ]:
+        last = len(order) if window is None else place + window
+        for client in order[place:last]:
+            turn = turns.get(client)
+            if turn is None or turn.due > time.monotonic() or not ready(client):
+                continue
             message = make(client)
-            outcome.requests[client] = message
+            outcome.asked.add(client)
             # A message that the SuperLink does not take has no id.
             if message_id := next(iter(grid.push_messages([message])), None):
-                outcome.sent.append(message)
+                outcome.bytes_down += message_bytes(message)
                 waiting[message_id] = client
-                turns[client].due = float("inf")
+                turn.due = math.inf
             elif again(client, None):
-                turns[client].postpone(time.monotonic())
+                turn.postpone(time.monotonic())
             else:
                 del turns[client]
         arrived = list(grid.pull_messages(list(waiting))) if waiting else []
@@ -118,13 +130,18 @@ def exchange(
             client_of_reply = waiting.pop(reply.metadata.reply_to_message_id, None)
             if client_of_reply is None:
                 continue
-            outcome.received.append(reply)
+            outcome.bytes_up += message_bytes(reply)
             if again(client_of_reply, reply):
                 turns[client_of_reply].postpone(time.monotonic())
                 continue
             del turns[client_of_reply]
-            outcome.replies[client_of_reply] = reply
-            heard(len(outcome.replies), total)
+            outcome.answered.add(client_of_reply)
+            early[client_of_reply] = reply
+            heard(len(outcome.answered), len(order))
+        while place < len(order) and order[place] not in turns:
+            if order[place] in early:
+                hear(order[place], early.pop(order[place]))
+            place += 1
         poll = POLL_SECONDS if arrived else min(1.2 * poll, LONGEST_POLL_SECONDS)
         if time.monotonic() > tell:
             waits(list(turns), start + timeout - time.monotonic())
@@ -132,4 +149,7 @@ def exchange(
         if not arrived:
             idle()
             time.sleep(poll)
+    for client in order[place:]:
+        if client in early:
+            hear(client, early.pop(client))
     return outcome

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from flwr.serverapp import Grid
 
+from srfed.cores import usable_cores
 from srfed.data import Task, load_recorded_tasks, record_tasks
 from srfed.data.images import CHANNELS
 from srfed.data.tasks import ALLOW
@@ -21,7 +22,7 @@ from srfed.evaluation.metrics.ssim import ssim_window
 from srfed.evaluation.references import RealFloor, References, Scores, score_statistics
 from srfed.evaluation.report import Exchanged, Recognised, TaskReport, evaluation_record
 from srfed.evaluation.shares import share_of_samples
-from srfed.federation.aggregation import aggregate, client_weights, weighted_mean
+from srfed.federation.aggregation import UpdateSum, aggregate
 from srfed.federation.bounds import EvaluatePlan, TrainPlan
 from srfed.federation.coming import encode_shared
 from srfed.federation.contract import Contract
@@ -63,6 +64,11 @@ from srfed.storage.server_checkpoints import KnownClient, RunState, ServerCheckp
 from srfed.training.ema import round_decay, update_average
 from srfed.training.optimizer import learning_rate_factor, reach_of_round
 from srfed.training.part import Part, copies
+
+LEAST_WINDOW = 32
+"""Simulated clients that are asked at once, at least: as many updates wait for their turn to be
+added, at most.
+"""
 
 
 class Federated:
@@ -179,10 +185,12 @@ class Federated:
         self._tell, number = tell, state.round + 1
         self._started = time.perf_counter()
         requests = [self._request(client, number) for client in self._choose(number)]
+        sent = self._sent(number)
+        self._sum = UpdateSum(self.config.federation, self._came)
         screened = self._clients(tell).ask(
             TRAIN,
             requests,
-            self._sent(number),
+            sent,
             f"round {number}",
             self._screen_update,
             away=self._away,
@@ -203,10 +211,11 @@ class Federated:
         """
         self._tell, number = tell, state.round
         self._started, settings = time.perf_counter(), self.config.evaluation
-        clients = self._available()
-        self._away = [client for client in self.state.clients if client not in clients]
+        present = self._available()
+        clients = self._drawn(present, settings.clients, "clients of an evaluation", number)
+        self._away = [client for client in self.state.clients if client not in present]
         share = share_of_samples(
-            settings.samples if final else settings.samples_between, self.config.federation.clients
+            settings.samples if final else settings.samples_between, self.config.evaluated_clients
         )
         screened = self._clients(tell).ask(
             EVALUATE,
@@ -277,7 +286,9 @@ class Federated:
         return screen_validation(reply, header, self._contract)
 
     def _clients(self, tell: Observer) -> FlowerClients:
-        return FlowerClients(self._grid, self.config, self._roster, tell)
+        # Deployed sites work side by side, each on its own machine, so all are asked at once.
+        window = max(LEAST_WINDOW, 2 * usable_cores()) if self._fixed else None
+        return FlowerClients(self._grid, self.config, self._roster, tell, window)
 
     def _own_images(self) -> list[Task]:
         """The images that the server itself has, to judge samples by: all of them in a
@@ -301,19 +312,9 @@ class Federated:
         accepted = screened.accepted
         if len(accepted) < federation.min_clients:
             raise UserError(self._too_few(server_round, len(accepted), screened))
-        weights = client_weights(
-            federation.weights,
-            {c: reply.plan.examples for c, reply in accepted.items()},
-            federation.largest_weight,
-        )
-        outcome = aggregate(
-            federation,
-            self.state.shared.weights,
-            {client: reply.shared for client, reply in accepted.items()},
-            weights,
-            self.state.optimizer,
-            self._came,
-        )
+        mean = self._sum.mean()
+        weights = mean.weights
+        outcome = aggregate(federation, self.state.shared.weights, mean, self.state.optimizer)
         before = self.state.shared
         steps = round(sum(weights[c] * accepted[c].plan.shared_steps for c in weights))
         decay = round_decay(training.ema_decay, training.ema_warmup, before.steps, steps)
@@ -324,7 +325,7 @@ class Federated:
             round=server_round,
             shared=Part(Shared(outcome.shared), Shared(average), steps=before.steps + steps),
             optimizer=outcome.optimizer,
-            control=weighted_mean({c: reply.control for c, reply in accepted.items()}, weights),
+            control=mean.control,
             attempts={
                 **self.state.attempts,
                 **{client: screened.attempts[client] for client in accepted},
@@ -404,7 +405,9 @@ class Federated:
             request.round,
         )
         reach = reach_of_round(self.config, request.round, plan.shared_steps, self._came)
-        return screen_train(reply, header, self._contract, plan, reach, self._came)
+        update = screen_train(reply, header, self._contract, plan, reach, self._came)
+        self._sum.add(client, update.shared, plan.examples, update.control)
+        return replace(update, shared={}, control=Control({}))
 
     def _judge(
         self, server_round: int, screened: Screened[EvaluateReply], final: bool
@@ -552,14 +555,22 @@ class Federated:
 
         self._roster.gather(enough, lambda: False, fixed=False)
         clients = self._available()
-        count = min(federation.clients_per_round or len(clients), len(clients))
+        drawn = self._drawn(
+            clients, federation.clients_per_round, "clients of a round", server_round
+        )
         # Where clients are drawn, one that is away is merely not drawn.
         self._away = [
             client
             for client in self.state.clients
-            if client not in clients and count == len(clients)
+            if client not in clients and len(drawn) == len(clients)
         ]
-        generator = derive_generator(self.config.seed, "clients of a round", server_round)
+        return drawn
+
+    def _drawn(self, clients: list[str], count: int | None, purpose: str, number: int) -> list[str]:
+        """So many of the clients, in their order: a seeded draw without replacement; all of them
+        for None.
+        """
+        generator = derive_generator(self.config.seed, purpose, number)
         drawn = torch.randperm(len(clients), generator=generator)[:count]
         return [clients[index] for index in sorted(drawn.tolist())]
 

@@ -184,8 +184,8 @@ def read_tensors(content: RecordDict, name: str) -> dict[str, Tensor]:
         if len(part) != size:
             raise ValueError(f"array {key!r:.100} lacks {size - len(part)} of its {size} values")
         used[dtype] += size
-        # A copy, because tensors that share memory cannot be stored side by side.
-        tensors[key] = torch.from_numpy(part.reshape(shape).copy())
+        # Flower decodes an array anew at each reading, so nobody else has this memory.
+        tensors[key] = torch.from_numpy(part.reshape(shape))
     spare = {
         dtype: len(values[dtype]) - count
         for dtype, count in used.items()

@@ -145,9 +145,9 @@ class Roster:
         if client in self._members:
             self._doubted.add(self._members[client].node)
 
-    def look(self) -> None:
-        """See who is connected, ask the new ones, hear those that have answered; never waits for
-        anybody.
+    def look(self) -> bool:
+        """See who is connected, ask the new ones, hear those that have answered, and say whether
+        somebody has; never waits for anybody.
         """
         now = time.monotonic()
         if now - self._looked >= LOOK_SECONDS:
@@ -176,10 +176,11 @@ class Roster:
                     {i: node for i in self._grid.push_messages([message]) if i is not None}
                 )
             self._doubted -= self._connected
-        if self._asked:
-            for reply in list(self._grid.pull_messages(list(self._asked))):
-                if reply.metadata.reply_to_message_id in self._asked:
-                    self._hear(self._asked.pop(reply.metadata.reply_to_message_id), reply)
+        replies = list(self._grid.pull_messages(list(self._asked))) if self._asked else []
+        for reply in replies:
+            if reply.metadata.reply_to_message_id in self._asked:
+                self._hear(self._asked.pop(reply.metadata.reply_to_message_id), reply)
+        return bool(replies)
 
     def gather(
         self,
@@ -204,7 +205,7 @@ class Roster:
         timeout = self._config.federation.join_timeout
         start = told = time.monotonic()
         while True:
-            self.look()
+            heard = self.look()
             if enough():
                 return
             if stop_requested.is_set():
@@ -220,7 +221,8 @@ class Roster:
                 told = time.monotonic()
                 left = seconds_in_words(max(0.0, timeout - (told - start)))
                 self._notice(f"waiting for {self._awaited(known)}, for {left} more{self._silent()}")
-            time.sleep(POLL_SECONDS)
+            if not heard:
+                time.sleep(POLL_SECONDS)
 
     def _hear(self, node: int, reply: Message) -> None:
         try:
