@@ -15,7 +15,7 @@ from srfed.commands.sweep import train_many
 from srfed.config import RunConfig
 from srfed.config.model import exclusive_in_words
 from srfed.errors import UserError
-from srfed.files import read_json, write_bytes
+from srfed.files import write_bytes
 from srfed.interrupts import run_command, status_of, stopping_gently, tell
 from srfed.paths import relative
 from srfed.reporting.summary import summarise
@@ -297,10 +297,8 @@ def _announce(run: RunFolder) -> None:
     )
     for line in describe_images(config.data, config.federation.clients):
         print(line)
-    if origin := read_json(run.identity_file).get("start"):
-        print(
-            f"starts from {origin['run']}, round {origin['round']} (φ {origin['phi_sha256'][:12]})"
-        )
+    if run.starts_from:
+        print(f"starts from {run.starts_from}")
     print(f"run folder: {run.path}")
     print(f"follow it:  srfed watch {shlex.quote(str(relative(run.path)))}")
     print(f"curves:     tensorboard --logdir {relative(run.tensorboard)}", flush=True)

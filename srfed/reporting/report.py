@@ -121,10 +121,8 @@ def _identity(run: RunFolder) -> dict[str, Any]:
     """Of run.json, what is shown."""
     content = read_json(run.identity_file)
     shown = {name: value for name, value in content.items() if name in IDENTITY}
-    if found := content.get("start"):
-        shown["starts from"] = (
-            f"{found['run']}, round {found['round']}, φ {found['phi_sha256'][:12]}"
-        )
+    if run.starts_from:
+        shown["starts from"] = run.starts_from
     return shown
 
 

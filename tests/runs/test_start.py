@@ -156,7 +156,7 @@ def test_the_command_takes_the_network_of_the_run_it_starts_from(
     run = RunFolder.open(tmp_path / "run")
     assert run.config.model == RunFolder.open(trained).config.model != RunConfig().model
     assert (run.path / "start" / "manifest.json").exists()
-    assert f"starts from {trained.name}, round 2 (φ " in done.stdout
+    assert f"starts from {trained.name}, round 2, φ " in done.stdout
     again = run_here("simulate", "--resume", run.path, "--from", trained)
     assert again.returncode == 2
     assert "--from is for a new run" in again.stderr
