@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from srfed.api import Run as Run
     from srfed.api import open_run as open_run
     from srfed.api import train as train
@@ -18,9 +19,8 @@ if TYPE_CHECKING:
     from srfed.reporting.mlflow import MLflow as MLflow
     from srfed.reporting.weights_and_biases import WeightsAndBiases as WeightsAndBiases
 
-__version__ = "0.1.0"
-
 _WHERE = {
+    "__version__": "srfed.version",
     "MLflow": "srfed.reporting.mlflow",
     "Observer": "srfed.observer",
     "Run": "srfed.api",
@@ -32,12 +32,18 @@ _WHERE = {
     "open_run": "srfed.api",
     "train": "srfed.api",
 }
-__all__ = ["__version__", *_WHERE]
+__all__ = [*_WHERE]
+_EVERYWHERE = {"__version__", "UserError"}
+"""What there is on systems, too, on which srfed does not run."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'srfed' has no attribute {name!r}")
+    if name not in _EVERYWHERE:
+        from srfed.systems import check_system
+
+        check_system()
     return getattr(import_module(_WHERE[name]), name)
 
 

@@ -4,10 +4,13 @@ import sys
 from collections.abc import Sequence
 
 from srfed.commands.table import COMMANDS, run
+from srfed.systems import told_of_system
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command that the first argument names; returns its exit code."""
+    if status := told_of_system():
+        return status
     from srfed.commands.options import Parser
     from srfed.errors import did_you_mean
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from srfed.config import ResourcesConfig
@@ -28,6 +29,11 @@ def check_resources(resources: ResourcesConfig, *, federated: bool = True) -> No
         raise UserError(
             f"resources.client_cpus = {resources.client_cpus} is above the {cores} cores that this "
             "process may use"
+        )
+    if federated and resources.backend == "ray" and find_spec("ray") is None:
+        raise UserError(
+            "resources.backend = ray needs Ray, which is not installed here; allowed: inline "
+            "(--backend inline), or pip install 'flwr[simulation]'"
         )
     if (
         federated

@@ -1,8 +1,18 @@
 """Run a federation on real machines: ``python -m srfed.deploy COMMAND``."""
 
-from srfed.commands.deploy import main
+from collections.abc import Sequence
 
-__all__ = ["main"]
+from srfed.systems import told_of_system
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """As ``srfed deploy``."""
+    if status := told_of_system():
+        return status
+    from srfed.commands.deploy import main as deploy
+
+    return deploy(arguments)
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -195,6 +195,10 @@ def try_output(path: Path | None) -> None:
         raise UserError(f"cannot write {path}: {_why(error)}") from error
 
 
+Stamp = tuple[int, int, int, int]
+"""Of :func:`stamp`."""
+
+
 # --- Folders -------------------------------------------------------------------------------------
 
 
@@ -312,6 +316,22 @@ def exists(path: Path) -> bool:
     except OSError as error:
         raise UserError(f"cannot read {path}: {_why(error)}") from error
     return True
+
+
+def stamp(path: Path) -> Stamp | None:
+    """What changes whenever a file does, other than its content: inode, size, and the times of its
+    last change, of which no copy and no tool sets the second; None where there is no file.
+
+    Raises:
+        UserError: it cannot be known.
+    """
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {_why(error)}") from error
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def read_bytes(path: Path) -> bytes:

@@ -22,6 +22,7 @@ from srfed.networks.initialise import initialise
 from srfed.networks.network import Network
 from srfed.networks.partition import Partition, Shared, divide
 from srfed.randomness import derive_seed
+from srfed.work import count_passes
 
 
 def build_model(config: RunConfig, image_channels: int) -> Network:
@@ -207,11 +208,13 @@ def denoiser_of_task(
     position = task_of_table(model, task)
 
     def denoiser(forward: Callable[..., Tensor]) -> Denoiser:
-        if position is None:
-            return objective.denoiser(forward)
-        return objective.denoiser(
-            lambda x, times: forward(x, times, torch.full_like(times, position, dtype=torch.long))
-        )
+        def counted(x: Tensor, times: Tensor) -> Tensor:
+            count_passes(len(x))
+            if position is None:
+                return forward(x, times)
+            return forward(x, times, torch.full_like(times, position, dtype=torch.long))
+
+        return objective.denoiser(counted)
 
     own, nobody = forwards or forwards_of(model)
     return denoiser(own) if nobody is None else TaskDenoiser(denoiser(own), denoiser(nobody))

@@ -1,8 +1,11 @@
 """Who is told what happens in a run: the terminal, TensorBoard, a notebook, a test."""
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
+
+Stage = Literal["round", "evaluation"]
 
 
 class Observer:
@@ -14,6 +17,11 @@ class Observer:
 
     def on_begin(self, tasks: Sequence[TaskInfo], last_round: int) -> None:
         """The run begins, or goes on after ``last_round``, with these tasks, in their order."""
+
+    def on_start(self, what: Stage, number: int, *, final: bool = False) -> None:
+        """A round of this number begins, or an evaluation after it; ``final`` is the evaluation
+        that ends the run.
+        """
 
     def on_progress(self, what: str, done: int, total: int) -> None:
         """So many clients have answered in a round or an evaluation; called with each answer."""
@@ -43,6 +51,10 @@ class Observers(Observer):
     def on_begin(self, tasks: Sequence[TaskInfo], last_round: int) -> None:
         for observer in self._observers:
             observer.on_begin(tasks, last_round)
+
+    def on_start(self, what: Stage, number: int, *, final: bool = False) -> None:
+        for observer in self._observers:
+            observer.on_start(what, number, final=final)
 
     def on_progress(self, what: str, done: int, total: int) -> None:
         for observer in self._observers:

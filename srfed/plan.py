@@ -15,15 +15,17 @@ from srfed.config import RunConfig, UNetConfig, parse_config
 from srfed.cores import usable_cores
 from srfed.data import Task
 from srfed.device import memory_layout, resolve_device
+from srfed.evaluation.metrics.denoising_loss import MOMENTS
 from srfed.federation.contract import Contract
 from srfed.federation.layout import value_bytes
 from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.partition import Shared
-from srfed.reporting.pace import STEP_TO_PASS, evaluation_passes
+from srfed.reporting.pace import comparison_passes, evaluation_passes
 from srfed.training.local import LocalTrainer, phases
 from srfed.training.minibatches import MinibatchOrder
 from srfed.training.part import copies, initial_state
 from srfed.units import bytes_in_words, seconds_in_words
+from srfed.work import STEP_TO_PASS
 
 TIMED_STEPS = 2
 SLOWEST = 3600.0
@@ -36,6 +38,10 @@ BESIDE_STEPS = 1.4
 """A round against its steps alone: weights are copied, checked, averaged and stored."""
 START = {"ray": 15.0, "inline": 5.0}
 """Seconds that a backend takes to be there, about."""
+BESIDE_PASSES = 3.0
+"""Seconds of an evaluation beside its passes: features, distances, neighbours, pictures."""
+PAGE = 3.0
+"""Seconds until the table and the run's page are there."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,8 @@ class Plan:
         shapes: of the tasks' images.
         shared, exclusive: parameters of φ and of one θ_i.
         steps: local steps of all owners in all rounds, without those of models alone.
-        seconds_per_round, seconds_besides: expected; the latter of evaluations and the start.
+        seconds_per_round, seconds_besides: expected; the latter of the start, the evaluations and
+            the page at the end.
         memory: bytes at peak, expected, in this machine's memory.
         device_memory: the same on a GPU; 0 without one.
         bytes_down, bytes_up: in a round, to and from one owner.
@@ -179,12 +186,19 @@ def _measured(config: RunConfig, tasks: Sequence[Task]) -> Plan:
     if resources.backend == "ray" and device.type == "cpu":
         cores = resources.cpus or usable_cores()
         at_once = max(1, min(clients, cores // resources.client_cpus))
+    per_pass = per_image / STEP_TO_PASS / at_once
     between = (federation.rounds - 1) // config.evaluation.every if config.evaluation.every else 0
-    passes = between * evaluation_passes(config, clients, final=False) + evaluation_passes(
-        config, clients, final=True
+    passes = (
+        between * evaluation_passes(config, federation.clients, final=False)
+        + evaluation_passes(config, federation.clients, final=True)
+        + (between + 1) * comparison_passes(config, [len(task.test) for task in tasks])
     )
     seconds = a_round * training.batch_size * per_image / at_once
     models = 1 if federation.compare == "none" else 2
+    validated = sum(map(config.validation_due, range(1, federation.rounds + 1)))
+    # The models alone look at their owners' images after every round.
+    looks = validated / federation.rounds + (models - 1)
+    aside = MOMENTS * sum(len(task.validation) for task in tasks)
     processes = 1 + (at_once if resources.backend == "ray" else 0)
     return Plan(
         config=config,
@@ -193,8 +207,11 @@ def _measured(config: RunConfig, tasks: Sequence[Task]) -> Plan:
         shared=shared,
         exclusive=exclusive,
         steps=a_round * federation.rounds,
-        seconds_per_round=BESIDE_STEPS * models * seconds,
-        seconds_besides=START[resources.backend] + passes * per_image / STEP_TO_PASS / at_once,
+        seconds_per_round=BESIDE_STEPS * models * seconds + looks * aside * per_pass,
+        seconds_besides=START[resources.backend]
+        + passes * per_pass
+        + (between + 1) * BESIDE_PASSES
+        + PAGE,
         memory=processes * _peak(),
         device_memory=device_memory * at_once,
         bytes_down=sum(map(value_bytes, contract.training_request.values())),

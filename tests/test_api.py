@@ -21,9 +21,12 @@ from flwr.supercore.task_identity import TaskIdentity
 import srfed
 from srfed.data import load_tasks
 from srfed.federation.flower.exchange import stop_requested
+from srfed.observer import Stage
 from srfed.randomness import derive_generator
 from srfed.records import RoundRecord
+from srfed.reporting.pace import round_passes
 from srfed.storage.run_folder import RunFolder
+from srfed.work import passes_done
 from support.tiny_run import CLIENTS, all_bits, begin, records, run_in_process, tiny_config
 
 TWO = {"federation.rounds": 2}
@@ -282,6 +285,20 @@ def test_an_opened_run_gives_the_denoiser_that_samples_are_drawn_with(trained: s
         trained.denoiser("digit-9")
 
 
+class Counting(srfed.Observer):
+    """The passes of each round, in whatever process they are made."""
+
+    def __init__(self) -> None:
+        self.passes: list[int] = []
+        self._since = 0
+
+    def on_start(self, what: Stage, number: int, *, final: bool = False) -> None:
+        self._since = passes_done()
+
+    def on_round(self, record: RoundRecord) -> None:
+        self.passes.append(passes_done() - self._since)
+
+
 @pytest.mark.slow
 def test_two_runs_under_ray_in_one_process_leave_nothing_behind(
     trained: srfed.Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -292,7 +309,9 @@ def test_two_runs_under_ray_in_one_process_leave_nothing_behind(
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     level, filters = logging.getLogger("flwr").level, list(warnings.filters)
     for name in ("first", "second"):
-        run = srfed.train(config, run_dir=tmp_path / name)
+        counting = Counting()
+        run = srfed.train(config, run_dir=tmp_path / name, observers=[counting])
+        assert counting.passes == [round_passes(config, [1, 1, 1])] * 2
         assert all_bits(RunFolder.open(run.path)) == all_bits(RunFolder.open(trained.path))
         assert set(os.environ.items()) ^ set(environment.items()) == set()
         assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers

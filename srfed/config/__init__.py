@@ -5,7 +5,7 @@ out.
 from srfed.config.data import DataConfig, DatasetName
 from srfed.config.diffusion import DiffusionConfig
 from srfed.config.evaluation import EvaluationConfig
-from srfed.config.explain import describe
+from srfed.config.explain import default_settings, describe
 from srfed.config.federation import FederationConfig
 from srfed.config.loading import load_config, parse_config, parse_config_json, read_settings
 from srfed.config.model import STAGES, ModelConfig, OwnNetworkConfig, UNetConfig
@@ -32,6 +32,7 @@ __all__ = [
     "TrainingConfig",
     "UNetConfig",
     "UpdatesConfig",
+    "default_settings",
     "describe",
     "load_config",
     "parse_config",

@@ -19,28 +19,27 @@ OLD_NUMBER = re.compile(r"[-+]?[0-9][0-9a-fA-FoOxX_:]*")
 
 def describe() -> str:
     """One line for each setting: name, type, default, meaning."""
-    lines = []
-    for name, field in _settings():
-        default = (
-            json.dumps(json.loads(RunConfig().to_json())[name])
-            if "." not in name
-            else _default(name)
-        )
-        lines.append(f"  {name} = {default}  ({_allowed(field)})\n      {field.description}")
-    return "\n".join(lines)
+    defaults = default_settings()
+    return "\n".join(
+        f"  {name} = {json.dumps(defaults[name])}  ({_allowed(field)})\n      {field.description}"
+        for name, field in declared_settings()
+    )
 
 
-def _default(name: str) -> str:
-    """As JSON; of a setting that the default network has not, what its own section has."""
-    section, key = name.split(".")
-    values = json.loads(RunConfig().to_json())[section]
-    if key not in values:
-        (own,) = [each for each in sections_of(section) if key in each.model_fields][:1]
-        values = own.model_construct().model_dump(mode="json", include={key})
-    return json.dumps(values[key])
+def default_settings() -> dict[str, Any]:
+    """The default of every setting by its name, as JSON has it; of one that the default network has
+    not, what its own section has.
+    """
+    defaults = RunConfig().settings()
+    for name, _ in declared_settings():
+        if name not in defaults:
+            section, key = name.split(".")
+            (own,) = [each for each in sections_of(section) if key in each.model_fields][:1]
+            defaults[name] = own.model_construct().model_dump(mode="json", include={key})[key]
+    return defaults
 
 
-def _settings() -> Iterator[tuple[str, FieldInfo]]:
+def declared_settings() -> Iterator[tuple[str, FieldInfo]]:
     """Every setting once, by its name."""
     for name, field in RunConfig.model_fields.items():
         if name in ("name", "seed"):
@@ -115,7 +114,7 @@ def _meant(path: Sequence[str], siblings: Iterable[str], known: Iterable[str]) -
 def explain(content: dict[str, Any], error: ValidationError) -> list[str]:
     """Each thing that is wrong, once: the key, the value, what is allowed."""
     lines: dict[str, None] = {}
-    known = dict(_settings())
+    known = dict(declared_settings())
     for problem in error.errors(include_url=False):
         path = [str(part) for part in problem["loc"]]
         siblings: type[Section] = RunConfig

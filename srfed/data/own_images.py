@@ -19,7 +19,7 @@ from srfed.data.source import fit_and_split
 from srfed.data.tasks import Task
 from srfed.data.validation import set_aside
 from srfed.errors import UserError
-from srfed.files import write_bytes
+from srfed.files import stamp, write_bytes
 
 SETTINGS = ("images_per_task", "image_size", "channels", "intensity", "test_fraction")
 """The settings of ``data`` that decide what an owner's images become, besides
@@ -193,11 +193,9 @@ def _key(config: DataConfig, name: str) -> str:
 
 
 def _fingerprint(config: DataConfig, path: Path) -> str:
-    """What a cached copy depends on: the settings, and each file's place, size and time of
-    change.
-    """
+    """What a cached copy depends on: the settings, and each file's place and stamp."""
     files = list_images(path).files if path.is_dir() else [path]
-    found = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    found = [(str(file), stamp(file)) for file in files]
     settings = [getattr(config, key) for key in SETTINGS]
     return hashlib.sha256(json.dumps([settings, found]).encode()).hexdigest()[:16]
 

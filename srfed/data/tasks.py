@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from srfed.data.record import ImageRecord, read_records, write_records
 from srfed.data.source import Source
 from srfed.data.validation import set_aside
 from srfed.errors import UserError
+from srfed.files import Stamp, stamp
 from srfed.records import Shape
 
 ALLOW = "allow the change with --allow-changed-images"
@@ -70,11 +72,7 @@ def load_task(
             differ, or there are too few images.
     """
     source = _open(config)
-    if not 0 <= index < len(source.names):
-        raise UserError(
-            f"there is no task {index}; {config.dataset} has tasks 0 to {len(source.names) - 1}"
-        )
-    return _load(config, source, index, known or {})
+    return _load(config, source, _checked(config, source, index), known or {})
 
 
 def load_tasks(
@@ -148,9 +146,14 @@ def load_recorded_tasks(
 def load_recorded_task(config: DataConfig, index: int, record: Path) -> Task:
     """Load one client's own task as :func:`load_recorded_tasks` does, which refuses other
     images.
+
+    The data set is opened, and a file of all tasks read, once a process for each state of the
+    record: where the images have changed, and that was allowed, the record has too.
     """
-    known = read_records(record)
-    task = load_task(config, index, known)
+    if (state := stamp(record)) is None:
+        return load_task(config, index)
+    source, known = _opened(config, record, state)
+    task = _load(config, source, _checked(config, source, index), known)
     if changes := _changes([task], known):
         raise UserError(f"{changes}; put them back")
     return task
@@ -190,6 +193,22 @@ def describe_images(config: DataConfig, count: int) -> list[str]:
     listings = source.listings[:count]
     files = [file for listing in listings for file in listing.files]
     return [*describe_listings(listings, source.skipped), *describe_intensity(files, config)]
+
+
+@lru_cache(maxsize=1)
+def _opened(
+    config: DataConfig, record: Path, state: Stamp
+) -> tuple[Source, Mapping[str, ImageRecord]]:
+    """A run's data set and record; ``state`` is that of the record's file."""
+    return _open(config), read_records(record)
+
+
+def _checked(config: DataConfig, source: Source, index: int) -> int:
+    if not 0 <= index < len(source.names):
+        raise UserError(
+            f"there is no task {index}; {config.dataset} has tasks 0 to {len(source.names) - 1}"
+        )
+    return index
 
 
 def _load(

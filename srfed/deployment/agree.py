@@ -2,6 +2,7 @@
 site's own state.
 """
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import chain, repeat
 from pathlib import Path
@@ -32,6 +33,7 @@ from srfed.federation.contract import Contract
 from srfed.federation.control import control_in_words
 from srfed.federation.flower.admission import images_of
 from srfed.federation.layout import value_bytes
+from srfed.federation.mods import agreed_mod
 from srfed.federation.updates import update_in_words
 from srfed.files import exists
 from srfed.model import build_model, build_partition
@@ -49,6 +51,7 @@ def propose(
     certificate: Path | None = None,
     least: LeastImages | None = None,
     resources: SiteResources | None = None,
+    mods: Sequence[str] = (),
 ) -> Agreement:
     """The agreement that allows a configuration, and no more than it needs.
 
@@ -62,12 +65,14 @@ def propose(
         least: images behind each number; None takes 20 behind feature statistics and 8 behind a
             mean.
         resources: what this machine gives; None takes one thread on a device that is found.
+        mods: the owner's own, each "module:function" of an installed package, the outermost first.
 
     Raises:
         UserError: the configuration, the images or the machine do not fit, or numbers would leave
             that too few images stand behind.
     """
     check_name(client)
+    agreed_mods = tuple(agreed_mod(name) for name in mods)
     least, resources = least or LeastImages(), resources or SiteResources()
     task, _ = current_images(config.data, data, client, state_dir / client)
     MinibatchOrder.of(
@@ -106,6 +111,7 @@ def propose(
         at_most=rules["at_most"],
         at_least=rules["at_least"],
         free=tuple(rules["free"]),
+        mods=agreed_mods,
     )
     try:
         resolve_device(agreement.with_own_resources(config).resources)
@@ -284,5 +290,12 @@ def in_words(agreement: Agreement, config: RunConfig) -> str:
             f"  machine:     device {own.device}, {own.threads} "
             f"thread{'s' if own.threads > 1 else ''}"
             + (f", Inception weights {own.inception_weights}" if own.inception_weights else ""),
+            *(
+                f"{label:<14} {mod.name}, of a package with the SHA-256 {mod.fingerprint[:12]}: "
+                "sees every message, and may change replies as far as the guard allows"
+                for label, mod in zip(
+                    chain(("  own mods:",), repeat("")), agreement.mods, strict=False
+                )
+            ),
         ]
     )

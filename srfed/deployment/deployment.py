@@ -42,6 +42,7 @@ from srfed.deployment.flower_run import FlowerRun
 from srfed.deployment.process import POLL_SECONDS, READY_SECONDS, Process
 from srfed.deployment.sites import NOTES, REGISTERED, note_site
 from srfed.errors import UserError
+from srfed.federation.run_config import app_config_toml
 from srfed.files import make_folder, write_bytes
 from srfed.keys import read_key
 
@@ -406,12 +407,9 @@ class Deployment:
                 "serverapp": "srfed.federation.flower.server_app:app",
                 "clientapp": "srfed.federation.flower.client_app:app",
             },
-            "tool.flwr.app.config": {"run-dir": "", "config": "", "set": "", "roster": ""},
         }
-        write_bytes(
-            self.folder / "app" / "pyproject.toml",
-            b"\n".join(toml(t, name) for name, t in app.items()),
-        )
+        tables = [*(toml(t, name) for name, t in app.items()), app_config_toml().encode()]
+        write_bytes(self.folder / "app" / "pyproject.toml", b"\n".join(tables))
 
     def _write_connection(self) -> None:
         if self._tls and not (self.certificates / CA_CERTIFICATE).exists():

@@ -37,6 +37,7 @@ from srfed.deployment.flower import (
 )
 from srfed.errors import UserError
 from srfed.federation.agreement import AGREEMENT_FILE, COMMAND, Agreement
+from srfed.federation.mods import changed_mod
 from srfed.files import append_text, exists, held, write_bytes
 from srfed.units import printable
 
@@ -109,7 +110,10 @@ def check_before_start(state_dir: Path, client_id: str, certificate: Path) -> No
         raise UserError(
             f"{file} is missing: a site without an agreement answers nothing; agree with: {COMMAND}"
         )
-    agreed, found = Agreement.load(file.parent).coordinator, certificate_fingerprint(certificate)
+    agreement = Agreement.load(file.parent)
+    if said := changed_mod(agreement.mods):
+        raise UserError(f"{said}; if it is meant, agree again with: {COMMAND}")
+    agreed, found = agreement.coordinator, certificate_fingerprint(certificate)
     if agreed not in (None, found):
         raise UserError(
             f"{certificate} is not the certificate of the coordinator that was agreed to (its "

@@ -6,9 +6,9 @@ server needs as much memory for a thousand clients as for ten.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -149,6 +149,24 @@ class UpdateSum:
             name: part.reshape(shape)
             for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
         }
+
+
+class Sum(Protocol):
+    """What a round's updates are added to, one client after another: :class:`UpdateSum`, or one of
+    one's own around it.
+    """
+
+    def add(
+        self, client: str, update: Tensors, examples: int, control: Tensors | None = None
+    ) -> None:
+        """As :meth:`UpdateSum.add`."""
+
+    def mean(self) -> "UpdateMean":
+        """As :meth:`UpdateSum.mean`."""
+
+
+Aggregator = Callable[[FederationConfig, Tensors], Sum]
+"""Makes the sum of a round, as :class:`UpdateSum` is made."""
 
 
 @dataclass

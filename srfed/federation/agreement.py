@@ -156,6 +156,15 @@ class SiteResources(_Part):
     inception_weights: str = ""
 
 
+class AgreedMod(_Part):
+    """A function of an installed package that stands between the guard and what answers."""
+
+    name: str
+    """module:function"""
+    fingerprint: str
+    """See :func:`srfed.federation.mods.package_fingerprint`."""
+
+
 class Agreement(_Part):
     """What one site's owner has agreed to.
 
@@ -168,6 +177,7 @@ class Agreement(_Part):
         shared, images, samples, features, least_images, resources: see there; features are None
             where no statistics leave.
         exactly, at_most, at_least, free: the rule of each setting, by its name.
+        mods: the owner's own, the outermost first; none in agreements from before there were any.
     """
 
     client: str
@@ -183,6 +193,7 @@ class Agreement(_Part):
     at_most: dict[str, int]
     at_least: dict[str, int]
     free: tuple[str, ...]
+    mods: tuple[AgreedMod, ...] = ()
 
     def admit(self, asked: RunConfig) -> RunConfig:
         """What the site does of a configuration: all that was agreed, with this machine's own
@@ -295,8 +306,9 @@ class Agreement(_Part):
 
     def _flat(self) -> dict[str, str]:
         content = self.model_dump(
-            mode="json", exclude={"agreed", "exactly", "at_most", "at_least", "free"}
+            mode="json", exclude={"agreed", "exactly", "at_most", "at_least", "free", "mods"}
         )
+        content["mods"] = {mod.name: mod.fingerprint for mod in self.mods}
         return {name: _shown(value) for name, value in _leaves(content)} | self.rules()
 
 

@@ -15,7 +15,7 @@ from srfed.diffusion.process import QUARTERS
 from srfed.evaluation.metrics.denoising_loss import LARGEST_LOSS
 from srfed.evaluation.metrics.memorisation import Memorisation
 from srfed.evaluation.metrics.ssim import ssim_window
-from srfed.federation.messages import AGAINST_TRIVIAL, AUDIT, FIGURES, MOST_ROUNDS, SETS
+from srfed.federation.messages import AGAINST_TRIVIAL, AUDIT, EXAMPLES, FIGURES, MOST_ROUNDS, SETS
 from srfed.networks.partition import Partition
 from srfed.training.local import phases
 from srfed.training.minibatches import MinibatchOrder
@@ -142,7 +142,7 @@ def validation_numbers(images: Number) -> dict[str, Number]:
     """The numbers of a reply about validation images, of which there are so many; the loss is NaN
     where too few images stand behind it to be told.
     """
-    return {"loss": Number(0, LARGEST_LOSS, gaps=True), "images": images}
+    return {"loss": Number(0, LARGEST_LOSS, gaps=True), EXAMPLES: images}
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class TrainPlan:
     def numbers(self) -> dict[str, Number]:
         """The numbers of its reply."""
         numbers = {
-            "examples": exactly(self.examples),
+            EXAMPLES: exactly(self.examples),
             "shared_steps": exactly(self.shared_steps),
             # Computed, and not compared: a checkpoint of earlier versions does not say where a pass
             # began.

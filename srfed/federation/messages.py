@@ -5,6 +5,7 @@ every reply names its client and attempt, so that the server can tell what it go
 Flower's messages is :mod:`srfed.federation.flower.packing`.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NewType, Protocol, Self
@@ -16,9 +17,9 @@ from srfed.federation.agreement import RequestRefusedError
 from srfed.records import Comparison, Shape
 from srfed.storage.client_store import PLAIN_NAME
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Rises whenever a message means something else. 1, before it was said, knew no update but φ_i; 2
-knew no best round."""
+knew no best round; 3 had names of its own where Flower's apps have one in common."""
 DESCRIBE = "query.describe"
 TRAIN = "train"
 EVALUATE = "evaluate"
@@ -27,8 +28,9 @@ VALIDATE = "evaluate.validate"
 
 Samples = NewType("Samples", dict[str, Tensor])
 """Generated images, or statistics of features: what may leave an owner besides φ."""
-SHARED = "shared"
-"""Array record of φ, both ways; server to client, with ``updates.shared_bits``, of its codes."""
+SHARED = "arrays"
+"""Array record of φ, both ways; server to client, with ``updates.shared_bits``, of its codes. The
+name is Flower's for a model's arrays, as are REQUEST, METRICS and EXAMPLES."""
 UPDATE = "update"
 """Array record of what steps have made of Δ_i, client to server, in place of φ_i."""
 CONTROL = "control"
@@ -44,13 +46,19 @@ STATISTICS = "statistics"
 each of SETS.
 """
 SETS = ("generated", "test", "train")
-REQUEST = "request"
+REQUEST = "config"
+OLD_REQUEST = "request"
+"""What REQUEST was until protocol 3."""
 REPLY = "reply"
 REFUSAL = "refusal"
 """Record of a request that asks a refused node once more: why it was refused, for its owner to
 read.
 """
 METRICS = "metrics"
+EXAMPLES = "num-examples"
+"""Number of the images that stand behind a reply: a client's training images m_i, or the validation
+images behind its loss.
+"""
 FIGURES = "comparison_"
 """How the names of a comparison's numbers begin."""
 AUDIT = "memorisation_"
@@ -64,6 +72,8 @@ REFUSED = 101
 """Flower error code of a client that does not do what it was asked; the reason is in its own words.
 """
 
+OTHER_PROTOCOL = "the request is of another protocol"
+"""A client's words for a request that lacks what it looks for."""
 IMPOSSIBLE_CONFIG = "the request's config is impossible"
 """A client's words for settings that it cannot read."""
 LONGEST_CONFIG = 65_536
@@ -116,11 +126,9 @@ class Request:
         if theirs != PROTOCOL:
             raise RequestRefusedError(other_protocol("server", theirs, "site"))
         try:
-            request = cls(**_fields(cls, said, REQUEST))
+            request = cls(**_fields(cls, said, "request"))
         except ValueError as error:
-            raise RequestRefusedError(
-                "the request is of another protocol", str(error)[:200]
-            ) from error
+            raise RequestRefusedError(OTHER_PROTOCOL, str(error)[:200]) from error
         names = {
             "lineage": request.lineage,
             "attempt": request.attempt,
@@ -269,6 +277,16 @@ def other_protocol(peer: str, theirs: int, here: str) -> str:
         f"the {peer} speaks protocol {theirs} of srfed, this {here} {PROTOCOL}; install the same "
         "srfed at both"
     )
+
+
+def works_together(theirs: str, ours: str) -> bool:
+    """Whether two versions of srfed take part in one federation: alike, or a patch apart.
+
+    A patch changes neither what a message means nor what a setting does: what does raises PROTOCOL
+    or the minor version. Of what is not numbered, such as a pre-release, every character counts.
+    """
+    both = [re.fullmatch(r"([0-9]+\.[0-9]+)\.[0-9]+", version) for version in (theirs, ours)]
+    return theirs == ours or (all(both) and len({found[1] for found in both if found}) == 1)
 
 
 def audit_metrics(audit: Audit) -> dict[str, float | list[float]]:

@@ -36,6 +36,7 @@ from srfed.federation.messages import (
     GENERATED,
     IMPOSSIBLE_CONFIG,
     METRICS,
+    OTHER_PROTOCOL,
     PROTOCOL,
     REFUSED,
     REPLY,
@@ -138,6 +139,9 @@ def screen_description(reply: Reply) -> Description:
                 words += (
                     f"; install the same srfed at both if its own speaks no protocol {PROTOCOL}"
                 )
+            if words.endswith(OTHER_PROTOCOL):
+                # Sites of protocol 3 look for the request under another name.
+                words += f" than {PROTOCOL}; install the same srfed at both"
             raise RefusedError(words)
         raise RefusedError("it cannot describe itself; the reason is in its client.log")
     theirs = protocol_of(reply.header)

@@ -44,12 +44,14 @@ def run_rounds(run: RunFolder, trainer: Trainer, observers: Iterable[Observer] =
                 final = state.round == config.federation.rounds
                 due = config.evaluation_due(state.round)
                 if due and not log.has_evaluation(state.round, final=final):
+                    tell.on_start("evaluation", state.round, final=final)
                     evaluation = trainer.evaluate(state, tell, final=final)
                     if evaluation is not None:
                         log.add_evaluation(evaluation)
                         tell.on_evaluation(evaluation)
                 if state.round >= config.federation.rounds:
                     return
+                tell.on_start("round", state.round + 1)
                 state, record = trainer.train_round(state, tell)
                 # First: a resumed run drops records of rounds that have no checkpoint, but could
                 # not make up for one that is missing.

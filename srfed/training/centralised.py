@@ -27,6 +27,7 @@ from srfed.training.minibatches import MinibatchOrder, draw_minibatch, seeded_dr
 from srfed.training.optimizer import rates_of_round
 from srfed.training.part import ClientState, LivePart, Part, copies
 from srfed.training.step import LossMeter, Share, training_step
+from srfed.work import STEP_TO_PASS, count_passes
 
 POOL = "all tasks"
 """Stands for a task's name in the seeds of pooled training."""
@@ -152,6 +153,7 @@ class CentralisedTrainer:
                 all_losses.add(losses, share.batch.times)
                 task_losses[name].add(losses, share.batch.times)
                 seen[name] += 1
+                count_passes(STEP_TO_PASS * len(losses))
         loss, loss_by_quarter, _ = all_losses.read()
         seconds = time.perf_counter() - start
         return CentralisedResult(

@@ -19,6 +19,7 @@ from srfed.training.minibatches import Minibatch, MinibatchOrder, draw_minibatch
 from srfed.training.optimizer import rates_of_round
 from srfed.training.part import ClientState, Part, copies
 from srfed.training.step import LocalStep, LossMeter
+from srfed.work import STEP_TO_PASS, count_passes
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ class LocalTrainer:
             with seeded_dropout(self._config, self._device, self._task, round_number, step):
                 losses = trained.run(parts, batch, self._tasks(len(indices)))
             meter.add(losses, batch.times)
+            count_passes(STEP_TO_PASS * len(indices))
         loss, loss_by_quarter, images_by_quarter = meter.read()
         seconds = time.perf_counter() - start
 

@@ -105,7 +105,7 @@ EARLY: dict[str, list[list[str]]] = {
         ["--run", "x", "--task", "y", "--steps", "0"],
     ],
     "partition": [WRONG_SETTING, ["--image-channels", "0"], ["--data-dir", "/nowhere"]],
-    "schema": [],
+    "schema": [["--flower", "/nowhere/pyproject.toml"], ["x"]],
     "completion": [],
     "runs": [["/nowhere"], ["x", "y"]],
     "watch": [["/nowhere"], ["x", "--every", "0"], ["x", "--port", "-1"]],

@@ -194,6 +194,35 @@ def test_a_plan_counts_what_the_run_then_does(finished_run: RunFolder) -> None:
         assert planned * 3 == pytest.approx(lines[0][key], rel=0.05)
 
 
+def test_the_time_of_a_plan_has_the_evaluations_and_the_page_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At 0.3 s an image of a step: 0.1 s a pass."""
+    monkeypatch.setattr(plan, "_seconds_per_image", lambda config, task: (0.3, 0.0))
+    changes = {
+        "federation.rounds": 6,
+        "federation.clients_per_round": 2,
+        "federation.result": "best",
+        "federation.validate_every": 2,
+        "data.validation_images": 5,
+    }
+    config = tiny_config(changes)
+    made = plan.plan_run(config, load_tasks(config.data, 3))
+    # Of three clients: 12 samples of 5 steps, 3 reconstructions from t = 5; at the end 30, from 5
+    # and 10.
+    passes = 2 * (12 * 5 + 9 * 5) + 30 * 5 + 9 * 15
+    assert made.seconds_besides == pytest.approx(5 + 0.1 * passes + 3 * 3 + 3)
+    # Two clients, 2 steps of 16; every other round 8 moments of 5 images of three.
+    steps, looks = 1.4 * 2 * 32 * 0.3, 3 * 5 * 8 * 0.1 / 2
+    assert made.seconds_per_round == pytest.approx(steps + looks)
+    compared = plan.plan_run(
+        tiny_config({**changes, "federation.compare": "alone"}), load_tasks(config.data, 3)
+    )
+    tests = sum(test for _, _, test in compared.owners.values())
+    assert compared.seconds_besides - made.seconds_besides == pytest.approx(3 * 2 * 8 * tests * 0.1)
+    assert compared.seconds_per_round == pytest.approx(2 * steps + 3 * looks)
+
+
 # --- Runs -----------------------------------------------------------------------------------------
 
 

@@ -23,10 +23,14 @@ from srfed.data import (
     Task,
     accept_images,
     load_own_task,
+    load_recorded_task,
     load_recorded_tasks,
     load_task,
+    load_tasks,
+    record_tasks,
     recorded_images,
 )
+from srfed.data.npz import read_arrays
 from srfed.data.record import read_records, write_records
 from srfed.data.source import split_by_content
 from srfed.deployment.agree import agree_as_rehearsed
@@ -232,6 +236,33 @@ def pictures(original: Path, tmp_path: Path) -> Path:
 def run(pictures: Path) -> RunFolder:
     """The copied run."""
     return RunFolder.open(pictures.parent / "run")
+
+
+def test_a_process_reads_a_file_of_all_tasks_once_however_many_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = random_images(40, 8, 8, 1), np.repeat(np.arange(8), 5)
+    np.savez(tmp_path / "all.npz", train_images=images, train_labels=labels)
+    config, record = DataConfig(dataset="npz", dir=str(tmp_path / "all.npz")), tmp_path / "r.json"
+    tasks = load_tasks(config, 8)
+    record_tasks(record, tasks)
+    reads, real = [], read_arrays
+
+    def counting(path: Path, required: list[str], **rest: list[str]) -> dict[str, np.ndarray]:
+        reads.append(required)
+        return real(path, required, **rest)
+
+    monkeypatch.setattr("srfed.data.npz.read_arrays", counting)
+    for index in [*range(8), *range(8)]:
+        found = load_recorded_task(config, index, record)
+        assert np.array_equal(found.train, tasks[index].train)
+        assert np.array_equal(found.test, tasks[index].test)
+    assert reads.count(["train_images", "train_labels"]) == 1
+    # Another record is another state of the images.
+    np.savez(tmp_path / "all.npz", train_images=255 - images, train_labels=labels)
+    changed = load_tasks(config, 8)
+    record_tasks(record, changed)
+    assert np.array_equal(load_recorded_task(config, 3, record).train, changed[3].train)
 
 
 def test_a_run_remembers_its_images_and_the_digits_too(finished_run: RunFolder) -> None:

@@ -255,7 +255,7 @@ def test_neither_a_hostile_server_nor_a_hostile_client_gets_further_than_its_own
             assert answered[what] == [REFUSED, words], what
             assert f"refused: {words}" in log
     # What is this machine's own affair is not taken from the server, and so does no harm.
-    assert answered["the site's memory and processes"] == ["metrics", "reply", "shared"]
+    assert answered["the site's memory and processes"] == ["arrays", "metrics", "reply"]
     # Of all these requests one was served: one attempt, where it belongs; nothing else was written
     # or removed.
     assert before <= after | {tmp_path / "run"}

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, Message, RecordDict
 
 from srfed.config import RunConfig, load_config
 from srfed.data import RECORD_FILE, load_tasks
@@ -29,88 +28,22 @@ from srfed.federation.agreement import (
     samples_of,
     weak_numbers,
 )
-from srfed.federation.flower.client_app import app
-from srfed.federation.flower.in_process import InlineGrid
-from srfed.federation.flower.packing import read_metrics, request_content
-from srfed.federation.messages import DESCRIBE, EVALUATE, REFUSED, SHARED, TRAIN, VALIDATE, Request
+from srfed.federation.flower.packing import read_metrics
+from srfed.federation.messages import DESCRIBE, EVALUATE, TRAIN, VALIDATE
 from srfed.federation.site import own_task
 from srfed.model import build_model, build_partition
 from srfed.storage.client_store import ClientStore
 from srfed.storage.site_model import SiteModel
+from support.agreed_site import CLIENT, MOMENTS, AgreedSite, refusal
 from support.commands import run_here
 from support.tiny_run import TINY, tiny_config
 
-CLIENT = "clinic-a"
-MOMENTS = {
-    "evaluation.mode": "statistics",
-    "evaluation.samples": 60,
-    "evaluation.samples_between": 60,
-}
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-
-# --- A site, and a server that asks it ----------------------------------------------------------
-
-
-class AgreedSite:
-    """A deployed site with the images of digit-0, and the messages that a server sends it."""
-
-    def __init__(
-        self, folder: Path, overrides: Mapping[str, Any] = MOMENTS, agreed: bool = True
-    ) -> None:
-        self.config = tiny_config(overrides)
-        self.state = folder / "state"
-        self.data = folder / "images.npz"
-        (task,) = load_tasks(self.config.data, 1)
-        np.savez(self.data, train_images=task.train, test_images=task.test)
-        self.grid = InlineGrid(app, 0)
-        node_config = {"client-id": CLIENT, "data": str(self.data), "state-dir": str(self.state)}
-        self.grid._contexts[1] = Context(0, 1, node_config, RecordDict(), {})
-        model = build_model(self.config, 1)
-        self.shared = build_partition(self.config, model).take_shared(model.state_dict())
-        if agreed:
-            agree_as_rehearsed(self.config, self.data, self.state, CLIENT)
-
-    def ask(self, kind: str, config: RunConfig | str | None = None, **fields: Any) -> Message:
-        asked = self.config if config is None else config
-        text = asked if isinstance(asked, str) else asked.to_json()
-        number = {TRAIN: 1, EVALUATE: 2, VALIDATE: 2, DESCRIBE: 0}[kind]
-        values = {
-            "lineage": "lineage",
-            "client": CLIENT,
-            "round": number,
-            "attempt": f"attempt-{number}",
-            **fields,
-        }
-        if kind == EVALUATE:
-            values = {"samples": 20, **values}
-        content = request_content(
-            Request(text, **values), {SHARED: self.shared} if kind != DESCRIBE else None
-        )
-        return self.grid.send_and_receive([Message(content, 1, kind)])[0]
-
-    @property
-    def stored(self) -> list[str]:
-        """What training has left behind."""
-        return [
-            str(path.relative_to(self.state))
-            for path in self.state.rglob("*.safetensors")
-            if "images-" not in path.name
-        ]
-
-    @property
-    def log(self) -> str:
-        return (self.state / CLIENT / "client.log").read_text()
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> AgreedSite:
     return AgreedSite(tmp_path_factory.mktemp("site"))
-
-
-def refusal(reply: Message) -> str:
-    assert reply.has_error(), "it was served"
-    assert reply.error.code == REFUSED, reply.error.reason
-    return reply.error.reason or ""
 
 
 def test_a_site_serves_what_its_owner_has_agreed_to(tmp_path: Path) -> None:
@@ -142,8 +75,8 @@ def test_guidance_is_as_agreed(tmp_path: Path) -> None:
 def test_a_site_tells_its_validation_loss_as_often_as_was_agreed(tmp_path: Path) -> None:
     site = AgreedSite(tmp_path, BEST)
     numbers = read_metrics(site.ask(VALIDATE).content)
-    assert set(numbers) == {"loss", "images"}
-    assert numbers["images"] == 4
+    assert set(numbers) == {"loss", "num-examples"}
+    assert numbers["num-examples"] == 4
     assert isinstance(numbers["loss"], float)
     assert 0 < numbers["loss"] < 10
     assert site.ask(VALIDATE, round=3).has_content(), "the last"

@@ -41,6 +41,7 @@ from srfed.federation.flower.packing import (
 )
 from srfed.federation.messages import (
     EVALUATE,
+    EXAMPLES,
     FAILED,
     GENERATED,
     METRICS,
@@ -272,8 +273,8 @@ def test_what_is_asked_and_told(recorded: tuple[RunFolder, RecordingGrid]) -> No
     for reply in grid.replies:
         if reply.metadata.message_type == VALIDATE:
             assert set(reply.content) == {REPLY, METRICS}
-            assert set(reply.content.metric_records[METRICS]) == {"loss", "images"}
-            assert reply.content.metric_records[METRICS]["images"] == 4
+            assert set(reply.content.metric_records[METRICS]) == {"loss", EXAMPLES}
+            assert reply.content.metric_records[METRICS][EXAMPLES] == 4
 
 
 def test_both_sides_keep_the_best_round_and_no_other(best: RunFolder) -> None:
@@ -492,7 +493,7 @@ def test_clients_that_were_not_chosen_are_asked_too(tmp_path: Path) -> None:
 
 def honest() -> Message:
     header = ReplyHeader("digit-0", "round-00002-0", 2)
-    return Message(reply_content(header, {"loss": 0.5, "images": 4.0}), 1, VALIDATE)
+    return Message(reply_content(header, {"loss": 0.5, EXAMPLES: 4.0}), 1, VALIDATE)
 
 
 def with_tensor(reply: Message) -> None:
@@ -512,8 +513,11 @@ LIES: dict[str, tuple[Callable[[Message], None], str]] = {
     "infinite": (set_number("loss", math.inf), "its number 'loss' is inf"),
     "too large": (set_number("loss", 2 * LARGEST_LOSS), "its number 'loss' is 2"),
     "a list": (set_number("loss", [0.5, 0.5]), "its number 'loss' is a list of 2"),
-    "fewer images": (set_number("images", 3.0), "its number 'images' is 3.0, not a whole number"),
-    "half an image": (set_number("images", 4.5), "its number 'images' is 4.5"),
+    "fewer images": (
+        set_number(EXAMPLES, 3.0),
+        "its number 'num-examples' is 3.0, not a whole number",
+    ),
+    "half an image": (set_number(EXAMPLES, 4.5), "its number 'num-examples' is 4.5"),
     "another number": (set_number("test", 0.5), "1 numbers that nobody asked for: 'test'"),
     "no number": (without_numbers, "its number 'loss' is None"),
     "a tensor": (with_tensor, "1 records that nobody asked for: 'more'"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
 
 from srfed.data import load_tasks
 from srfed.deployment.agree import agree, agree_as_rehearsed, fits, in_words, propose
@@ -28,11 +29,13 @@ from srfed.federation.messages import (
     REPLY,
     REQUEST,
     TRAIN,
+    Failure,
+    Reply,
     Request,
 )
 from srfed.federation.screening import RefusedError, screen_description
 from srfed.model import build_model, build_partition
-from support.tiny_run import begin, run_on_grid, tiny_config
+from support.tiny_run import CHEAP, begin, run_on_grid, tiny_config
 
 INT4: dict[str, Any] = {"updates.steps": ["clip", "quantise"], "updates.quantise_bits": 4}
 CONTROLLED: dict[str, Any] = {"training.control_variates": True}
@@ -123,6 +126,40 @@ def test_a_site_that_hears_of_fields_to_come_says_the_protocol_first(tmp_path: P
     grid = InlineGrid(client_app.app, 1, tmp_path)
     reply = grid.send_and_receive([greeting(protocol=9, client=None, wish="everything")])[0]
     assert "speaks protocol 9" in (reply.error.reason or "")
+
+
+def test_a_server_of_protocol_3_is_refused_though_its_request_has_another_name(
+    tmp_path: Path,
+) -> None:
+    message = greeting(protocol=3)
+    message.content["request"] = message.content.config_records[REQUEST]
+    del message.content[REQUEST]
+    (reply,) = InlineGrid(client_app.app, 1, tmp_path).send_and_receive([message])
+    assert "the server speaks protocol 3 of srfed" in (reply.error.reason or "")
+
+
+def test_a_site_of_protocol_3_that_finds_no_request_is_refused_with_what_mends_it() -> None:
+    # What it answers, read in its source: it takes a message without a request for one of its own.
+    reply = Reply(Failure(REFUSED, "the request is of another protocol"))
+    with pytest.raises(RefusedError, match=f"than {PROTOCOL}; install the same srfed at both"):
+        screen_description(reply)
+
+
+def test_the_records_of_a_round_have_the_names_of_flowers_own_apps(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", {**CHEAP, "federation.rounds": 1})
+    grid = run_on_grid(run, RecordingGrid)
+    assert isinstance(grid, RecordingGrid)
+    # Of Flower, as its strategies write and read them.
+    flowers = FedAvg()
+    names = {flowers.arrayrecord_key, flowers.configrecord_key}
+    for kind, request, reply in grid.seen:
+        assert set(request) == ({flowers.configrecord_key} if kind == DESCRIBE else names)
+        if kind == TRAIN:
+            assert set(reply) == {flowers.arrayrecord_key, "metrics", REPLY}
+            assert flowers.weighted_by_key in reply.metric_records["metrics"]
+        for record in [*request.values(), *reply.values()]:
+            assert record.count_bytes() > 0, "as Flower's mods count"
+    assert [kind for kind, _, _ in grid.seen].count(TRAIN) == 3
 
 
 def app_describing(said: int | None, **more: Any) -> ClientApp:

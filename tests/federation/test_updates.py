@@ -447,7 +447,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], Callable[[Message, Message], None], str
         edited(lambda t: {n: x.to(torch.int8) if n != SCALES else x for n, x in t.items()}),
         "is torch.int8",
     ),
-    "φ in place of what was agreed": (INT8, plain_shared, "nobody asked for: 'shared'"),
+    "φ in place of what was agreed": (INT8, plain_shared, "nobody asked for: 'arrays'"),
     "φ as the update": (INT8, renamed, "bytes long, where 49992 were"),
     "an update that was not clipped": (
         CLIP,
@@ -490,7 +490,7 @@ def test_the_guard_lets_no_phi_out_where_codes_were_agreed(tmp_path: Path) -> No
     run_in_process(run, app_of(plain_shared, 1, guarded=True))
     (line,) = round_lines(run)
     assert line["refused"] == {"digit-1": "it failed; the reason is in the client's own log"}
-    assert "arrays 'shared' in a reply to train" in (run.clients / "digit-1/client.log").read_text()
+    assert "arrays 'arrays' in a reply to train" in (run.clients / "digit-1/client.log").read_text()
 
 
 def test_a_refused_update_leaves_the_feedback_as_it_was(

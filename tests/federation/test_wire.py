@@ -36,6 +36,7 @@ from srfed.federation.messages import (
     METRICS,
     REFUSED,
     REPLY,
+    REQUEST,
     SHARED,
     TRAIN,
     Request,
@@ -431,7 +432,7 @@ def test_a_message_of_unknown_kind_gets_no_content(ask: Callable[..., Message]) 
 def test_a_request_of_another_protocol_gets_a_bare_error(tmp_path: Path) -> None:
     grid = InlineGrid(client_app.app, 1)
     request = request_content(Request("{}", "lineage"))
-    del request["request"]
+    del request[REQUEST]
     assert is_refusal(
         grid.send_and_receive([Message(request, 1, TRAIN)])[0], "the request is of another protocol"
     )

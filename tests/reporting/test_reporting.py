@@ -1,6 +1,11 @@
 """metrics.jsonl, TensorBoard, the table and the pictures say the same, and nothing twice."""
 
+import io
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +18,22 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from srfed.diffusion.guidance import TaskDenoiser
 from srfed.errors import DamagedError, UserError
 from srfed.evaluation.task import evaluate_task
+from srfed.federation.flower.in_process import run_in_process as run_observed
+from srfed.memory import memory_of_processes
 from srfed.model import build_objective
-from srfed.observer import Observers
+from srfed.observer import Observer, Observers, Stage
 from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
+from srfed.reporting.console import Console
 from srfed.reporting.curves import shown_on_terminal
-from srfed.reporting.pace import Pace, evaluation_passes
+from srfed.reporting.pace import Pace, comparison_passes, evaluation_passes, round_passes
 from srfed.reporting.pictures import GAP, SMALLEST_CELL, draw_grid, write_png
 from srfed.reporting.summary import summarise, totals
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from srfed.units import bytes_in_words, seconds_in_words
+from srfed.work import COUNTS_VARIABLE, count_passes, counted_together, passes_done
 from support.records import evaluation_record, round_record
-from support.tiny_run import begin, files_of_at_most, round_lines, tiny_config
+from support.tiny_run import CHEAP, begin, files_of_at_most, round_lines, tiny_config
 
 TASKS = [TaskInfo("client-b", "zebra", 1200, 40), TaskInfo("client-a", "ant", 30, 10)]
 
@@ -497,11 +506,21 @@ def test_the_passes_of_an_evaluation_are_those_that_the_network_is_asked_for(
     assert asked == evaluation_passes(config, 1, final=final) > 0
 
 
-def test_the_time_left_counts_every_evaluation_to_come(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Clock:
+    """The time and the passes that a pace is told."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now, self.passes = 0.0, 0
+        patch.setattr("srfed.reporting.pace.time.monotonic", lambda: self.now)
+        patch.setattr("srfed.reporting.pace.passes_done", lambda: self.passes)
+
+    def go_on(self, seconds: float, passes: int = 0) -> None:
+        self.now, self.passes = self.now + seconds, self.passes + passes
+
+
+def test_the_time_left_counts_every_evaluation_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds of 2 s, evaluations of 10 s between and 40 s at the end, whose passes are in that
-    proportion.
+    proportion: 500 and 2,000.
     """
     evaluation = {"every": 2, "samples": 400, "samples_between": 100, "ssim_images": 0}
     config = tiny_config(
@@ -510,41 +529,196 @@ def test_the_time_left_counts_every_evaluation_to_come(
             **{f"evaluation.{key}": value for key, value in evaluation.items()},
         }
     )
-    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 0.0)
+    clock = Clock(monkeypatch)
     pace = Pace(config)
-    pace.begin(0)
-    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 2.0)
-    # None measured yet: 100 images of 5 steps, at a third of the time of a trained image.
-    between = 500 * (2.0 / 96) / 3
-    assert pace.seconds_left(round_record(1), clients=3) == pytest.approx(5 * 2 + between * (2 + 4))
-    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 4.0)
-    assert pace.seconds_left(round_record(2), clients=3) == pytest.approx(4 * 2 + between * (2 + 4))
-    pace.count(evaluation_record(2, seconds=10.0), clients=3)
-    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 16.0)
-    assert pace.seconds_left(round_record(3), clients=3) == pytest.approx(3 * 2 + 10 + 40)
-    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 32.0)
-    pace.count(evaluation_record(4, seconds=10.0), clients=3)
-    assert pace.seconds_left(round_record(6), clients=3) == pytest.approx(40)
+    pace.begin(TASKS, 0)
+    assert pace.seconds_left() is None
+    pace.start("round", 1)
+    clock.go_on(1.0, 48)
+    # A quarter of 2 x 2 steps of 16 images at three passes. 100 images of 5 steps between, 400 at
+    # the end.
+    assert pace.share() == 0.25
+    assert pace.seconds_left() == pytest.approx(3 + 5 * 4 + (2 * 500 + 2000) / 48)
+    clock.go_on(1.0, 144)
+    pace.end_round(round_record(1))
+    assert pace.seconds_left() == pytest.approx(5 * 2 + (2 * 500 + 2000) * 2 / 192)
+    pace.start("round", 2)
+    clock.go_on(2.0, 192)
+    pace.end_round(round_record(2))
+    pace.start("evaluation", 2)
+    clock.go_on(4.0, 200)
+    # Twice as slow as a round's passes: it tells so itself.
+    assert pace.seconds_left() == pytest.approx(6 + 4 * 2 + 10 + 40)
+    clock.go_on(6.0, 300)
+    pace.end_evaluation(evaluation_record(2))
+    assert pace.seconds_left() == pytest.approx(4 * 2 + 10 + 40)
+    pace.start("round", 3)
+    clock.go_on(2.0, 192)
+    pace.end_round(round_record(3))
+    assert pace.seconds_left() == pytest.approx(3 * 2 + 10 + 40)
+    pace.begin(TASKS, 6)
+    assert pace.seconds_left() == pytest.approx(40)
+    pace.start("evaluation", 6, final=True)
+    clock.go_on(10.0, 500)
+    assert (pace.share(), pace.seconds_left()) == (0.25, pytest.approx(30))
+    clock.go_on(30.0, 1500)
+    pace.end_evaluation(evaluation_record(6, final=True))
+    assert pace.seconds_left() == 0
+
+
+def test_where_no_pass_is_counted_the_clients_that_have_answered_say_how_far_a_round_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(monkeypatch)
+    pace = Pace(tiny_config({"evaluation.every": 0, "federation.rounds": 1}))
+    pace.begin(TASKS, 0)
+    pace.start("round", 1)
+    clock.go_on(30.0)
+    assert (pace.share(), pace.seconds_left()) == (0.0, None)
+    pace.hear(1, 2)
+    assert pace.share() == 0.5
+    pace.hear(2, 2)
+    pace.hear(1, 2)
+    assert pace.share() == 1.0, "validation follows, in the same round"
+
+
+class Counted(Observer):
+    """The passes of every stage of a run."""
+
+    def __init__(self) -> None:
+        self.passes: dict[str, int] = {}
+        self._since = 0
+
+    def on_start(self, what: Stage, number: int, *, final: bool = False) -> None:
+        self._since = passes_done()
+
+    def on_round(self, record: RoundRecord) -> None:
+        self.passes[f"round {record.round}"] = passes_done() - self._since
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        self.passes[f"evaluation {record.round}"] = passes_done() - self._since
+
+
+def test_a_run_counts_the_passes_that_are_expected_of_it(tmp_path: Path) -> None:
+    few = {"federation.rounds": 2, "federation.clients": 2, "data.images_per_task": 20}
+    alone = {"federation.compare": "alone"}
+    run = begin(tmp_path / "run", {**CHEAP, "evaluation.ssim_images": 1, **few, **alone})
+    counted = Counted()
+    run_observed(run, [counted])
+    tasks = MetricsLog(run.metrics).tasks()
+    of_round = round_passes(run.config, [task.images for task in tasks])
+    of_evaluation = evaluation_passes(run.config, 2, final=True) + comparison_passes(
+        run.config, [task.test_images for task in tasks]
+    )
+    assert (counted.passes["round 1"], counted.passes["round 2"]) == (of_round, of_round)
+    assert counted.passes["evaluation 2"] == of_evaluation
+
+
+def test_passes_of_other_processes_are_added_and_nothing_stays_of_them() -> None:
+    before = passes_done()
+    with counted_together():
+        folder = Path(os.environ[COUNTS_VARIABLE])
+        program = "from srfed.work import count_passes; count_passes(40); count_passes(2)"
+        for _ in range(2):
+            subprocess.run([sys.executable, "-c", program], check=True)
+        count_passes(1)
+        assert passes_done() == before + 2 * 42 + 1
+    assert passes_done() == before + 1
+    assert not folder.exists()
+    assert COUNTS_VARIABLE not in os.environ
+
+
+def test_memory_is_that_of_a_process_and_all_that_it_has_started() -> None:
+    taken = 64 * 2**20
+    program = f"taken = b'x' * {taken}; print(flush=True); input()"
+    inner = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {program!r}])"
+    alone, processes = memory_of_processes()
+    with subprocess.Popen(
+        [sys.executable, "-c", inner], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        together, more = memory_of_processes()
+        child.communicate(b"\n")
+    assert more == processes + 2
+    assert taken < together - alone < 3 * taken
+
+
+def test_where_the_system_tells_nothing_of_processes_there_is_no_memory(tmp_path: Path) -> None:
+    assert memory_of_processes(proc=tmp_path) == (0, 0)
+
+
+def test_off_a_terminal_a_minute_of_silence_ends_with_a_line_of_how_far_the_run_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    console = Console(tiny_config({"federation.rounds": 4, "evaluation.every": 0}))
+    console.on_begin(TASKS, 0)
+    said = []
+    for seconds in (1, 58, 2, 58, 3):
+        if seconds == 1:
+            console.on_start("round", 1)
+        clock.go_on(seconds, 24)
+        console.on_progress("round 1", 1, 2)
+        console.look()
+        said.append(capsys.readouterr().out)
+    assert [bool(text) for text in said] == [False, False, True, False, True]
+    assert re.fullmatch(
+        r"at round 1/4: 50%  1 of 2 clients  left \d+m\d\ds  memory [\d.]+ [MG]B\n", said[2]
+    )
+    console.on_round(round_record(1))
+    console.on_end()
+    console.on_end()
+    last = capsys.readouterr().out.splitlines()
+    assert last[0].startswith("round 1/4  loss")
+    assert re.fullmatch(r"after 2m02s  memory at most about [\d.]+ [MG]B.*", last[1])
+    assert len(last) == 2
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_a_bar_shows_it_until_its_line_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, screen = Clock(monkeypatch), Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(sys, "stdout", screen)
+    console = Console(tiny_config({"federation.rounds": 4, "evaluation.every": 0}))
+    console.on_begin(TASKS, 0)
+    console.on_start("round", 1)
+    clock.go_on(30.0, 48)
+    console.look()
+    assert re.search(r"\rround 1/4  25% \|.*\| left \d+m\d\ds  memory", screen.getvalue())
+    console.on_round(round_record(1))
+    line = screen.getvalue().rpartition("\r")[2]
+    assert line.startswith("round 1/4  loss")
+    console.on_end()
 
 
 def test_the_last_round_says_that_an_evaluation_is_left(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reporter = Shown(begin(tmp_path / "run", {"federation.rounds": 1}))
+    reporter, clock = Shown(begin(tmp_path / "run", {"federation.rounds": 1})), Clock(monkeypatch)
     reporter.begin(0, TASKS)
-    reporter.on_round(round_record(1, seconds=600.0))
+    clock.go_on(600.0)
+    reporter.on_round(round_record(1))
     reporter.close()
-    assert not capsys.readouterr().out.strip().endswith("left 0s")
+    (line,) = [one for one in capsys.readouterr().out.splitlines() if one.startswith("round")]
+    assert not line.endswith("left 0s")
 
 
 def test_the_time_left_of_a_run_that_goes_on_is_that_of_its_own_rounds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reporter = Shown(begin(tmp_path / "run", {"federation.rounds": 11}))
-    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 0.0)
+    clock = Clock(monkeypatch)
     reporter.begin(8, TASKS)
-    monkeypatch.setattr("srfed.reporting.pace.time.monotonic", lambda: 600.0)
-    # No time for a pass: what is left are two rounds, of ten minutes each.
-    reporter.on_round(round_record(9, seconds=0.0))
+    # Next to no time for a pass: what is left are two rounds, of ten minutes each.
+    clock.go_on(600.0, 10**9)
+    reporter.on_round(round_record(9))
     reporter.close()
-    assert capsys.readouterr().out.strip().endswith("left 20m00s")
+    (line,) = [one for one in capsys.readouterr().out.splitlines() if one.startswith("round")]
+    assert line.endswith("left 20m00s")

@@ -310,7 +310,7 @@ def install(machine: Machine, address: str) -> None:
     clone = machine.root / "srv" / "srfed"
     for name in ("srfed", "configs", "systemd"):
         shutil.copytree(PROJECT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
         shutil.copy(PROJECT / name, clone / name)
     # The same settings by the same name, but small enough for a test.
     config = yaml.safe_load((clone / "configs" / "sites.yaml").read_text())

@@ -76,6 +76,15 @@ def add_agree(commands: Commands) -> None:
         metavar="FILE",
         help="this site's own copy of the Inception weights; default: downloaded once and verified",
     )
+    agree.add_argument(
+        "--mod",
+        action="append",
+        default=[],
+        metavar="MODULE:FUNCTION",
+        dest="mods",
+        help="a mod of Flower's kind, of a package that is installed here, to stand between the "
+        "guard and what answers; repeat it for more, the outermost first",
+    )
     agree.add_argument("--yes", action="store_true", help="agree without being asked")
     add_configuration(agree)
     agree.set_defaults(command=_agree)
@@ -165,6 +174,7 @@ def _agree(options: argparse.Namespace) -> None:
         certificate=options.certificate,
         least=least,
         resources=resources,
+        mods=options.mods,
     )
     print(in_words(proposed, config))
     print("\n".join(["", f"images:     {data}", *describe_own_images(config.data, data)]))

@@ -4,12 +4,13 @@ judge samples.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
 from torch import Tensor
 
 from srfed import __version__
@@ -28,7 +29,7 @@ from srfed.federation.bounds import LEAST_LOSS, judged_against_trivial
 from srfed.federation.comparison import compare, keep_comparison, train_round_alone
 from srfed.federation.control import correction, encode_control, kept_control, own_control
 from srfed.federation.flower.admission import Admitted, admit
-from srfed.federation.flower.guard import wire_guard
+from srfed.federation.flower.guard import GuardedApp, wire_guard
 from srfed.federation.flower.packing import (
     description_content,
     read_refusal,
@@ -39,6 +40,7 @@ from srfed.federation.layout import Layout
 from srfed.federation.messages import (
     AGAINST_TRIVIAL,
     CONTROL,
+    EXAMPLES,
     GENERATED,
     SETS,
     SHARED,
@@ -64,7 +66,19 @@ from srfed.units import printable
 TRIVIAL_IMAGES = 16
 """On how many a network is compared with a predictor that has learned nothing."""
 
-app = ClientApp(mods=[wire_guard])
+app = GuardedApp(mods=[wire_guard])
+
+
+def guarded_app(mods: Sequence[Mod]) -> ClientApp:
+    """The same app with mods around the guard, the first one outermost: for an app of one's own,
+    as the guard sees nothing of what they do.
+    """
+    own = GuardedApp(mods=[*mods, wire_guard])
+    own.query("describe")(describe)
+    own.train()(train)
+    own.evaluate()(evaluate)
+    own.evaluate("validate")(validate)
+    return own
 
 
 def _header(admitted: Admitted) -> ReplyHeader:
@@ -134,7 +148,7 @@ def train(message: Message, context: Context) -> Message:
         alone = train_round_alone(worker, admitted, parent)
         state = replace(state, memory={**state.memory, **alone})
     metrics: dict[str, float | list[float]] = {
-        "examples": float(len(admitted.task.train)),
+        EXAMPLES: float(len(admitted.task.train)),
         "loss": result.loss,
         "loss_by_quarter": _told_quarters(result, admitted),
         "images": float(result.images),
@@ -252,7 +266,7 @@ def validate(message: Message, context: Context) -> Message:
             seed=admitted.config.seed,
         )
         loss = comparable_loss(losses)
-    numbers: dict[str, float | list[float]] = {"loss": loss, "images": float(len(images))}
+    numbers: dict[str, float | list[float]] = {"loss": loss, EXAMPLES: float(len(images))}
     return Message(reply_content(_header(admitted), numbers), reply_to=message)
 
 

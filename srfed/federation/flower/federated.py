@@ -22,7 +22,7 @@ from srfed.evaluation.metrics.ssim import ssim_window
 from srfed.evaluation.references import RealFloor, References, Scores, score_statistics
 from srfed.evaluation.report import Exchanged, Recognised, TaskReport, evaluation_record
 from srfed.evaluation.shares import share_of_samples
-from srfed.federation.aggregation import UpdateSum, aggregate
+from srfed.federation.aggregation import Aggregator, UpdateSum, aggregate
 from srfed.federation.bounds import EvaluatePlan, TrainPlan
 from srfed.federation.coming import encode_shared
 from srfed.federation.contract import Contract
@@ -79,6 +79,7 @@ class Federated:
         grid: where the clients are.
         run: the run's folder.
         fixed: the clients are those of a simulation; one that does not fit is not waited for.
+        aggregator: makes the mean update of a round's accepted ones.
         metrics: of one's own, called at every evaluation.
     """
 
@@ -88,9 +89,11 @@ class Federated:
         run: RunFolder,
         *,
         fixed: bool = False,
+        aggregator: Aggregator = UpdateSum,
         metrics: OwnMetrics | None = None,
     ) -> None:
-        self._grid, self._run, self._fixed, self._metrics = grid, run, fixed, metrics
+        self._grid, self._run, self._fixed, self._aggregator = grid, run, fixed, aggregator
+        self._metrics = metrics
         self.config = run.config
         self._away: list[str] = []
         self._started = 0.0
@@ -186,7 +189,7 @@ class Federated:
         self._started = time.perf_counter()
         requests = [self._request(client, number) for client in self._choose(number)]
         sent = self._sent(number)
-        self._sum = UpdateSum(self.config.federation, self._came)
+        self._sum = self._aggregator(self.config.federation, self._came)
         screened = self._clients(tell).ask(
             TRAIN,
             requests,

@@ -12,6 +12,7 @@ from contextlib import suppress
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 
 from srfed.config import parse_config_json
 from srfed.errors import UserError
@@ -30,6 +31,7 @@ from srfed.federation.messages import (
     REPLY,
     VALIDATE,
 )
+from srfed.federation.mods import with_mods
 from srfed.federation.site import Site, deployed_site, is_simulated, site_of
 from srfed.federation.site_log import write_to_log
 from srfed.federation.worker import features_for, worker_for
@@ -52,7 +54,8 @@ def wire_guard(
     """
     try:
         admitted = admit(message, context)
-        reply = call_next(message, context)
+        own = () if admitted.agreement is None else admitted.agreement.mods
+        reply: Message = with_mods(own, call_next)(message, context)
         if reply.has_error():
             raise NotAllowedError("the handler made an error reply of its own")
         check_outgoing(message.metadata.message_type, admitted, reply.content)
@@ -68,9 +71,21 @@ def wire_guard(
         _log(message, context, f"failed: {error}")
     except Exception:
         _log(message, context, traceback.format_exc())
-    # The text of an exception may quote data or paths, so the server learns only that there was
-    # one.
-    return Message(Error(FAILED, "failed; the reason is in the client's own log"), reply_to=message)
+    return _failed(message)
+
+
+class GuardedApp(ClientApp):
+    """A ClientApp whose mods may fail outside the guard too: that is told in the client's own log,
+    and the server learns only that there was a failure. Flower itself would send the exception's
+    text.
+    """
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        try:
+            return super().__call__(message, context)
+        except Exception:
+            _log(message, context, traceback.format_exc())
+            return _failed(message)
 
 
 def check_outgoing(kind: str, admitted: Admitted, content: RecordDict) -> None:
@@ -155,6 +170,12 @@ def _form(kind: str, admitted: Admitted) -> Form:
             config, worker.partition, admitted.site.client, len(task.train), 0, request.round
         )
     )
+
+
+def _failed(message: Message) -> Message:
+    # The text of an exception may quote data or paths, so the server learns only that there was
+    # one.
+    return Message(Error(FAILED, "failed; the reason is in the client's own log"), reply_to=message)
 
 
 def _log(message: Message, context: Context, text: str) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from srfed.federation.layout import Layout, layout_bytes, layout_of, zeros_of
 from srfed.federation.messages import (
     METRICS,
+    OLD_REQUEST,
     REFUSAL,
     REPLY,
     REQUEST,
@@ -33,6 +34,8 @@ from srfed.networks.partition import Control, Shared
 
 LAYOUT = "layout"
 """The array of a record that says what its other arrays hold."""
+EMPTY = "-"
+"""How an empty text travels: mods of Flower's that count bytes take an empty one for no text."""
 Arrays = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -43,7 +46,8 @@ def request_content(request: Request, arrays: Arrays | None = None) -> RecordDic
 
 def read_request(content: RecordDict) -> Request:
     """Read a request; raises RequestRefusedError as :meth:`Request.of`."""
-    return Request.of(content.config_records.get(REQUEST, {}))
+    records = content.config_records
+    return Request.of(_read(records.get(REQUEST if REQUEST in records else OLD_REQUEST, {})))
 
 
 def description_content(description: Description) -> RecordDict:
@@ -85,7 +89,7 @@ def unpack(message: Message) -> Reply:
     content = message.content
     return Reply(
         records=tuple(content),
-        header=dict(content.config_records.get(REPLY, {})),
+        header=_read(content.config_records.get(REPLY, {})),
         numbers=read_metrics(content),
         arrays={name: _Arrays(content, name) for name in content.array_records},
     )
@@ -219,7 +223,12 @@ def message_bytes(message: Message) -> int:
 
 
 def _content(name: str, values: Mapping[str, Any], arrays: Arrays | None = None) -> RecordDict:
-    content = RecordDict({name: ConfigRecord(dict(values))})
+    written = {key: EMPTY if value == "" else value for key, value in values.items()}
+    content = RecordDict({name: ConfigRecord(written)})
     for record, tensors in (arrays or {}).items():
         content[record] = array_record(tensors)
     return content
+
+
+def _read(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: "" if value == EMPTY else value for key, value in record.items()}

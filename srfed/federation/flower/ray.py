@@ -29,6 +29,7 @@ from srfed.interrupts import SIGNALS, Interrupted
 from srfed.observer import Observer
 from srfed.runs.loop import run_rounds
 from srfed.storage.run_folder import RunFolder
+from srfed.work import COUNTS_VARIABLE, counted_together
 
 INSTEAD = "resources.backend = inline (--backend inline) does without Ray"
 
@@ -54,7 +55,7 @@ def run_on_ray(
     def main(grid: Grid, context: Context) -> None:
         run_rounds(run, Federated(grid, run, fixed=True, metrics=metrics), observers)
 
-    with run.in_use(), _nothing_left_behind():
+    with run.in_use(), _nothing_left_behind(), counted_together():
         client_gpus = _start_ray(run)
         try:
             run_simulation(
@@ -125,6 +126,7 @@ def _start_ray(run: RunFolder) -> float:
                 "env_vars": {
                     "PYTHONPATH": path,
                     STATE_DIR_VARIABLE: str(run.clients),
+                    COUNTS_VARIABLE: os.environ.get(COUNTS_VARIABLE, ""),
                     # Each actor would start its own pool of threads for all cores before the first
                     # message arrives.
                     "OMP_NUM_THREADS": str(resources.client_cpus),

@@ -20,7 +20,7 @@ from srfed.federation.bounds import LONGEST_TEXT, MOST_STEPS
 from srfed.federation.flower.exchange import POLL_SECONDS, StoppedError, stop_requested
 from srfed.federation.flower.identity import registered_by_hand
 from srfed.federation.flower.packing import add_refusal, request_content, unpack
-from srfed.federation.messages import DESCRIBE, Description, Request
+from srfed.federation.messages import DESCRIBE, Description, Request, works_together
 from srfed.federation.screening import RefusedError, screen_description
 from srfed.keys import key_fingerprint
 from srfed.records import Shape
@@ -244,6 +244,11 @@ class Roster:
         self._members[description.client] = member = Member(node, description)
         self._bind()
         if new:
+            if description.version != __version__:
+                self._notice(
+                    f"{description.client} runs srfed {description.version}, this server "
+                    f"{__version__}: patches of one version, which work together"
+                )
             self._joined(member)
 
     def _key(self, node: int) -> str:
@@ -345,10 +350,10 @@ class Roster:
         except RefusedError as error:
             raise UserError(f"node {node}: {error}") from error
         client, expected = description.client, self._expected
-        if description.version != __version__:
+        if not works_together(description.version, __version__):
             raise UserError(
                 f"client {client!r}: it runs srfed {description.version!r}, this server "
-                f"{__version__!r}"
+                f"{__version__!r}; allowed: versions that differ in their last number alone"
             )
         self._check_shape(description)
         if description.partition != expected.partition:
