@@ -16,14 +16,18 @@ if TYPE_CHECKING:
     from srfed.data.tasks import Task as Task
     from srfed.errors import UserError as UserError
     from srfed.observer import Observer as Observer
+    from srfed.reporting.mlflow import MLflow as MLflow
+    from srfed.reporting.weights_and_biases import WeightsAndBiases as WeightsAndBiases
 
 _WHERE = {
     "__version__": "srfed.version",
+    "MLflow": "srfed.reporting.mlflow",
     "Observer": "srfed.observer",
     "Run": "srfed.api",
     "RunConfig": "srfed.config",
     "Task": "srfed.data.tasks",
     "UserError": "srfed.errors",
+    "WeightsAndBiases": "srfed.reporting.weights_and_biases",
     "load_config": "srfed.config",
     "open_run": "srfed.api",
     "train": "srfed.api",

@@ -8,17 +8,18 @@ images = run.sample("digit-3", 64)
 
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srfed.config import RunConfig, load_config, parse_config
+from srfed.data.given import given_tasks
 from srfed.data.images import Images
 from srfed.data.stored import check_tasks, store_tasks
 from srfed.data.tasks import Task
 from srfed.environment import surroundings_kept
-from srfed.errors import UserError
+from srfed.errors import UserError, optional
 from srfed.files import exists
 from srfed.observer import Observer
 from srfed.runs.checks import check_training, finished
@@ -29,7 +30,10 @@ from srfed.storage.run_folder import RunFolder, usual_folder
 
 if TYPE_CHECKING:
     from srfed.diffusion.process import Denoiser
+    from srfed.evaluation.metrics.own import Metric
     from srfed.networks.network import Network
+    from srfed.networks.partition import Shared
+    from srfed.storage.start import Origin
 
 TASKS_FILE = "tasks.npz"
 """Where a run's folder keeps tasks that were given as arrays."""
@@ -37,12 +41,14 @@ TASKS_FILE = "tasks.npz"
 
 def train(
     config: RunConfig,
-    tasks: Sequence[Task] | None = None,
+    tasks: Any = None,
     network: "type[Network] | None" = None,
     *,
     observers: Iterable[Observer] = (),
+    metrics: "Mapping[str, Metric] | None" = None,
     run_dir: str | Path | None = None,
     resume: bool = False,
+    start_from: "str | Path | Run | None" = None,
 ) -> "Run":
     """Train a run to its last evaluation: a simulated federation, or one party with all images.
 
@@ -51,15 +57,26 @@ def train(
 
     Args:
         config: what is asked, see :func:`srfed.load_config`.
-        tasks: the owners' images; None takes those that ``config.data`` names. They are kept in the
-            run's folder, and their number is the number of clients.
+        tasks: the owners' images; None takes those that ``config.data`` names. A list of
+            :class:`srfed.Task`; a mapping of owners' names to data sets (torch's, a table with a
+            column "image", arrays); one data set with labels; or a partitioner of flwr-datasets:
+            see :func:`srfed.data.given.given_tasks`. They are converted once and kept in the run's
+            folder, and their number is the number of clients. All images of all owners are in
+            memory three times while that is done, at a byte a value.
         network: a class of your own, :class:`srfed.networks.network.Network`; None takes that of
             ``config.model``. It must stand in a module that every process can import; its options
             are ``model.options``.
         observers: told what happens; what one raises ends the run, with all finished rounds kept.
+        metrics: metrics of your own by name: functions of (real, generated), each uint8 N x H x W x
+            C, that return a number. They are called at every evaluation, for each owner and for all
+            together, where the images are; they are in metrics.jsonl, curves, table and report.
+            ``real`` are held-out images.
         run_dir: the run's folder, new or empty; None takes runs/<name>-<time>.
         resume: go on with the run in ``run_dir``, which must have been begun with this
             configuration and these tasks; a larger ``federation.rounds`` is allowed.
+        start_from: a trained run, or its folder, whose averaged φ the new run starts from, in place
+            of initial values; its owners are new, and so is every θ_i. ``model`` and ``diffusion``
+            must be that run's. φ is kept in the new run's folder, and its digest in run.json.
 
     Returns:
         The run, opened for use.
@@ -69,9 +86,23 @@ def train(
             it can be known then.
     """
     folder = None if run_dir is None else Path(run_dir).absolute()
+    if tasks is not None:
+        tasks = given_tasks(config.data, tasks)
     if network is not None:
         config = _with_network(config, network)
-    run = _resumed(config, tasks, folder) if resume else _begun(config, tasks, folder)
+    origin = start_from.path if isinstance(start_from, Run) else start_from
+    if resume and origin is not None:
+        raise UserError(
+            f"start_from = {origin} is for a new run: what {run_dir} was begun with is in its "
+            "folder"
+        )
+    if metrics:
+        from srfed.evaluation.metrics.own import OwnMetrics
+
+        # Before anything is written.
+        OwnMetrics(metrics, config)
+    source = None if origin is None else Path(origin)
+    run = _resumed(config, tasks, folder) if resume else _begun(config, tasks, folder, source)
     if not finished(run):
         from srfed.reporting.curves import Curves
         from srfed.reporting.report import write_report
@@ -82,7 +113,7 @@ def train(
 
             # Only commands ask in this way; what an earlier run has left must not stop this one.
             stop_requested.clear()
-        train_run(run, [Curves(run), *observers])
+        train_run(run, [Curves(run), *observers], metrics)
         write_report(run)
     return Run(run.path)
 
@@ -234,6 +265,20 @@ class Run:
         log = MetricsLog(RunFolder.open(self.path).metrics)
         return [dict(line) for line in log.lines() if line["kind"] in ("round", "evaluation")]
 
+    def frame(self) -> Any:
+        """:meth:`metrics` as a tidy pandas table: one number a row, with the columns kind ("round"
+        or "evaluation"), round, final, metric, owner ("all" of a mean or a score over all) and
+        value (:func:`srfed.reporting.frame.tidy`).
+
+        Raises:
+            UserError: pandas is not installed; or as :meth:`metrics`.
+        """
+        from srfed.reporting.frame import tidy
+
+        rows = tidy(self.metrics())
+        pandas = optional("pandas", "Run.frame()", "pandas")
+        return pandas.DataFrame(rows)
+
     def adapt(
         self,
         task: Task,
@@ -323,31 +368,39 @@ class Run:
             return Run(folder.store(mode, task.name), device=self._device)
 
 
-def train_run(run: RunFolder, observers: Iterable[Observer] = ()) -> None:
+def train_run(
+    run: RunFolder,
+    observers: Iterable[Observer] = (),
+    metrics: "Mapping[str, Metric] | None" = None,
+) -> None:
     """Train what a run's folder asks for, to its last evaluation, as its configuration says.
 
     Args:
         run: the folder; where there is a checkpoint, the run goes on from it.
         observers: told what happens; without one nothing is printed.
+        metrics: of one's own, as for :func:`train`.
 
     Raises:
-        UserError: the run cannot be finished; and whatever an observer raises. All finished rounds
-            are on disk.
+        UserError: the run cannot be finished, a metric fails; and whatever an observer raises. All
+            finished rounds are on disk.
     """
+    from srfed.evaluation.metrics.own import OwnMetrics
+
+    own = OwnMetrics(metrics, run.config) if metrics else None
     if run.config.training.method != "federated":
         from srfed.runs.centralised import Centralised
 
-        run_rounds(run, Centralised(run), observers)
+        run_rounds(run, Centralised(run, own), observers)
     elif run.config.resources.backend == "ray":
         with surroundings_kept():
             # Loading Flower's engine and Ray changes them too.
             from srfed.federation.flower.ray import run_on_ray
 
-            run_on_ray(run, observers)
+            run_on_ray(run, observers, metrics=own)
     else:
         from srfed.federation.flower.in_process import run_in_process
 
-        run_in_process(run, observers)
+        run_in_process(run, observers, metrics=own)
 
 
 def _with_network(config: RunConfig, network: "type[Network]") -> RunConfig:
@@ -363,17 +416,26 @@ def _with_network(config: RunConfig, network: "type[Network]") -> RunConfig:
     return parse_config(content, "network")
 
 
-def _begun(config: RunConfig, tasks: Sequence[Task] | None, folder: Path | None) -> RunFolder:
+def _begun(
+    config: RunConfig, tasks: Sequence[Task] | None, folder: Path | None, source: Path | None
+) -> RunFolder:
+    def start(config: RunConfig, loaded: Sequence[Task]) -> "tuple[Origin, Shared] | None":
+        if source is None:
+            return None
+        from srfed.runs.start import start_of
+
+        return start_of(source, config, loaded)
+
     if tasks is None:
-        check_training(config)
-        return RunFolder.create(folder, config)
+        return RunFolder.create(folder, config, start(config, check_training(config)))
     check_tasks(tasks)
     with tempfile.TemporaryDirectory() as scratch:
         # Where everything is looked at before the run has a folder.
         store_tasks(Path(scratch) / TASKS_FILE, tasks)
-        check_training(_of_stored(config, Path(scratch), len(tasks)))
+        loaded = check_training(_of_stored(config, Path(scratch), len(tasks)))
+        origin = start(config, loaded)
     folder = folder or usual_folder(config).absolute()
-    run = RunFolder.create(folder, _of_stored(config, folder, len(tasks)))
+    run = RunFolder.create(folder, _of_stored(config, folder, len(tasks)), origin)
     store_tasks(run.path / TASKS_FILE, tasks)
     return run
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
 
 
 class UserError(Exception):
@@ -25,3 +27,23 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The words ", did you mean ...?" where a known word is close to this one; else nothing."""
     close = get_close_matches(word, list(known), n=1)
     return f", did you mean {close[0]}?" if close else ""
+
+
+def optional(module: str, what: str, extra: str) -> Any:
+    """A library that srfed does without, where somebody asks for what needs it.
+
+    Args:
+        module: what to import.
+        what: what needs it, for the error.
+        extra: the extra of srfed that installs it.
+
+    Raises:
+        UserError: it is not installed, or cannot be loaded.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{what} needs {module}, which cannot be loaded ({' '.join(str(error).split())}); pip "
+            f'install "srfed[{extra}]" installs it'
+        ) from error

@@ -77,6 +77,19 @@ class ResultRound:
 
 
 @dataclass(frozen=True)
+class OwnScore:
+    """What a metric of one's own says.
+
+    Attributes:
+        all: of all owners' images together; None where these are of different shapes.
+        by_client: of each owner's.
+    """
+
+    all: float | None
+    by_client: dict[str, float]
+
+
+@dataclass(frozen=True)
 class ValidationRecord:
     """What the owners' validation images say of a round.
 
@@ -161,6 +174,7 @@ class EvaluationRecord:
             real images gives to their own client, mean over clients and for each; empty where the
             server does not have the images of two.
         recognised_real: the same share of held-out real images.
+        own: what metrics of one's own say, by name.
         result: whose weights it has judged, at the end under ``federation.result: best``; None
             where they are those of ``round``.
     """
@@ -190,3 +204,4 @@ class EvaluationRecord:
     recognised_by_client: dict[str, float] = field(default_factory=dict)
     recognised_real: float | None = None
     result: ResultRound | None = None
+    own: dict[str, OwnScore] = field(default_factory=dict)

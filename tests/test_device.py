@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srfed import simulate
-from srfed.config import ResourcesConfig
+from srfed.config import ResourcesConfig, load_config
 from srfed.device import Captured, arithmetic, resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.generation import generate
@@ -30,10 +30,21 @@ from srfed.training.local import LocalResult, LocalTrainer
 from srfed.training.optimizer import PartOptimizer
 from srfed.training.part import initial_state
 from srfed.training.step import LocalStep
+from support.errors import message_of
 from support.local_training import run_config
 from support.tiny_run import begin, run_in_process, store_of, tiny_config
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+
+def test_apples_gpus_are_refused_with_the_reason() -> None:
+    """What it says is so: the coefficients on the device are of 64 bits."""
+    text = message_of(lambda: load_config(None, ["resources.device=mps"]))
+    assert 'resources.device: "mps" is not allowed, as coefficients of the process' in text
+    assert text.endswith("allowed: auto | cpu | cuda")
+    process = build_objective(tiny_config(), torch.device("cpu")).process
+    kept = [value for value in vars(process).values() if isinstance(value, Tensor)]
+    assert any(value.dtype == torch.float64 for value in kept)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

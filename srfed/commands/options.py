@@ -81,6 +81,25 @@ def training_parser(program: str, description: str, data: str = "--data-dir") ->
         "--resume", type=Path, metavar="RUN", help="go on with the run in this folder"
     )
     parser.add_argument(
+        "--seeds",
+        metavar="0,1,2",
+        help="a run for each seed, one after the other, and a table with mean and spread",
+    )
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=A,B,C",
+        help="a run for each value of one setting (for each seed too, with --seeds)",
+    )
+    parser.add_argument(
+        "--from",
+        type=Path,
+        dest="start_from",
+        metavar="RUN",
+        help="start from this trained run's φ, with the owners of --data or --data-dir and fresh θ",
+    )
+    parser.add_argument(
         "--allow-changed-images",
         action="store_true",
         help="with --resume: go on although the images are not those that the run was begun with",

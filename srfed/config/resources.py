@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from srfed.config.settings import Section, setting
 
@@ -42,6 +42,16 @@ class ResourcesConfig(Section):
         "always do",
     )
     channels_last: bool = setting(False, description="NHWC memory layout, faster on recent GPUs")
+
+    @field_validator("device", mode="before")
+    @classmethod
+    def _refuse_mps(cls, value: object) -> object:
+        if value == "mps":
+            raise ValueError(
+                '"mps" is not allowed, as coefficients of the process are float64 on the device, '
+                "and Apple's GPUs have none; allowed: auto | cpu | cuda"
+            )
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -192,8 +192,10 @@ def _nothing_left(config: DataConfig, name: str, count: int) -> UserError:
 
 
 def slugs(titles: Sequence[str]) -> list[str]:
-    """Make task names of titles: lower-case a-z, 0-9 and single hyphens ("T-shirt/top":
-    "t-shirt-top").
+    """Make task names of titles: lower-case a-z, 0-9 and single hyphens.
+
+    >>> slugs(["T-shirt/top", "Café 3"])
+    ['t-shirt-top', 'cafe-3']
 
     Raises:
         UserError: a title has no letter or digit of these, or two titles become the same name.

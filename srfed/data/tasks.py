@@ -105,7 +105,11 @@ def check_one_shape(tasks: Sequence[Task], needed_by: str) -> None:
 
 
 def extents(shape: Sequence[int]) -> str:
-    """(28, 28, 1) -> "28 x 28 x 1"."""
+    """In words.
+
+    >>> extents((28, 28, 1))
+    '28 x 28 x 1'
+    """
     return " x ".join(map(str, shape))
 
 

@@ -10,7 +10,7 @@ from srfed.data.images import Images
 from srfed.evaluation.metrics.memorisation import Audit
 from srfed.evaluation.metrics.nearest_neighbour import Recogniser
 from srfed.evaluation.references import Scores
-from srfed.records import Comparison, EvaluationRecord, ResultRound
+from srfed.records import Comparison, EvaluationRecord, OwnScore, ResultRound
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +76,7 @@ def evaluation_record(
     recognised: Recognised | None = None,
     exchanged: Exchanged | None = None,
     result: ResultRound | None = None,
+    own: Mapping[str, OwnScore] | None = None,
 ) -> EvaluationRecord:
     """The record of an evaluation.
 
@@ -90,6 +91,7 @@ def evaluation_record(
         recognised: whose the samples are, where the server has real images.
         exchanged: how the owners were asked.
         result: the round whose weights were judged; None where that is the same.
+        own: what metrics of one's own say.
     """
     exchanged = exchanged or Exchanged({}, {})
     by_client, real = recognised or Recognised({}, None)
@@ -128,6 +130,7 @@ def evaluation_record(
         recognised_by_client=dict(by_client),
         recognised_real=real,
         result=result,
+        own=dict(own or {}),
     )
 
 

@@ -89,7 +89,7 @@ def compare_runs(paths: Sequence[Path]) -> ComparedRuns:
     return ComparedRuns(
         [str(path) for path in paths],
         _settings(runs),
-        _measures(logs, last),
+        measures_of(logs),
         _costs(logs),
         _notes(runs, last),
     )
@@ -176,7 +176,9 @@ def _settings(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
     return {name: found for name, found in values.items() if len(set(found)) > 1}
 
 
-def _measures(logs: Sequence[MetricsLog], last: Sequence[Line | None]) -> list[Measure]:
+def measures_of(logs: Sequence[MetricsLog]) -> list[Measure]:
+    """Every score that one of these runs has at its last round or evaluation, of all of them."""
+    last = [next(iter(log.evaluations()[-1:]), None) for log in logs]
     rounds = [next(iter(log.rounds()[-1:]), None) for log in logs]
     found = [
         _measure("training loss", True, rounds, lambda line: line["loss"], "loss_by_client"),

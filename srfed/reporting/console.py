@@ -101,6 +101,7 @@ class Console(Observer):
         words[0] += ")" if record.floor is None else f"; real training images {record.floor:.3f})"
         if record.ssim_timestep in record.ssim:
             words.append(f"SSIM-rec@{record.ssim_timestep} {record.ssim[record.ssim_timestep]:.3f}")
+        words += [f"{n} {own.all:.4g}" for n, own in record.own.items() if own.all is not None]
         words.append(seconds_in_words(record.seconds))
         if record.result is not None:
             self._say(f"the result: {record.result.in_words(record.round)}")

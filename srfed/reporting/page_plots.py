@@ -131,11 +131,24 @@ def _of_evaluations(tasks: Sequence[TaskInfo], evaluations: Sequence[Line]) -> l
                 draw_lines(recognised, x_label="round", y_label="share", level=real),
             )
         )
+    for name in last.get("own", {}):
+        everything = [("all", ("own", name, "all"))]
+        owners = _by_owner(tasks, "own", name, "by_client")
+        if own := _curves(evaluations, [*everything, *owners]):
+            plots.append(
+                PagePlot(
+                    name,
+                    "A metric of one's own, of real and generated images.",
+                    draw_lines(own, x_label="round", y_label=name),
+                )
+            )
     return plots
 
 
-def _by_owner(tasks: Sequence[TaskInfo], key: str) -> list[tuple[str, Keys]]:
-    return [(task.task, (key, task.client)) for task in tasks] if len(tasks) <= MOST_OWNERS else []
+def _by_owner(tasks: Sequence[TaskInfo], *keys: str) -> list[tuple[str, Keys]]:
+    return (
+        [(task.task, (*keys, task.client)) for task in tasks] if len(tasks) <= MOST_OWNERS else []
+    )
 
 
 def _curves(lines: Sequence[Line], wanted: Sequence[tuple[str, Keys]]) -> list[tuple[str, Curve]]:

@@ -112,11 +112,18 @@ def render_report(run: RunFolder, real: RealImages, *, refresh: int | None = Non
         samples=_samples(run, tasks, evaluation, real),
         changed=_changed(config),
         configuration=config.to_yaml(),
-        identity={
-            name: value for name, value in read_json(run.identity_file).items() if name in IDENTITY
-        },
+        identity=_identity(run),
         commands=_commands(run, ended),
     )
+
+
+def _identity(run: RunFolder) -> dict[str, Any]:
+    """Of run.json, what is shown."""
+    content = read_json(run.identity_file)
+    shown = {name: value for name, value in content.items() if name in IDENTITY}
+    if run.starts_from:
+        shown["starts from"] = run.starts_from
+    return shown
 
 
 @lru_cache(maxsize=1)
@@ -140,7 +147,7 @@ def _scores(
         return {}
     losses = rounds[-1]["loss_by_client"] if rounds else {}
     compared, audits = comparisons_of(tasks, evaluation), evaluation.get("audits", {})
-    recognised = evaluation.get("recognised_by_client", {})
+    recognised, own = evaluation.get("recognised_by_client", {}), evaluation.get("own", {})
     rows = [
         {
             "name": task.task,
@@ -149,6 +156,7 @@ def _scores(
             "score": evaluation["score_by_client"].get(task.client),
             "ssim": evaluation["ssim_by_client"].get(task.client),
             "recognised": recognised.get(task.client),
+            "own": [one["by_client"].get(task.client) for one in own.values()],
             "joining": compared.get(task.task),
             "copies": audits.get(task.client, {}).get("fires"),
         }
@@ -161,6 +169,7 @@ def _scores(
         "score": evaluation["score"],
         "ssim": evaluation["ssim"].get(str(evaluation["ssim_timestep"])),
         "recognised": evaluation.get("recognised"),
+        "own": [one["all"] for one in own.values()],
         "joining": None,
         "copies": None,
     }
@@ -168,6 +177,7 @@ def _scores(
         "rows": [*rows, everybody],
         "words": VERDICTS,
         "with_recognised": bool(recognised),
+        "own": list(own),
         "with_joining": bool(compared),
         "with_audits": bool(audits),
     }

@@ -161,6 +161,14 @@ def scores_in_words(tasks: Sequence[TaskInfo], evaluation: Mapping[str, Any]) ->
             "recognised: share of a task's samples that the 3 nearest real training images of all "
             f"tasks give to it; held-out real images: {real:.2f}"
         )
+    for name, own in evaluation.get("own", {}).items():
+        values = [value for value in own["by_client"].values() if value is not None]
+        total = "" if own["all"] is None else f"{own['all']:.4g} of all images together; "
+        if values:
+            lines.append(
+                f"{name}, a metric of one's own: {total}by owner {min(values):.4g} to "
+                f"{max(values):.4g}"
+            )
     audits = evaluation.get("audits", {})
     if audits:
         fired = [task.task for task in tasks if audits.get(task.client, {}).get("fires")]

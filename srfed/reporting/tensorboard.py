@@ -1,16 +1,19 @@
 """The run's curves and pictures for TensorBoard."""
 
+import math
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from srfed.config import RunConfig
 from srfed.errors import UserError
 from srfed.records import EvaluationRecord, RoundRecord
 from srfed.reporting.pictures import Images
+from srfed.reporting.values import evaluation_values, hyperparameters, round_values
 
 
 class TensorBoard:
@@ -40,73 +43,14 @@ class TensorBoard:
             raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
         indented = "".join(f"    {line}\n" for line in config.to_yaml().splitlines())
         self._write(lambda writer: writer.add_text("config", indented, last_round))
+        self._write(partial(_add_hyperparameters, config=config))
 
     def add_round(self, record: RoundRecord) -> None:
-        values = {
-            "loss/mean": record.loss,
-            **{f"loss_by_client/{client}": loss for client, loss in record.loss_by_client.items()},
-            **{
-                f"loss_by_timestep/quarter_{n}": loss
-                for n, loss in enumerate(record.loss_by_quarter, 1)
-            },
-            "speed/images_per_second": record.images_per_second,
-            "speed/seconds_per_round": record.seconds,
-            "traffic/bytes_up": record.bytes_up,
-            "traffic/bytes_down": record.bytes_down,
-            "optimisation/learning_rate": record.learning_rate,
-            "optimisation/shared_update_norm": record.update_norm,
-            "optimisation/client_disagreement": record.disagreement,
-            "clients/accepted": len(record.accepted),
-            "clients/refused": len(record.refused),
-            "clients/missing": len(record.missing),
-            **{f"took_part/{client}": 1 for client in record.accepted},
-            **{f"took_part/{client}": 0 for client in (*record.refused, *record.missing)},
-        }
-        if (validation := record.validation) is not None:
-            values |= {
-                f"validation_by_client/{c}": loss for c, loss in validation.loss_by_client.items()
-            }
-            if validation.loss is not None:
-                values["validation/mean"] = validation.loss
-            if validation.result is not None:
-                values["validation/best_round"] = validation.result.round
+        values = round_values(record)
         self._write(partial(_add, values=values, pictures={}, step=record.round))
 
     def add_evaluation(self, record: EvaluationRecord, pictures: Mapping[str, Images]) -> None:
-        values = {
-            f"{record.score_name}/all": record.score,
-            **{
-                f"{record.score_name}_by_client/{c}": score
-                for c, score in record.score_by_client.items()
-            },
-            **{f"ssim_rec/t={timestep}": value for timestep, value in record.ssim.items()},
-            **{
-                f"ssim_rec_by_client/{client}": value
-                for client, value in record.ssim_by_client.items()
-            },
-            **{
-                f"memorisation_pixels/{client}": audit.pixels.share
-                for client, audit in record.audits.items()
-            },
-            **{
-                f"memorisation_features/{client}": audit.features.share
-                for client, audit in record.audits.items()
-            },
-            **{
-                f"joining_{name}/{client}": getattr(one, name)
-                for client, one in record.comparisons.items()
-                for name in ("alone", "together", "ratio")
-            },
-            "traffic/evaluation_bytes_up": record.bytes_up,
-            "traffic/evaluation_bytes_down": record.bytes_down,
-            "speed/seconds_per_evaluation": record.seconds,
-        }
-        values |= {f"recognised_by_client/{c}": s for c, s in record.recognised_by_client.items()}
-        for name, share in (("all", record.recognised), ("real_images", record.recognised_real)):
-            if share is not None:
-                values[f"recognised/{name}"] = share
-        if record.floor is not None:
-            values[f"{record.score_name}/real_images"] = record.floor
+        values = evaluation_values(record)
         self._write(partial(_add, values=values, pictures=pictures, step=record.round))
 
     def close(self) -> None:
@@ -138,6 +82,19 @@ def _hush_writing_threads() -> None:
 
     if getattr(others, "__module__", "") != __name__:
         threading.excepthook = hook
+
+
+def _add_hyperparameters(writer: SummaryWriter, config: RunConfig) -> None:
+    """A row of the tab HParams, whose numbers are those of the curves that it names."""
+    score = {"embedded": "fd_embedded/all", "inception": "fid/all"}[
+        config.evaluation.feature_network
+    ]
+    about, begins, ends = hparams(
+        hyperparameters(config), dict.fromkeys(("loss/mean", score), math.nan)
+    )
+    for summary in (about, begins, ends):
+        writer._get_file_writer().add_summary(summary)
+    writer.flush()
 
 
 def _add(

@@ -12,6 +12,7 @@ from srfed.diffusion.process import Denoiser
 from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.metrics.denoising_loss import comparable_loss, denoising_losses
 from srfed.evaluation.metrics.nearest_neighbour import Recogniser
+from srfed.evaluation.metrics.own import OwnMetrics
 from srfed.evaluation.references import RealFloor, References
 from srfed.evaluation.report import Recognised, TaskReport, evaluation_record
 from srfed.evaluation.shares import share_of_samples
@@ -27,6 +28,7 @@ from srfed.networks.partition import Shared
 from srfed.observer import Observer
 from srfed.records import EvaluationRecord, ResultRound, RoundRecord, TaskInfo
 from srfed.runs.best_round import judge_round, result_of
+from srfed.runs.start import started
 from srfed.storage.checkpoint import check_tensors
 from srfed.storage.client_store import NO_PARENT, ClientStore
 from srfed.storage.run_folder import RunFolder
@@ -43,10 +45,11 @@ class Centralised:
 
     Args:
         run: a run whose ``training.method`` is a centralised one.
+        metrics: of one's own, called at every evaluation.
     """
 
-    def __init__(self, run: RunFolder) -> None:
-        self._run, self._config = run, run.config
+    def __init__(self, run: RunFolder, metrics: OwnMetrics | None = None) -> None:
+        self._run, self._config, self._metrics = run, run.config, metrics
         self.tasks: list[TaskInfo] = []
 
     def begin(self, found: RunState | None, tell: Observer) -> RunState:
@@ -83,6 +86,8 @@ class Centralised:
         if found is not None:
             checkpoints = ServerCheckpoints(run.server, config.federation.keep_attempts)
             checkpoints.check(found, shared)
+        else:
+            shared = started(run, self._partition, shared)
         state = found or RunState(
             lineage=run.lineage,
             round=0,
@@ -251,4 +256,7 @@ class Centralised:
             seconds=time.perf_counter() - began,
             recognised=Recognised.of(self._recogniser, images),
             result=result,
+            own=None
+            if self._metrics is None
+            else self._metrics({task.name: task.test for task in self._images}, images),
         )

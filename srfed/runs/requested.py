@@ -8,6 +8,7 @@ from typing import Any
 
 from srfed.config import RunConfig, SamplingConfig, parse_config, read_settings
 from srfed.config.choices import SAMPLERS, chosen, constants
+from srfed.config.presets import is_preset
 from srfed.errors import UserError
 from srfed.paths import absolute_path, user_path
 
@@ -22,7 +23,10 @@ SHOWN = 20
 
 
 def requested_config(
-    path: Path | None, overrides: Sequence[str], options: Mapping[str, str | None]
+    path: Path | None,
+    overrides: Sequence[str],
+    options: Mapping[str, str | None],
+    start: RunConfig | None = None,
 ) -> RunConfig:
     """The configuration that a command's file, overrides and options name.
 
@@ -35,6 +39,8 @@ def requested_config(
         overrides: each "section.key=value", the value in YAML.
         options: by setting, what the command has an option of its own for, in YAML; None where it
             was not given.
+        start: of the run whose φ this one starts from: its ``model`` and ``diffusion`` are those of
+            a preset's, where nobody says otherwise.
 
     Raises:
         UserError: as :func:`~srfed.config.load_config`; a setting is said twice, or would be
@@ -47,6 +53,9 @@ def requested_config(
                 f"{key} is set twice, by an option of its own and by --set; leave one out"
             )
     content = read_settings(path, [*overrides, *(f"{key}={value}" for key, value in given.items())])
+    if start is not None and (path is None or is_preset(path)):
+        said, theirs = read_settings(None, overrides), start.model_dump(mode="json")
+        content |= {name: {**theirs[name], **said.get(name, {})} for name in ("model", "diffusion")}
     source = "configuration" if path is None else str(path)
     if isinstance(data := content.get("data", {}), dict):
         _complete(content, data, source)

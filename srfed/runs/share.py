@@ -171,6 +171,8 @@ def _left_out(run: RunFolder, trained: TrainedRun, kept: Sequence[TaskInfo]) -> 
         found.append("real training images in report.html, which was made again without them")
     if exists(run.path / "tasks.npz"):
         found.append("tasks.npz, the images themselves")
+    if exists(run.path / "start"):
+        found.append("start/, the φ that the run began with")
     if exists(run.images):
         found.append("images.json, fingerprints by which one can tell whether an image was there")
     if exists(run.tensorboard):
@@ -186,7 +188,16 @@ def _left_out(run: RunFolder, trained: TrainedRun, kept: Sequence[TaskInfo]) -> 
     )
     if paths := [f"{section}.{key}" for section, key in PATHS if _setting(run, section, key)]:
         found.append(f"in config.yaml {' and '.join(paths)}, paths of the machine")
-    named = {*WHOLE, *REMADE, "clients", "tasks.npz", "images.json", "tensorboard", "share.json"}
+    named = {
+        *WHOLE,
+        *REMADE,
+        "clients",
+        "tasks.npz",
+        "images.json",
+        "tensorboard",
+        "share.json",
+        "start",
+    }
     if strangers := [name for name in list_folder(run.path) if name not in named]:
         found.append(f"what a run's folder need not have: {', '.join(strangers)}")
     return found

@@ -62,7 +62,8 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     members = [
         (group, name, tensor.detach().cpu())
         for group, tensors in checkpoint.groups.items()
-        for name, tensor in tensors.items()
+        # By name: bits that are equal make equal files, in whatever order they are at hand.
+        for name, tensor in sorted(tensors.items())
     ]
     by_dtype: dict[str, list[Tensor]] = {}
     for _, _, tensor in members:

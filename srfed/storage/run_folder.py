@@ -10,6 +10,7 @@ report.html      the run on one page; of a simulation with real training images
 samples/         grids of samples and reverse-process strips, PNG
 tensorboard/     event files
 server/          checkpoints of φ
+start/           where it starts from another run: the φ that it took
 clients/         simulation only: each client's own store, with θ_i and the client's log
 share.json       of a copy that `srfed share` has made: what it has and has not
 """
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import yaml
@@ -43,6 +44,10 @@ from srfed.files import (
     write_bytes,
     write_json,
 )
+
+if TYPE_CHECKING:
+    from srfed.networks.partition import Shared
+    from srfed.storage.start import Origin
 
 LOCK = "lock"
 README = """The folder of a run of srfed; docs/run_folder.md says what each file is.
@@ -71,9 +76,19 @@ class RunFolder:
     lineage: str
 
     @classmethod
-    def create(cls, path: Path | None, config: RunConfig) -> "RunFolder":
+    def create(
+        cls,
+        path: Path | None,
+        config: RunConfig,
+        start: "tuple[Origin, Shared] | None" = None,
+    ) -> "RunFolder":
         """Begin a run in a new or empty folder; None takes runs/<name>-<time>, which no other run
         has.
+
+        Args:
+            path: the folder.
+            config: the run's.
+            start: the φ that it starts from, and whose that is; None begins with initial values.
 
         Raises:
             UserError: the folder holds something already, another process begins a run there, or it
@@ -89,7 +104,7 @@ class RunFolder:
             run = cls(path, config, uuid4().hex[:12])
             write_bytes(path / "README.txt", README.encode())
             write_bytes(run.config_file, config.to_yaml().encode())
-            identity = {
+            identity: dict[str, Any] = {
                 "lineage": run.lineage,
                 "srfed": __version__,
                 "torch": version("torch"),
@@ -97,6 +112,13 @@ class RunFolder:
                 "began": datetime.now(UTC).isoformat(timespec="seconds"),
                 **_of_configuration(config),
             }
+            if start is not None:
+                # It imports torch, and beginning a run otherwise needs none of it.
+                from srfed.storage.start import START, save_start
+
+                origin, shared = start
+                save_start(path, origin, shared)
+                identity[START] = origin.to_json()
             write_json(run.identity_file, identity)
         return run
 
@@ -160,6 +182,13 @@ class RunFolder:
                 yield
             finally:
                 _held.discard(self.path)
+
+    @property
+    def starts_from(self) -> str:
+        """Which run's φ it began with, in words; empty where it has initial values of its own."""
+        if (origin := read_json(self.identity_file).get("start")) is None:
+            return ""
+        return f"{origin['run']}, round {origin['round']}, φ {origin['phi_sha256'][:12]}"
 
     @property
     def config_file(self) -> Path:

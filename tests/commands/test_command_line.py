@@ -82,6 +82,10 @@ EARLY: dict[str, list[list[str]]] = {
         ["--data", "/nowhere"],
         ["--resume", "/nowhere"],
         ["--resume", "/nowhere", "--quick"],
+        ["--from", "/nowhere"],
+        ["--seeds", "0,x"],
+        ["--sweep", "training.local_step=1,2"],
+        ["--resume", "/nowhere", "--seeds", "0,1"],
     ],
     "simulate": [
         WRONG_SETTING,

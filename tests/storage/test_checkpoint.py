@@ -51,7 +51,17 @@ def test_a_file_has_one_array_a_dtype(tmp_path: Path) -> None:
         "float64": (5,),
         "bfloat16": (3,),
     }
-    assert torch.equal(stored["float32"], torch.tensor([0.0, 1, 2, 3, 4, 5, 7]))
+    # By name, in each group.
+    assert torch.equal(stored["float32"], torch.tensor([7.0, 0, 1, 2, 3, 4, 5]))
+
+
+def test_equal_bits_make_an_equal_file_in_whatever_order_they_are_at_hand(tmp_path: Path) -> None:
+    """Straight on they are in the partition's order, after a checkpoint in that of their names."""
+    turned = {group: dict(reversed(members.items())) for group, members in GROUPS.items()}
+    for name, groups in (("here", GROUPS), ("there", turned)):
+        write_checkpoint(tmp_path / name, Checkpoint(groups, {}))
+    first, second = (read_checkpoint(tmp_path / name) for name in ("here", "there"))
+    assert first.manifest["sha256"] == second.manifest["sha256"]
 
 
 def write_as_told(

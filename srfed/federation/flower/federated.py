@@ -17,6 +17,7 @@ from srfed.device import resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.metrics.nearest_neighbour import Recogniser
+from srfed.evaluation.metrics.own import OwnMetrics
 from srfed.evaluation.metrics.ssim import ssim_window
 from srfed.evaluation.references import RealFloor, References, Scores, score_statistics
 from srfed.evaluation.report import Exchanged, Recognised, TaskReport, evaluation_record
@@ -56,6 +57,7 @@ from srfed.observer import Observer
 from srfed.randomness import derive_generator
 from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
 from srfed.runs.best_round import hold_to_owners, judge_round, result_of
+from srfed.runs.start import started
 from srfed.storage.client_store import NO_PARENT
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import KnownClient, RunState, ServerCheckpoints
@@ -78,6 +80,7 @@ class Federated:
         run: the run's folder.
         fixed: the clients are those of a simulation; one that does not fit is not waited for.
         aggregator: makes the mean update of a round's accepted ones.
+        metrics: of one's own, called at every evaluation.
     """
 
     def __init__(
@@ -87,8 +90,10 @@ class Federated:
         *,
         fixed: bool = False,
         aggregator: Aggregator = UpdateSum,
+        metrics: OwnMetrics | None = None,
     ) -> None:
         self._grid, self._run, self._fixed, self._aggregator = grid, run, fixed, aggregator
+        self._metrics = metrics
         self.config = run.config
         self._away: list[str] = []
         self._started = 0.0
@@ -112,6 +117,7 @@ class Federated:
         self._partition, shared = shared_of(config, self._channels())
         self._contract = Contract.of(config, shared)
         if found is None:
+            shared = started(run, self._partition, shared)
             self.state = RunState(
                 lineage=run.lineage,
                 round=0,
@@ -425,6 +431,8 @@ class Federated:
             )
             for client, reply in screened.accepted.items()
         }
+        images = {c: report.images for c, report in reports.items() if report.images is not None}
+        real = {task.name: task.test for task in self._references}
         return evaluation_record(
             self.config.evaluation,
             server_round,
@@ -433,14 +441,12 @@ class Federated:
             floor,
             final=final,
             seconds=time.perf_counter() - self._started,
-            recognised=Recognised.of(
-                self._recogniser,
-                {c: report.images for c, report in reports.items() if report.images is not None},
-            ),
+            recognised=Recognised.of(self._recogniser, images),
             exchanged=Exchanged(
                 screened.refused, screened.missing, screened.bytes_up, screened.bytes_down
             ),
             result=result_of(self.state) if final else None,
+            own=None if self._metrics is None else self._metrics(real, images),
         )
 
     def _screen_evaluation(

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from srfed.evaluation.metrics.own import OwnMetrics
 from srfed.federation.flower.client_app import app as own_client_app
 from srfed.federation.flower.federated import Federated
 from srfed.observer import Observer
@@ -125,10 +126,13 @@ def in_process(run: RunFolder, client_app: ClientApp) -> Iterator[InlineGrid]:
 
 
 def run_in_process(
-    run: RunFolder, observers: Iterable[Observer] = (), client_app: ClientApp = own_client_app
+    run: RunFolder,
+    observers: Iterable[Observer] = (),
+    client_app: ClientApp = own_client_app,
+    metrics: OwnMetrics | None = None,
 ) -> None:
     """The whole run in this thread, one client after the other; raises as
     :func:`srfed.runs.loop.run_rounds`.
     """
     with in_process(run, client_app) as grid:
-        run_rounds(run, Federated(grid, run, fixed=True), observers)
+        run_rounds(run, Federated(grid, run, fixed=True, metrics=metrics), observers)

@@ -19,6 +19,7 @@ from srfed.config import RunConfig
 from srfed.cores import usable_cores
 from srfed.environment import surroundings_kept
 from srfed.errors import UserError
+from srfed.evaluation.metrics.own import OwnMetrics
 from srfed.federation import report_nothing
 from srfed.federation.flower.client_app import app as own_client_app
 from srfed.federation.flower.exchange import stop_requested
@@ -34,7 +35,10 @@ INSTEAD = "resources.backend = inline (--backend inline) does without Ray"
 
 
 def run_on_ray(
-    run: RunFolder, observers: Iterable[Observer] = (), client_app: ClientApp = own_client_app
+    run: RunFolder,
+    observers: Iterable[Observer] = (),
+    client_app: ClientApp = own_client_app,
+    metrics: OwnMetrics | None = None,
 ) -> None:
     """The whole run under Flower's Ray simulation.
 
@@ -49,7 +53,7 @@ def run_on_ray(
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
-        run_rounds(run, Federated(grid, run, fixed=True), observers)
+        run_rounds(run, Federated(grid, run, fixed=True, metrics=metrics), observers)
 
     with run.in_use(), _nothing_left_behind(), counted_together():
         client_gpus = _start_ray(run)

@@ -1,0 +1,87 @@
+"""A record's numbers by tag, as TensorBoard and others of its kind show them."""
+
+from srfed.config import RunConfig
+from srfed.records import EvaluationRecord, RoundRecord
+
+
+def round_values(record: RoundRecord) -> dict[str, float]:
+    """The numbers of a round."""
+    values: dict[str, float] = {
+        "loss/mean": record.loss,
+        **{f"loss_by_client/{client}": loss for client, loss in record.loss_by_client.items()},
+        **{
+            f"loss_by_timestep/quarter_{n}": loss
+            for n, loss in enumerate(record.loss_by_quarter, 1)
+        },
+        "speed/images_per_second": record.images_per_second,
+        "speed/seconds_per_round": record.seconds,
+        "traffic/bytes_up": record.bytes_up,
+        "traffic/bytes_down": record.bytes_down,
+        "optimisation/learning_rate": record.learning_rate,
+        "optimisation/shared_update_norm": record.update_norm,
+        "optimisation/client_disagreement": record.disagreement,
+        "clients/accepted": len(record.accepted),
+        "clients/refused": len(record.refused),
+        "clients/missing": len(record.missing),
+        **{f"took_part/{client}": 1 for client in record.accepted},
+        **{f"took_part/{client}": 0 for client in (*record.refused, *record.missing)},
+    }
+    if (validation := record.validation) is not None:
+        values |= {
+            f"validation_by_client/{c}": loss for c, loss in validation.loss_by_client.items()
+        }
+        if validation.loss is not None:
+            values["validation/mean"] = validation.loss
+        if validation.result is not None:
+            values["validation/best_round"] = validation.result.round
+    return values
+
+
+def evaluation_values(record: EvaluationRecord) -> dict[str, float]:
+    """The numbers of an evaluation."""
+    values: dict[str, float] = {
+        f"{record.score_name}/all": record.score,
+        **{
+            f"{record.score_name}_by_client/{c}": score
+            for c, score in record.score_by_client.items()
+        },
+        **{f"ssim_rec/t={timestep}": value for timestep, value in record.ssim.items()},
+        **{
+            f"ssim_rec_by_client/{client}": value for client, value in record.ssim_by_client.items()
+        },
+        **{
+            f"memorisation_pixels/{client}": audit.pixels.share
+            for client, audit in record.audits.items()
+        },
+        **{
+            f"memorisation_features/{client}": audit.features.share
+            for client, audit in record.audits.items()
+        },
+        **{
+            f"joining_{name}/{client}": getattr(one, name)
+            for client, one in record.comparisons.items()
+            for name in ("alone", "together", "ratio")
+        },
+        "traffic/evaluation_bytes_up": record.bytes_up,
+        "traffic/evaluation_bytes_down": record.bytes_down,
+        "speed/seconds_per_evaluation": record.seconds,
+    }
+    values |= {f"recognised_by_client/{c}": s for c, s in record.recognised_by_client.items()}
+    for name, share in (("all", record.recognised), ("real_images", record.recognised_real)):
+        if share is not None:
+            values[f"recognised/{name}"] = share
+    if record.floor is not None:
+        values[f"{record.score_name}/real_images"] = record.floor
+    for name, own in record.own.items():
+        if own.all is not None:
+            values[f"own/{name}"] = own.all
+        values |= {f"own_{name}_by_client/{c}": value for c, value in own.by_client.items()}
+    return values
+
+
+def hyperparameters(config: RunConfig) -> dict[str, bool | float | str]:
+    """The settings that decide the result, each as a number, a truth value or a text."""
+    return {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in config.decisive_settings().items()
+    }
