@@ -94,10 +94,16 @@ class SiteProcess:
         wait_until(lambda: self.said.count(words) >= times, lambda: self.said)
 
     def trains(self) -> bool:
-        """Whether its one ClientApp has loaded what it trains with."""
-        pids = self.pids("flwr-clientapp")
+        """Whether its one ClientApp is at work, and would end in order if asked: that which forks,
+        and two forks for the message, the last of which takes SIGTERM.
+        """
+        forks = self.pids("srfed.federation.flower.warm")
+        if len(self.pids("flwr-clientapp")) != 1 or len(forks) != 3:
+            return False
         with suppress(OSError):
-            return len(pids) == 1 and "libtorch_cpu" in Path(f"/proc/{pids[0]}/maps").read_text()
+            status = Path(f"/proc/{max(forks)}/status").read_text()
+            caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+            return bool(caught >> (signal.SIGTERM - 1) & 1)
         return False
 
     def pids(self, program: str) -> list[int]:
@@ -113,7 +119,7 @@ def test_a_site_takes_part_is_mended_and_ends_without_a_trace(tmp_path: Path) ->
             "federation.clients": 1,
             "federation.on_missing": "wait",
             "federation.rounds": 1,
-            "training.local_steps": 20,
+            "training.local_steps": 200,
         },
     )
     (task,) = load_tasks(tiny_config().data, 1)
