@@ -16,6 +16,7 @@ from srfed.deployment.flower import QUIET
 from srfed.errors import UserError
 from srfed.files import held, read_json, write_json
 from srfed.keys import read_key
+from srfed.storage import CHECKPOINT_FORMAT
 
 NOTES = "registered.json"
 """Where it is noted whose keys were registered, beside the keys unless another place is named."""
@@ -167,7 +168,7 @@ def rebind(run: Path, client: str) -> str:
                 f"{run} knows no client {client!r}; it has {', '.join(sorted(known)) or 'none'}"
             )
         manifest = _manifest(run)
-        content = read_json(manifest, "sha256")
+        content = read_json(manifest, version=CHECKPOINT_FORMAT)
         for group in ("known", "shapes"):
             content[group] = {
                 other: values for other, values in content.get(group, {}).items() if other != client
@@ -195,7 +196,8 @@ def _manifest(run: Path) -> Path:
 
 def _known(run: Path) -> dict[str, dict[str, Any]]:
     """What the last checkpoint holds each client to; nothing in one of an earlier version."""
-    return dict(read_json(_manifest(run.absolute()), "sha256").get("known", {}))
+    manifest = read_json(_manifest(run.absolute()), version=CHECKPOINT_FORMAT)
+    return dict(manifest.get("known", {}))
 
 
 def _last_answer(run: Path, client: str) -> str:

@@ -34,12 +34,11 @@ from srfed.files import (
     write_folder,
 )
 from srfed.records import Shape
+from srfed.storage import CHECKPOINT_FORMAT
 
 STATE_FILE = "state.safetensors"
 MANIFEST_FILE = "manifest.json"
 _FILES = (STATE_FILE, MANIFEST_FILE)
-_FORMAT = 2
-"""1 had a tensor for each member of a group, and no layout."""
 _LAYOUT = "layout"
 
 
@@ -75,7 +74,9 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     about = {_LAYOUT: json.dumps(layout, separators=(",", ":"))}
     state = safetensors.torch.save(flat, metadata=about)
     manifest = {**checkpoint.manifest, "sha256": hashlib.sha256(state).hexdigest()}
-    write_folder(folder, {STATE_FILE: state, MANIFEST_FILE: json_bytes(manifest, version=_FORMAT)})
+    write_folder(
+        folder, {STATE_FILE: state, MANIFEST_FILE: json_bytes(manifest, version=CHECKPOINT_FORMAT)}
+    )
 
 
 def read_manifest(folder: Path, kinds: Mapping[str, type] | None = None) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def read_manifest(folder: Path, kinds: Mapping[str, type] | None = None) -> dict
         UserError: it cannot be read, or is of another srfed.
     """
     path = folder / MANIFEST_FILE
-    manifest = read_json(path, version=_FORMAT)
+    manifest = read_json(path, version=CHECKPOINT_FORMAT)
     # 1 and 2 have the same keys; what is older has fewer.
     version = max(1, int(manifest.get(FORMAT, 0)))
     check_format(path, manifest, version=version, kinds={"sha256": str, **(kinds or {})})
