@@ -1,14 +1,19 @@
 """The options of every command, and of those that train."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any, Never
 
-from srfed.config import describe
+from srfed.config import RunConfig, describe
 from srfed.config.presets import preset_file, preset_names
 from srfed.errors import UserError, did_you_mean
 from srfed.interrupts import CLOSED_PIPE, flushed, mend_streams, tell
 from srfed.paths import user_path
+
+SECTIONS = frozenset(
+    name for name, field in RunConfig.model_fields.items() if name not in ("name", "seed")
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,16 +27,36 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*arguments, **{"allow_abbrev": False, **settings})
         self.register("type", Path, _path)
 
+    has_settings = False
+    """Whether each setting is an option too (:func:`add_configuration`)."""
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, but that nothing may be left over: here, as a sub-command's parser is the
         one that knows what could have been meant.
         """
-        found, unknown = super().parse_known_args(args, namespace)
+        given = sys.argv[1:] if args is None else list(args)
+        if self.has_settings:
+            given = self._with_settings(given)
+        found, unknown = super().parse_known_args(given, namespace)
         if unknown:
             named = (word.partition("=")[0] for word in unknown if word.startswith("--"))
             meant = next((did_you_mean(name, self._option_string_actions) for name in named), "")
             self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         return found, unknown
+
+    def _with_settings(self, given: list[str]) -> list[str]:
+        """The words with ``--section.key VALUE`` and ``--section.key=VALUE`` put as ``--set``."""
+        words: list[str] = []
+        rest = iter(given)
+        for word in rest:
+            name, equals, value = word.removeprefix("--").partition("=")
+            if word.startswith("--") and name.partition(".")[0] in SECTIONS and "." in name:
+                if not equals and (value := next(rest, "--")).startswith("--"):
+                    self.error(f"--{name}: expected a value")
+                words += ["--set", f"{name}={value}"]
+            else:
+                words.append(word)
+        return words
 
     def print_help(self, file: Any = None) -> None:
         mend_streams()
@@ -113,7 +138,10 @@ def training_parser(program: str, description: str, data: str = "--data-dir") ->
 
 
 def add_configuration(parser: Parser, example: str = "training.batch_size=32") -> None:
-    """``--config`` or ``--preset``, and ``--set``: what is set; a preset is a file like others."""
+    """``--config`` or ``--preset``, and ``--set``, and each setting as an option of its own:
+    what is set; a preset is a file like others.
+    """
+    parser.has_settings = True
     base = parser.add_mutually_exclusive_group()
     base.add_argument(
         "--config", type=Path, metavar="FILE", help="a YAML file; default: the embedded digits"
@@ -132,7 +160,8 @@ def add_configuration(parser: Parser, example: str = "training.batch_size=32") -
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help=f"override settings, e.g. {example}; repeatable",
+        help=f"override settings, e.g. {example}; repeatable; --{example.replace('=', ' ')} is the "
+        "same",
     )
 
 

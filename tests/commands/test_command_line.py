@@ -304,6 +304,23 @@ def test_a_printed_configuration_is_the_runs_and_can_be_read_again(tmp_path: Pat
     assert load_config(tmp_path / "again.yaml").federation.result == "best"
 
 
+def test_every_setting_is_an_option_too(tmp_path: Path) -> None:
+    words = ["--training.batch_size", "4", "--sampling.eta=0.5", "--set", "seed=3"]
+    words += ["--evaluation.ssim_curve", "[10, 20]", "--model.exclusive_stages", "io"]
+    done = run_here("simulate", *words, "--print-config", folder=tmp_path)
+    (tmp_path / "asked.yaml").write_text(done.stdout)
+    config = load_config(tmp_path / "asked.yaml")
+    assert (config.training.batch_size, config.sampling.eta, config.seed) == (4, 0.5, 3)
+    assert (config.evaluation.ssim_curve, config.model.exclusive_stages) == ((10, 20), "io")
+    wrong = run_here("partition", "--training.batchsize", "4", folder=tmp_path)
+    assert wrong.returncode == 2
+    assert "did you mean training.batch_size?" in wrong.stderr
+    for rest in ([], ["--print-config"]):
+        missing = run_here("simulate", "--training.batch_size", *rest, folder=tmp_path)
+        assert missing.returncode == 2
+        assert "--training.batch_size: expected a value" in missing.stderr
+
+
 def test_the_schema_takes_what_the_configuration_takes() -> None:
     schema = json.loads(run_here("schema").stdout)
     check = Draft202012Validator(schema)
