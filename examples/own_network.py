@@ -90,7 +90,8 @@ class Print(srfed.Observer):
 
 
 def main() -> None:
-    settings = ["federation.rounds=10", "evaluation.every=0", "model.exclusive_stages=1"]
+    settings = ["federation.rounds=10", "model.exclusive_stages=1"]
+    settings += ["evaluation.every=0", "evaluation.samples=100", "evaluation.ssim_images=0"]
     config = srfed.load_config(None, settings)
     run_dir = sys.argv[1] if len(sys.argv) > 1 else None
     run = srfed.train(config, network=Mixer, observers=[Print()], run_dir=run_dir)
