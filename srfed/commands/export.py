@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from srfed.commands.options import Parser
+from srfed.commands.options import Parser, add_store
 from srfed.interrupts import run_command
 
 
@@ -21,12 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source.add_argument(
         "run", nargs="?", type=Path, metavar="RUN", help="the folder of a simulation's run"
     )
-    source.add_argument(
-        "--store",
-        type=Path,
-        metavar="DIR",
-        help="a deployed site's own store, <state-dir>/<client-id>",
-    )
+    add_store(source)
     parser.add_argument(
         "--task", metavar="TASK", help="the task's name or position; of a run with one task that"
     )

@@ -165,6 +165,16 @@ def add_configuration(parser: Parser, example: str = "training.batch_size=32") -
     )
 
 
+def add_store(source: "argparse._MutuallyExclusiveGroup") -> None:
+    """``--store``: a deployed site's, in place of a run's folder."""
+    source.add_argument(
+        "--store",
+        type=Path,
+        metavar="DIR",
+        help="a deployed site's own store, <state-dir>/<client-id>",
+    )
+
+
 def _preset(name: str) -> Path:
     try:
         return preset_file(name)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from srfed.commands.options import Parser
+from srfed.commands.options import Parser, add_store
 from srfed.config.choices import SAMPLERS
 from srfed.interrupts import run_command
 
@@ -26,12 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, metavar="RUN", help="the folder of a simulation's run")
-    source.add_argument(
-        "--store",
-        type=Path,
-        metavar="DIR",
-        help="a deployed site's own store, <state-dir>/<client-id>",
-    )
+    add_store(source)
     parser.add_argument(
         "--task",
         action="extend",
