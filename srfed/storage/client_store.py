@@ -25,11 +25,11 @@ from srfed.storage.checkpoint import (
     Checkpoint,
     find_checkpoints,
     read_checkpoint,
-    read_manifest,
     remove_checkpoint,
     remove_remains,
     write_checkpoint,
 )
+from srfed.storage.manifest import read_manifest
 from srfed.training.part import ClientState, Part
 from srfed.units import bytes_in_words
 

@@ -9,13 +9,8 @@ import safetensors.torch
 import torch
 
 from srfed.errors import DamagedError
-from srfed.storage.checkpoint import (
-    MANIFEST_FILE,
-    STATE_FILE,
-    Checkpoint,
-    read_checkpoint,
-    write_checkpoint,
-)
+from srfed.storage.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from srfed.storage.manifest import MANIFEST_FILE, STATE_FILE
 
 GROUPS = {
     "b": {"z": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(7.0)},

@@ -51,6 +51,7 @@ from srfed.federation.screening import (
     screen_validation,
 )
 from srfed.federation.updates import update_in_words
+from srfed.flat import copies
 from srfed.model import shared_of
 from srfed.networks.partition import Control, Shared
 from srfed.observer import Observer
@@ -62,8 +63,8 @@ from srfed.storage.client_store import NO_PARENT
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import KnownClient, RunState, ServerCheckpoints
 from srfed.training.ema import round_decay, update_average
-from srfed.training.optimizer import learning_rate_factor, reach_of_round
-from srfed.training.part import Part, copies
+from srfed.training.optimizer import Reach, learning_rate_factor, reach_of_round
+from srfed.training.part import Part
 
 LEAST_WINDOW = 32
 """Simulated clients that are asked at once, at least: as many updates wait for their turn to be
@@ -235,7 +236,8 @@ class Federated:
         to them.
         """
         shared, control = self.state.shared.weights, self.state.control
-        sent, self._came = encode_shared(self.config, shared, number)
+        sent, came = encode_shared(self.config, shared, number)
+        self._came, self._reaches = Shared(copies(came)), dict[int, Reach | None]()
         if not self.config.training.control_variates:
             return {SHARED: sent}
         return {SHARED: sent, CONTROL: encode_sent(self.config, control, shared, number)}
@@ -407,7 +409,10 @@ class Federated:
             self._minibatches(client),
             request.round,
         )
-        reach = reach_of_round(self.config, request.round, plan.shared_steps, self._came)
+        steps = plan.shared_steps
+        if steps not in self._reaches:
+            self._reaches[steps] = reach_of_round(self.config, request.round, steps, self._came)
+        reach = self._reaches[steps]
         update = screen_train(reply, header, self._contract, plan, reach, self._came)
         self._sum.add(client, update.shared, plan.examples, update.control)
         return replace(update, shared={}, control=Control({}))
