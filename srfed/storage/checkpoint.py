@@ -115,7 +115,7 @@ def _write_state(checkpoint: Checkpoint, file: BinaryIO) -> None:
     digest = hashlib.sha256(layout.encode())
     for dtype in arrays:
         for run in runs(tensor.cpu() for tensor in by_dtype[dtype]):
-            content = memoryview(run.view(torch.uint8).numpy())
+            content = run.view(torch.uint8).numpy().data
             for place in range(0, len(content), PIECE):
                 piece = content[place : place + PIECE]
                 digest.update(piece)
@@ -144,7 +144,7 @@ def read_checkpoint(folder: Path, kinds: Mapping[str, type] | None = None) -> Ch
     sha256, layout = manifest[SHA256], header.about[LAYOUT]
     if not _verified.has(found, sha256):
         digest = hashlib.sha256(layout.encode())
-        digest.update(content.numpy())
+        digest.update(content.numpy().data)
         if digest.hexdigest() != sha256:
             raise DamagedError(
                 f"{path} is damaged ({len(content)} bytes of tensors that do not match the hash "
@@ -197,7 +197,7 @@ def _members(stored: Mapping[str, Tensor], layout: str) -> dict[tuple[str, str],
     named: dict[str, list[tuple[tuple[str, str], list[int]]]] = {dtype: [] for dtype in stored}
     for group, name, dtype, shape in json.loads(layout):
         named[dtype].append(((group, name), shape))
-    members = {}
+    members: dict[tuple[str, str], Tensor] = {}
     for dtype, tensor in stored.items():
         count = sum(math.prod(shape) for _, shape in named[dtype])
         if len(tensor) != count:
