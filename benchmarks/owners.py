@@ -113,7 +113,7 @@ class _Training:
                 self.clock += time.perf_counter() - clock
                 self.processor += time.process_time() - processor
 
-        LocalStep.run = timed  # type: ignore[method-assign]
+        LocalStep.run = timed  # type: ignore[method-assign, assignment]
 
 
 def _config(owners: int, network: str, rounds: int, asked: int) -> RunConfig:

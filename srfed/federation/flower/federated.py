@@ -217,7 +217,7 @@ class Federated:
         self._started, settings = time.perf_counter(), self.config.evaluation
         present = self._available()
         clients = self._drawn(present, settings.clients, "clients of an evaluation", number)
-        self._away = [client for client in self.state.clients if client not in present]
+        self._away = self._missing_of(present)
         share = share_of_samples(
             settings.samples if final else settings.samples_between, self.config.evaluated_clients
         )
@@ -264,7 +264,7 @@ class Federated:
             {SHARED: self.state.shared.average},
             f"validation {number}",
             self._screen_validation,
-            away=[client for client in self.state.clients if client not in clients],
+            away=self._missing_of(clients),
         )
         told = {c: reply.loss for c, reply in screened.accepted.items() if reply.loss is not None}
         silent = dict.fromkeys(
@@ -505,6 +505,8 @@ class Federated:
         federation, roster, known = self.config.federation, self._roster, set(self.state.clients)
 
         def enough() -> bool:
+            if len(roster) < (len(known) or federation.clients):
+                return False
             present = set(roster.present)
             return present >= known if known else len(present) >= federation.clients
 
@@ -567,12 +569,13 @@ class Federated:
             clients, federation.clients_per_round, "clients of a round", server_round
         )
         # Where clients are drawn, one that is away is merely not drawn.
-        self._away = [
-            client
-            for client in self.state.clients
-            if client not in clients and len(drawn) == len(clients)
-        ]
+        self._away = self._missing_of(clients) if len(drawn) == len(clients) else []
         return drawn
+
+    def _missing_of(self, present: Iterable[str]) -> list[str]:
+        """The run's clients that are not among these."""
+        there = set(present)
+        return [client for client in self.state.clients if client not in there]
 
     def _drawn(self, clients: list[str], count: int | None, purpose: str, number: int) -> list[str]:
         """So many of the clients, in their order: a seeded draw without replacement; all of them
