@@ -1,7 +1,7 @@
 """A record's numbers by tag, as TensorBoard and others of its kind show them."""
 
 from srfed.config import RunConfig
-from srfed.records import EvaluationRecord, RoundRecord
+from srfed.records import EvaluationRecord, RoundRecord, ssim_tag
 
 
 def round_values(record: RoundRecord) -> dict[str, float]:
@@ -39,16 +39,15 @@ def round_values(record: RoundRecord) -> dict[str, float]:
 
 def evaluation_values(record: EvaluationRecord) -> dict[str, float]:
     """The numbers of an evaluation."""
+    ssim = ssim_tag(record.ssim_steps)
     values: dict[str, float] = {
         f"{record.score_name}/all": record.score,
         **{
             f"{record.score_name}_by_client/{c}": score
             for c, score in record.score_by_client.items()
         },
-        **{f"ssim_rec/t={timestep}": value for timestep, value in record.ssim.items()},
-        **{
-            f"ssim_rec_by_client/{client}": value for client, value in record.ssim_by_client.items()
-        },
+        **{f"{ssim}/t={timestep}": value for timestep, value in record.ssim.items()},
+        **{f"{ssim}_by_client/{client}": value for client, value in record.ssim_by_client.items()},
         **{
             f"memorisation_pixels/{client}": audit.pixels.share
             for client, audit in record.audits.items()

@@ -63,6 +63,8 @@ _KINDS = {"lineage": str, "fingerprint": str}
 _REMOVED = {"federation.largest_update": 100.0}
 """What settings that are no more were unless somebody set them: old fingerprints are of them too.
 """
+_BEFORE = {"evaluation.ssim_steps": None}
+"""What a run did before there was a setting, where that is not the setting's default."""
 _held: set[Path] = set()
 """The runs that this process has."""
 
@@ -350,4 +352,8 @@ def _load(file: Path) -> tuple[RunConfig, dict[str, Any]]:
     }
     for section, _, key in (name.partition(".") for name in REMOVED):
         sections.get(section, {}).pop(key, None)
+    # A run's file names every setting that there was.
+    for name, value in _BEFORE.items():
+        section, _, key = name.partition(".")
+        sections.get(section, {}).setdefault(key, value)
     return parse_config(content, str(file)), named

@@ -106,7 +106,9 @@ class Outcome:
 
 
 def scoring_settings(config: RunConfig, samples: int, ssim_images: int) -> ScoringSettings:
-    """What a study measures on a run: always with the same seed, and by the run's own sampler."""
+    """What a study measures on a run: always with the same seed, by the run's own sampler, and
+    SSIM-rec by Algorithm 2, as in the tables on record.
+    """
     evaluation = config.evaluation
     return ScoringSettings(
         samples=samples,
@@ -114,6 +116,7 @@ def scoring_settings(config: RunConfig, samples: int, ssim_images: int) -> Scori
         sampling=config.sampling,
         ssim_images=ssim_images,
         ssim_timesteps=tuple(sorted({evaluation.ssim_timestep, *evaluation.ssim_curve})),
+        ssim_steps=None,
     )
 
 

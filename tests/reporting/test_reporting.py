@@ -353,14 +353,14 @@ def test_every_number_of_a_run_is_a_curve_and_every_picture_is_there(
     for tag, key in of_evaluations.items():
         expected = {line["round"]: pytest.approx(line[key], rel=1e-5) for line in log.evaluations()}
         assert {event.step: event.value for event in events.Scalars(tag)} == expected, tag
-    assert [event.step for event in events.Scalars("ssim_rec/t=5")] == [2, 3]
-    assert [event.step for event in events.Scalars("ssim_rec/t=10")] == [3], (
+    assert [event.step for event in events.Scalars("ssim_rec_8_steps/t=5")] == [2, 3]
+    assert [event.step for event in events.Scalars("ssim_rec_8_steps/t=10")] == [3], (
         "the curve is for the end"
     )
     tags = set(events.Tags()["scalars"])
     for client in ("digit-0", "digit-1", "digit-2"):
         assert {f"loss_by_client/{client}", f"fd_embedded_by_client/{client}"} <= tags
-        assert {f"ssim_rec_by_client/{client}", f"recognised_by_client/{client}"} <= tags
+        assert {f"ssim_rec_8_steps_by_client/{client}", f"recognised_by_client/{client}"} <= tags
     assert {f"loss_by_timestep/quarter_{quarter}" for quarter in (1, 2, 3, 4)} <= tags
     for tag in ("samples", "reverse_process"):
         shown = events.Images(tag)
@@ -474,6 +474,8 @@ def test_curves_that_cannot_be_begun_are_the_users_to_mend(tmp_path: Path) -> No
         {"sampling.sampler": "ancestral"},
         {"sampling.sampler": "dpm_solver"},
         {"evaluation.ssim_images": 0},
+        {"evaluation.ssim_steps": None},
+        {"evaluation.ssim_steps": 7},
         {
             "sampling.guidance": 0.5,
             "model.exclusive_stages": "none",
