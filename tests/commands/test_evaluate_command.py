@@ -16,6 +16,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from srfed.commands import evaluate
 from srfed.config import load_config
 from srfed.data import load_tasks
+from srfed.errors import UserError
 from srfed.evaluation.features.embedded import EmbeddedFeatures
 from srfed.evaluation.generation import generate
 from srfed.runs.run import TrainedRun
@@ -176,8 +177,14 @@ def test_a_run_of_before_there_were_steps_goes_on_with_algorithm_2(tmp_path: Pat
     assert identity["settings"].pop("evaluation.ssim_steps") == 8
     run.identity_file.write_text(json.dumps(identity))
     config.write_text(re.sub(r"^ +ssim_steps: 8\n", "", config.read_text(), flags=re.MULTILINE))
-    assert RunFolder.open(run.path).config.evaluation.ssim_steps is None
-    assert load_config(config).evaluation.ssim_steps == 8, "nobody's run, but a new one's settings"
+    old = RunFolder.open(run.path)
+    assert old.config.evaluation.ssim_steps is None
+    asked = load_config(config, ["federation.rounds=7"])
+    assert asked.evaluation.ssim_steps == 8, "the same file for a new run"
+    again = old.reconfigure(asked).config
+    assert (again.evaluation.ssim_steps, again.federation.rounds) == (None, 7)
+    with pytest.raises(UserError, match=r"evaluation\.ssim_steps: null -> 4$"):
+        old.reconfigure(load_config(config, ["evaluation.ssim_steps=4"]))
 
 
 def test_references_can_be_kept_in_files(
