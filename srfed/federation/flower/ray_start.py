@@ -49,6 +49,7 @@ except ImportError:
 MODE, TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 TOKEN_FILE = "RAY_AUTH_TOKEN_PATH"
 CONNECT_SECONDS = 10.0
+START_SECONDS = "200"
 NODE_SECONDS = 120.0
 """Time for all nodes to say what they are like."""
 
@@ -98,6 +99,8 @@ def _own(run: RunFolder, folder: str) -> tuple[Room, None]:
     cores = min(resources.cpus or usable_cores(), clients * resources.client_cpus)
     os.environ |= {MODE: "token", TOKEN: secrets.token_hex(32)}
     os.environ.pop(TOKEN_FILE, None)
+    # Thirty seconds, Ray's own limit, are not enough where the cores have much else to do.
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", START_SECONDS)
     _read_token_anew()
     try:
         # Nobody else can look into the folder, or put a socket of theirs in a socket's place.
@@ -118,7 +121,8 @@ def _joined(run: RunFolder, named: str) -> tuple[Room, Wanted]:
         address = ray._private.services.canonicalize_bootstrap_address_or_die(named)
     except (ConnectionError, ValueError, OSError) as error:
         raise UserError(f"{what}: {_first_reason(error)}") from error
-    what = f"resources.ray_address = {named} ({address})" if named == "auto" else what
+    if address != named:
+        what = f"{what} ({address})"
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
@@ -134,11 +138,14 @@ def _joined(run: RunFolder, named: str) -> tuple[Room, Wanted]:
             f"{what} needs the cluster's token in {TOKEN} (or {TOKEN_FILE}), which is not set"
         )
     _refuse_open(what, address)
+    if not _admits(what, address):
+        raise UserError(
+            f"{what}: the cluster refuses the token; allowed: the one that its nodes were started "
+            f"with, in {TOKEN} (or {TOKEN_FILE})"
+        )
     try:
         _init(run, address=address)
     except Exception as error:
-        if isinstance(_root(error), AuthenticationError):
-            raise UserError(f"{what}: the cluster refuses the token in {TOKEN}") from error
         raise UserError(f"{what}: {_first_reason(error)}") from error
     wanted = Wanted(
         version=__version__,
@@ -187,20 +194,30 @@ def _refuse_open(what: str, address: str) -> None:
     os.environ[TOKEN] = secrets.token_hex(32)
     _read_token_anew()
     try:
-        GcsClient(address=address)
-    except AuthenticationError:
-        return
-    except Exception as error:
-        # Ray's own, and what it makes of gRPC's.
-        raise UserError(f"{what}: no Ray answers there ({_first_reason(error)})") from error
+        admitted = _admits(what, address)
     finally:
         os.environ.pop(TOKEN)
         os.environ |= own
         _read_token_anew()
-    raise UserError(
-        f"{what}: that Ray asks for no token, so whoever reaches it can run code as you; start its "
-        f"nodes with {MODE}=token and a {TOKEN} of 32 random characters"
-    )
+    if admitted:
+        raise UserError(
+            f"{what}: that Ray asks for no token, so whoever reaches it can run code as you; start "
+            f"its nodes with {MODE}=token and a {TOKEN} of 32 random characters or more"
+        )
+
+
+def _admits(what: str, address: str) -> bool:
+    """Whether a cluster takes the token that Ray has read last; raises UserError where none
+    answers.
+    """
+    try:
+        GcsClient(address=address)
+    except AuthenticationError:
+        return False
+    except Exception as error:
+        # Ray's own, and what it makes of gRPC's.
+        raise UserError(f"{what}: no Ray answers there ({_first_reason(error)})") from error
+    return True
 
 
 def _look_at_nodes(what: str, wanted: Wanted) -> None:
