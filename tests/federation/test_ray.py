@@ -25,7 +25,6 @@ from srfed.federation.flower.ray import run_on_ray
 from srfed.federation.flower.ray_grid import Room
 from srfed.federation.flower.ray_node import Wanted, unfit
 from srfed.observer import Observer
-from srfed.storage.run_folder import RunFolder
 from support import killing
 from support.commands import run_here
 from support.tiny_run import (
@@ -130,14 +129,13 @@ def test_another_token_is_refused(
 
 
 @pytest.mark.slow
-def test_a_node_that_sees_another_folder_is_named(join: dict[str, Any], tmp_path: Path) -> None:
-    run = begin(tmp_path / "run", join)
-    moved = RunFolder.open(run.path)
-    (tmp_path / "run").rename(tmp_path / "elsewhere")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text("{}")
-    with pytest.raises(UserError, match=r"node \S+ \(.+\): it cannot read \S+run; a cluster's"):
-        run_on_ray(moved)
+def test_a_node_with_another_srfed_is_named(
+    join: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_start, "__version__", "9.9")
+    reason = rf"node \S+ \(.+\): it has srfed {__version__}, and the run needs 9\.9"
+    with pytest.raises(UserError, match=reason):
+        run_on_ray(begin(tmp_path / "run", join))
 
 
 @pytest.mark.slow
