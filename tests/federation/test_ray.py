@@ -181,7 +181,7 @@ class Stranger(Observer):
             for path in folder.rglob("*")
             if path.is_file() and self.token.encode() in path.read_bytes()
         ]
-        assert oct(folder.parent.stat().st_mode & 0o777) == "0o700"
+        assert folder.parents[1].stat().st_mode & 0o777 == 0o700, "nor does anybody get there"
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 self.shown.append((process / "cmdline").read_text())

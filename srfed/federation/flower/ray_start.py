@@ -103,8 +103,9 @@ def _own(run: RunFolder, folder: str) -> tuple[Room, None]:
     os.environ.setdefault("RAY_raylet_start_wait_time_s", START_SECONDS)
     _read_token_anew()
     try:
-        # Nobody else can look into the folder, or put a socket of theirs in a socket's place.
-        _init(run, address="local", num_cpus=cores, include_dashboard=False, _temp_dir=folder)
+        # Ray lets everybody write into its folder, but nobody else gets as far as that.
+        place = os.path.join(folder, "r")
+        _init(run, address="local", num_cpus=cores, include_dashboard=False, _temp_dir=place)
     except Exception as error:
         # Ray raises what its parts raise: OSError, ValueError, ConnectionError, RuntimeError and
         # its own.
