@@ -109,9 +109,9 @@ def ray_runs(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> RayRu
 
 @pytest.mark.slow
 def test_ray_and_in_process_grids_give_the_same_bits_and_records(
-    ray_runs: RayRuns, tmp_path: Path
+    ray_runs: RayRuns, two_rounds: RunFolder
 ) -> None:
-    inline = run_in_process(begin(tmp_path / "run", {"federation.rounds": 2}))
+    inline = two_rounds
     assert all_bits(ray_runs.whole) == all_bits(inline)
     assert set(all_bits(inline)) == {"server", *CLIENTS}
     # The request carries the configuration, whose backend differs: so do a few bytes of traffic.
