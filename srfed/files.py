@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 from uuid import uuid4
 
 from srfed import __version__
@@ -54,11 +54,18 @@ Content = bytes | Callable[[BinaryIO], None]
 
 
 def write_bytes(path: Path, content: bytes, *, private: bool = True) -> None:
-    """Write a file atomically: temporary neighbour, fsync, rename, fsync of the folder.
+    """Write all of a file; arguments and errors as of :func:`written_file`."""
+    with written_file(path, private=private) as file:
+        _write_all(file, content)
+
+
+@contextmanager
+def written_file(path: Path, *, private: bool = True) -> Iterator[IO[bytes]]:
+    """A file to be written in the block, atomically: temporary neighbour, fsync, rename, fsync of
+    the folder.
 
     Args:
         path: the file; missing folders above it are made.
-        content: all of it.
         private: for the owner alone; otherwise the umask decides, as for what is to be handed out.
 
     Raises:
@@ -70,12 +77,16 @@ def write_bytes(path: Path, content: bytes, *, private: bool = True) -> None:
         _refuse_folder(path)
         make_folder(path.parent, private=private)
         with open(temporary, "wb", opener=_owners if private else None) as file:
-            _fill(file, content)
+            yield file
+            file.flush()
+            _sync(file.fileno(), _NO_SYNC)
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        raise UserError(f"cannot write {path}: {_why(error)}") from error
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path}: {_why(error)}") from error
+        raise
     _sync_folder_of(path)
 
 
@@ -523,13 +534,17 @@ def _say_unlocked(folder: Path, why: str) -> None:
 # --- Smaller things ------------------------------------------------------------------------------
 
 
+def _write_all(file: IO[bytes], content: bytes) -> None:
+    for place in range(0, len(content), PIECE):
+        file.write(memoryview(content)[place : place + PIECE])
+
+
 def _fill(file: BinaryIO, content: Content) -> None:
     """Write a file's content, and bring it to disk."""
     if callable(content):
         content(file)
     else:
-        for place in range(0, len(content), PIECE):
-            file.write(memoryview(content)[place : place + PIECE])
+        _write_all(file, content)
     file.flush()
     _sync(file.fileno(), _NO_SYNC)
 
