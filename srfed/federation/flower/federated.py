@@ -63,7 +63,7 @@ from srfed.storage.client_store import NO_PARENT
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import KnownClient, RunState, ServerCheckpoints
 from srfed.training.ema import round_decay, update_average
-from srfed.training.optimizer import learning_rate_factor, reach_of_round
+from srfed.training.optimizer import Reach, learning_rate_factor, reach_of_round
 from srfed.training.part import Part, copies
 
 LEAST_WINDOW = 32
@@ -191,6 +191,7 @@ class Federated:
         requests = [self._request(client, number) for client in self._choose(number)]
         sent = self._sent(number)
         self._sum = self._aggregator(self.config.federation, self._came)
+        self._reaches: dict[int, Reach | None] = {}
         screened = self._clients(tell).ask(
             TRAIN,
             requests,
@@ -410,7 +411,10 @@ class Federated:
             self._minibatches(client),
             request.round,
         )
-        reach = reach_of_round(self.config, request.round, plan.shared_steps, self._came)
+        steps = plan.shared_steps
+        if steps not in self._reaches:
+            self._reaches[steps] = reach_of_round(self.config, request.round, steps, self._came)
+        reach = self._reaches[steps]
         update = screen_train(reply, header, self._contract, plan, reach, self._came)
         self._sum.add(client, update.shared, plan.examples, update.control)
         return replace(update, shared={}, control=Control({}))
