@@ -65,7 +65,7 @@ from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import KnownClient, RunState, ServerCheckpoints
 from srfed.training.ema import round_decay, update_average
 from srfed.training.optimizer import Reach, learning_rate_factor, reach_of_round
-from srfed.training.part import Part
+from srfed.training.part import Part, copies
 
 LEAST_WINDOW = 32
 """Simulated clients that are asked at once, at least: as many updates wait for their turn to be
@@ -192,6 +192,7 @@ class Federated:
         requests = [self._request(client, number) for client in self._choose(number)]
         sent = self._sent(number)
         self._sum = self._aggregator(self.config.federation, self._came)
+        self._reaches: dict[int, Reach | None] = {}
         screened = self._clients(tell).ask(
             TRAIN,
             requests,
