@@ -9,13 +9,18 @@ import torch
 from torch import Tensor
 
 from srfed.config import RunConfig, TrainingConfig
-from srfed.data import to_model_range
-from srfed.device import arithmetic, memory_layout, to_device
+from srfed.device import arithmetic, memory_layout
 from srfed.diffusion.objective import Objective
 from srfed.model import task_of_table
 from srfed.networks.network import Network
 from srfed.networks.partition import Control, Exclusive, Partition, Shared
-from srfed.training.minibatches import Minibatch, MinibatchOrder, draw_minibatch, seeded_dropout
+from srfed.training.minibatches import (
+    Minibatch,
+    MinibatchOrder,
+    TrainingImages,
+    draw_minibatch,
+    seeded_dropout,
+)
 from srfed.training.optimizer import rates_of_round
 from srfed.training.part import ClientState, Part, copies
 from srfed.training.step import LocalStep, LossMeter
@@ -87,7 +92,7 @@ class LocalTrainer:
         self._device = next(model.parameters()).device
         self._step = step or LocalStep(config, model, partition, objective)
         layout = memory_layout(config.resources)
-        self._images = to_model_range(images).to(self._device).contiguous(memory_format=layout)
+        self._images = TrainingImages([images], self._device, layout)
         training = config.training
         self._order = MinibatchOrder.of(
             training, len(images), training.batch_size, config.seed, task
@@ -183,7 +188,7 @@ class LocalTrainer:
         )
 
     def _draw(self, indices: Tensor, round_number: int, step: int) -> Minibatch:
-        images = self._images[to_device(indices, self._device)]
+        images = self._images[indices]
         return draw_minibatch(self._config, self._objective, images, self._task, round_number, step)
 
     def _tasks(self, count: int) -> Tensor | None:
