@@ -19,6 +19,7 @@ import srfed
 from srfed.commands.options import Parser
 from srfed.config import RunConfig, parse_config, read_settings
 from srfed.config.presets import preset_file
+from srfed.data.images import Images
 from srfed.data.tasks import Task
 from srfed.observer import Observer, Stage
 from srfed.records import EvaluationRecord, RoundRecord
@@ -78,14 +79,12 @@ def _line(name: str, settings: Sequence[str]) -> str:
     whole = _config(name, sizes, settings, {})
     short = _config(name, sizes, settings, {"federation.rounds": 3, "evaluation.every": 2})
     draws = np.random.default_rng(0)
+
+    def images(count: int) -> Images:
+        return draws.integers(0, 256, (count, sizes.side, sizes.side, 1), dtype=np.uint8)
+
     tasks = [
-        Task(
-            f"owner-{number}",
-            *(
-                draws.integers(0, 256, (count, sizes.side, sizes.side, 1), dtype=np.uint8)
-                for count in (sizes.train, sizes.test)
-            ),
-        )
+        Task(f"owner-{number}", images(sizes.train), images(sizes.test))
         for number in range(sizes.owners)
     ]
     costs = _Costs()
