@@ -65,7 +65,7 @@ from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import KnownClient, RunState, ServerCheckpoints
 from srfed.training.ema import round_decay, update_average
 from srfed.training.optimizer import Reach, learning_rate_factor, reach_of_round
-from srfed.training.part import Part, copies
+from srfed.training.part import Part
 
 LEAST_WINDOW = 32
 """Simulated clients that are asked at once, at least: as many updates wait for their turn to be
