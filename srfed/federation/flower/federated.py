@@ -192,6 +192,7 @@ class Federated:
         requests = [self._request(client, number) for client in self._choose(number)]
         sent = self._sent(number)
         self._sum = self._aggregator(self.config.federation, self._came)
+        self._reaches: dict[int, Reach | None] = {}
         screened = self._clients(tell).ask(
             TRAIN,
             requests,
