@@ -239,7 +239,7 @@ class Federated:
         """
         shared, control = self.state.shared.weights, self.state.control
         sent, came = encode_shared(self.config, shared, number)
-        self._came, self._reaches = Shared(copies(came)), dict[int, Reach | None]()
+        self._came = Shared(copies(came))
         if not self.config.training.control_variates:
             return {SHARED: sent}
         return {SHARED: sent, CONTROL: encode_sent(self.config, control, shared, number)}
