@@ -222,7 +222,9 @@ def _no_images(columns: list[str], where: str) -> UserError:
 def _image(config: DataConfig, image: Any) -> Images:
     """uint8 H x W x C of one image."""
     if isinstance(image, Image.Image):
-        return fit_image(image, config.image_size, config.channels, config.intensity)
+        return fit_image(
+            image, config.image_size, config.channels, config.intensity, config.background
+        )
     tensor = hasattr(image, "detach")
     values = image.detach().cpu().numpy() if tensor else np.asarray(image)
     if tensor and values.ndim == 3:
