@@ -109,7 +109,7 @@ def fit_image(
             data".
     """
     image = as_object(image)
-    _check_size(image.width, image.height, size)
+    check_size(image.width, image.height, size)
     if is_deep(image):
         pixels = deep_pixels(image)
         image = Image.fromarray(_to_8_bits(pixels.values, pixels.visible, intensity))
@@ -137,7 +137,7 @@ def fit_images(images: Images, size: int | None, channels: Literal[1, 3] | None)
             None; or ``channels`` asks for a conversion other than between grey and RGB.
     """
     _, height, width, depth = images.shape
-    _check_size(width, height, size)
+    check_size(width, height, size)
     if channels not in (None, depth) and depth not in (1, 3):
         raise UserError(
             f"data.channels = {channels} is impossible for images with {depth} channels, only grey "
@@ -177,7 +177,10 @@ def check_layout(images: NDArray[np.generic], where: str) -> None:
     )
 
 
-def _check_size(width: int, height: int, size: int | None) -> None:
+def check_size(width: int, height: int, size: int | None) -> None:
+    """Raise UserError where images are too small, or too large to stay so under a
+    ``data.image_size`` of None.
+    """
     if min(width, height) < SMALLEST:
         raise UserError(
             f"images of {width} x {height} px are too small; allowed: {SMALLEST} x {SMALLEST} and "

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from srfed.config import DataConfig
 from srfed.data.folder import describe_listings, describe_pictures, list_images, load_listing
-from srfed.data.images import Images
+from srfed.data.images import Images, check_layout
 from srfed.data.npz import read_arrays
 from srfed.data.record import RECORD_FILE, ImageRecord, read_records, write_records
 from srfed.data.source import fit_and_split
@@ -178,6 +178,8 @@ def _read_npz(
     images = {
         key: values if values.ndim == 4 else values[..., None] for key, values in arrays.items()
     }
+    for key, values in images.items():
+        check_layout(values, f"data: {path}: {key}")
     train, test = fit_and_split(
         config, name, images["train_images"], images.get("test_images"), known
     )

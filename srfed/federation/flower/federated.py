@@ -419,6 +419,13 @@ class Federated:
         if not screened.accepted:
             self._tell.on_notice(f"evaluation {server_round}: no client took part")
             return None
+        judged = [self._roster.known[client] for client in screened.accepted]
+        if min(sum(one.images for one in judged), sum(one.test_images for one in judged)) < 2:
+            self._tell.on_notice(
+                f"evaluation {server_round}: the clients that took part have together one held-out "
+                "image, or one training image, and a score needs 2"
+            )
+            return None
         scores, floor = self._score(screened.accepted)
         reports = {
             client: TaskReport(
