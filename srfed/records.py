@@ -127,6 +127,7 @@ class RoundRecord:
         disagreement: see srfed.federation.aggregation.Aggregate.
         seconds: wall time of the round.
         validation: what the validation images say, in rounds in which they are asked.
+        lowered: the settings that a resumption has lowered before this round, by name.
     """
 
     round: int
@@ -146,6 +147,7 @@ class RoundRecord:
     seconds: float
     shortened: dict[str, float] = field(default_factory=dict)
     validation: ValidationRecord | None = None
+    lowered: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

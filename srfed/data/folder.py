@@ -23,6 +23,7 @@ from srfed.data.pictures import damaged_metadata, deep_pixels, is_deep, opened, 
 from srfed.data.record import ImageRecord
 from srfed.data.source import data_path, slugs, split, split_by_content
 from srfed.errors import UserError
+from srfed.units import printable
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
 SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation")
@@ -286,7 +287,7 @@ def _named(found: dict[Path, str]) -> str:
     >>> _named({Path("a/x.png"): "2 pages"})
     'x.png: 2 pages'
     """
-    shown = [f"{file.name}: {said}" for file, said in list(found.items())[:SHOWN]]
+    shown = [f"{printable(file.name)}: {said}" for file, said in list(found.items())[:SHOWN]]
     return ", ".join([*shown, *(["..."] if len(found) > SHOWN else [])])
 
 

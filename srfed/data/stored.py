@@ -44,7 +44,7 @@ def check_tasks(tasks: Sequence[Task]) -> None:
                 raise UserError(
                     f"{where} has images of {images.shape[1:]}; allowed: 1 or 3 channels"
                 )
-            check_size(*images.shape[2:0:-1], None)
+            check_size(images.shape[2], images.shape[1], None)
         if len(task.validation):
             raise UserError(
                 f"task {task.name!r} has {len(task.validation)} validation images of its own; "

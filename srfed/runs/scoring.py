@@ -235,9 +235,11 @@ def _key(
     """What names an evaluation; ``others`` describes images that are not the run's own."""
     # Without guidance a key is what it was before there was any.
     unguided = None if wanted.sampling.guidance else {"guidance"}
+    # No image depends on how many are sampled at once.
+    sampling = wanted.sampling.model_copy(update={"batch_size": trained.config.sampling.batch_size})
     content = {
         **asdict(wanted),
-        "sampling": wanted.sampling.model_dump(mode="json", exclude=unguided),
+        "sampling": sampling.model_dump(mode="json", exclude=unguided),
         "network": network.fingerprint,
         "weights": trained.weights_hash,
         **({} if others is None else {"images": others}),

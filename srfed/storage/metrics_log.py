@@ -63,7 +63,10 @@ class MetricsLog:
         self._append(_head([*self.tasks(), task]))
 
     def add_round(self, record: RoundRecord) -> None:
-        self._append({"kind": "round", **asdict(record)})
+        fields = asdict(record)
+        if not record.lowered:
+            del fields["lowered"]
+        self._append({"kind": "round", **fields})
 
     def add_evaluation(self, record: EvaluationRecord) -> None:
         fields = {
