@@ -14,6 +14,7 @@ from srfed.device import memory_layout, resolve_device
 from srfed.diffusion.process import Denoiser
 from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
+from srfed.evaluation.metrics.colour import colours
 from srfed.evaluation.metrics.denoising_loss import comparable_loss, denoising_losses
 from srfed.evaluation.metrics.nearest_neighbour import Recogniser
 from srfed.evaluation.metrics.own import OwnMetrics
@@ -285,6 +286,7 @@ class Centralised:
             own=None
             if self._metrics is None
             else self._metrics({task.name: task.test for task in self._images}, images),
+            colours=colours({task.name: task.test for task in self._images}, images),
         )
 
 

@@ -77,6 +77,7 @@ class MetricsLog:
             for c, one in record.comparisons.items()
         }
         fields["result"] = None if record.result is None else asdict(record.result)
+        fields["colours"] = {c: asdict(colour) for c, colour in record.colours.items()}
         fields["own"] = {name: asdict(own) for name, own in record.own.items()}
         fields["audits"] = {
             c: {**audit.to_numbers(), "fires": audit.fires} for c, audit in record.audits.items()

@@ -16,6 +16,7 @@ from srfed.data.tasks import ALLOW
 from srfed.device import resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
+from srfed.evaluation.metrics.colour import colours
 from srfed.evaluation.metrics.nearest_neighbour import Recogniser
 from srfed.evaluation.metrics.own import OwnMetrics
 from srfed.evaluation.metrics.ssim import ssim_window
@@ -460,6 +461,7 @@ class Federated:
             ),
             result=result_of(self.state) if final else None,
             own=None if self._metrics is None else self._metrics(real, images),
+            colours=colours(real, images),
         )
 
     def _tell_unjudged(
