@@ -60,6 +60,7 @@ from srfed.flat import joined
 from srfed.networks.partition import Control
 from srfed.records import Comparison
 from srfed.storage.client_store import check_name
+from srfed.training.divergence import DIVERGED
 from srfed.training.optimizer import Reach
 from srfed.units import printable
 
@@ -74,6 +75,10 @@ class RefusedError(Exception):
 
     def __init__(self, reason: str) -> None:
         super().__init__(printable(reason))
+
+
+class NotFiniteError(RefusedError):
+    """A reply is refused for values that are no numbers."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +198,20 @@ def screen_train(
     Raises:
         RefusedError: it is not what was asked for.
     """
+    try:
+        return _screen_train(reply, expected, contract, plan, reach, shared)
+    except NotFiniteError as error:
+        raise RefusedError(f"{DIVERGED}: {error}") from error
+
+
+def _screen_train(
+    reply: Reply,
+    expected: ReplyHeader,
+    contract: Contract,
+    plan: TrainPlan,
+    reach: Reach | None,
+    shared: Mapping[str, Tensor],
+) -> TrainReply:
     form = contract.trained(plan)
     _check_header(reply, expected, form)
     tensors = _tensors(reply, form)
@@ -459,7 +478,7 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     try:
         check_finite(tensors)
     except ValueError as error:
-        raise RefusedError(str(error)) from error
+        raise NotFiniteError(str(error)) from error
 
 
 def _check_numbers(
