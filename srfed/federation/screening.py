@@ -8,7 +8,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from srfed.errors import UserError
@@ -262,6 +261,7 @@ def screen_statistics(
     plan: EvaluatePlan,
     dimension: int,
     features: str,
+    highest: float = LARGEST_FEATURE,
 ) -> EvaluateReply:
     """Check statistics: of this feature network, of so many samples, possible numbers; SSIM as for
     samples.
@@ -273,6 +273,7 @@ def screen_statistics(
         plan: what the client was to do.
         dimension: D, of the features.
         features: fingerprint of the feature network.
+        highest: of its features; see :class:`srfed.evaluation.features.network.FeatureNetwork`.
 
     Raises:
         RefusedError: it is not what was asked for.
@@ -292,9 +293,11 @@ def screen_statistics(
             raise RefusedError(f"statistics of {count} {name} images are none")
         if max(float(mean.abs().max()), float(scatter.abs().max()) / count) > LARGEST_FEATURE:
             raise RefusedError(f"its {name} features are impossibly large")
-        if not torch.allclose(scatter, scatter.T) or bool((scatter.diagonal() < 0).any()):
-            raise RefusedError(f"its scatter of {name} features is none")
         statistics[name] = FeatureStatistics(count, mean.numpy(), scatter.numpy())
+        try:
+            statistics[name].check_possible(highest)
+        except ValueError as error:
+            raise RefusedError(f"its statistics of {name} features are none: {error}") from error
     compared = read_comparison(reply.numbers)
     return EvaluateReply(None, None, ClientStatistics(**statistics), curve, audit, compared)
 

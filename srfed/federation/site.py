@@ -24,6 +24,7 @@ from srfed.errors import UserError
 from srfed.files import append_text, open_to_others
 from srfed.paths import user_path
 from srfed.storage.client_store import check_name
+from srfed.units import escaped_lines
 
 STATE_DIR_VARIABLE = "SRFED_STATE_DIR"
 """Environment variable that tells clients in Ray's processes where the run keeps their stores."""
@@ -76,8 +77,12 @@ class Site:
         return self.folder / "client.log"
 
     def note(self, text: str) -> None:
-        """Append to the log, with the time; raises UserError where it cannot be written."""
-        append_text(self.log, f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")
+        """Append to the log, with the time; raises UserError where it cannot be written. What a
+        text quotes can begin no entry of its own.
+        """
+        first, *others = escaped_lines(text) or [""]
+        entry = "".join(f"{line}\n" for line in [first, *(f"  {line}" for line in others)])
+        append_text(self.log, f"{datetime.now(UTC).isoformat(timespec='seconds')} {entry}")
 
     def note_open_folders(self) -> None:
         """Say in the log which of the client's folders others can read."""

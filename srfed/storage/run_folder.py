@@ -30,7 +30,7 @@ import yaml
 from srfed import __version__
 from srfed.config import RunConfig, parse_config
 from srfed.config.run import REMOVED, fingerprint_of
-from srfed.config.yaml import Loader
+from srfed.config.yaml import read_yaml
 from srfed.errors import DamagedError, UserError
 from srfed.files import (
     close_to_others,
@@ -336,7 +336,7 @@ def _load(file: Path) -> tuple[RunConfig, dict[str, Any]]:
         UserError: it cannot be read, or is no configuration.
     """
     try:
-        content = yaml.load(read_bytes(file), Loader=Loader)
+        content = read_yaml(read_bytes(file))
     except yaml.YAMLError as error:
         raise DamagedError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

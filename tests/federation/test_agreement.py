@@ -7,12 +7,14 @@ import math
 import stat
 import subprocess
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import Message
 
 from srfed.config import RunConfig, load_config
 from srfed.data import RECORD_FILE, load_tasks
@@ -28,10 +30,19 @@ from srfed.federation.agreement import (
     samples_of,
     weak_numbers,
 )
-from srfed.federation.flower.packing import read_metrics
-from srfed.federation.messages import DESCRIBE, EVALUATE, TRAIN, VALIDATE
+from srfed.federation.flower.packing import read_metrics, reply_content, request_content
+from srfed.federation.messages import (
+    DESCRIBE,
+    EVALUATE,
+    FAILED,
+    SHARED,
+    TRAIN,
+    VALIDATE,
+    Request,
+)
 from srfed.federation.site import own_task
 from srfed.model import build_model, build_partition
+from srfed.networks.partition import Shared
 from srfed.storage.client_store import ClientStore
 from srfed.storage.site_model import SiteModel
 from support.agreed_site import CLIENT, MOMENTS, AgreedSite, refusal
@@ -211,7 +222,9 @@ def test_a_request_that_was_not_agreed_is_refused_by_name_before_any_work(
     plain = {key: value for key, value in changes.items() if "." in key}
     asked = tiny_config({**MOMENTS, **plain}).model_copy(update={"seed": changes.get("seed", 0)})
     assert refusal(site.ask(kind, asked)) == f"not agreed: {name}"
-    assert site.log.rstrip().splitlines()[-1].startswith(f"refused: not agreed: {name} (asked for ")
+    assert (
+        site.log.rstrip().splitlines()[-1].startswith(f"  refused: not agreed: {name} (asked for ")
+    )
     assert site.stored == []
 
 
@@ -691,3 +704,79 @@ def test_what_cannot_be_agreed_to_takes_one_line(
     assert done.stderr.count("\n") == 1
     assert words in done.stderr
     assert not list(tmp_path.rglob(AGREEMENT_FILE))
+
+
+# --- Once, and in this order ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> AgreedSite:
+    return AgreedSite(tmp_path)
+
+
+def kept(site: AgreedSite) -> dict[str, str]:
+    """Each of the owner's files but the log, by its hash."""
+    return {
+        str(path.relative_to(site.state)): sha256(path.read_bytes()).hexdigest()
+        for path in site.state.rglob("*")
+        if path.is_file() and path.name not in ("client.log", "lock")
+    }
+
+
+def bits(reply: Message) -> bytes:
+    record = reply.content.array_records["arrays"]
+    return b"".join(record[key].data for key in sorted(record))
+
+
+def test_a_question_leaves_one_attempt_however_often_it_is_asked(fresh: AgreedSite) -> None:
+    first = bits(fresh.ask(TRAIN, attempt="a"))
+    before = kept(fresh)
+    assert bits(fresh.ask(TRAIN, attempt="a")) == first, "the same question, the same answer"
+    for number in range(3):
+        words = refusal(fresh.ask(TRAIN, attempt=f"fresh-{number}"))
+        assert words == "asked too often: the same was asked before, as attempt a"
+    assert kept(fresh) == before
+
+
+def test_three_phis_are_answered_about_one_round_and_no_more(fresh: AgreedSite) -> None:
+    honest, before = fresh.shared, {}
+    for number in range(4):
+        fresh.shared = Shared({name: t + number / 100 for name, t in honest.items()})
+        reply = fresh.ask(TRAIN, attempt=f"a{number}")
+        if number < 3:
+            assert reply.has_content()
+            before = kept(fresh)
+    assert "3 others were asked about this parent and round" in refusal(reply)
+    assert kept(fresh) == before
+    assert "another question was answered" in refusal(fresh.ask(TRAIN, attempt="a0"))
+    assert fresh.ask(TRAIN, attempt="b", round=2, parent="a0").has_content(), "others may follow"
+
+
+@pytest.mark.parametrize("kind", [TRAIN, EVALUATE])
+def test_a_reply_that_the_guard_refuses_leaves_every_file_as_it_was(
+    fresh: AgreedSite, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh.ask(TRAIN, attempt="a")
+    before = kept(fresh)
+
+    def mistaken(header: Any, metrics: Any, arrays: Any = None) -> Any:
+        return reply_content(header, {**metrics, "more": 1.0}, arrays)
+
+    fields = {"parent": "a", "round": 2, "attempt": "b"}
+    with monkeypatch.context() as patched:
+        patched.setattr("srfed.federation.flower.client_app.reply_content", mistaken)
+        assert fresh.ask(kind, **fields).error.code == FAILED
+    assert "number ['more']" in fresh.log
+    assert kept(fresh) == before
+    assert fresh.ask(kind, **fields).has_content()
+    assert kept(fresh) != before
+
+
+def test_a_type_that_flower_would_hand_on_is_refused_before_any_work(site: AgreedSite) -> None:
+    before = kept(site)
+    for kind in ("train.default", "evaluate.default"):
+        request = Request(site.config.to_json(), "lineage", CLIENT, 1, "a")
+        content = request_content(request, {SHARED: site.shared})
+        (reply,) = site.grid.send_and_receive([Message(content, 1, kind)])
+        assert refusal(reply) == "the request is of an unknown kind"
+    assert kept(site) == before

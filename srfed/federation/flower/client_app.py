@@ -14,6 +14,7 @@ from flwr.clientapp.typing import Mod
 from torch import Tensor
 
 from srfed import __version__
+from srfed.errors import UserError
 from srfed.evaluation.features.statistics import FeatureStatistics
 from srfed.evaluation.generation import Generated
 from srfed.evaluation.metrics.denoising_loss import (
@@ -30,8 +31,10 @@ from srfed.federation.comparison import compare, keep_comparison, train_round_al
 from srfed.federation.control import correction, encode_control, kept_control, own_control
 from srfed.federation.flower.admission import Admitted, admit
 from srfed.federation.flower.guard import GuardedApp, wire_guard
+from srfed.federation.flower.keeping import keep
 from srfed.federation.flower.packing import (
     description_content,
+    digest_of,
     read_refusal,
     read_tensors,
     reply_content,
@@ -48,6 +51,7 @@ from srfed.federation.messages import (
     UPDATE,
     Description,
     ReplyHeader,
+    Request,
     Samples,
     audit_metrics,
     comparison_metrics,
@@ -57,7 +61,7 @@ from srfed.federation.updates import Delta, Memory, difference, encode_update
 from srfed.federation.worker import Worker, features_for, worker_for
 from srfed.networks.partition import Control, Shared
 from srfed.reporting.pictures import draw_grid, write_png
-from srfed.storage.client_store import NO_PARENT
+from srfed.storage.client_store import NO_PARENT, AskedError, ClientStore
 from srfed.storage.site_model import save_site_model
 from srfed.training.local import LocalResult
 from srfed.training.part import ClientState, load_tensors
@@ -140,7 +144,9 @@ def train(message: Message, context: Context) -> Message:
     admitted = admit(message, context)
     request, site, worker = admitted.request, admitted.site, worker_for(admitted)
     shared = _shared(message, worker, worker.contract.training_request)
+    store, question = worker.store(site, request), _question(message, admitted)
     parent = worker.state(site, request, training=True)
+    _refuse_asked(store, request, question)
     corrected = _correction(message, admitted, worker, parent)
     result = worker.trainer(site).train(request.round, shared, parent, corrected)
     state, arrays = _update(admitted, shared, parent, result)
@@ -158,8 +164,15 @@ def train(message: Message, context: Context) -> Message:
     if judged_against_trivial(admitted.config, request.round):
         metrics[AGAINST_TRIVIAL] = _against_trivial(admitted, worker, result)
     content = reply_content(_header(admitted), metrics, arrays)
-    worker.store(site, request).save(
-        request.attempt, request.parent, request.round, state, best=request.best
+    keep(
+        lambda: store.save(
+            request.attempt,
+            request.parent,
+            request.round,
+            state,
+            best=request.best,
+            question=question,
+        )
     )
     return Message(content, reply_to=message)
 
@@ -189,15 +202,18 @@ def evaluate(message: Message, context: Context) -> Message:
         judged = replace(request, parent=request.best, round=request.best_round)
         exclusive = worker.state(site, judged, training=False).exclusive.average
     if site.data is not None:
-        save_site_model(
-            site.folder,
-            config,
-            request.lineage,
-            judged.round,
-            task.train.shape[1:],
-            shared,
-            exclusive,
-            worker.store(site, request).line(judged.parent),
+        line = worker.store(site, request).line(judged.parent)
+        keep(
+            lambda: save_site_model(
+                site.folder,
+                config,
+                request.lineage,
+                judged.round,
+                task.train.shape[1:],
+                shared,
+                exclusive,
+                line,
+            )
         )
     # What the client has kept of its model alone is that of its last attempt, whatever is judged.
     compared = compare(worker, admitted, (shared, exclusive), state)
@@ -216,9 +232,10 @@ def evaluate(message: Message, context: Context) -> Message:
     if evaluated.audit is not None:
         metrics |= audit_metrics(evaluated.audit)
         pairs = draw_nearest_pairs(evaluated.audit, generated.images, task.train)
-        write_png(site.folder / "memorisation" / f"round-{request.round:05d}.png", draw_grid(pairs))
+        picture = site.folder / "memorisation" / f"round-{request.round:05d}.png"
+        keep(lambda: write_png(picture, draw_grid(pairs)))
     if compared is not None:
-        keep_comparison(site, request.round, compared)
+        keep(lambda: keep_comparison(site, request.round, compared))
         if config.federation.compare_told:
             metrics |= comparison_metrics(compared)
     if evaluated.no_audit:
@@ -234,7 +251,7 @@ def evaluate(message: Message, context: Context) -> Message:
             statistics_of_sets[f"{name}.mean"] = torch.from_numpy(statistics.mean)
             statistics_of_sets[f"{name}.scatter"] = torch.from_numpy(statistics.scatter)
         arrays[STATISTICS] = statistics_of_sets
-        _keep_pictures(admitted, generated)
+        keep(lambda: _keep_pictures(admitted, generated))
     else:
         arrays[GENERATED] = Samples(
             {
@@ -285,6 +302,24 @@ def _update(
         arrays[CONTROL], control = encode_control(config, result.gradient, client, number)
         memory |= kept_control(control, number)
     return replace(result.state, memory=memory), arrays
+
+
+def _question(message: Message, admitted: Admitted) -> str:
+    """What decides the answer to a request to train, besides its parent and round: the tensors that
+    it carries, and the settings.
+    """
+    carried = digest_of(message.content.array_records)
+    return f"{carried[:32]}-{admitted.config.fingerprint()[:16]}"
+
+
+def _refuse_asked(store: ClientStore, request: Request, question: str) -> None:
+    """Raise RequestRefusedError where the answer could not be stored: before any work."""
+    try:
+        store.check_question(request.attempt, request.parent, request.round, question)
+    except AskedError as error:
+        raise RequestRefusedError(f"asked too often: {error}") from error
+    except UserError as error:
+        raise RequestRefusedError("the site's store is full", str(error)) from error
 
 
 def _against_trivial(admitted: Admitted, worker: Worker, result: LocalResult) -> float:

@@ -471,6 +471,7 @@ class Federated:
             plan,
             network.dimension_of(plan.shape[-1]),
             network.fingerprint,
+            network.highest,
         )
 
     def _score(self, accepted: Mapping[str, EvaluateReply]) -> tuple[Scores, float | None]:

@@ -20,6 +20,7 @@ from srfed.federation.agreement import RequestRefusedError
 from srfed.federation.bounds import EvaluatePlan, TrainPlan, exactly
 from srfed.federation.contract import DESCRIBED, Form
 from srfed.federation.flower.admission import Admitted, admit
+from srfed.federation.flower.keeping import checked_first
 from srfed.federation.flower.packing import LAYOUT, read_layout, read_request
 from srfed.federation.layout import Layout, layout_bytes
 from srfed.federation.messages import (
@@ -55,10 +56,12 @@ def wire_guard(
     try:
         admitted = admit(message, context)
         own = () if admitted.agreement is None else admitted.agreement.mods
-        reply: Message = with_mods(own, call_next)(message, context)
-        if reply.has_error():
-            raise NotAllowedError("the handler made an error reply of its own")
-        check_outgoing(message.metadata.message_type, admitted, reply.content)
+        with checked_first() as store:
+            reply: Message = with_mods(own, call_next)(message, context)
+            if reply.has_error():
+                raise NotAllowedError("the handler made an error reply of its own")
+            check_outgoing(message.metadata.message_type, admitted, reply.content)
+            store()
         return reply
     except RequestRefusedError as refusal:
         _log(
