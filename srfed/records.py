@@ -107,6 +107,10 @@ class ValidationRecord:
     missing: dict[str, str] = field(default_factory=dict)
 
 
+LOST_STORE_WORDS = "its store is lost"
+"""How the reason begins for which such a client takes no part."""
+
+
 @dataclass(frozen=True)
 class RoundRecord:
     """One finished round.
@@ -127,6 +131,7 @@ class RoundRecord:
         disagreement: see srfed.federation.aggregation.Aggregate.
         seconds: wall time of the round.
         validation: what the validation images say, in rounds in which they are asked.
+        restarted: clients that had lost their store, and have begun with fresh exclusive weights.
     """
 
     round: int
@@ -146,6 +151,7 @@ class RoundRecord:
     seconds: float
     shortened: dict[str, float] = field(default_factory=dict)
     validation: ValidationRecord | None = None
+    restarted: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -88,9 +88,18 @@ class RequestRefusedError(Exception):
     ``detail``.
     """
 
+    lost = False
+    """Whether the client has nothing to go on from."""
+
     def __init__(self, words: str, detail: str = "") -> None:
         super().__init__(escaped(words, LONGEST_WORDS))
         self.detail = escaped(detail, LONGEST_DETAIL)
+
+
+class LostStoreError(RequestRefusedError):
+    """The client's store no longer has the attempt that it is to go on from."""
+
+    lost = True
 
 
 def not_agreed(what: str, detail: str = "") -> RequestRefusedError:

@@ -72,6 +72,12 @@ REFUSED = 101
 """Flower error code of a client that does not do what it was asked; the reason is in its own words.
 """
 
+LOST_STORE = 102
+"""Flower error code of a client whose store has not the attempt that it is to go on from."""
+RESTARTED = "restarted"
+"""Number of a round's reply under ``on_lost_store: restart``: 1 where the client began anew, for
+want of the attempt that it was to go on from."""
+
 OTHER_PROTOCOL = "the request is of another protocol"
 """A client's words for a request that lacks what it looks for."""
 IMPOSSIBLE_CONFIG = "the request's config is impossible"

@@ -34,11 +34,13 @@ from srfed.federation.messages import (
     FAILED,
     GENERATED,
     IMPOSSIBLE_CONFIG,
+    LOST_STORE,
     METRICS,
     OTHER_PROTOCOL,
     PROTOCOL,
     REFUSED,
     REPLY,
+    RESTARTED,
     SETS,
     SHARED,
     STATISTICS,
@@ -55,7 +57,7 @@ from srfed.federation.messages import (
 )
 from srfed.federation.updates import Delta, decode_update, norm_of
 from srfed.networks.partition import Control
-from srfed.records import Comparison
+from srfed.records import LOST_STORE_WORDS, Comparison
 from srfed.storage.client_store import check_name
 from srfed.training.optimizer import Reach
 from srfed.units import printable
@@ -83,6 +85,7 @@ class TrainReply:
         control: c_i of control variates; empty without them.
         against_trivial: its loss over that of a predictor that has learned nothing, its own word; 0
             in rounds in which that is not asked.
+        restarted: whether it had nothing to go on from, and began anew.
     """
 
     shared: dict[str, Tensor]
@@ -92,6 +95,7 @@ class TrainReply:
     shortened: float
     control: Control
     against_trivial: float = 0.0
+    restarted: bool = False
 
 
 @dataclass(frozen=True)
@@ -216,7 +220,9 @@ def screen_train(
     assert isinstance(quarters, list), "the numbers were checked"
     losses = [float(loss) for loss in quarters]
     against = _one(metrics, AGAINST_TRIVIAL) if plan.judged else 0.0
-    return TrainReply(update, plan, _one(metrics, "loss"), losses, shortened, control, against)
+    restarted = plan.restarts and bool(_one(metrics, RESTARTED))
+    loss = _one(metrics, "loss")
+    return TrainReply(update, plan, loss, losses, shortened, control, against, restarted)
 
 
 def screen_validation(reply: Reply, expected: ReplyHeader, contract: Contract) -> ValidateReply:
@@ -306,6 +312,11 @@ def reason_of_failure(failure: Failure) -> str:
     """An error reply in one line, printable."""
     if failure.code == FAILED:
         return "it failed; the reason is in the client's own log"
+    if failure.code == LOST_STORE:
+        return (
+            f"{LOST_STORE_WORDS}: put the site's state folder back, or go on with "
+            "federation.on_lost_store=restart"
+        )
     reason = printable(failure.reason or "no reason given")
     if failure.code == REFUSED:
         return printable(f"it refuses: {reason}")

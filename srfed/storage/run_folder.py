@@ -17,7 +17,7 @@ share.json       of a copy that `srfed share` has made: what it has and has not
 
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -41,6 +41,8 @@ from srfed.files import (
     private,
     read_bytes,
     read_json,
+    remove_folder,
+    remove_temporary_files,
     write_bytes,
     write_json,
 )
@@ -101,7 +103,9 @@ class RunFolder:
         with held(path / LOCK, wait=False):
             _refuse_used(path)
             close_to_others(path)
-            run = cls(path, config, uuid4().hex[:12])
+            remove_temporary_files(path)
+            remove_folder(path / "start", ("state.safetensors", "manifest.json"))
+            run = cls(path, config.with_absolute_paths(), uuid4().hex[:12])
             write_bytes(path / "README.txt", README.encode())
             write_bytes(run.config_file, config.to_yaml().encode())
             identity: dict[str, Any] = {
@@ -156,7 +160,7 @@ class RunFolder:
         if config.fingerprint() != self.config.fingerprint():
             changed = ", ".join(self.config.decisive_differences(config))
             raise UserError(f"{self.path} was begun with another configuration: {changed}")
-        run = RunFolder(self.path, config, self.lineage)
+        run = RunFolder(self.path, config.with_absolute_paths(), self.lineage)
         run._refuse_fewer_rounds()
         return run
 
@@ -177,6 +181,7 @@ class RunFolder:
         with held(self.path / LOCK, wait=False), private():
             _held.add(self.path)
             try:
+                self._sweep()
                 self._refuse_fewer_rounds()
                 self._write_configuration()
                 yield
@@ -269,6 +274,14 @@ class RunFolder:
         """Whether the server has written a checkpoint."""
         return self.last_round is not None
 
+    def _sweep(self) -> None:
+        """Remove the halves of files that killed processes have left; nobody else is writing."""
+        for folder in (self.path, self.samples, self.path / "start"):
+            remove_temporary_files(folder)
+        for client in list_folder(self.clients):
+            for folder in ("", "samples", "memorisation"):
+                remove_temporary_files(self.clients / client / folder)
+
     def _refuse_edited(self, identity: Mapping[str, Any], named: Mapping[str, Any]) -> None:
         """Compare config.yaml with what run.json says of the settings that decide the result."""
         now, begun = self.config.decisive_settings(), identity.get("settings")
@@ -324,8 +337,19 @@ def _refuse_used(path: Path) -> None:
         raise UserError(
             f"{path} holds a run already; continue it with --resume {path}, or name another folder"
         )
-    if exists(path) and (not path.is_dir() or set(list_folder(path)) - {LOCK}):
+    if exists(path) and (not path.is_dir() or set(list_folder(path)) - _begun_only(path)):
         raise UserError(f"{path} is not an empty folder; name another one with --run-dir")
+
+
+def _begun_only(path: Path) -> set[str]:
+    """The names in a folder in which a run may be begun all the same: those that a process has left
+    which was killed before it had given the run its identity.
+    """
+    readme = path / "README.txt"
+    with suppress(UserError):
+        if read_bytes(readme) == README.encode():
+            return {LOCK, readme.name, "config.yaml", "start"}
+    return {LOCK}
 
 
 def _load(file: Path) -> tuple[RunConfig, dict[str, Any]]:

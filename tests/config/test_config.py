@@ -496,6 +496,7 @@ def test_every_setting_says_at_its_field_what_it_decides() -> None:
         "federation.rounds",
         "federation.min_clients",
         "federation.on_missing",
+        "federation.on_lost_store",
         "federation.join_timeout",
         "federation.round_timeout",
         "federation.keep_attempts",

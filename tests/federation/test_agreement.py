@@ -40,7 +40,7 @@ from srfed.federation.messages import (
     VALIDATE,
     Request,
 )
-from srfed.federation.site import own_task
+from srfed.federation.site import _tasks_of
 from srfed.model import build_model, build_partition
 from srfed.networks.partition import Shared
 from srfed.storage.client_store import ClientStore
@@ -424,7 +424,7 @@ def test_changed_images_are_not_the_agreed_ones_until_the_owner_agrees_again(
     assert "agree" in site.log
     assert site.stored == []
     agree_as_rehearsed(site.config, site.data, site.state, CLIENT)
-    own_task.cache_clear()
+    _tasks_of.cache_clear()
     assert site.ask(TRAIN).has_content()
 
 

@@ -14,7 +14,7 @@ from flwr.clientapp.typing import Mod
 from torch import Tensor
 
 from srfed import __version__
-from srfed.errors import UserError
+from srfed.errors import DamagedError, UserError
 from srfed.evaluation.features.statistics import FeatureStatistics
 from srfed.evaluation.generation import Generated
 from srfed.evaluation.metrics.denoising_loss import (
@@ -25,7 +25,7 @@ from srfed.evaluation.metrics.denoising_loss import (
 )
 from srfed.evaluation.metrics.memorisation import draw_nearest_pairs
 from srfed.evaluation.task import TaskEvaluation, evaluate_task
-from srfed.federation.agreement import RequestRefusedError
+from srfed.federation.agreement import LostStoreError, RequestRefusedError
 from srfed.federation.bounds import LEAST_LOSS, judged_against_trivial
 from srfed.federation.comparison import compare, keep_comparison, train_round_alone
 from srfed.federation.control import correction, encode_control, kept_control, own_control
@@ -45,6 +45,7 @@ from srfed.federation.messages import (
     CONTROL,
     EXAMPLES,
     GENERATED,
+    RESTARTED,
     SETS,
     SHARED,
     STATISTICS,
@@ -145,7 +146,7 @@ def train(message: Message, context: Context) -> Message:
     request, site, worker = admitted.request, admitted.site, worker_for(admitted)
     shared = _shared(message, worker, worker.contract.training_request)
     store, question = worker.store(site, request), _question(message, admitted)
-    parent = worker.state(site, request, training=True)
+    request, parent = _start(admitted, request, worker, training=True)
     _refuse_asked(store, request, question)
     corrected = _correction(message, admitted, worker, parent)
     result = worker.trainer(site).train(request.round, shared, parent, corrected)
@@ -163,6 +164,8 @@ def train(message: Message, context: Context) -> Message:
     }
     if judged_against_trivial(admitted.config, request.round):
         metrics[AGAINST_TRIVIAL] = _against_trivial(admitted, worker, result)
+    if admitted.config.federation.on_lost_store == "restart":
+        metrics[RESTARTED] = float(request.parent != admitted.request.parent)
     content = reply_content(_header(admitted), metrics, arrays)
     keep(
         lambda: store.save(
@@ -196,11 +199,11 @@ def evaluate(message: Message, context: Context) -> Message:
     config, client = admitted.config, site.client
     network = features_for(admitted) if config.evaluation.mode == "statistics" else None
     shared = _shared(message, worker, worker.contract.request)
-    state = worker.state(site, request, training=False)
+    _, state = _start(admitted, request, worker)
     judged, exclusive = request, state.exclusive.average
     if request.final and config.federation.result == "best" and request.best != NO_PARENT:
         judged = replace(request, parent=request.best, round=request.best_round)
-        exclusive = worker.state(site, judged, training=False).exclusive.average
+        exclusive = _start(admitted, judged, worker)[1].exclusive.average
     if site.data is not None:
         line = worker.store(site, request).line(judged.parent)
         keep(
@@ -271,7 +274,7 @@ def validate(message: Message, context: Context) -> Message:
     admitted = admit(message, context)
     site, images, worker = admitted.site, admitted.task.validation, worker_for(admitted)
     shared = _shared(message, worker, worker.contract.request)
-    state = worker.state(site, admitted.request, training=False)
+    _, state = _start(admitted, admitted.request, worker)
     loss = math.nan
     if len(images) >= _least_behind_a_mean(admitted):
         load_tensors(worker.model, shared, state.exclusive.average)
@@ -302,6 +305,30 @@ def _update(
         arrays[CONTROL], control = encode_control(config, result.gradient, client, number)
         memory |= kept_control(control, number)
     return replace(result.state, memory=memory), arrays
+
+
+def _start(
+    admitted: Admitted, request: Request, worker: Worker, *, training: bool = False
+) -> tuple[Request, ClientState]:
+    """The state that the client is to start from, and the request as it is served: with no parent
+    where the store has lost it, and the run lets such a client begin anew.
+
+    Raises:
+        LostStoreError: it has lost it, and must not.
+    """
+    site = admitted.site
+    try:
+        return request, worker.state(site, request, training=training)
+    except DamagedError as error:
+        if not training or admitted.config.federation.on_lost_store == "refuse":
+            words = "the attempt to go on from is lost or damaged"
+            raise LostStoreError(words, str(error)) from error
+        site.note(
+            f"round {request.round}: the attempt to go on from is lost ({error}); the exclusive "
+            "weights begin anew"
+        )
+    begun = replace(request, parent=NO_PARENT)
+    return begun, worker.state(site, begun, training=True)
 
 
 def _question(message: Message, admitted: Admitted) -> str:

@@ -21,7 +21,7 @@ from srfed.federation.flower.packing import (
     unpack,
 )
 from srfed.federation.flower.roster import Roster
-from srfed.federation.messages import TRAIN, Reply, ReplyHeader, Request
+from srfed.federation.messages import LOST_STORE, TRAIN, Reply, ReplyHeader, Request
 from srfed.federation.screening import (
     EvaluateReply,
     RefusedError,
@@ -136,6 +136,9 @@ class FlowerClients:
             if not self._waits or (reply is not None and reply.has_content()):
                 return False
             failure = None if reply is None else unpack(reply).failure
+            if failure is not None and failure.code == LOST_STORE:
+                # Nothing that the others could wait for: its owner has to do something.
+                return False
             failures[client] = (
                 "cannot be reached" if failure is None else reason_of_failure(failure)
             )

@@ -27,6 +27,7 @@ from srfed.federation.messages import (
     DESCRIBE,
     EVALUATE,
     FAILED,
+    LOST_STORE,
     METRICS,
     REFUSED,
     REPLY,
@@ -68,8 +69,10 @@ def wire_guard(
             message,
             context,
             f"refused: {refusal}" + (f" ({refusal.detail})" if refusal.detail else ""),
+            once=refusal.lost,
         )
-        return Message(Error(REFUSED, str(refusal)), reply_to=message)
+        code = LOST_STORE if refusal.lost else REFUSED
+        return Message(Error(code, str(refusal)), reply_to=message)
     except UserError as error:
         _log(message, context, f"failed: {error}")
     except Exception:
@@ -181,12 +184,16 @@ def _failed(message: Message) -> Message:
     return Message(Error(FAILED, "failed; the reason is in the client's own log"), reply_to=message)
 
 
-def _log(message: Message, context: Context, text: str) -> None:
-    """Append to the client's own log, or to standard error where even its site is unknown."""
+def _log(message: Message, context: Context, text: str, *, once: bool = False) -> None:
+    """Append to the client's own log, or to standard error where even its site is unknown; what is
+    said ``once`` is not said again as long as the log has it.
+    """
     site = None
     # What is logged may be the very thing that keeps the site from being known; it is not lost.
     with suppress(Exception):
         site = _site(message, context)
+        if once and site.says(text):
+            return
     write_to_log(site, message.metadata.message_type, text)
 
 
