@@ -98,14 +98,14 @@ class RunFolder:
         """
         if path is None:
             path = usual_folder(config)
-        path = path.absolute()
+        path, config = path.absolute(), config.with_absolute_paths()
         _refuse_used(path)
         with held(path / LOCK, wait=False):
             _refuse_used(path)
             close_to_others(path)
             remove_temporary_files(path)
             remove_folder(path / "start", ("state.safetensors", "manifest.json"))
-            run = cls(path, config.with_absolute_paths(), uuid4().hex[:12])
+            run = cls(path, config, uuid4().hex[:12])
             write_bytes(path / "README.txt", README.encode())
             write_bytes(run.config_file, config.to_yaml().encode())
             identity: dict[str, Any] = {
@@ -279,8 +279,8 @@ class RunFolder:
         for folder in (self.path, self.samples, self.path / "start"):
             remove_temporary_files(folder)
         for client in list_folder(self.clients):
-            for folder in ("", "samples", "memorisation"):
-                remove_temporary_files(self.clients / client / folder)
+            for kept in ("", "samples", "memorisation"):
+                remove_temporary_files(self.clients / client / kept)
 
     def _refuse_edited(self, identity: Mapping[str, Any], named: Mapping[str, Any]) -> None:
         """Compare config.yaml with what run.json says of the settings that decide the result."""

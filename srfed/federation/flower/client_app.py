@@ -63,7 +63,7 @@ from srfed.federation.worker import Worker, features_for, worker_for
 from srfed.networks.partition import Control, Shared
 from srfed.reporting.pictures import draw_grid, write_png
 from srfed.storage.client_store import NO_PARENT, AskedError, ClientStore
-from srfed.storage.site_model import save_site_model
+from srfed.storage.site_model import check_room, save_site_model
 from srfed.training.local import LocalResult
 from srfed.training.part import ClientState, load_tensors
 from srfed.units import printable
@@ -205,6 +205,10 @@ def evaluate(message: Message, context: Context) -> Message:
         judged = replace(request, parent=request.best, round=request.best_round)
         exclusive = _start(admitted, judged, worker)[1].exclusive.average
     if site.data is not None:
+        try:
+            check_room(site.folder, request.lineage)
+        except UserError as error:
+            raise RequestRefusedError("the site's store is full", str(error)) from error
         line = worker.store(site, request).line(judged.parent)
         keep(
             lambda: save_site_model(
