@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from srfed.errors import DamagedError, UserError
-from srfed.files import exists, held, list_folder, make_folder
+from srfed.files import exists, held, list_folder, make_folder, remove_temporary_files
 from srfed.networks.partition import Exclusive
 from srfed.storage.checkpoint import (
     Checkpoint,
@@ -39,9 +39,6 @@ LONGEST_NAME = 100
 PLAIN_NAME = re.compile(rf"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}")
 """What a client, a lineage or an attempt may be called: it becomes a folder's name."""
 MOST_ROUNDS = 1_000_000
-MOST_QUESTIONS = 3
-"""Different φ's (or settings) that are answered about one parent and round: an honest roll-back may
-change φ; whoever asks again and again learns more of the images than a run needs."""
 _GROUPS = ("exclusive", "exclusive_average", "exclusive_moments", "shared_moments")
 _MEMORY = "memory"
 """Its tensors are named "<whose>:<tensor>"; stores of earlier versions have none."""
@@ -67,7 +64,7 @@ class StoreBounds:
 
 
 class AskedError(UserError):
-    """A question that the store has an answer to, or too many of."""
+    """A question whose answer would not stand under its name alone."""
 
 
 class ClientStore:
@@ -158,8 +155,8 @@ class ClientStore:
             attempt, parent, round_number, question: as of :meth:`save`.
 
         Raises:
-            AskedError: the same question was answered under another name, another one under this
-                name, or too many others were about this parent and round.
+            AskedError: the same question was answered under another name, or another one under
+                this name.
             UserError: there is no room.
         """
         manifests = self._manifests(self._present)
@@ -176,11 +173,6 @@ class ClientStore:
         }
         if question in told:
             raise AskedError(f"the same was asked before, as attempt {told[question]}")
-        if len(told) >= MOST_QUESTIONS:
-            raise AskedError(
-                f"{len(told)} others were asked about this parent and round, and "
-                f"{MOST_QUESTIONS} are the most"
-            )
         if len(manifests) >= self._bounds.attempts:
             raise UserError(
                 f"{self.folder} holds {len(manifests)} attempts, and {self._bounds.attempts} are "
@@ -253,6 +245,10 @@ class ClientStore:
                 **({"question": question} if question else {}),
             }
             remove_remains(self.folder)
+            # What an owner's own commands write has no lock, and is not ours to look at.
+            remove_temporary_files(self._client, r"(?!agreement|images).*")
+            for pictures in ("samples", "memorisation"):
+                remove_temporary_files(self._client / pictures)
             write_checkpoint(self.folder / attempt, Checkpoint(groups, manifest))
             for name in _dispensable(
                 self._manifests(self.folder), attempt, round_number - self._keep

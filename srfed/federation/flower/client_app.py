@@ -96,7 +96,16 @@ def _shared(message: Message, worker: Worker, expected: Mapping[str, Layout]) ->
     """
     if unasked := [name for name in message.content.array_records if name not in expected]:
         raise RequestRefusedError("the request has other arrays", f"{unasked[0][:100]!a}")
-    return Shared(worker.received(read_tensors(message.content, SHARED), expected[SHARED], "φ"))
+    return Shared(worker.received(_tensors(message, SHARED), expected[SHARED], "φ"))
+
+
+def _tensors(message: Message, name: str) -> dict[str, Tensor]:
+    """The tensors of a record; raises RequestRefusedError where they are none."""
+    try:
+        return read_tensors(message.content, name)
+    except Exception as error:
+        # numpy's reader of headers and the one of JSON raise whatever they please.
+        raise RequestRefusedError("the request's arrays cannot be read", str(error)) from error
 
 
 def _correction(
@@ -106,7 +115,7 @@ def _correction(
     if not worker.contract.control:
         return None
     layout = worker.contract.training_request[CONTROL]
-    control = Control(worker.received(read_tensors(message.content, CONTROL), layout, "c"))
+    control = Control(worker.received(_tensors(message, CONTROL), layout, "c"))
     own, said = own_control(parent.memory, admitted.request.round)
     if said:
         admitted.site.note(f"round {admitted.request.round}: {said}")
@@ -348,7 +357,7 @@ def _refuse_asked(store: ClientStore, request: Request, question: str) -> None:
     try:
         store.check_question(request.attempt, request.parent, request.round, question)
     except AskedError as error:
-        raise RequestRefusedError(f"asked too often: {error}") from error
+        raise RequestRefusedError(f"asked otherwise before: {error}") from error
     except UserError as error:
         raise RequestRefusedError("the site's store is full", str(error)) from error
 
