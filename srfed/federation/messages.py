@@ -71,8 +71,11 @@ log.
 REFUSED = 101
 """Flower error code of a client that does not do what it was asked; the reason is in its own words.
 """
+DIED = 102
+"""Flower error code in place of a reply whose process died over the request, in a simulation.
+"""
 
-LOST_STORE = 102
+LOST_STORE = 103
 """Flower error code of a client whose store has not the attempt that it is to go on from."""
 RESTARTED = "restarted"
 """Number of a round's reply under ``on_lost_store: restart``: 1 where the client began anew, for
