@@ -167,6 +167,10 @@ class ValidationRecord:
     missing: dict[str, str] = field(default_factory=dict)
 
 
+LOST_STORE_WORDS = "its store is lost"
+"""How the reason begins for which such a client takes no part."""
+
+
 @dataclass(frozen=True)
 class RoundRecord:
     """One finished round.
@@ -188,6 +192,7 @@ class RoundRecord:
         seconds: wall time of the round.
         validation: what the validation images say, in rounds in which they are asked.
         lowered: the settings that a resumption has lowered before this round, by name.
+        restarted: clients that had lost their store, and have begun with fresh exclusive weights.
     """
 
     round: int
@@ -208,6 +213,7 @@ class RoundRecord:
     shortened: dict[str, float] = field(default_factory=dict)
     validation: ValidationRecord | None = None
     lowered: dict[str, float] = field(default_factory=dict)
+    restarted: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

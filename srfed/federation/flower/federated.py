@@ -348,7 +348,7 @@ class Federated:
             minibatches={
                 **self.state.minibatches,
                 **{
-                    c: self._minibatches(c) + reply.plan.minibatches
+                    c: reply.plan.minibatches + (0 if reply.restarted else self._minibatches(c))
                     for c, reply in accepted.items()
                 },
             },
@@ -364,6 +364,12 @@ class Federated:
                 f"{maker} usually makes one in these steps; shortened to that"
             )
         self._tell_untrained(server_round, accepted)
+        restarted = [client for client, reply in accepted.items() if reply.restarted]
+        for client in restarted:
+            self._tell.on_notice(
+                f"round {server_round}: {client} has lost its store, and begins with fresh "
+                "exclusive weights"
+            )
         seconds = time.perf_counter() - self._started
         images = sum(reply.plan.images for reply in accepted.values())
         record = RoundRecord(
@@ -383,6 +389,7 @@ class Federated:
             update_norm=outcome.update_norm,
             disagreement=outcome.disagreement,
             seconds=seconds,
+            restarted=restarted,
         )
         return self.state, record
 
@@ -519,6 +526,7 @@ class Federated:
             plan,
             network.dimension_of(plan.shape[-1]),
             network.fingerprint,
+            network.highest,
         )
 
     def _score(self, accepted: Mapping[str, EvaluateReply]) -> tuple[Scores, float | None]:
