@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from srfed.commands.options import Parser
+from srfed.commands.options import Parser, add_batch_size
 from srfed.config.choices import SAMPLERS
 from srfed.interrupts import run_command
 
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="W",
         help="away from what is drawn for nobody, 0 (none) to 10; default: the run's",
     )
+    add_batch_size(parser)
     parser.add_argument(
         "--ssim-images", type=int, metavar="N", help="test images of each task; default: the run's"
     )
@@ -96,7 +97,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.ssim_steps is not None:
         content["evaluation"]["ssim_steps"] = _steps(options.ssim_steps)
     content["sampling"] = requested_sampling(
-        own, options.sampler, options.steps, options.eta, options.guidance
+        own, options.sampler, options.steps, options.eta, options.guidance, options.batch_size
     ).model_dump(mode="json")
     config = with_absolute_paths(parse_config(content, "the command line"))
     evaluation = config.evaluation

@@ -165,6 +165,17 @@ def add_configuration(parser: Parser, example: str = "training.batch_size=32") -
     )
 
 
+def add_batch_size(parser: argparse.ArgumentParser) -> None:
+    """The option for memory that is short; no image depends on it."""
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="images sampled at once: fewer take less memory, and the images stay the same; "
+        "default: the run's",
+    )
+
+
 def add_store(source: "argparse._MutuallyExclusiveGroup") -> None:
     """``--store``: a deployed site's, in place of a run's folder."""
     source.add_argument(

@@ -10,7 +10,7 @@ import numpy as np
 from srfed.config import DataConfig
 from srfed.data.cifar import open_cifar
 from srfed.data.digits import open_digits
-from srfed.data.folder import FolderSource, describe_intensity, describe_listings, open_folder
+from srfed.data.folder import FolderSource, describe_listings, describe_pictures, open_folder
 from srfed.data.idx import open_idx
 from srfed.data.images import Images
 from srfed.data.npz import open_npz
@@ -192,7 +192,7 @@ def describe_images(config: DataConfig, count: int) -> list[str]:
         return []
     listings = source.listings[:count]
     files = [file for listing in listings for file in listing.files]
-    return [*describe_listings(listings, source.skipped), *describe_intensity(files, config)]
+    return [*describe_listings(listings, source.skipped), *describe_pictures(files, config)]
 
 
 @lru_cache(maxsize=1)

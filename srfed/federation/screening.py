@@ -56,11 +56,16 @@ from srfed.federation.messages import (
     read_comparison,
 )
 from srfed.federation.updates import Delta, decode_update, norm_of
+from srfed.flat import joined
 from srfed.networks.partition import Control
 from srfed.records import Comparison
 from srfed.storage.client_store import check_name
+from srfed.training.divergence import DIVERGED
 from srfed.training.optimizer import Reach
 from srfed.units import printable
+
+CLEARLY = 0.01
+"""By so much a norm in float32 is never wrong."""
 
 
 class RefusedError(Exception):
@@ -70,6 +75,10 @@ class RefusedError(Exception):
 
     def __init__(self, reason: str) -> None:
         super().__init__(printable(reason))
+
+
+class NotFiniteError(RefusedError):
+    """A reply is refused for values that are no numbers."""
 
 
 @dataclass(frozen=True)
@@ -189,14 +198,29 @@ def screen_train(
     Raises:
         RefusedError: it is not what was asked for.
     """
+    try:
+        return _screen_train(reply, expected, contract, plan, reach, shared)
+    except NotFiniteError as error:
+        raise RefusedError(f"{DIVERGED}: {error}") from error
+
+
+def _screen_train(
+    reply: Reply,
+    expected: ReplyHeader,
+    contract: Contract,
+    plan: TrainPlan,
+    reach: Reach | None,
+    shared: Mapping[str, Tensor],
+) -> TrainReply:
     form = contract.trained(plan)
     _check_header(reply, expected, form)
     tensors = _tensors(reply, form)
     metrics = reply.numbers
     _check_numbers(metrics, form.numbers)
+    reach = contract.reach(reach)
     if SHARED in form.arrays:
         update = tensors[SHARED]
-        moved = {name: tensor.double() - shared[name].double() for name, tensor in update.items()}
+        moved = {} if _surely_usual(update, shared, reach) else _difference(update, shared)
     else:
         try:
             delta = decode_update(contract.config.updates, Delta(tensors[UPDATE]), contract.shared)
@@ -205,7 +229,6 @@ def screen_train(
         _check_finite(delta)
         moved = {name: tensor.double() for name, tensor in delta.items()}
         update = _moved(shared, moved, 1.0)
-    reach = contract.reach(reach)
     shortened = 1.0 if reach is None else _shortening(norm_of(moved), reach)
     if shortened < 1:
         update = _moved(shared, moved, shortened)
@@ -234,6 +257,25 @@ def screen_validation(reply: Reply, expected: ReplyHeader, contract: Contract) -
     _check_numbers(reply.numbers, form.numbers)
     loss = _one(reply.numbers, "loss")
     return ValidateReply(None if math.isnan(loss) else loss)
+
+
+def _surely_usual(
+    update: Mapping[str, Tensor], shared: Mapping[str, Tensor], reach: Reach | None
+) -> bool:
+    """Whether φ_i is clearly nearer to φ than is usual, as almost all are: found in float32, and in
+    a fraction of the time that the norm in float64 takes.
+    """
+    if reach is None:
+        return True
+    given, before = list(update.values()), [shared[name] for name in update]
+    if any(tensor.dtype != torch.float32 for tensor in (*given, *before)):
+        return False
+    return float((joined(given) - joined(before)).norm()) < (1 - CLEARLY) * reach.usual
+
+
+def _difference(update: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Δ_i in float64."""
+    return {name: tensor.double() - shared[name].double() for name, tensor in update.items()}
 
 
 def _moved(
@@ -436,7 +478,7 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     try:
         check_finite(tensors)
     except ValueError as error:
-        raise RefusedError(str(error)) from error
+        raise NotFiniteError(str(error)) from error
 
 
 def _check_numbers(

@@ -93,8 +93,10 @@ class Console(Observer):
         if not self._tells(record):
             return
         self._told_round = time.monotonic()
+        absent = {*record.refused, *record.missing}
+        of = f" of {len(record.accepted)} clients" if absent else ""
         self._say(
-            f"round {record.round:>{len(str(last))}}/{last}  loss {record.loss:.4f}  "
+            f"round {record.round:>{len(str(last))}}/{last}  loss {record.loss:.4f}{of}  "
             f"{record.images_per_second:,.0f} images/s  up {bytes_in_words(record.bytes_up)}  down "
             f"{bytes_in_words(record.bytes_down)}  left {_time_in_words(left)}"
         )
@@ -107,6 +109,8 @@ class Console(Observer):
             self._end_stage()
             self._pace.end_evaluation(record)
         words = [f"{record.score_name} {record.score:.3f} ({record.samples} samples"]
+        if absent := {*record.refused, *record.missing}:
+            words[0] += f", without {len(absent)} client{'s' if len(absent) > 1 else ''}"
         words[0] += ")" if record.floor is None else f"; real training images {record.floor:.3f})"
         if record.ssim_timestep in record.ssim:
             ssim = ssim_name(record.ssim_timestep, record.ssim_steps)
@@ -116,6 +120,9 @@ class Console(Observer):
         if record.result is not None:
             self._say(f"the result: {record.result.in_words(record.round)}")
         self._say(f"evaluation {record.round}: {'  '.join(words)}")
+        for client, colour in record.colours.items():
+            if said := colour.differences:
+                self._say(f"  samples of {client} are {said} (mean {colour.in_words})")
         for client, audit in record.audits.items():
             if audit.fires:
                 self._say(

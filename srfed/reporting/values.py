@@ -1,7 +1,7 @@
 """A record's numbers by tag, as TensorBoard and others of its kind show them."""
 
 from collections.abc import Mapping
-from statistics import median
+from statistics import fmean, median
 
 from srfed.config import RunConfig
 from srfed.records import EvaluationRecord, RoundRecord, ssim_tag
@@ -74,6 +74,10 @@ def evaluation_values(record: EvaluationRecord) -> dict[str, float]:
     for name, share in (("all", record.recognised), ("real_images", record.recognised_real)):
         if share is not None:
             values[f"recognised/{name}"] = share
+    for client, colour in record.colours.items():
+        for side in ("samples", "real"):
+            values[f"colour_{side}/{client}"] = fmean(getattr(colour, side))
+            values[f"colour_spread_{side}/{client}"] = getattr(colour, f"{side}_spread")
     if record.floor is not None:
         values[f"{record.score_name}/real_images"] = record.floor
     for name, own in record.own.items():

@@ -70,17 +70,24 @@ def requested_sampling(
     steps: int | None,
     eta: float | None,
     guidance: float | None,
+    batch_size: int | None = None,
 ) -> SamplingConfig:
-    """A run's way of sampling with what --sampler, --steps, --eta and --guidance change; None
-    leaves the run's.
+    """A run's way of sampling with what --sampler, --steps, --eta, --guidance and --batch-size
+    change; None leaves the run's.
 
     Raises:
         UserError: a value is impossible, or would be ignored.
     """
-    given = {"sampler": sampler, "steps": steps, "eta": eta, "guidance": guidance}
+    given = {
+        "sampler": sampler,
+        "steps": steps,
+        "eta": eta,
+        "guidance": guidance,
+        "batch_size": batch_size,
+    }
     content = config.model_dump(mode="json")
     content["sampling"] |= {key: value for key, value in given.items() if value is not None}
-    sampling = parse_config(content, "--sampler, --steps, --eta, --guidance").sampling
+    sampling = parse_config(content, "--sampler, --steps, --eta, --guidance, --batch-size").sampling
     if steps is not None and chosen(SAMPLERS, sampling.sampler).every_timestep:
         raise UserError(
             f"--steps {steps} would be ignored: the {sampling.sampler} sampler always takes all "

@@ -15,6 +15,7 @@ clients/         simulation only: each client's own store, with θ_i and the cli
 share.json       of a copy that `srfed share` has made: what it has and has not
 """
 
+import math
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -59,6 +60,14 @@ on those images too; srfed share makes a copy without them. config.yaml, run.jso
 summary.txt are settings and numbers, samples/ and tensorboard/ hold generated images besides.
 server/ holds the shared part, which every party has seen.
 """
+LOWERED = (
+    "training.learning_rate",
+    "training.exclusive_learning_rate",
+    "training.owned_learning_rate",
+    "training.gradient_clip",
+)
+"""The settings that decide the result and that a resumption may lower."""
+_LOWERED_KEY = "lowered"
 _KINDS = {"lineage": str, "fingerprint": str}
 _REMOVED = {"federation.largest_update": 100.0}
 """What settings that are no more were unless somebody set them: old fingerprints are of them too.
@@ -142,7 +151,8 @@ class RunFolder:
         return run
 
     def reconfigure(self, config: RunConfig) -> "RunFolder":
-        """The same run under a configuration that may differ in what does not decide its result.
+        """The same run under a configuration that may differ in what does not decide its result,
+        and in learning rates and a gradient clip that are lower, as a run that has diverged needs.
 
         Nothing is written before somebody has the run to himself, see :meth:`in_use`.
 
@@ -156,12 +166,29 @@ class RunFolder:
                 "the run that srfed share has made it of"
             )
         config = self._as_before(config)
-        if config.fingerprint() != self.config.fingerprint():
-            changed = ", ".join(self.config.decisive_differences(config))
-            raise UserError(f"{self.path} was begun with another configuration: {changed}")
+        lowered = _lowered(self.config, config)
+        changed = [
+            one
+            for one in self.config.decisive_differences(config)
+            if one.partition(":")[0] not in lowered
+        ]
+        if changed:
+            raise UserError(
+                f"{self.path} was begun with another configuration: {', '.join(changed)}"
+            )
         run = RunFolder(self.path, config, self.lineage)
         run._refuse_fewer_rounds()
         return run
+
+    def lowered_after(self, round_number: int) -> dict[str, float]:
+        """The settings that a resumption has lowered after this round, by name."""
+        entries = read_json(self.identity_file, kinds=_KINDS).get(_LOWERED_KEY, [])
+        return {
+            name: value
+            for entry in entries
+            if entry["after"] == round_number
+            for name, value in entry["settings"].items()
+        }
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -294,10 +321,12 @@ class RunFolder:
                 return
             changed = "the fingerprint in run.json is another"
         else:
+            # A process that was stopped between the two files has lowered nothing yet.
+            lowering = identity.get(_LOWERED_KEY, [{}])[-1].get("before", {})
             changed = ", ".join(
                 f"{name}: {value!r} -> {now[name]!r}"
                 for name, value in dict(begun).items()
-                if name in now and now[name] != value
+                if name in now and now[name] not in (value, lowering.get(name, value))
             )
         if changed:
             raise UserError(
@@ -314,13 +343,41 @@ class RunFolder:
             )
 
     def _write_configuration(self) -> None:
-        if _load(self.config_file)[0] == self.config:
+        before = _load(self.config_file)[0]
+        if before == self.config:
             return
         identity = read_json(self.identity_file, kinds=_KINDS)
+        if lowered := _lowered(before, self.config):
+            settings = before.settings()
+            entry = {
+                "after": self.last_round or 0,
+                "settings": lowered,
+                "before": {name: settings[name] for name in lowered},
+            }
+            identity = {**identity, _LOWERED_KEY: [*identity.get(_LOWERED_KEY, []), entry]}
+            write_json(self.identity_file, {**identity, **_of_configuration(self.config)})
         if "settings" not in identity:
             # Its fingerprint is of the settings that config.yaml names now, which may become more.
             write_json(self.identity_file, {**identity, **_of_configuration(self.config)})
         write_bytes(self.config_file, self.config.to_yaml().encode())
+
+
+def _lowered(before: RunConfig, now: RunConfig) -> dict[str, float]:
+    """The settings of :data:`LOWERED` that are lower now than they were."""
+    then, found = before.settings(), now.settings()
+    training = before.training
+    # What null stands for; a clip of null is none.
+    usual = {
+        "training.exclusive_learning_rate": training.learning_rate,
+        "training.owned_learning_rate": training.exclusive_learning_rate or training.learning_rate,
+        "training.gradient_clip": math.inf,
+    }
+    lowered = {}
+    for name in LOWERED:
+        was = usual[name] if then[name] is None else then[name]
+        if found[name] is not None and found[name] != then[name] and found[name] <= was:
+            lowered[name] = float(found[name])
+    return lowered
 
 
 def usual_folder(config: RunConfig) -> Path:

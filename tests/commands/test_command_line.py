@@ -149,34 +149,47 @@ def test_srfed_is_on_the_path_and_knows_its_commands() -> None:
     assert nothing.returncode == 2
 
 
-@pytest.mark.parametrize("module", EARLY)
-def test_help_and_what_is_wrong_with_options_and_settings_load_no_torch(
-    module: str, tmp_path: Path
-) -> None:
-    program = f"""
+CALLS = {
+    module: [["--help"], ["--no-such-option"], *arguments] for module, arguments in EARLY.items()
+}
+
+
+@pytest.fixture(scope="module")
+def called(tmp_path_factory: pytest.TempPathFactory) -> "subprocess.CompletedProcess[str]":
+    """All these calls, in one process that must never load torch."""
+    program = """
 import json, sys
 from srfed.__main__ import main
-for arguments in json.loads(sys.argv[1]):
-    try:
-        status = main(["{module}", *arguments])
-    except SystemExit as end:
-        status = end.code
-    print("status", status, "torch" in sys.modules)
+for module, calls in json.loads(sys.argv[1]).items():
+    for arguments in calls:
+        try:
+            status = main([module, *arguments])
+        except SystemExit as end:
+            status = end.code
+        print("status of", module, status, "torch" in sys.modules)
 """
-    calls = [["--help"], ["--no-such-option"], *EARLY[module]]
+    folder = tmp_path_factory.mktemp("called")
     done = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(calls)],
+        [sys.executable, "-c", program, json.dumps(CALLS)],
         capture_output=True,
         text=True,
-        timeout=100,
-        cwd=tmp_path,
+        timeout=200,
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    said = [line for line in done.stdout.splitlines() if line.startswith("status")]
-    expected = [f"status {0 if '--help' in call else 2} False" for call in calls]
-    assert said == expected, done.stderr
-    assert "Traceback" not in done.stderr
-    assert not any(tmp_path.iterdir())
+    assert not any(folder.iterdir())
+    return done
+
+
+@pytest.mark.parametrize("module", EARLY)
+def test_help_and_what_is_wrong_with_options_and_settings_load_no_torch(
+    called: "subprocess.CompletedProcess[str]", module: str
+) -> None:
+    begins = f"status of {module} "
+    said = [line for line in called.stdout.splitlines() if line.startswith(begins)]
+    expected = [f"{begins}{0 if '--help' in call else 2} False" for call in CALLS[module]]
+    assert said == expected, called.stderr
+    assert "Traceback" not in called.stderr
 
 
 # --- Options --------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from srfed.data.tasks import ALLOW
 from srfed.device import resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
+from srfed.evaluation.metrics.colour import colours
 from srfed.evaluation.metrics.nearest_neighbour import Recogniser
 from srfed.evaluation.metrics.own import OwnMetrics
 from srfed.evaluation.metrics.ssim import ssim_window
@@ -52,6 +53,7 @@ from srfed.federation.screening import (
     screen_validation,
 )
 from srfed.federation.updates import update_in_words
+from srfed.flat import copies
 from srfed.model import shared_of
 from srfed.networks.partition import Control, Shared
 from srfed.observer import Observer
@@ -60,11 +62,14 @@ from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
 from srfed.runs.best_round import hold_to_owners, judge_round, result_of
 from srfed.runs.start import started
 from srfed.storage.client_store import NO_PARENT
+from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import KnownClient, RunState, ServerCheckpoints
+from srfed.training.divergence import DIVERGED, Divergence, remedy
 from srfed.training.ema import round_decay, update_average
 from srfed.training.optimizer import Reach, learning_rate_factor, reach_of_round
-from srfed.training.part import Part, copies
+from srfed.training.part import Part
+from srfed.units import printable
 
 LEAST_WINDOW = 32
 """Simulated clients that are asked at once, at least: as many updates wait for their turn to be
@@ -218,7 +223,7 @@ class Federated:
         self._started, settings = time.perf_counter(), self.config.evaluation
         present = self._available()
         clients = self._drawn(present, settings.clients, "clients of an evaluation", number)
-        self._away = [client for client in self.state.clients if client not in present]
+        self._away = self._missing_of(present)
         share = share_of_samples(
             settings.samples if final else settings.samples_between, self.config.evaluated_clients
         )
@@ -237,7 +242,8 @@ class Federated:
         to them.
         """
         shared, control = self.state.shared.weights, self.state.control
-        sent, self._came = encode_shared(self.config, shared, number)
+        sent, came = encode_shared(self.config, shared, number)
+        self._came, self._reaches = Shared(copies(came)), dict[int, Reach | None]()
         if not self.config.training.control_variates:
             return {SHARED: sent}
         return {SHARED: sent, CONTROL: encode_sent(self.config, control, shared, number)}
@@ -264,7 +270,7 @@ class Federated:
             {SHARED: self.state.shared.average},
             f"validation {number}",
             self._screen_validation,
-            away=[client for client in self.state.clients if client not in clients],
+            away=self._missing_of(clients),
         )
         told = {c: reply.loss for c, reply in screened.accepted.items() if reply.loss is not None}
         silent = dict.fromkeys(
@@ -424,7 +430,14 @@ class Federated:
     ) -> EvaluationRecord | None:
         """Score the accepted samples; None where no client sent any."""
         if not screened.accepted:
-            self._tell.on_notice(f"evaluation {server_round}: no client took part")
+            self._tell_unjudged(server_round, screened, final)
+            return None
+        judged = [self._roster.known[client] for client in screened.accepted]
+        if min(sum(one.images for one in judged), sum(one.test_images for one in judged)) < 2:
+            self._tell.on_notice(
+                f"evaluation {server_round}: the clients that took part have together one held-out "
+                "image, or one training image, and a score needs 2"
+            )
             return None
         scores, floor = self._score(screened.accepted)
         reports = {
@@ -454,7 +467,35 @@ class Federated:
             ),
             result=result_of(self.state) if final else None,
             own=None if self._metrics is None else self._metrics(real, images),
+            colours=colours(real, images),
         )
+
+    def _tell_unjudged(
+        self, server_round: int, screened: Screened[EvaluateReply], final: bool
+    ) -> None:
+        """Say why nobody's samples came; raises UserError at the end of the run, which then has not
+        ended.
+        """
+        reasons = {**screened.refused, **screened.missing}
+        told = [f"{client}: {reason}{self._from_log(client)}" for client, reason in reasons.items()]
+        text = (
+            f"evaluation {server_round} has no score, as no client gave samples "
+            f"({'; '.join(told) or 'none is there'})"
+        )
+        if final:
+            raise UserError(f"{text}; it is the last, so the run has not ended")
+        self._tell.on_notice(text)
+
+    def _from_log(self, client: str) -> str:
+        """Where a client that failed says why: of a simulated one, its log and the last line of
+        it.
+        """
+        log = self._run.clients / client / "client.log"
+        if not self._fixed:
+            return f" (<state-dir>/{client}/client.log at its site)"
+        lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
+        last = next((line for line in reversed(lines) if line.strip()), "")
+        return f" ({log}: {printable(last)})" if last else ""
 
     def _screen_evaluation(
         self, reply: Reply, header: ReplyHeader, request: Request
@@ -507,6 +548,8 @@ class Federated:
         federation, roster, known = self.config.federation, self._roster, set(self.state.clients)
 
         def enough() -> bool:
+            if len(roster) < (len(known) or federation.clients):
+                return False
             present = set(roster.present)
             return present >= known if known else len(present) >= federation.clients
 
@@ -569,12 +612,13 @@ class Federated:
             clients, federation.clients_per_round, "clients of a round", server_round
         )
         # Where clients are drawn, one that is away is merely not drawn.
-        self._away = [
-            client
-            for client in self.state.clients
-            if client not in clients and len(drawn) == len(clients)
-        ]
+        self._away = self._missing_of(clients) if len(drawn) == len(clients) else []
         return drawn
+
+    def _missing_of(self, present: Iterable[str]) -> list[str]:
+        """The run's clients that are not among these."""
+        there = set(present)
+        return [client for client in self.state.clients if client not in there]
 
     def _drawn(self, clients: list[str], count: int | None, purpose: str, number: int) -> list[str]:
         """So many of the clients, in their order: a seeded draw without replacement; all of them
@@ -613,9 +657,17 @@ class Federated:
             f"{client}: {reason}"
             for client, reason in {**screened.refused, **screened.missing}.items()
         ]
+        diverged = [c for c, why in screened.refused.items() if why.startswith(DIVERGED)]
+        watched = Divergence(self.config.training, MetricsLog(self._run.metrics).rounds())
+        words = (
+            f"; training has diverged at {watched.in_words(diverged)}: "
+            f"{remedy(self.config.training)}"
+            if diverged
+            else ""
+        )
         return (
             f"round {server_round} has {accepted} accepted updates, federation.min_clients = "
-            f"{self.config.federation.min_clients} are needed ({'; '.join(reasons[:3])})"
+            f"{self.config.federation.min_clients} are needed ({'; '.join(reasons[:3])}){words}"
         )
 
 
