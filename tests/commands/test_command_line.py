@@ -743,3 +743,25 @@ def test_nobody_else_counts_cores() -> None:
         for path in (ROOT / folder).rglob("*.py")
     ]
     assert [path.name for path in files if "cpu_count" in path.read_text()] == ["cores.py"]
+
+
+def test_without_a_home_folder_a_run_is_refused_in_a_sentence_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose user has no entry in the list of users."""
+
+    def nobody(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    for name in ("HOME", "FLWR_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    arguments = ["simulate", "--run-dir", tmp_path / "run", "--backend", "ray"]
+    done = run_here(*arguments, folder=tmp_path)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"error: no home folder is known: .*set HOME, or FLWR_HOME.*\n", done.stderr
+    )
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flower"))
+    check_resources(ResourcesConfig(backend="ray"))
