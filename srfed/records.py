@@ -167,6 +167,10 @@ class ValidationRecord:
     missing: dict[str, str] = field(default_factory=dict)
 
 
+LOST_STORE_WORDS = "its store is lost"
+"""How the reason begins for which such a client takes no part."""
+
+
 @dataclass(frozen=True)
 class RoundRecord:
     """One finished round.
@@ -188,6 +192,7 @@ class RoundRecord:
         seconds: wall time of the round.
         validation: what the validation images say, in rounds in which they are asked.
         lowered: the settings that a resumption has lowered before this round, by name.
+        restarted: clients that had lost their store, and have begun with fresh exclusive weights.
     """
 
     round: int
@@ -208,6 +213,7 @@ class RoundRecord:
     shortened: dict[str, float] = field(default_factory=dict)
     validation: ValidationRecord | None = None
     lowered: dict[str, float] = field(default_factory=dict)
+    restarted: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -277,8 +283,8 @@ def ssim_name(timestep: int, steps: int | None) -> str:
     """What SSIM-rec is called: values that were made in another number of steps, or by Algorithm 2
     (None), are of another quantity.
 
-    >>> ssim_name(50, None), ssim_name(50, 8)
-    ('SSIM-rec@50', 'SSIM-rec@50 (8 steps)')
+    >>> ssim_name(50, None), ssim_name(50, 4)
+    ('SSIM-rec@50', 'SSIM-rec@50 (4 steps)')
     """
     if steps is None:
         return f"SSIM-rec@{timestep}"
@@ -288,7 +294,7 @@ def ssim_name(timestep: int, steps: int | None) -> str:
 def ssim_tag(steps: int | None) -> str:
     """What curves and columns of SSIM-rec begin with, as :func:`ssim_name`.
 
-    >>> ssim_tag(None), ssim_tag(8)
-    ('ssim_rec', 'ssim_rec_8_steps')
+    >>> ssim_tag(None), ssim_tag(4)
+    ('ssim_rec', 'ssim_rec_4_steps')
     """
     return "ssim_rec" if steps is None else f"ssim_rec_{steps}_steps"

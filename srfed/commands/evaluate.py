@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _evaluate(options: argparse.Namespace) -> None:
     from srfed.config import load_config, parse_config
     from srfed.errors import UserError
-    from srfed.runs.requested import requested_sampling, with_absolute_paths
+    from srfed.runs.requested import requested_sampling
     from srfed.storage.run_folder import RunFolder
 
     if not 0 < options.quantile < 0.5:
@@ -99,7 +99,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     content["sampling"] = requested_sampling(
         own, options.sampler, options.steps, options.eta, options.guidance, options.batch_size
     ).model_dump(mode="json")
-    config = with_absolute_paths(parse_config(content, "the command line"))
+    config = parse_config(content, "the command line").with_absolute_paths()
     evaluation = config.evaluation
     if options.inception_weights is not None and evaluation.feature_network != "inception":
         raise UserError(

@@ -23,7 +23,7 @@ from srfed.data.pictures import damaged_metadata, deep_pixels, is_deep, opened, 
 from srfed.data.record import ImageRecord
 from srfed.data.source import data_path, slugs, split, split_by_content
 from srfed.errors import UserError
-from srfed.units import printable
+from srfed.units import escaped, printable
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
 SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation")
@@ -228,7 +228,8 @@ def describe_listings(listings: Sequence[Listing], beside: Iterable[Skipped] = (
         + (f"; through {len(links)} linked folder(s) (e.g. {links[0].name})" if links else "")
     ]
     skipped = [*beside, *(entry for listing in listings for entry in listing.skipped)]
-    return [*lines, *([f"skipped:    {describe_skipped(skipped)}"] if skipped else [])]
+    lines += [f"skipped:    {describe_skipped(skipped)}"] if skipped else []
+    return [escaped(line) for line in lines]
 
 
 def describe_skipped(skipped: Sequence[Skipped]) -> str:

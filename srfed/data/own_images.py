@@ -19,7 +19,7 @@ from srfed.data.source import fit_and_split
 from srfed.data.tasks import Task
 from srfed.data.validation import set_aside
 from srfed.errors import UserError
-from srfed.files import stamp, write_bytes
+from srfed.files import held, remove_temporary_files, stamp, write_bytes
 
 SETTINGS = ("images_per_task", "image_size", "channels", "intensity", "test_fraction")
 LATER = ("validation_images", "background", "pages")
@@ -147,7 +147,11 @@ def _decoded(
         return _read(config, path, name, known)
     file = cache / f"images-{_fingerprint(config, path)}.safetensors"
     cached = _from_cache(file)
-    if cached is None:
+    if cached is not None:
+        return cached
+    with held(cache / "lock", wait=True):
+        # Of a process that was killed while it wrote as much again.
+        remove_temporary_files(cache, r"images-.*\.safetensors")
         cached = _read(config, path, name, known)
         arrays = {"train": np.ascontiguousarray(cached[0]), "test": np.ascontiguousarray(cached[1])}
         write_bytes(file, safetensors.numpy.save(arrays))

@@ -12,7 +12,14 @@ from tqdm import tqdm
 from srfed.config import RunConfig
 from srfed.memory import memory_of_processes
 from srfed.observer import Observer, Stage
-from srfed.records import EvaluationRecord, RoundRecord, TaskInfo, ValidationRecord, ssim_name
+from srfed.records import (
+    LOST_STORE_WORDS,
+    EvaluationRecord,
+    RoundRecord,
+    TaskInfo,
+    ValidationRecord,
+    ssim_name,
+)
 from srfed.reporting.joining import joining_in_words
 from srfed.reporting.pace import Pace
 from srfed.units import bytes_in_words, seconds_in_words
@@ -47,6 +54,7 @@ class Console(Observer):
         self._began = self._said = self._looked = time.monotonic()
         self._told_round: float | None = None
         self._stage = self._answered = ""
+        self._lost: set[str] = set()
         self._memory = self._processes = self._at_most = 0
 
     def on_begin(self, tasks: Sequence[TaskInfo], last_round: int) -> None:
@@ -185,6 +193,11 @@ class Console(Observer):
     def _tell_absent(self, refused: dict[str, str], missing: dict[str, str]) -> None:
         for word, reasons in (("refused", refused), ("missing", missing)):
             for client, reason in reasons.items():
+                if reason.startswith(LOST_STORE_WORDS):
+                    # It stays so until somebody does something: once is enough.
+                    if client in self._lost:
+                        continue
+                    self._lost.add(client)
                 self._say(f"  {word} {client}: {reason}")
 
     def _say(self, line: str) -> None:

@@ -49,6 +49,7 @@ def run_rounds(run: RunFolder, trainer: Trainer, observers: Iterable[Observer] =
                     tell.on_start("evaluation", state.round, final=final)
                     evaluation = trainer.evaluate(state, tell, final=final)
                     if evaluation is not None:
+                        tell.on_judged(evaluation)
                         log.add_evaluation(evaluation)
                         tell.on_evaluation(evaluation)
                 if state.round >= config.federation.rounds:

@@ -18,7 +18,7 @@ share.json       of a copy that `srfed share` has made: what it has and has not
 import math
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -31,7 +31,7 @@ import yaml
 from srfed import __version__
 from srfed.config import RunConfig, parse_config
 from srfed.config.run import REMOVED, fingerprint_of
-from srfed.config.yaml import Loader
+from srfed.config.yaml import read_yaml
 from srfed.errors import DamagedError, UserError
 from srfed.files import (
     close_to_others,
@@ -42,6 +42,8 @@ from srfed.files import (
     private,
     read_bytes,
     read_json,
+    remove_folder,
+    remove_temporary_files,
     write_bytes,
     write_json,
 )
@@ -107,11 +109,13 @@ class RunFolder:
         """
         if path is None:
             path = usual_folder(config)
-        path = path.absolute()
+        path, config = path.absolute(), config.with_absolute_paths()
         _refuse_used(path)
         with held(path / LOCK, wait=False):
             _refuse_used(path)
             close_to_others(path)
+            remove_temporary_files(path)
+            remove_folder(path / "start", ("state.safetensors", "manifest.json"))
             run = cls(path, config, uuid4().hex[:12])
             write_bytes(path / "README.txt", README.encode())
             write_bytes(run.config_file, config.to_yaml().encode())
@@ -176,7 +180,7 @@ class RunFolder:
             raise UserError(
                 f"{self.path} was begun with another configuration: {', '.join(changed)}"
             )
-        run = RunFolder(self.path, config, self.lineage)
+        run = RunFolder(self.path, config.with_absolute_paths(), self.lineage)
         run._refuse_fewer_rounds()
         return run
 
@@ -207,6 +211,7 @@ class RunFolder:
         with held(self.path / LOCK, wait=False), private():
             _held.add(self.path)
             try:
+                self._sweep()
                 self._refuse_fewer_rounds()
                 self._write_configuration()
                 yield
@@ -298,6 +303,14 @@ class RunFolder:
     def started(self) -> bool:
         """Whether the server has written a checkpoint."""
         return self.last_round is not None
+
+    def _sweep(self) -> None:
+        """Remove the halves of files that killed processes have left; nobody else is writing."""
+        for folder in (self.path, self.samples, self.path / "start"):
+            remove_temporary_files(folder)
+        for client in list_folder(self.clients):
+            for kept in ("", "samples", "memorisation"):
+                remove_temporary_files(self.clients / client / kept)
 
     def _as_before(self, config: RunConfig) -> RunConfig:
         """A configuration, but what the run did before there was a setting where that has its
@@ -396,8 +409,19 @@ def _refuse_used(path: Path) -> None:
         raise UserError(
             f"{path} holds a run already; continue it with --resume {path}, or name another folder"
         )
-    if exists(path) and (not path.is_dir() or set(list_folder(path)) - {LOCK}):
+    if exists(path) and (not path.is_dir() or set(list_folder(path)) - _begun_only(path)):
         raise UserError(f"{path} is not an empty folder; name another one with --run-dir")
+
+
+def _begun_only(path: Path) -> set[str]:
+    """The names in a folder in which a run may be begun all the same: those that a process has left
+    which was killed before it had given the run its identity.
+    """
+    readme = path / "README.txt"
+    with suppress(UserError):
+        if read_bytes(readme) == README.encode():
+            return {LOCK, readme.name, "config.yaml", "start"}
+    return {LOCK}
 
 
 def _load(file: Path) -> tuple[RunConfig, dict[str, Any]]:
@@ -408,7 +432,7 @@ def _load(file: Path) -> tuple[RunConfig, dict[str, Any]]:
         UserError: it cannot be read, or is no configuration.
     """
     try:
-        content = yaml.load(read_bytes(file), Loader=Loader)
+        content = read_yaml(read_bytes(file))
     except yaml.YAMLError as error:
         raise DamagedError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

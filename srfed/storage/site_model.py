@@ -22,12 +22,12 @@ from srfed.storage.checkpoint import (
     find_checkpoints,
     image_shape,
     read_checkpoint,
-    read_manifest,
     remove_checkpoint,
     remove_remains,
     write_checkpoint,
 )
 from srfed.storage.client_store import NO_PARENT, StoreBounds, check_bounds, check_name
+from srfed.storage.manifest import read_manifest
 
 MODELS = "models"
 _KINDS = {"config": str, "round": int, "shape": list, "client": str}
@@ -88,6 +88,12 @@ def save_site_model(
         )
         for path in before:
             remove_checkpoint(path)
+
+
+def check_room(folder: Path, lineage: str, bounds: StoreBounds | None = None) -> None:
+    """Raise UserError where a site's own models have no room for those of one more run."""
+    check_name(lineage)
+    check_bounds(folder / MODELS, lineage, 0, bounds or StoreBounds())
 
 
 class SiteModel:

@@ -16,7 +16,7 @@ from srfed.federation.messages import Request
 from srfed.federation.site import Site
 from srfed.federation.worker import Worker
 from srfed.reporting.curves import Curves
-from srfed.storage.checkpoint import MANIFEST_FILE, STATE_FILE, read_manifest
+from srfed.storage.manifest import STATE_FILE, read_manifest
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from support.errors import one_error_line
@@ -155,7 +155,7 @@ def test_a_checkpoint_damaged_in_another_way_is_refused_too(
 ) -> None:
     last = copy / "server" / "round-00003"
     if spoil == "manifest":
-        (last / MANIFEST_FILE).write_text('{"round": 3')
+        (last / STATE_FILE).write_bytes((last / STATE_FILE).read_bytes()[:99])
     elif spoil == "bit":
         data = bytearray((last / STATE_FILE).read_bytes())
         data[len(data) // 2] ^= 1
@@ -178,6 +178,36 @@ def test_a_lost_client_state_is_refused_by_the_client_and_never_started_afresh(c
     line = round_lines(run)[-1]
     assert list(line["refused"]) == ["digit-1"]
     assert attempt in (run.clients / "digit-1" / "client.log").read_text()
+
+
+@pytest.mark.parametrize("missing", ["skip", "wait"])
+def test_a_client_that_has_lost_its_store_holds_nobody_and_may_begin_anew(
+    copy: Path, capsys: pytest.CaptureFixture[str], missing: str
+) -> None:
+    run = RunFolder.open(copy)
+    shutil.rmtree(run.clients / "digit-1" / "lineages")
+
+    def go_on(rounds: int, what: str) -> list[dict[str, Any]]:
+        changes = {"rounds": rounds, "on_missing": missing, "on_lost_store": what}
+        federation = run.config.federation.model_copy(update={**changes, "round_timeout": 60.0})
+        longer = run.config.model_copy(update={"federation": federation})
+        return round_lines(run_in_process(RunFolder.open(copy).reconfigure(longer)))
+
+    *_, fourth, fifth = go_on(5, "refuse")
+    for line in (fourth, fifth):
+        assert line["accepted"] == ["digit-0", "digit-2"]
+        assert "federation.on_lost_store=restart" in line["refused"]["digit-1"]
+    output = capsys.readouterr()
+    assert output.out.count("refused digit-1") == 1, "the server says it once"
+    log = run.clients / "digit-1" / "client.log"
+    assert log.read_text().count("refused: the attempt to go on from is lost") <= 2, "so does it"
+    *_, sixth, seventh = go_on(7, "restart")
+    assert sixth["restarted"] == ["digit-1"], "on record"
+    assert "begins with fresh" in capsys.readouterr().err
+    assert seventh["restarted"] == []
+    assert sixth["accepted"] == seventh["accepted"] == ["digit-0", "digit-1", "digit-2"]
+    bits = all_bits(RunFolder.open(copy))
+    assert bits["digit-1"]["steps"] < bits["digit-0"]["steps"]
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ from srfed.federation.screening import (
     screen_validation,
 )
 from srfed.federation.updates import update_in_words
+from srfed.flat import copies
 from srfed.model import shared_of
 from srfed.networks.partition import Control, Shared
 from srfed.observer import Observer
@@ -66,8 +67,8 @@ from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import KnownClient, RunState, ServerCheckpoints
 from srfed.training.divergence import DIVERGED, Divergence, remedy
 from srfed.training.ema import round_decay, update_average
-from srfed.training.optimizer import learning_rate_factor, reach_of_round
-from srfed.training.part import Part, copies
+from srfed.training.optimizer import Reach, learning_rate_factor, reach_of_round
+from srfed.training.part import Part
 from srfed.units import printable
 
 LEAST_WINDOW = 32
@@ -195,6 +196,7 @@ class Federated:
         requests = [self._request(client, number) for client in self._choose(number)]
         sent = self._sent(number)
         self._sum = self._aggregator(self.config.federation, self._came)
+        self._reaches: dict[int, Reach | None] = {}
         screened = self._clients(tell).ask(
             TRAIN,
             requests,
@@ -221,7 +223,7 @@ class Federated:
         self._started, settings = time.perf_counter(), self.config.evaluation
         present = self._available()
         clients = self._drawn(present, settings.clients, "clients of an evaluation", number)
-        self._away = [client for client in self.state.clients if client not in present]
+        self._away = self._missing_of(present)
         share = share_of_samples(
             settings.samples if final else settings.samples_between, self.config.evaluated_clients
         )
@@ -240,7 +242,8 @@ class Federated:
         to them.
         """
         shared, control = self.state.shared.weights, self.state.control
-        sent, self._came = encode_shared(self.config, shared, number)
+        sent, came = encode_shared(self.config, shared, number)
+        self._came, self._reaches = Shared(copies(came)), dict[int, Reach | None]()
         if not self.config.training.control_variates:
             return {SHARED: sent}
         return {SHARED: sent, CONTROL: encode_sent(self.config, control, shared, number)}
@@ -267,7 +270,7 @@ class Federated:
             {SHARED: self.state.shared.average},
             f"validation {number}",
             self._screen_validation,
-            away=[client for client in self.state.clients if client not in clients],
+            away=self._missing_of(clients),
         )
         told = {c: reply.loss for c, reply in screened.accepted.items() if reply.loss is not None}
         silent = dict.fromkeys(
@@ -345,7 +348,7 @@ class Federated:
             minibatches={
                 **self.state.minibatches,
                 **{
-                    c: self._minibatches(c) + reply.plan.minibatches
+                    c: reply.plan.minibatches + (0 if reply.restarted else self._minibatches(c))
                     for c, reply in accepted.items()
                 },
             },
@@ -361,6 +364,12 @@ class Federated:
                 f"{maker} usually makes one in these steps; shortened to that"
             )
         self._tell_untrained(server_round, accepted)
+        restarted = [client for client, reply in accepted.items() if reply.restarted]
+        for client in restarted:
+            self._tell.on_notice(
+                f"round {server_round}: {client} has lost its store, and begins with fresh "
+                "exclusive weights"
+            )
         seconds = time.perf_counter() - self._started
         images = sum(reply.plan.images for reply in accepted.values())
         record = RoundRecord(
@@ -380,6 +389,7 @@ class Federated:
             update_norm=outcome.update_norm,
             disagreement=outcome.disagreement,
             seconds=seconds,
+            restarted=restarted,
         )
         return self.state, record
 
@@ -414,7 +424,10 @@ class Federated:
             self._minibatches(client),
             request.round,
         )
-        reach = reach_of_round(self.config, request.round, plan.shared_steps, self._came)
+        steps = plan.shared_steps
+        if steps not in self._reaches:
+            self._reaches[steps] = reach_of_round(self.config, request.round, steps, self._came)
+        reach = self._reaches[steps]
         update = screen_train(reply, header, self._contract, plan, reach, self._came)
         self._sum.add(client, update.shared, plan.examples, update.control)
         return replace(update, shared={}, control=Control({}))
@@ -513,6 +526,7 @@ class Federated:
             plan,
             network.dimension_of(plan.shape[-1]),
             network.fingerprint,
+            network.highest,
         )
 
     def _score(self, accepted: Mapping[str, EvaluateReply]) -> tuple[Scores, float | None]:
@@ -542,6 +556,8 @@ class Federated:
         federation, roster, known = self.config.federation, self._roster, set(self.state.clients)
 
         def enough() -> bool:
+            if len(roster) < (len(known) or federation.clients):
+                return False
             present = set(roster.present)
             return present >= known if known else len(present) >= federation.clients
 
@@ -604,12 +620,13 @@ class Federated:
             clients, federation.clients_per_round, "clients of a round", server_round
         )
         # Where clients are drawn, one that is away is merely not drawn.
-        self._away = [
-            client
-            for client in self.state.clients
-            if client not in clients and len(drawn) == len(clients)
-        ]
+        self._away = self._missing_of(clients) if len(drawn) == len(clients) else []
         return drawn
+
+    def _missing_of(self, present: Iterable[str]) -> list[str]:
+        """The run's clients that are not among these."""
+        there = set(present)
+        return [client for client in self.state.clients if client not in there]
 
     def _drawn(self, clients: list[str], count: int | None, purpose: str, number: int) -> list[str]:
         """So many of the clients, in their order: a seeded draw without replacement; all of them
