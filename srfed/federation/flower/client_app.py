@@ -36,6 +36,7 @@ from srfed.federation.flower.packing import (
     read_tensors,
     reply_content,
 )
+from srfed.federation.last_look import stays_here
 from srfed.federation.layout import Layout
 from srfed.federation.messages import (
     AGAINST_TRIVIAL,
@@ -143,6 +144,7 @@ def train(message: Message, context: Context) -> Message:
     parent = worker.state(site, request, training=True)
     corrected = _correction(message, admitted, worker, parent)
     result = worker.trainer(site).train(request.round, shared, parent, corrected)
+    stays_here(result.state)
     state, arrays = _update(admitted, shared, parent, result)
     if admitted.config.federation.compare == "alone":
         alone = train_round_alone(worker, admitted, parent)
