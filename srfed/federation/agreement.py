@@ -73,6 +73,8 @@ LEAST_STATISTICS, LEAST_MEAN = 20, 8
 otherwise.
 """
 
+MOST_RUNS = 1000
+
 Rule = Literal["exactly", "at_most", "at_least", "free"]
 _Count = Annotated[int, Field(ge=0)]
 
@@ -178,6 +180,7 @@ class Agreement(_Part):
             where no statistics leave.
         exactly, at_most, at_least, free: the rule of each setting, by its name.
         mods: the owner's own, the outermost first; none in agreements from before there were any.
+        runs: how many may be begun under it; see :mod:`srfed.federation.asked`.
     """
 
     client: str
@@ -194,6 +197,7 @@ class Agreement(_Part):
     at_least: dict[str, int]
     free: tuple[str, ...]
     mods: tuple[AgreedMod, ...] = ()
+    runs: Annotated[int, Field(ge=1, le=MOST_RUNS)] = 1
 
     def admit(self, asked: RunConfig) -> RunConfig:
         """What the site does of a configuration: all that was agreed, with this machine's own

@@ -16,11 +16,12 @@ from flwr.clientapp import ClientApp
 from srfed.config import parse_config_json
 from srfed.errors import UserError
 from srfed.federation.agreement import RequestRefusedError
+from srfed.federation.asked import note_asked
 from srfed.federation.flower.admission import admit
 from srfed.federation.flower.outgoing import NotAllowedError, rebuilt
 from srfed.federation.flower.packing import read_request
 from srfed.federation.last_look import looked_after
-from srfed.federation.messages import FAILED, REFUSED
+from srfed.federation.messages import DESCRIBE, FAILED, REFUSED
 from srfed.federation.mods import with_mods
 from srfed.federation.site import Site, deployed_site, is_simulated, site_of
 from srfed.federation.site_log import write_to_log
@@ -39,7 +40,11 @@ def wire_guard(
             reply: Message = with_mods(own, call_next)(message, context)
             if reply.has_error():
                 raise NotAllowedError("the handler made an error reply of its own")
-            return rebuilt(message, admitted, reply, states)
+            answer = rebuilt(message, admitted, reply, states)
+        agreement, question = admitted.agreement, admitted.question
+        if agreement and question and message.metadata.message_type != DESCRIBE:
+            note_asked(admitted.site.folder, agreement, question)
+        return answer
     except RequestRefusedError as refusal:
         _log(
             message,

@@ -3,6 +3,7 @@
 Tensors travel as Flower arrays (``.npy`` bytes, never pickled).
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -142,6 +143,16 @@ def array_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     return ArrayRecord(
         {LAYOUT: Array(np.frombuffer(layout_bytes(layout_of(tensors)), np.uint8)), **packed}
     )
+
+
+def digest_of(records: Mapping[str, ArrayRecord]) -> str:
+    """SHA-256 of array records, as they travel: equal where they hold the same bits."""
+    digest = hashlib.sha256()
+    for name, record in sorted(records.items()):
+        for key, array in sorted(record.items()):
+            about = [name, key, array.dtype, list(array.shape), array.stype, len(array.data)]
+            digest.update(json.dumps(about).encode() + array.data)
+    return digest.hexdigest()
 
 
 def read_layout(record: ArrayRecord) -> Layout:
