@@ -213,7 +213,8 @@ class _Table:
             self._marked[some >> self._shift] = True
 
     def has(self, hashes: Words) -> NDArray[np.bool_]:
-        return self._marked[hashes >> self._shift]
+        there: NDArray[np.bool_] = self._marked[hashes >> self._shift]
+        return there
 
 
 def _hashed(first: Words, second: Words) -> Words:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
 from srfed import __version__
@@ -193,7 +193,8 @@ def _tensors(content: RecordDict, name: str, expected: Layout, kind: str) -> dic
     """The values of a record whose names, types, shapes and their order are the contract's to the
     byte.
     """
-    record = content.array_records.get(name, {})
+    if not isinstance(record := content[name], ArrayRecord):
+        raise NotAllowedError(f"record {name!r} of a reply to {kind} has no arrays")
     layout = np.frombuffer(layout_bytes(expected), np.uint8)
     sizes = {LAYOUT: len(layout)}
     for entry in expected:
