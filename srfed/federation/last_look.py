@@ -6,17 +6,19 @@ the optimizer's moments and the owner's images, of which not even sixteen in a r
 them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from srfed.data import Task, to_model_range
 from srfed.data.images import Images
+from srfed.flat import runs
 from srfed.training.part import ClientState
 
 WINDOW = 16
@@ -65,7 +67,7 @@ def look(
     numbers: Iterable[float],
     states: Iterable[ClientState],
     task: Task,
-    came: Iterable[Tensor],
+    came: Callable[[], Iterable[Tensor]],
     *,
     images: bool,
 ) -> None:
@@ -76,14 +78,14 @@ def look(
         numbers: its numbers, in their order.
         states: what the owner keeps.
         task: the owner's images.
-        came: what came with the request; that is no secret.
+        came: gives what came with the request, which is no secret.
         images: whether images are looked for among the tensors; generated ones, of few grey levels,
             may share a row of pixels with real ones.
 
     Raises:
         PrivateError: there is something.
     """
-    arrays = [_array(tensor) for tensor in tensors.values()]
+    arrays = [*_flat(tensors.values())]
     secrets = [*_of_states(states)]
     pictures = [*_of_images(task)]
     for place, searched, known in (
@@ -91,9 +93,13 @@ def look(
         ("tensors", arrays, [*secrets, *(pictures if images else [])]),
     ):
         hay = [part for array in searched for part in _parts(array)]
-        for secret in _common(known, hay):
-            # Only now, as there is hardly ever anything.
-            if not _common([secret], [part for tensor in came for part in _parts(_array(tensor))]):
+        if not (found := _common(known, hay)):
+            continue
+        # Read only now, as there is hardly ever anything.
+        others = _common(found, [part for array in _flat(came()) for part in _parts(array)])
+        public = {part.data.tobytes() for part in others}
+        for secret in found:
+            if secret.data.tobytes() not in public:
                 raise PrivateError(f"{WINDOW} bytes of {secret.what} among the {place} of a reply")
 
 
@@ -117,8 +123,13 @@ class _Part:
                 yield piece[:-1:step], piece[1::step]
 
 
-def _array(tensor: Tensor) -> NDArray[np.generic]:
-    return np.ascontiguousarray(tensor.detach().cpu().numpy())
+def _flat(tensors: Iterable[Tensor]) -> Iterator[NDArray[np.generic]]:
+    """The values of tensors, as few arrays as there can be."""
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.dtype, []).append(tensor.detach().cpu())
+    for members in kinds.values():
+        yield from (flat.numpy() for flat in runs(members))
 
 
 def _part(values: NDArray[np.generic], every: int, what: str = "") -> _Part:
@@ -145,8 +156,7 @@ def _of_states(states: Iterable[ClientState]) -> Iterator[_Part]:
             "an optimizer's moments": {**own.moments, **state.shared_moments},
         }
         for what, tensors in kinds.items():
-            for tensor in tensors.values():
-                array = _array(tensor)
+            for array in _flat(tensors.values()):
                 spacing = 4 if array.nbytes <= WHOLE else 16 * -(-array.nbytes // (4 * WHOLE))
                 yield _part(array, spacing, what)
 
@@ -157,7 +167,7 @@ def _of_images(task: Task) -> Iterator[_Part]:
         if images.size:
             chosen = _some(images)
             yield _part(chosen, 1, "an image")
-            yield _part(_array(to_model_range(chosen)), 4, "an image")
+            yield _part(to_model_range(chosen).contiguous().numpy(), 4, "an image")
 
 
 def _some(images: Images) -> Images:

@@ -21,6 +21,7 @@ from srfed.federation.last_look import stays_here
 from srfed.federation.layout import Layout, layout_of
 from srfed.federation.messages import Request
 from srfed.federation.site import Site, own_task
+from srfed.flat import copies
 from srfed.model import (
     build_model,
     build_objective,
@@ -32,7 +33,7 @@ from srfed.networks.partition import Shared
 from srfed.storage.checkpoint import check_tensors
 from srfed.storage.client_store import NO_PARENT, ClientStore
 from srfed.training.local import LocalTrainer
-from srfed.training.part import ClientState, copies, initial_state
+from srfed.training.part import ClientState, initial_state
 from srfed.training.step import LocalStep
 
 

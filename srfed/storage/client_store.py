@@ -1,6 +1,6 @@
 """A client's durable state: one folder an attempt, written whole or not at all.
 
-    <state-dir>/<client>/lineages/<lineage>/<attempt>/state.safetensors, manifest.json
+    <state-dir>/<client>/lineages/<lineage>/<attempt>/state.safetensors
 
 The server names the attempt to start from, so a lost reply, a retry or a crash leaves at most an
 attempt that nobody refers to; it can never pair θ_i with the φ of another round.
@@ -25,11 +25,11 @@ from srfed.storage.checkpoint import (
     Checkpoint,
     find_checkpoints,
     read_checkpoint,
-    read_manifest,
     remove_checkpoint,
     remove_remains,
     write_checkpoint,
 )
+from srfed.storage.manifest import read_manifest
 from srfed.training.part import ClientState, Part
 from srfed.units import bytes_in_words
 
@@ -328,7 +328,8 @@ def _ancestors(manifests: dict[str, dict[str, Any]], newest: str) -> Iterator[st
 def _by_step(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     memory: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        step, _, member = name.partition(":")
+        # What a step of one's own is called has a colon, and no tensor's name has.
+        step, _, member = name.rpartition(":")
         memory.setdefault(step, {})[member] = tensor
     return memory
 

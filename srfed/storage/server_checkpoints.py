@@ -16,12 +16,12 @@ from srfed.storage.checkpoint import (
     find_checkpoints,
     image_shape,
     read_checkpoint,
-    read_manifest,
     remove_checkpoint,
     remove_remains,
     write_checkpoint,
 )
 from srfed.storage.client_store import NO_PARENT
+from srfed.storage.manifest import read_manifest
 from srfed.training.part import Part
 
 _GROUPS = ("shared", "shared_average", "optimizer", "shared_moments", "control")
@@ -189,6 +189,16 @@ class ServerCheckpoints:
             else "it is the only one"
         )
         return self._load(rounds[-1], advice)
+
+    def load(self, number: int) -> RunState:
+        """The checkpoint after a round; raises as :meth:`load_last`."""
+        rounds = self.rounds()
+        if number not in rounds:
+            raise UserError(
+                f"{self.folder} has no checkpoint of round {number}; allowed: "
+                f"{', '.join(map(str, rounds)) or 'none'}"
+            )
+        return self._load(number, "another round may be whole")
 
     def load_best(self, last: RunState) -> RunState:
         """The state after the best round that a state knows of; the same state where it knows of

@@ -11,6 +11,7 @@ from torch import Tensor
 from srfed.config import RunConfig, TrainingConfig
 from srfed.device import arithmetic, memory_layout
 from srfed.diffusion.objective import Objective
+from srfed.flat import copies
 from srfed.model import task_of_table
 from srfed.networks.network import Network
 from srfed.networks.partition import Control, Exclusive, Partition, Shared
@@ -22,7 +23,7 @@ from srfed.training.minibatches import (
     seeded_dropout,
 )
 from srfed.training.optimizer import rates_of_round
-from srfed.training.part import ClientState, Part, copies
+from srfed.training.part import ClientState, Part
 from srfed.training.step import LocalStep, LossMeter
 from srfed.work import STEP_TO_PASS, count_passes
 
@@ -104,6 +105,8 @@ class LocalTrainer:
         shared: Shared,
         state: ClientState,
         correction: Control | None = None,
+        *,
+        lend: bool = False,
     ) -> LocalResult:
         """Train for one round from (φ, θ_i).
 
@@ -114,9 +117,11 @@ class LocalTrainer:
             state: the client's state after its last accepted round.
             correction: c - c_i, which ``training.control_variates`` adds to φ's gradients; None
                 stands for zeros.
+            lend: the result's state is not copied, and changes when the model is next trained: for
+                whoever writes it away at once.
         """
         with arithmetic(self._config.resources, self._device):
-            return self._train(round_number, shared, state, correction)
+            return self._train(round_number, shared, state, correction, lend)
 
     def _train(
         self,
@@ -124,6 +129,7 @@ class LocalTrainer:
         shared: Shared,
         state: ClientState,
         correction: Control | None,
+        lend: bool,
     ) -> LocalResult:
         training, trained = self._config.training, self._step
         self._model.train()
@@ -166,16 +172,22 @@ class LocalTrainer:
         loss, loss_by_quarter, images_by_quarter = meter.read()
         seconds = time.perf_counter() - start
 
+        own, average = (
+            {name: tensor.detach() for name, tensor in tensors.items()}
+            if lend
+            else copies(tensors, by_name=True)
+            for tensors in (trained.exclusive.weights, trained.exclusive.average)
+        )
         return LocalResult(
             shared=Shared(copies(trained.shared.weights)),
             state=ClientState(
                 exclusive=Part(
-                    Exclusive(copies(trained.exclusive.weights)),
-                    Exclusive(copies(trained.exclusive.average)),
-                    trained.exclusive.export_moments(),
+                    Exclusive(own),
+                    Exclusive(average),
+                    trained.exclusive.export_moments(lend=lend),
                     trained.exclusive.steps,
                 ),
-                shared_moments=trained.shared.export_moments() if keeps else {},
+                shared_moments=trained.shared.export_moments(lend=lend) if keeps else {},
                 minibatches=state.minibatches + len(steps),
             ),
             loss=loss,

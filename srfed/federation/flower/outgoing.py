@@ -84,7 +84,7 @@ def rebuilt(
         [number for members in told for number in members],
         states,
         admitted.task,
-        (t for name in came.array_records for t in read_tensors(came, name).values()),
+        lambda: [t for name in came.array_records for t in read_tensors(came, name).values()],
         images=GENERATED not in arrays,
     )
     made = reply_content(words, numbers)

@@ -6,7 +6,7 @@ to the SuperNode key that first came with it, or to the one that the run's roste
 """
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from flwr.app import Message
@@ -17,10 +17,21 @@ from srfed import __version__
 from srfed.config import RunConfig
 from srfed.errors import UserError
 from srfed.federation.bounds import LONGEST_TEXT, MOST_STEPS
-from srfed.federation.flower.exchange import POLL_SECONDS, StoppedError, stop_requested
+from srfed.federation.flower.exchange import (
+    MOST_DEATHS,
+    POLL_SECONDS,
+    StoppedError,
+    stop_requested,
+)
 from srfed.federation.flower.identity import registered_by_hand
 from srfed.federation.flower.packing import add_refusal, request_content, unpack
-from srfed.federation.messages import DESCRIBE, Description, Request, works_together
+from srfed.federation.messages import (
+    DESCRIBE,
+    DIED,
+    Description,
+    Request,
+    works_together,
+)
 from srfed.federation.screening import RefusedError, screen_description
 from srfed.keys import key_fingerprint
 from srfed.records import Shape
@@ -100,10 +111,12 @@ class Roster:
         self._nodes: dict[int, NodeInfo] = {}
         self._keyed = False
         self._members: dict[str, Member] = {}
+        self._at: dict[int, str] = {}
         self._asked: dict[str, int] = {}
         self._refused: dict[int, tuple[float, str]] = {}
         self._told: dict[int, str] = {}
         self._doubted: set[int] = set()
+        self._deaths: dict[int, int] = {}
         self._connected: frozenset[int] = frozenset()
         self._looked = float("-inf")
 
@@ -128,6 +141,13 @@ class Roster:
     def present(self) -> list[str]:
         """The clients whose node is connected, in the order of their ids."""
         return [client for client, member in self.members.items() if member.node in self._connected]
+
+    def __len__(self) -> int:
+        """How many clients have taken part since the server started, connected or not."""
+        return len(self._members)
+
+    def __contains__(self, client: str) -> bool:
+        return client in self._members
 
     def node_of(self, client: str) -> int:
         """The node to which messages for a client go."""
@@ -156,7 +176,7 @@ class Roster:
             self._connected = frozenset(self._nodes)
             # One key that somebody registered shows that nodes here have keys of their own.
             self._keyed = self._keyed or any(map(registered_by_hand, self._nodes.values()))
-            self._bind()
+            self._bind(self._members)
             self._refused = {
                 node: why for node, why in self._refused.items() if node in self._connected
             }
@@ -225,12 +245,15 @@ class Roster:
                 time.sleep(POLL_SECONDS)
 
     def _hear(self, node: int, reply: Message) -> None:
+        if reply.has_error() and reply.error.code == DIED:
+            deaths = self._deaths[node] = self._deaths.get(node, 0) + 1
+            if deaths < MOST_DEATHS:
+                # The next look asks it again.
+                return
         try:
             description = self._admit(node, reply)
         except UserError as error:
-            self._members = {
-                client: member for client, member in self._members.items() if member.node != node
-            }
+            self._let_go(node)
             reason = printable(str(error))
             if self._refused.get(node, (0.0, ""))[1] != reason:
                 self._notice(f"refused {reason}")
@@ -238,11 +261,12 @@ class Roster:
             return
         self._refused.pop(node, None)
         new = description.client not in self._members
-        self._members = {
-            client: member for client, member in self._members.items() if member.node != node
-        }
+        self._let_go(node)
+        if description.client in self._members:
+            self._at.pop(self._members[description.client].node)
         self._members[description.client] = member = Member(node, description)
-        self._bind()
+        self._at[node] = description.client
+        self._bind([description.client])
         if new:
             if description.version != __version__:
                 self._notice(
@@ -256,11 +280,17 @@ class Roster:
         info = self._nodes.get(node)
         return key_fingerprint(info.public_key) if info is not None and info.public_key else ""
 
-    def _bind(self) -> None:
-        """Hold the members to what they said first; an id without an owner becomes its key's, where
+    def _let_go(self, node: int) -> None:
+        """Forget who was at a node."""
+        if node in self._at:
+            del self._members[self._at.pop(node)]
+
+    def _bind(self, clients: Iterable[str]) -> None:
+        """Hold members to what they said first; an id without an owner becomes its key's, where
         nodes have keys.
         """
-        for client, member in self._members.items():
+        for client in clients:
+            member = self._members[client]
             description, info = member.description, self._nodes.get(member.node)
             known = self._known.get(
                 client, KnownClient(description.images, description.test_images)
