@@ -15,7 +15,7 @@ from typing import Self
 from srfed.errors import DamagedError
 from srfed.federation.agreement import COMMAND, Agreement, not_agreed
 from srfed.federation.messages import DESCRIBE, Request
-from srfed.files import exists, read_json, write_json
+from srfed.files import exists, held, read_json, write_json
 
 ASKED_FILE = "asked.json"
 MOST_ANSWERED = 3
@@ -92,15 +92,20 @@ def check_asked(folder: Path, agreement: Agreement, kind: str, question: Questio
         )
 
 
-def note_asked(folder: Path, agreement: Agreement, question: Question) -> None:
-    """Keep in mind that a question is answered, before the answer leaves; raises UserError where
-    that is impossible.
+def note_asked(folder: Path, agreement: Agreement, kind: str, question: Question) -> None:
+    """Keep in mind that a question is answered, before the answer leaves.
+
+    Raises:
+        RequestRefusedError: others were answered meanwhile, and it may not be any more.
+        UserError: it cannot be written.
     """
-    answered = _read(folder, agreement)
-    digests = answered.setdefault(question.lineage, {}).setdefault(question.about, [])
-    if question.digest not in digests:
-        digests.append(question.digest)
-        write_json(folder / ASKED_FILE, {"agreed": agreement.agreed, "answered": answered})
+    with held(folder / "lock", wait=True):
+        check_asked(folder, agreement, kind, question)
+        answered = _read(folder, agreement)
+        digests = answered.setdefault(question.lineage, {}).setdefault(question.about, [])
+        if question.digest not in digests:
+            digests.append(question.digest)
+            write_json(folder / ASKED_FILE, {"agreed": agreement.agreed, "answered": answered})
 
 
 def _read(folder: Path, agreement: Agreement) -> Answered:

@@ -41,9 +41,9 @@ def wire_guard(
             if reply.has_error():
                 raise NotAllowedError("the handler made an error reply of its own")
             answer = rebuilt(message, admitted, reply, states)
-        agreement, question = admitted.agreement, admitted.question
-        if agreement and question and message.metadata.message_type != DESCRIBE:
-            note_asked(admitted.site.folder, agreement, question)
+        kind, agreement = message.metadata.message_type, admitted.agreement
+        if agreement and admitted.question and kind != DESCRIBE:
+            note_asked(admitted.site.folder, agreement, kind, admitted.question)
         return answer
     except RequestRefusedError as refusal:
         _log(
