@@ -18,10 +18,11 @@ from srfed.errors import UserError
 from srfed.federation.agreement import RequestRefusedError
 from srfed.federation.asked import note_asked
 from srfed.federation.flower.admission import admit
+from srfed.federation.flower.keeping import checked_first
 from srfed.federation.flower.outgoing import NotAllowedError, rebuilt
 from srfed.federation.flower.packing import read_request
 from srfed.federation.last_look import looked_after
-from srfed.federation.messages import DESCRIBE, FAILED, REFUSED
+from srfed.federation.messages import DESCRIBE, FAILED, LOST_STORE, REFUSED
 from srfed.federation.mods import with_mods
 from srfed.federation.site import Site, deployed_site, is_simulated, site_of
 from srfed.federation.site_log import write_to_log
@@ -36,22 +37,25 @@ def wire_guard(
     try:
         admitted = admit(message, context)
         own = () if admitted.agreement is None else admitted.agreement.mods
-        with looked_after() as states:
+        with looked_after() as states, checked_first() as store:
             reply: Message = with_mods(own, call_next)(message, context)
             if reply.has_error():
                 raise NotAllowedError("the handler made an error reply of its own")
             answer = rebuilt(message, admitted, reply, states)
-        kind, agreement = message.metadata.message_type, admitted.agreement
-        if agreement and admitted.question and kind != DESCRIBE:
-            note_asked(admitted.site.folder, agreement, kind, admitted.question)
+            kind, agreement = message.metadata.message_type, admitted.agreement
+            if agreement and admitted.question and kind != DESCRIBE:
+                note_asked(admitted.site.folder, agreement, kind, admitted.question)
+            store()
         return answer
     except RequestRefusedError as refusal:
         _log(
             message,
             context,
             f"refused: {refusal}" + (f" ({refusal.detail})" if refusal.detail else ""),
+            once=refusal.lost,
         )
-        return Message(Error(REFUSED, str(refusal)), reply_to=message)
+        code = LOST_STORE if refusal.lost else REFUSED
+        return Message(Error(code, str(refusal)), reply_to=message)
     except UserError as error:
         _log(message, context, f"failed: {error}")
     except Exception:
@@ -79,12 +83,16 @@ def _failed(message: Message) -> Message:
     return Message(Error(FAILED, "failed; the reason is in the client's own log"), reply_to=message)
 
 
-def _log(message: Message, context: Context, text: str) -> None:
-    """Append to the client's own log, or to standard error where even its site is unknown."""
+def _log(message: Message, context: Context, text: str, *, once: bool = False) -> None:
+    """Append to the client's own log, or to standard error where even its site is unknown; what is
+    said ``once`` is not said again as long as the log has it.
+    """
     site = None
     # What is logged may be the very thing that keeps the site from being known; it is not lost.
     with suppress(Exception):
         site = _site(message, context)
+        if once and site.says(text):
+            return
     write_to_log(site, message.metadata.message_type, text)
 
 

@@ -156,6 +156,16 @@ def digest_of(records: Mapping[str, ArrayRecord]) -> str:
     return digest.hexdigest()
 
 
+def attempt_of(request: Request, carried: str) -> str:
+    """The name of the attempt that is to answer a request to train: it follows from the question
+    (client, parent, round, and the digest of what is ``carried``), so that a question that is asked
+    again has one answer, and leaves nothing more behind.
+    """
+    question = [request.lineage, request.client, request.parent, request.round, carried]
+    digest = hashlib.sha256(json.dumps(question).encode()).hexdigest()
+    return f"round-{request.round:05d}-{digest[:16]}"
+
+
 def read_layout(record: ArrayRecord) -> Layout:
     """The layout of a record; raises ValueError where it has none or is not one."""
     if LAYOUT not in record:
