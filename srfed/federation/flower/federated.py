@@ -243,7 +243,7 @@ class Federated:
         """
         shared, control = self.state.shared.weights, self.state.control
         sent, came = encode_shared(self.config, shared, number)
-        self._came, self._reaches = Shared(copies(came)), dict[int, Reach | None]()
+        self._came = Shared(copies(came))
         if not self.config.training.control_variates:
             return {SHARED: sent}
         return {SHARED: sent, CONTROL: encode_sent(self.config, control, shared, number)}
@@ -300,8 +300,9 @@ class Federated:
         # Deployed sites work side by side, each on its own machine, so all are asked at once.
         grid = self._grid
         at_once = grid.at_once if isinstance(grid, Simulated) else usable_cores()
+        lowered = self.config.fingerprint() if self._run.was_lowered else ""
         window = max(LEAST_WINDOW, 2 * at_once) if self._fixed else None
-        return FlowerClients(self._grid, self.config, self._roster, tell, window)
+        return FlowerClients(self._grid, self.config, self._roster, tell, window, lowered)
 
     def _own_images(self) -> list[Task]:
         """The images that the server itself has, to judge samples by: all of them in a
