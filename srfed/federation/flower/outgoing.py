@@ -167,7 +167,7 @@ def _numbers(content: RecordDict, form: Form, kind: str) -> dict[str, float | li
     declared = form.numbers_of(record)
     if set(record) != set(declared):
         unlike = sorted(set(record) ^ set(declared))
-        raise NotAllowedError(f"numbers {unlike[:1]} more or less in a reply to {kind}")
+        raise NotAllowedError(f"number {unlike[:1]} too many or missing in a reply to {kind}")
     numbers: dict[str, float | list[float]] = {}
     for name, sent in record.items():
         number = declared[name]
