@@ -231,7 +231,8 @@ def ask(
         grid = InlineGrid(app, 1)
         model = build_model(config, 1)
         shared = build_partition(config, model).take_shared(model.state_dict())
-        attempt = f"attempt-{len(list(tmp_path.glob('*/lineages/lineage/*')))}"
+        # The same question has the same name, with a guard and without.
+        attempt = f"attempt-{config.fingerprint()[:8]}"
         request = Request(
             config.to_json(), "lineage", "digit-0", round=1, attempt=attempt, samples=samples
         )
