@@ -9,6 +9,7 @@ from typing import Any
 from srfed.config import RunConfig
 from srfed.evaluation.metrics.memorisation import Audit
 from srfed.records import (
+    Colour,
     Comparison,
     EvaluationRecord,
     OwnScore,
@@ -139,6 +140,9 @@ def record_of(line: Mapping[str, Any]) -> RoundRecord | EvaluationRecord | None:
         said["comparisons"] = {
             client: Comparison(**_known(Comparison, one))
             for client, one in said.get("comparisons", {}).items()
+        }
+        said["colours"] = {
+            client: Colour(**_known(Colour, one)) for client, one in said.get("colours", {}).items()
         }
         said["own"] = {name: OwnScore(**own) for name, own in said.get("own", {}).items()}
         said["result"] = None if said.get("result") is None else ResultRound(**said["result"])
