@@ -29,13 +29,14 @@ from srfed.federation.bounds import LEAST_LOSS, judged_against_trivial
 from srfed.federation.comparison import compare, keep_comparison, train_round_alone
 from srfed.federation.control import correction, encode_control, kept_control, own_control
 from srfed.federation.flower.admission import Admitted, admit
-from srfed.federation.flower.guard import GuardedApp, wire_guard
+from srfed.federation.flower.guard import wire_guard
 from srfed.federation.flower.packing import (
     description_content,
     read_refusal,
     read_tensors,
     reply_content,
 )
+from srfed.federation.flower.stacking import StackedApp
 from srfed.federation.layout import Layout
 from srfed.federation.messages import (
     AGAINST_TRIVIAL,
@@ -66,14 +67,14 @@ from srfed.units import printable
 TRIVIAL_IMAGES = 16
 """On how many a network is compared with a predictor that has learned nothing."""
 
-app = GuardedApp(mods=[wire_guard])
+app = StackedApp(mods=[wire_guard])
 
 
 def guarded_app(mods: Sequence[Mod]) -> ClientApp:
     """The same app with mods around the guard, the first one outermost: for an app of one's own,
     as the guard sees nothing of what they do.
     """
-    own = GuardedApp(mods=[*mods, wire_guard])
+    own = StackedApp(mods=[*mods, wire_guard])
     own.query("describe")(describe)
     own.train()(train)
     own.evaluate()(evaluate)

@@ -8,9 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from flwr.app import Message
-from flwr.serverapp import Grid
 
 from srfed.federation.flower.packing import message_bytes
 
@@ -28,6 +28,16 @@ stop_requested = threading.Event()
 
 class StoppedError(Exception):
     """The user asked the run to stop."""
+
+
+class Post(Protocol):
+    """What an exchange needs of a Flower grid."""
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; an id of each that is taken."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies to these messages that have come."""
 
 
 @dataclass
@@ -57,7 +67,7 @@ class _Turn:
 
 
 def exchange(
-    grid: Grid,
+    grid: Post,
     clients: Iterable[str],
     make: Callable[[str], Message],
     hear: Callable[[str, Message], None],
@@ -76,7 +86,7 @@ def exchange(
     then, and no other is kept at all.
 
     Args:
-        grid: any Flower grid.
+        grid: any Flower grid, or what speaks to one.
         clients: whom to ask.
         make: the request to a client, made anew whenever it is asked.
         hear: takes the reply of a client.
