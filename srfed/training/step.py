@@ -287,8 +287,9 @@ class LocalStep:
         # No owner's weights are in another's loss, so the gradient of the sum is each one's own.
         leaves = [tensor for tensor in self._stacked.values() if tensor.requires_grad]
         total = losses.unflatten(0, (count, -1)).mean(dim=1).sum()
+        # In the weights' own layout: the fused optimizer pairs elements by their place in memory.
         gradients = [
-            (None,) * count if gradient is None else gradient.unbind()
+            (None,) * count if gradient is None else gradient.contiguous().unbind()
             for gradient in torch.autograd.grad(total, leaves, allow_unused=True)
         ]
         names = [name for name in self._stacked if name in trained]
