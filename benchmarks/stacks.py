@@ -1,7 +1,7 @@
 """Time of an owner's local step in stacks of several sizes, over that of an owner by itself.
 
-``python -m benchmarks.stacks --network few_images --side 14 --stacks 2 4 8``: interleaved, in seconds of
-processor time, draws, clipping, optimizer and averages included.
+``python -m benchmarks.stacks --network few_images --side 14 --stacks 2 4 8``: interleaved, in
+seconds of processor time, draws, clipping, optimizer and averages included.
 """
 
 import statistics
@@ -57,7 +57,9 @@ def main() -> None:
         step = LocalStep(config, model, partition, objective, count)
         return lambda: train_owners(config, step, jobs(count))
 
-    runs = {1: lambda: train_owners(config, alone, jobs(1))}
+    runs: dict[int, Callable[[], list[LocalResult]]] = {
+        1: lambda: train_owners(config, alone, jobs(1))
+    }
     runs |= {count: stacked(count) for count in options.stacks}
     taken: dict[int, list[float]] = {count: [] for count in runs}
     for repeat in range(options.repeats + 1):

@@ -29,8 +29,11 @@ from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder, usual_folder
 
 if TYPE_CHECKING:
+    from srfed.diffusion.objective import Objective
     from srfed.diffusion.process import Denoiser
+    from srfed.diffusion.sampler import Sampler
     from srfed.evaluation.metrics.own import Metric
+    from srfed.federation.updates import UpdateStep
     from srfed.networks.network import Network
     from srfed.networks.partition import Shared
     from srfed.storage.start import Origin
@@ -44,6 +47,9 @@ def train(
     tasks: Any = None,
     network: "type[Network] | None" = None,
     *,
+    objective: "type[Objective] | None" = None,
+    sampler: "type[Sampler] | None" = None,
+    update_steps: "Sequence[str | type[UpdateStep]] | None" = None,
     observers: Iterable[Observer] = (),
     metrics: "Mapping[str, Metric] | None" = None,
     run_dir: str | Path | None = None,
@@ -66,6 +72,13 @@ def train(
         network: a class of your own, :class:`srfed.networks.network.Network`; None takes that of
             ``config.model``. It must stand in a module that every process can import; its options
             are ``model.options``.
+        objective, sampler: classes of your own of :class:`srfed.diffusion.objective.Objective` and
+            :class:`srfed.diffusion.sampler.Sampler`, in place of ``diffusion.prediction`` and
+            ``sampling.sampler``; they stand where ``network`` does, and may take settings of the
+            sections ``diffusion`` and ``sampling``.
+        update_steps: what a client does to its update before it travels, in place of
+            ``updates.steps``: names, and classes of your own after
+            :class:`srfed.federation.updates.UpdateStep`.
         observers: told what happens; what one raises ends the run, with all finished rounds kept.
         metrics: metrics of your own by name: functions of (real, generated), each uint8 N x H x W x
             C, that return a number. They are called at every evaluation, for each owner and for all
@@ -88,8 +101,7 @@ def train(
     folder = None if run_dir is None else Path(run_dir).absolute()
     if tasks is not None:
         tasks = given_tasks(config.data, tasks)
-    if network is not None:
-        config = _with_network(config, network)
+    config = _with_own(config, network, objective, sampler, update_steps)
     origin = start_from.path if isinstance(start_from, Run) else start_from
     if resume and origin is not None:
         raise UserError(
@@ -403,17 +415,37 @@ def train_run(
         run_in_process(run, observers, metrics=own)
 
 
-def _with_network(config: RunConfig, network: "type[Network]") -> RunConfig:
-    """The configuration with a network of one's own, by the name under which it can be loaded."""
-    module = network.__module__
+def _with_own(
+    config: RunConfig,
+    network: "type[Network] | None",
+    objective: "type[Objective] | None",
+    sampler: "type[Sampler] | None",
+    update_steps: "Sequence[str | type[UpdateStep]] | None",
+) -> RunConfig:
+    """The configuration with parts of one's own, by the names under which they can be loaded."""
+    content = config.model_dump(mode="json")
+    if network is not None:
+        model = content["model"]
+        kept = {key: v for key, v in model.items() if key in ("exclusive_stages", "options")}
+        content["model"] = {**kept, "network": _loadable_name(network)}
+    if objective is not None:
+        content["diffusion"]["prediction"] = _loadable_name(objective)
+    if sampler is not None:
+        content["sampling"]["sampler"] = _loadable_name(sampler)
+    if update_steps is not None:
+        content["updates"]["steps"] = [
+            step if isinstance(step, str) else _loadable_name(step) for step in update_steps
+        ]
+    return parse_config(content, "what was passed")
+
+
+def _loadable_name(part: type) -> str:
+    module = part.__module__
     script = getattr(sys.modules["__main__"], "__file__", None)
     if module == "__main__" and script is not None:
         # Other processes know a script by its file's name alone.
         module = Path(script).stem
-    content = config.model_dump(mode="json")
-    kept = {key: v for key, v in content["model"].items() if key in ("exclusive_stages", "options")}
-    content["model"] = {**kept, "network": f"{module}:{network.__qualname__}"}
-    return parse_config(content, "network")
+    return f"{module}:{part.__qualname__}"
 
 
 def _begun(

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
 from srfed import __version__
@@ -47,11 +47,18 @@ LONGEST_LOG = 10_000_000
 
 
 def write_bytes(path: Path, content: bytes, *, private: bool = True) -> None:
-    """Write a file atomically: temporary neighbour, fsync, rename, fsync of the folder.
+    """Write all of a file; arguments and errors as of :func:`written_file`."""
+    with written_file(path, private=private) as file:
+        file.write(content)
+
+
+@contextmanager
+def written_file(path: Path, *, private: bool = True) -> Iterator[IO[bytes]]:
+    """A file to be written in the block, atomically: temporary neighbour, fsync, rename, fsync of
+    the folder.
 
     Args:
         path: the file; missing folders above it are made.
-        content: all of it.
         private: for the owner alone; otherwise the umask decides, as for what is to be handed out.
 
     Raises:
@@ -63,14 +70,16 @@ def write_bytes(path: Path, content: bytes, *, private: bool = True) -> None:
         _refuse_folder(path)
         make_folder(path.parent, private=private)
         with open(temporary, "wb", opener=_owners if private else None) as file:
-            file.write(content)
+            yield file
             file.flush()
             _sync(file.fileno(), _NO_SYNC)
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        raise UserError(f"cannot write {path}: {_why(error)}") from error
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path}: {_why(error)}") from error
+        raise
     _sync_folder_of(path)
 
 

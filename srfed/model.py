@@ -3,7 +3,6 @@
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from srfed.config import OwnNetworkConfig, ResourcesConfig, RunConfig
-from srfed.config.choices import NETWORKS, OBJECTIVES, chosen, constants
+from srfed.config.choices import NETWORKS, OBJECTIVES, chosen, constants, make
 from srfed.device import captured_forward
 from srfed.diffusion.guidance import TaskDenoiser
 from srfed.diffusion.objective import Objective
@@ -33,10 +32,10 @@ def build_model(config: RunConfig, image_channels: int) -> Network:
         UserError: a network of one's own cannot be loaded or made, or has what is no parameter.
     """
     settings = config.model
+    made = chosen(NETWORKS, settings.network)
     if isinstance(settings, OwnNetworkConfig):
-        made, taken = _own_network(settings.network), dict(settings.options)
+        taken = dict(settings.options)
     else:
-        made = chosen(NETWORKS, settings.network)
         taken = constants(made, settings)
     if "tasks" in inspect.signature(made).parameters:
         taken["tasks"] = config.federation.clients
@@ -57,24 +56,6 @@ def build_model(config: RunConfig, image_channels: int) -> Network:
         )
     initialise(network, config.seed)
     return network
-
-
-def _own_network(name: str) -> type[Network]:
-    """The class of "module:Class"; raises UserError where there is no such network."""
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(import_module(module), attribute)
-    except Exception as error:
-        # The module is somebody else's program, and may raise anything while it is loaded.
-        raise UserError(
-            f"model.network = {name} cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
-    if not (isinstance(found, type) and issubclass(found, Network)):
-        raise UserError(
-            f"model.network = {name} is no network; allowed: a class of "
-            "srfed.networks.network.Network"
-        )
-    return found
 
 
 def shared_of(config: RunConfig, channels: Sequence[int]) -> tuple[Partition, Shared]:
@@ -237,9 +218,10 @@ def task_of_table(model: Network, task: int | None) -> int | None:
 
 
 def build_objective(config: RunConfig, device: torch.device) -> Objective:
-    """What the run's network learns to predict, its tables on ``device``."""
+    """What the run's network learns to predict, its tables on ``device``; raises UserError where
+    that is an objective of one's own that cannot be loaded or made.
+    """
     settings = config.diffusion
     schedule = build_schedule(**constants(build_schedule, settings))
-    made = chosen(OBJECTIVES, settings.prediction)
-    objective: Objective = made(schedule, device, **constants(made, settings))
+    objective: Objective = make(OBJECTIVES, settings.prediction, settings, schedule, device)
     return objective

@@ -11,7 +11,7 @@ from srfed.config.settings import Section, setting
 if TYPE_CHECKING:
     PredictionName = str
 else:
-    PredictionName = Literal[tuple(OBJECTIVES)]
+    PredictionName = OBJECTIVES.names
 
 
 class DiffusionConfig(Section):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from srfed.config.choices import OWN
 from srfed.config.model import SECTIONS, Options
 from srfed.config.run import REMOVED, RunConfig, sections_of
 from srfed.config.settings import Section
@@ -70,7 +71,9 @@ def _bound_words(metadata: Sequence[Any]) -> str:
     for constraint in metadata:
         for attribute, symbol in symbols.items():
             bound = getattr(constraint, attribute, None)
-            if bound is not None:
+            if bound == OWN:
+                words += ', "module:Class" of your own'
+            elif bound is not None:
                 words += f", {symbol} {bound}"
     return words
 

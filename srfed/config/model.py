@@ -17,15 +17,13 @@ from pydantic import (
     model_validator,
 )
 
-from srfed.config.choices import NETWORKS
+from srfed.config.choices import NETWORKS, OWN
 from srfed.config.settings import Section, setting
 
 STAGES = 4
 """Resolution stages of the UNet (the paper's "four layers")."""
 
 
-OWN = r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_.]*$"
-"""A network of one's own, "module:Class"."""
 Option = bool | int | float | str | tuple[bool | int | float | str, ...] | None
 
 

@@ -8,7 +8,7 @@ from srfed.config.settings import Section, setting
 if TYPE_CHECKING:
     SamplerName = str
 else:
-    SamplerName = Literal[tuple(SAMPLERS)]
+    SamplerName = SAMPLERS.names
 
 
 class SamplingConfig(Section):

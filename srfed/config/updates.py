@@ -11,7 +11,7 @@ from srfed.config.settings import Section, setting
 if TYPE_CHECKING:
     StepName = str
 else:
-    StepName = Literal[tuple(UPDATE_STEPS)]
+    StepName = UPDATE_STEPS.names
 
 
 class UpdatesConfig(Section):
@@ -37,8 +37,9 @@ class UpdatesConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        known = [name for name in self.steps if name in UPDATE_STEPS]
         allowed = [name for name in UPDATE_STEPS if name in self.steps]
-        if list(self.steps) != allowed:
+        if known != allowed or len({*self.steps}) < len(self.steps):
             raise ValueError(
                 f"steps {json.dumps(self.steps)} is not allowed; allowed: each step once, in the "
                 f"order {json.dumps(allowed)}"

@@ -18,6 +18,7 @@ from PIL import Image
 
 from srfed.config import DataConfig
 from srfed.data.images import Images, fit_image, is_deep
+from srfed.data.mapped import ImageCollector
 from srfed.data.record import ImageRecord
 from srfed.data.source import data_path, slugs, split, split_by_content
 from srfed.errors import UserError
@@ -274,7 +275,7 @@ def read_files(files: Sequence[Path], config: DataConfig) -> Images:
         UserError: one cannot be read, or they differ in size or channels after fitting.
     """
     first = _read_file(files[0], config)
-    images = np.empty((len(files), *first.shape), np.uint8)
+    collector = ImageCollector()
     for position, file in enumerate(files):
         image = _read_file(file, config) if position else first
         if image.shape[:2] != first.shape[:2]:
@@ -287,8 +288,8 @@ def read_files(files: Sequence[Path], config: DataConfig) -> Images:
                 f"grey and colour images are mixed: {files[0]} has {first.shape[2]} channels, "
                 f"{file} has {image.shape[2]}; set data.channels to 1 or 3"
             )
-        images[position] = image
-    return images
+        collector.add(image[None])
+    return collector.images()
 
 
 def _read_file(file: Path, config: DataConfig) -> Images:

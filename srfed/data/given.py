@@ -2,7 +2,7 @@
 flwr-datasets. All are known by what they can do; none of these libraries is needed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from PIL import Image
 
 from srfed.config import DataConfig
 from srfed.data.images import Images, fit_image, fit_images
+from srfed.data.mapped import ImageCollector
 from srfed.data.source import slugs, split_by_content
 from srfed.data.tasks import Task, extents
 from srfed.errors import UserError
@@ -28,15 +29,17 @@ def given_tasks(config: DataConfig, given: Any) -> list[Task]:
     """The tasks that somebody has as objects, converted once.
 
     Each data set is read once, in order, an owner after the other, so what it draws at random is
-    drawn once. Where there is no test split, ``data.test_fraction`` of an owner's images are held
-    out, as their content says; ``data.image_size`` and ``data.channels`` are applied.
+    drawn once. An owner's images may be more than memory holds: see :mod:`srfed.data.mapped`. Where
+    there is no test split, ``data.test_fraction`` of an owner's images are held out, as their
+    content says; ``data.image_size`` and ``data.channels`` are applied.
 
     Args:
         config: the run's data settings.
         given: :class:`Task` objects; or a mapping of owners' names to data sets; or a list of data
             sets, whose owners are "owner-0", ...; or one data set with labels, an owner for each
             label; or a partitioner of flwr-datasets, or a ``FederatedDataset`` with one, whose
-            owners are "partition-0", .... A data set is anything with a length and an index: its
+            owners are "partition-0", .... A data set is anything with a length and an index, or
+            that can be gone through once: its
             items are images, (image, label), or rows with a column "image" (or "img"); or a mapping
             of "train" and "test" to two of them. An image is a picture of Pillow's; an array H x W
             or H x W x C; or a tensor H x W or C x H x W; of uint8, or of floats from 0 to 1.
@@ -53,10 +56,13 @@ def given_tasks(config: DataConfig, given: Any) -> list[Task]:
     """
     if isinstance(given, Sequence) and all(isinstance(one, Task) for one in given):
         return list(given)
-    return [_task(config, owner, index, data) for index, (owner, data) in enumerate(_owners(given))]
+    return [
+        _task(config, owner, index, data)
+        for index, (owner, data) in enumerate(_owners(config, given))
+    ]
 
 
-def _owners(given: Any) -> Iterator[tuple[str, Any]]:
+def _owners(config: DataConfig, given: Any) -> Iterator[tuple[str, Any]]:
     """The owners, and each one's data set."""
     partitioners = getattr(given, "partitioners", None)
     if isinstance(partitioners, Mapping):
@@ -81,7 +87,7 @@ def _owners(given: Any) -> Iterator[tuple[str, Any]]:
         for number, data in enumerate(given):
             yield f"owner-{number}", data
     else:
-        yield from _by_label(given)
+        yield from _by_label(config, given)
 
 
 def _are_data_sets(given: Sequence[Any]) -> bool:
@@ -89,26 +95,27 @@ def _are_data_sets(given: Sequence[Any]) -> bool:
     return bool(given) and not isinstance(given[0], tuple | Mapping | Image.Image | Task)
 
 
-def _by_label(given: Any) -> Iterator[tuple[str, Any]]:
+def _by_label(config: DataConfig, given: Any) -> Iterator[tuple[str, Any]]:
     """An owner for each label of one data set, in the labels' order."""
     splits = given if isinstance(given, Mapping) else {"train": given}
-    rows: dict[str, list[tuple[Any, Any]]] = {
-        split: list(_items(data, "tasks")) for split, data in splits.items()
-    }
-    labels = [label for _, label in rows["train"]]
-    if not labels or any(label is None for label in labels):
+    own: dict[int, dict[str, ImageCollector]] = {}
+    for number, (image, label) in enumerate(_items(splits["train"], "tasks")):
+        if label is None:
+            own = {}
+            break
+        collectors = {split: ImageCollector() for split in splits}
+        _take(config, own.setdefault(int(label), collectors)["train"], image, "tasks", number)
+    if not own:
         raise UserError(
             f"tasks is of type {type(given).__name__} without a label for each image, so nobody "
             f"can say whose each is; allowed: {ALLOWED}"
         )
-    known = sorted({int(label) for label in labels})
-    names = _label_names(splits["train"], known)
-    for label, name in zip(known, names, strict=True):
-        own = {
-            split: [image for image, one in items if one is not None and int(one) == label]
-            for split, items in rows.items()
-        }
-        yield name, own if "test" in own else own["train"]
+    for number, (image, label) in enumerate(_items(splits.get("test", []), "tasks['test']")):
+        if label is not None and int(label) in own:
+            _take(config, own[int(label)]["test"], image, "tasks['test']", number)
+    known = sorted(own)
+    for label, name in zip(known, _label_names(splits["train"], known), strict=True):
+        yield name, own[label] if "test" in splits else own[label]["train"]
 
 
 def _label_names(data: Any, labels: Sequence[int]) -> list[str]:
@@ -137,20 +144,28 @@ def _task(config: DataConfig, owner: str, index: int, data: Any) -> Task:
 
 def _images(config: DataConfig, data: Any, where: str) -> Images:
     """uint8 N x H x W x C of a data set."""
-    images: list[Images] = []
-    for number, (image, _) in enumerate(_items(data, where)):
-        try:
-            images.append(_image(config, image))
-        except UserError as error:
-            raise UserError(f"{where}: image {number}: {error}") from error
-        if images[-1].shape != images[0].shape:
-            raise UserError(
-                f"{where}: image {number} is {extents(images[-1].shape)}, and the first "
-                f"{extents(images[0].shape)}; set data.image_size and data.channels"
-            )
-    if not images:
+    collector = data if isinstance(data, ImageCollector) else ImageCollector()
+    if collector is not data:
+        for number, (image, _) in enumerate(_items(data, where)):
+            _take(config, collector, image, where, number)
+    if collector.shape is None:
         raise UserError(f"{where} has no images; allowed: 2 and more")
-    return np.stack(images)
+    return collector.images()
+
+
+def _take(
+    config: DataConfig, collector: ImageCollector, image: Any, where: str, number: int
+) -> None:
+    try:
+        fitted = _image(config, image)
+    except UserError as error:
+        raise UserError(f"{where}: image {number}: {error}") from error
+    if collector.shape not in (None, fitted.shape):
+        raise UserError(
+            f"{where}: image {number} is {extents(fitted.shape)}, and the first "
+            f"{extents(collector.shape)}; set data.image_size and data.channels"
+        )
+    collector.add(fitted[None])
 
 
 def _items(data: Any, where: str) -> Iterator[tuple[Any, Any]]:
@@ -161,13 +176,17 @@ def _items(data: Any, where: str) -> Iterator[tuple[Any, Any]]:
     if columns is not None:
         yield from _rows(data, list(columns), where)
         return
-    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+    if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+        # As torch's samplers do: going through a data set need not end.
+        items: Iterable[Any] = (data[number] for number in range(len(data)))
+    elif hasattr(data, "__iter__"):
+        items = data
+    else:
         raise UserError(
-            f"{where} is of type {type(data).__name__}, which has no length and no index; "
-            f"allowed: {ALLOWED}"
+            f"{where} is of type {type(data).__name__}, which cannot be gone through; allowed: "
+            f"{ALLOWED}"
         )
-    for number in range(len(data)):
-        item = data[number]
+    for item in items:
         if isinstance(item, Mapping):
             name = _column(list(item), IMAGE_COLUMNS)
             if name is None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from srfed.config import DataConfig
 from srfed.data.images import Images
+from srfed.data.mapped import map_member
 from srfed.data.record import ImageRecord
 from srfed.data.source import (
     Labelled,
@@ -121,7 +122,11 @@ def read_arrays(
                 raise UserError(
                     f"{key}: {path} has no array {missing[0]}; it has {', '.join(stored)}"
                 )
-            return {name: stored[name] for name in (*required, *optional) if name in stored}
+            named = [name for name in (*required, *optional) if name in stored]
+            mapped = {name: map_member(path, name) for name in named}
+            return {
+                name: stored[name] if whole is None else whole for name, whole in mapped.items()
+            }
     except UserError:
         raise
     except Exception as error:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from srfed.config import DataConfig
 from srfed.data.images import Images, fit_images
+from srfed.data.mapped import chosen_images
 from srfed.data.record import ImageRecord, fingerprints
 from srfed.errors import UserError
 from srfed.paths import user_path
@@ -65,8 +66,10 @@ class LabelledSource:
 
     def load(self, index: int, known: ImageRecord | None = None) -> tuple[Images, Images]:
         train, test = self._splits
-        own = train.images[train.labels == self.labels[index]]
-        held_out = None if test is None else test.images[test.labels == self.labels[index]]
+        own = chosen_images(train.images, train.labels == self.labels[index])
+        held_out = (
+            None if test is None else chosen_images(test.images, test.labels == self.labels[index])
+        )
         return fit_and_split(
             self.config, self.names[index], own, held_out, known, by_content=not self.published
         )
@@ -163,7 +166,7 @@ def split_by_content(
         limit -= 1
     held_out = set(row[:limit])
     chosen = np.array([one in held_out for one in names])
-    return _first(config, name, images[~chosen]), images[chosen]
+    return _first(config, name, chosen_images(images, ~chosen)), chosen_images(images, chosen)
 
 
 def _place(fingerprint: str, held_out: Mapping[str, bool]) -> float:

@@ -1,6 +1,5 @@
 """Tasks given as arrays: looked at, and kept in one .npz file for every process of a run."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from srfed.data.images import SMALLEST
+from srfed.data.mapped import is_mapped
 from srfed.data.source import slugs
 from srfed.data.tasks import Task
 from srfed.errors import UserError
-from srfed.files import write_bytes
+from srfed.files import written_file
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:
@@ -63,11 +63,12 @@ def store_tasks(path: Path, tasks: Sequence[Task]) -> None:
     arrays: dict[str, Any] = {"label_names": np.array([task.name for task in tasks])}
     for split in ("train", "test"):
         groups = [getattr(task, split) for task in tasks]
-        if len({task.shape for task in tasks}) == 1:
+        if len({task.shape for task in tasks}) == 1 and not any(map(is_mapped, groups)):
             arrays[f"{split}_images"] = np.concatenate(groups)
             arrays[f"{split}_labels"] = np.repeat(np.arange(len(tasks)), [len(g) for g in groups])
         else:
             arrays |= {f"{split}_images_{label}": group for label, group in enumerate(groups)}
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write_bytes(path, buffer.getvalue())
+    # What is mapped is written as it lies, in pieces, to be mapped again.
+    save = np.savez if any(map(is_mapped, arrays.values())) else np.savez_compressed
+    with written_file(path) as file:
+        save(file, **arrays)

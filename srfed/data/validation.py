@@ -6,6 +6,7 @@ import numpy as np
 
 from srfed.config import DataConfig
 from srfed.data.images import Images
+from srfed.data.mapped import chosen_images
 from srfed.data.record import ImageRecord, fingerprints
 from srfed.errors import UserError
 
@@ -45,4 +46,4 @@ def set_aside(
             f"training images of task {name}; allowed: 0, or 2 and more where others that differ "
             "are left"
         )
-    return train[~chosen], train[chosen]
+    return chosen_images(train, ~chosen), chosen_images(train, chosen)

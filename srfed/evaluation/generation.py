@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from srfed.config import SamplingConfig
-from srfed.config.choices import SAMPLERS, chosen, constants
+from srfed.config.choices import SAMPLERS, make
 from srfed.config.evaluation import strip_timesteps
 from srfed.data import to_uint8
 from srfed.data.images import Images
@@ -87,6 +87,5 @@ def generate(
 
 def build_sampler(sampling: SamplingConfig) -> Sampler:
     """The sampler of ``sampling.sampler``, with its constants."""
-    made = chosen(SAMPLERS, sampling.sampler)
-    sampler: Sampler = made(**constants(made, sampling))
+    sampler: Sampler = make(SAMPLERS, sampling.sampler, sampling)
     return sampler

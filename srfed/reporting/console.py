@@ -18,7 +18,9 @@ from srfed.reporting.pace import Pace
 from srfed.units import bytes_in_words, seconds_in_words
 
 BETWEEN_LINES = 60.0
-"""Seconds of silence after which it is said how far the run is, where there is no terminal."""
+"""Where there is no terminal: seconds of silence after which it is said how far the run is, and the
+least between two lines of rounds that went well.
+"""
 TURN, MEMORY_TURN = 0.5, 5.0
 """Seconds between two looks at the run, and at its memory."""
 LONGEST_STOP = 5.0
@@ -28,8 +30,10 @@ class Console(Observer):
     """Prints what happens in a run: one plain line for each round and each evaluation.
 
     On a terminal a bar below them shows how much of the round or evaluation at hand is done, the
-    time left and the memory; elsewhere a line does, a minute after the last one. The last line
-    says what the run took. A thread of its own looks on; it touches nothing of the run.
+    time left and the memory. Elsewhere rounds have a line a minute at most, besides the first, the
+    last and those in which somebody was absent; and a line says how far the run is where nothing
+    was said for a minute. The last line says what the run took. A thread of its own looks on; it
+    touches nothing of the run.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -41,6 +45,7 @@ class Console(Observer):
         self._over = threading.Event()
         self._watcher: threading.Thread | None = None
         self._began = self._said = self._looked = time.monotonic()
+        self._told_round: float | None = None
         self._stage = self._answered = ""
         self._memory = self._processes = self._at_most = 0
 
@@ -48,6 +53,7 @@ class Console(Observer):
         self._clients = [task.client for task in tasks]
         self._pace.begin(tasks, last_round)
         self._began = self._said = time.monotonic()
+        self._told_round = None
         if last_round:
             over = last_round >= self._config.federation.rounds
             self._say(
@@ -84,6 +90,9 @@ class Console(Observer):
             self._end_stage()
             self._pace.end_round(record)
             left = self._pace.seconds_left()
+        if not self._tells(record):
+            return
+        self._told_round = time.monotonic()
         self._say(
             f"round {record.round:>{len(str(last))}}/{last}  loss {record.loss:.4f}  "
             f"{record.images_per_second:,.0f} images/s  up {bytes_in_words(record.bytes_up)}  down "
@@ -140,6 +149,18 @@ class Console(Observer):
         # Whoever cannot read this has been told by the lines before it, or by what stops the run.
         with suppress(OSError, ValueError):
             self._say(f"after {seconds_in_words(time.monotonic() - self._began)}{self._at_peak()}")
+
+    def _tells(self, record: RoundRecord) -> bool:
+        absent = bool(record.refused or record.missing)
+        if record.validation is not None:
+            absent |= bool(record.validation.refused or record.validation.missing)
+        return (
+            absent
+            or self._told_round is None
+            or record.round == self._config.federation.rounds
+            or sys.stdout.isatty()
+            or time.monotonic() - self._told_round >= BETWEEN_LINES
+        )
 
     def _tell_validation(self, record: ValidationRecord) -> None:
         loss = "told by nobody" if record.loss is None else f"{record.loss:.4f}"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srfed.config import RunConfig
+from srfed.config.choices import UPDATE_STEPS, make
 from srfed.cores import check_resources
 from srfed.errors import UserError
 from srfed.files import held
@@ -50,8 +51,8 @@ def check_training(
         The tasks.
 
     Raises:
-        UserError: data, batch size, device, partition, feature network or cores do not fit; images
-            have changed.
+        UserError: data, batch size, device, partition, parts of one's own, feature network or cores
+            do not fit; images have changed.
     """
     if config.data.dataset == "sites":
         raise UserError(
@@ -80,7 +81,8 @@ def check_training(
             )
     from srfed.device import resolve_device
     from srfed.evaluation.features.load import load_feature_network
-    from srfed.model import shared_of
+    from srfed.evaluation.generation import build_sampler
+    from srfed.model import build_objective, shared_of
     from srfed.training.centralised import centralised_orders
     from srfed.training.minibatches import MinibatchOrder
 
@@ -94,6 +96,10 @@ def check_training(
                 training, len(task.train), training.batch_size, config.seed, task.name
             )
     shared_of(config, sorted({task.shape[-1] for task in tasks}))
+    build_objective(config, device)
+    build_sampler(config.sampling)
+    for step in config.updates.steps:
+        make(UPDATE_STEPS, step, config.updates)
     load_feature_network(
         config.evaluation.feature_network, config.evaluation.inception_weights, device
     )

@@ -328,7 +328,8 @@ def _ancestors(manifests: dict[str, dict[str, Any]], newest: str) -> Iterator[st
 def _by_step(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     memory: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        step, _, member = name.partition(":")
+        # What a step of one's own is called has a colon, and no tensor's name has.
+        step, _, member = name.rpartition(":")
         memory.setdefault(step, {})[member] = tensor
     return memory
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from srfed.config import RunConfig
-from srfed.data import Task, to_model_range
+from srfed.data import Task
+from srfed.data.images import Images
 from srfed.device import arithmetic, memory_layout, to_device
 from srfed.diffusion.objective import Objective
 from srfed.diffusion.process import Forward
@@ -23,7 +24,12 @@ from srfed.errors import UserError
 from srfed.networks.network import Network
 from srfed.networks.partition import Exclusive, Partition, Shared
 from srfed.randomness import derive_generator
-from srfed.training.minibatches import MinibatchOrder, draw_minibatch, seeded_dropout
+from srfed.training.minibatches import (
+    MinibatchOrder,
+    TrainingImages,
+    draw_minibatch,
+    seeded_dropout,
+)
 from srfed.training.optimizer import rates_of_round
 from srfed.training.part import ClientState, LivePart, Part, copies
 from srfed.training.step import LossMeter, Share, training_step
@@ -93,10 +99,6 @@ class CentralisedTrainer:
         self._device = next(model.parameters()).device
         self._names = [task.name for task in tasks]
         self._layout = memory_layout(config.resources)
-        images = [
-            to_model_range(t.train).to(self._device).contiguous(memory_format=self._layout)
-            for t in tasks
-        ]
         self._shared = LivePart(config.training, _parameters(model, partition.shared, self._layout))
         self._exclusive = {
             name: LivePart(
@@ -111,11 +113,11 @@ class CentralisedTrainer:
         size = training.centralised_batch_size or training.batch_size
         self._steps = len(tasks) * (training.local_steps or 0) * training.batch_size // size
         if training.method == "pooled":
-            self._images = {POOL: torch.cat(images)}
-            of_image = [torch.full((len(group),), index) for index, group in enumerate(images)]
+            self._images = {POOL: self._images_of([task.train for task in tasks])}
+            of_image = [torch.full((len(t.train),), index) for index, t in enumerate(tasks)]
             self._tasks = {POOL: torch.cat(of_image).to(self._device)}
         else:
-            self._images = dict(zip(self._names, images, strict=True))
+            self._images = {task.name: self._images_of([task.train]) for task in tasks}
             self._tasks = {
                 name: torch.full((len(group),), index, device=self._device)
                 for index, (name, group) in enumerate(self._images.items())
@@ -187,6 +189,9 @@ class CentralisedTrainer:
             seconds=seconds,
         )
 
+    def _images_of(self, sets: Sequence[Images]) -> TrainingImages:
+        return TrainingImages(sets, self._device, self._layout)
+
     def _names_of(self, round_number: int, step: int) -> list[str]:
         """Whose minibatches a step sees."""
         names = list(self._images)
@@ -196,13 +201,15 @@ class CentralisedTrainer:
         return names
 
     def _share(self, name: str, round_number: int, step: int, seen: int) -> Share:
-        indices = to_device(self._orders[name].indices(seen), self._device)
-        images, tasks = self._images[name][indices], self._tasks[name][indices]
+        indices = self._orders[name].indices(seen)
+        tasks = self._tasks[name][to_device(indices, self._device)]
         exclusive = self._exclusive[name]
         return Share(
             self._forward({**self._shared.weights, **exclusive.weights}, tasks),
             exclusive,
-            draw_minibatch(self._config, self._objective, images, name, round_number, step),
+            draw_minibatch(
+                self._config, self._objective, self._images[name][indices], name, round_number, step
+            ),
             seeded_dropout(self._config, self._device, name, round_number, step),
         )
 

@@ -11,13 +11,18 @@ import torch
 from torch import Tensor
 
 from srfed.config import RunConfig, TrainingConfig
-from srfed.data import to_model_range
-from srfed.device import arithmetic, memory_layout, to_device
+from srfed.device import arithmetic, memory_layout
 from srfed.diffusion.objective import Objective
 from srfed.model import task_of_table
 from srfed.networks.network import Network
 from srfed.networks.partition import Control, Exclusive, Partition, Shared
-from srfed.training.minibatches import Minibatch, MinibatchOrder, draw_minibatch, seeded_dropout
+from srfed.training.minibatches import (
+    Minibatch,
+    MinibatchOrder,
+    TrainingImages,
+    draw_minibatch,
+    seeded_dropout,
+)
 from srfed.training.optimizer import rates_of_round
 from srfed.training.part import ClientState, Part, copies
 from srfed.training.step import LocalStep, LossMeter
@@ -83,6 +88,9 @@ class LocalTrainer:
         step: of the same model; trainers that share the model may share what was captured of it.
         run: carries out a round; None trains it by itself, on ``step``.
 
+    Attributes:
+        image_shape: H, W, C of the images.
+
     Raises:
         UserError: the batch size does not fit the images, or the model's table has no such task.
     """
@@ -107,7 +115,8 @@ class LocalTrainer:
         self._step = step or LocalStep(config, model, partition, objective)
         self._run = run or self.run_alone
         layout = memory_layout(config.resources)
-        self._images = to_model_range(images).to(self._device).contiguous(memory_format=layout)
+        self.image_shape = tuple(images.shape[1:])
+        self._images = TrainingImages([images], self._device, layout)
         training = config.training
         self._order = MinibatchOrder.of(
             training, len(images), training.batch_size, config.seed, task
@@ -137,11 +146,6 @@ class LocalTrainer:
         (result,) = train_owners(self._config, self._step, [job])
         return result
 
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        """C, H, W of the task's images."""
-        return tuple(self._images.shape[1:])
-
     def steps(self, state: ClientState) -> list[tuple[tuple[str, ...], Tensor]]:
         """The steps of a round from this state: the parts that each trains, and the indices of the
         images that it sees.
@@ -161,7 +165,7 @@ class LocalTrainer:
 
     def draw(self, indices: Tensor, round_number: int, step: int) -> Minibatch:
         """What a step sees: the images at these indices, with times and noise."""
-        images = self._images[to_device(indices, self._device)]
+        images = self._images[indices]
         return draw_minibatch(self._config, self._objective, images, self._task, round_number, step)
 
     def tasks(self, count: int) -> list[Tensor]:

@@ -2,18 +2,63 @@
 task, step).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from srfed.config import RunConfig, TrainingConfig
+from srfed.data import to_model_range
+from srfed.data.images import Images
+from srfed.data.mapped import is_mapped
 from srfed.device import to_device
 from srfed.diffusion.objective import Objective
 from srfed.errors import UserError
 from srfed.randomness import derive_generator, derive_seed
+
+
+class TrainingImages:
+    """Images as steps are given them; those that lie in a file stay there, and each minibatch is
+    read.
+
+    Args:
+        sets: uint8 N x H x W x C each, of one shape; counted through.
+        device: where the steps are taken.
+        layout: of the minibatches.
+    """
+
+    def __init__(
+        self, sets: Sequence[Images], device: torch.device, layout: torch.memory_format
+    ) -> None:
+        self._device, self._layout = device, layout
+        self._sets = sets
+        self._starts = np.cumsum([0, *map(len, sets)])
+        mapped = any(map(is_mapped, sets))
+        self._ready = None if mapped else torch.cat([self._steps_see(images) for images in sets])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Those of these indices, (N,) int64, in [-1, 1]: float32 N x C x H x W on the device."""
+        if self._ready is not None:
+            return self._ready[to_device(indices, self._device)]
+        wanted = indices.numpy()
+        sets = np.searchsorted(self._starts, wanted, side="right") - 1
+        return self._steps_see(
+            np.stack(
+                [
+                    self._sets[of][index - self._starts[of]]
+                    for of, index in zip(sets, wanted, strict=True)
+                ]
+            )
+        )
+
+    def _steps_see(self, images: Images) -> Tensor:
+        return to_model_range(images).to(self._device).contiguous(memory_format=self._layout)
 
 
 class MinibatchOrder:

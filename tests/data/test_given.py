@@ -143,10 +143,10 @@ def test_a_partitioner_of_flwr_datasets_has_an_owner_for_each_partition(given: A
     [
         (
             7,
-            "tasks is of type int, which has no length and no index; allowed: a list",
+            "tasks is of type int, which cannot be gone through; allowed: a list",
         ),
         ({}, "tasks is empty"),
-        ({"a": iter([])}, "tasks['a'] is of type list_iterator, which has no length"),
+        ({"a": iter([])}, "tasks['a'] has no images"),
         ({"a": []}, "tasks['a'] has no images"),
         ({"a": COLOUR[:, :2]}, "of 8 x 2 px are too small"),
         (

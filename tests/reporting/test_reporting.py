@@ -675,6 +675,27 @@ def test_off_a_terminal_a_minute_of_silence_ends_with_a_line_of_how_far_the_run_
     assert len(last) == 2
 
 
+def told_rounds(monkeypatch: pytest.MonkeyPatch, screen: io.StringIO) -> list[str]:
+    """The rounds of ten, 25 s each, that have a line; somebody is missing in the fifth."""
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(sys, "stdout", screen)
+    console = Console(tiny_config({"federation.rounds": 10, "evaluation.every": 0}))
+    console.on_begin(TASKS, 0)
+    for number in range(1, 11):
+        console.on_start("round", number)
+        clock.go_on(25.0, 48)
+        console.on_round(round_record(number, missing={"client-b": "gone"} if number == 5 else {}))
+    console.on_end()
+    return re.findall(r"round +(\d+)/10  loss", screen.getvalue())
+
+
+def test_off_a_terminal_rounds_that_go_well_have_a_line_a_minute_at_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert told_rounds(monkeypatch, io.StringIO()) == ["1", "4", "5", "8", "10"]
+    assert told_rounds(monkeypatch, Terminal()) == [str(number) for number in range(1, 11)]
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

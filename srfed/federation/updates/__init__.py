@@ -7,18 +7,19 @@ nor backend change a bit; sums are float64.
 
 A step is a class in a file of its own, and a line in
 :data:`srfed.config.choices.UPDATE_STEPS`; its constants are settings of the section ``updates``.
+Anybody's own is named "module:Class".
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NewType, Protocol
+from typing import NewType, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from srfed.config import RunConfig, UpdatesConfig
-from srfed.config.choices import UPDATE_STEPS, chosen, constants
+from srfed.config.choices import UPDATE_STEPS, make
 from srfed.federation.layout import Layout
 from srfed.randomness import derive_generator
 
@@ -41,6 +42,7 @@ class Length:
     value: float
 
 
+@runtime_checkable
 class UpdateStep(Protocol):
     """One thing that is done to an update before it travels; its constructor takes settings of the
     section ``updates`` as keyword arguments of the same names.
@@ -76,11 +78,7 @@ class UpdateStep(Protocol):
 
 def steps_of(settings: UpdatesConfig) -> dict[str, UpdateStep]:
     """The steps of a run by name, in their order."""
-    steps: dict[str, UpdateStep] = {}
-    for name in settings.steps:
-        step = chosen(UPDATE_STEPS, name)
-        steps[name] = step(**constants(step, settings))
-    return steps
+    return {name: make(UPDATE_STEPS, name, settings) for name in settings.steps}
 
 
 def difference(trained: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Delta:
