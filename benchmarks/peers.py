@@ -96,7 +96,7 @@ def _own(
     partition = build_partition(config, model)
     state = initial_state(model, partition)
     shared = Shared(copies(partition.take_shared(model.state_dict())))
-    model = model.to(memory_format=memory_layout(resources))  # type: ignore[call-overload]
+    model = model.to(memory_format=memory_layout(resources))
     objective = build_objective(config, torch.device("cpu"))
     trainer = LocalTrainer(config, model, partition, objective, "benchmark", images)
     return model, lambda: trainer.train(1, shared, state)
