@@ -1,8 +1,9 @@
 """Federated rounds against a plain PyTorch loop: ``python -m benchmarks.rounds``.
 
 All do the same optimizer steps on the same number of images with the same network: a loop in one
-process without federation (one thread, and all cores), the in-process grid, and Ray. Prints images
-per second and the ratio to the one-thread loop; the first round of each is warm-up and not counted.
+process without federation (one thread, and all cores), such loops side by side in as many processes
+as Ray has clients at work, the in-process grid, and Ray. Prints images per second and the ratio to
+the one-thread loop; the first round of each is warm-up and not counted.
 """
 
 import argparse
@@ -10,6 +11,8 @@ import json
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -43,6 +46,11 @@ def main() -> None:
     speeds = {"plain loop, 1 thread": plain_loop(config, 1)}
     if cores > 1:
         speeds[f"plain loop, {cores} threads"] = plain_loop(config, cores)
+    at_once = min(config.federation.clients, cores // config.resources.client_cpus)
+    if at_once > 1:
+        with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as processes:
+            side_by_side = processes.map(plain_loop, [config] * at_once, [1] * at_once)
+            speeds[f"plain loops, {at_once} processes"] = sum(side_by_side)
     with tempfile.TemporaryDirectory() as folder:
         for name, run in (("in-process grid", run_in_process), ("Ray", run_on_ray)):
             directory = RunFolder.create(Path(folder) / name, config)

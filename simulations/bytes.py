@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_options(parser)
     options = parser.parse_args(arguments)
-    return run_command(lambda: _study(options))
+    return run_command(lambda: _study(options), options.minutes)
 
 
 def cells(options: argparse.Namespace) -> list[Case]:

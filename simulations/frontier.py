@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_options(parser)
     options = parser.parse_args(arguments)
-    return run_command(lambda: _frontier(options))
+    return run_command(lambda: _frontier(options), options.minutes)
 
 
 def _frontier(options: argparse.Namespace) -> None:

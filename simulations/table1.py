@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_options(parser)
     options = parser.parse_args(arguments)
-    return run_command(lambda: _table(options))
+    return run_command(lambda: _table(options), options.minutes)
 
 
 def configuration(dataset: str, preset: str, data_dir: str | None, device: str) -> RunConfig:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from srfed.config import RunConfig, load_config, parse_config
 from srfed.data.given import given_tasks
@@ -216,6 +216,7 @@ class Run:
         seed: int = 0,
         network: str | None = None,
         ssim_images: int | None = None,
+        ssim_steps: int | Literal["all"] | None = None,
         quantile: float = 0.05,
         references: str | Path | None = None,
     ) -> dict[str, Any]:
@@ -226,6 +227,7 @@ class Run:
             seed: of the samples.
             network: "embedded" or "inception"; None takes the run's.
             ssim_images: test images of each task for SSIM-rec; None takes the run's.
+            ssim_steps: in which they are taken back; "all" takes Algorithm 2, None the run's way.
             quantile: of the memorisation audit, above 0 and below 0.5.
             references: where statistics of real images are kept between runs.
 
@@ -248,6 +250,8 @@ class Run:
         given = {"samples": samples, "feature_network": network, "ssim_images": ssim_images}
         content = self.config.model_dump(mode="json")
         content["evaluation"] |= {key: v for key, v in given.items() if v is not None}
+        if ssim_steps is not None:
+            content["evaluation"]["ssim_steps"] = None if ssim_steps == "all" else ssim_steps
         evaluation = parse_config(content, "evaluate").evaluation
         return evaluate_run(
             self.path,
@@ -258,6 +262,7 @@ class Run:
                 sampling=self.config.sampling,
                 ssim_images=evaluation.ssim_images,
                 ssim_timesteps=tuple(sorted({evaluation.ssim_timestep, *evaluation.ssim_curve})),
+                ssim_steps=evaluation.ssim_steps,
                 quantile=quantile,
             ),
             load_feature_network(

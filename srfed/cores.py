@@ -25,7 +25,7 @@ def check_resources(resources: ResourcesConfig, *, federated: bool = True) -> No
     training has none.
     """
     cores = resources.cpus or usable_cores()
-    if resources.client_cpus > cores:
+    if resources.client_cpus > cores and resources.ray_address is None:
         raise UserError(
             f"resources.client_cpus = {resources.client_cpus} is above the {cores} cores that this "
             "process may use"

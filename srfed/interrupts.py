@@ -1,7 +1,7 @@
 """What every command has in common: its output, the signals that end it, its exit status.
 
-0 done; 2 after one line about what the user can mend; 129, 130 or 143 on SIGHUP, SIGINT or SIGTERM;
-141 where nobody reads the output any more.
+0 done; 2 after one line about what the user can mend; 3 when the time given was over; 129, 130
+or 143 on SIGHUP, SIGINT or SIGTERM; 141 where nobody reads the output any more.
 """
 
 import errno
@@ -30,11 +30,17 @@ class Interrupted(KeyboardInterrupt):
         self.status = 128 + number
 
 
-def run_command(command: Callable[[], None]) -> int:
-    """Run a command; returns its exit status."""
+class OutOfTime(KeyboardInterrupt):
+    """The time that a command was given is over."""
+
+    status = 3
+
+
+def run_command(command: Callable[[], None], minutes: float | None = None) -> int:
+    """Run a command, for so long at most; returns its exit status."""
     mend_streams()
     try:
-        with signals_to(_interrupt):
+        with signals_to(_interrupt), _ends_after(minutes):
             command()
             sys.stdout.flush()
     except UserError as error:
@@ -42,7 +48,9 @@ def run_command(command: Callable[[], None]) -> int:
         return 2
     except (KeyboardInterrupt, BrokenPipeError) as stop:
         tell(
-            "interrupted"
+            str(stop)
+            if isinstance(stop, OutOfTime)
+            else "interrupted"
             if isinstance(stop, KeyboardInterrupt)
             else "interrupted: nobody reads the output"
         )
@@ -63,7 +71,26 @@ def status_of(stop: BaseException) -> int:
     """The exit status of a command that a signal or a closed pipe has stopped."""
     if isinstance(stop, BrokenPipeError):
         return CLOSED_PIPE
-    return stop.status if isinstance(stop, Interrupted) else 128 + signal.SIGINT
+    return stop.status if isinstance(stop, Interrupted | OutOfTime) else 128 + signal.SIGINT
+
+
+@contextmanager
+def _ends_after(minutes: float | None) -> Iterator[None]:
+    """Raise :class:`OutOfTime` in the main thread when that is over, once."""
+    if minutes is None:
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise OutOfTime(f"stopped after {minutes:g} minutes: the same command goes on")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def build_model(config: RunConfig, image_channels: int) -> Network:
         taken["tasks"] = config.federation.clients
     with torch.random.fork_rng(devices=[]):
         # For what a constructor draws and :func:`initialise` does not draw anew.
-        torch.manual_seed(derive_seed(config.seed, "construction"))
+        torch.default_generator.manual_seed(derive_seed(config.seed, "construction"))
         try:
             network: Network = made(image_channels=image_channels, **taken)
         except (TypeError, ValueError) as error:

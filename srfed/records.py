@@ -164,6 +164,7 @@ class EvaluationRecord:
         ssim: SSIM-rec by timestep, mean over clients.
         ssim_by_client: SSIM-rec@t* by client.
         ssim_window: side of the SSIM window, px.
+        ssim_steps: in which images were taken back for it; None: by Algorithm 2.
         audits: the memorisation audit by client; at the end only.
         comparisons: what joining is worth by client, where that is compared and told.
         grids, strips: samples and reverse-process strips by client, uint8 N x H x W x C.
@@ -199,9 +200,31 @@ class EvaluationRecord:
     bytes_up: int
     bytes_down: int
     seconds: float
+    ssim_steps: int | None = None
     comparisons: dict[str, Comparison] = field(default_factory=dict)
     recognised: float | None = None
     recognised_by_client: dict[str, float] = field(default_factory=dict)
     recognised_real: float | None = None
     result: ResultRound | None = None
     own: dict[str, OwnScore] = field(default_factory=dict)
+
+
+def ssim_name(timestep: int, steps: int | None) -> str:
+    """What SSIM-rec is called: values that were made in another number of steps, or by Algorithm 2
+    (None), are of another quantity.
+
+    >>> ssim_name(50, None), ssim_name(50, 8)
+    ('SSIM-rec@50', 'SSIM-rec@50 (8 steps)')
+    """
+    if steps is None:
+        return f"SSIM-rec@{timestep}"
+    return f"SSIM-rec@{timestep} ({steps} {'step' if steps == 1 else 'steps'})"
+
+
+def ssim_tag(steps: int | None) -> str:
+    """What curves and columns of SSIM-rec begin with, as :func:`ssim_name`.
+
+    >>> ssim_tag(None), ssim_tag(8)
+    ('ssim_rec', 'ssim_rec_8_steps')
+    """
+    return "ssim_rec" if steps is None else f"ssim_rec_{steps}_steps"

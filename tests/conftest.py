@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,12 @@ import pytest
 
 from srfed.federation.flower.exchange import stop_requested
 from srfed.storage.run_folder import RunFolder
-from support.tiny_run import begin, run_in_process, write_tiny_yaml
+from support.shared_runs import trained_once
+from support.tiny_run import run_in_process, tiny_config, write_tiny_yaml
+
+# A deployment's SuperExecs ask for work ten times a second, each a request over HTTP: with several
+# deployments at once that is most of what a small machine does. A message waits a little longer.
+os.environ.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.3")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,7 +32,13 @@ def tiny_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A whole tiny run; a test that changes its folder works on a copy."""
-    return run_in_process(begin(tmp_path_factory.mktemp("finished") / "run"))
+    return trained_once(tmp_path_factory, tiny_config(), run_in_process)
+
+
+@pytest.fixture(scope="session")
+def two_rounds(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """As ``finished_run``, of two rounds."""
+    return trained_once(tmp_path_factory, tiny_config({"federation.rounds": 2}), run_in_process)
 
 
 @pytest.fixture(scope="session", autouse=True)

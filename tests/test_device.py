@@ -17,7 +17,7 @@ from srfed.config import ResourcesConfig, load_config
 from srfed.device import Captured, arithmetic, resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.generation import generate
-from srfed.federation.flower.ray import client_share
+from srfed.federation.flower.ray_start import client_share
 from srfed.model import (
     build_model,
     build_objective,

@@ -47,6 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--ssim-images", type=int, metavar="N", help="test images of each task; default: the run's"
     )
     parser.add_argument(
+        "--ssim-steps",
+        metavar="N",
+        help="of DDIM, in which SSIM-rec takes them back; all: those of Algorithm 2; default: the "
+        "run's",
+    )
+    parser.add_argument(
         "--quantile",
         type=float,
         default=0.05,
@@ -87,6 +93,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     }
     content = own.model_dump(mode="json")
     content["evaluation"] |= {key: value for key, value in given.items() if value is not None}
+    if options.ssim_steps is not None:
+        content["evaluation"]["ssim_steps"] = _steps(options.ssim_steps)
     content["sampling"] = requested_sampling(
         own, options.sampler, options.steps, options.eta, options.guidance
     ).model_dump(mode="json")
@@ -121,6 +129,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         sampling=config.sampling,
         ssim_images=evaluation.ssim_images,
         ssim_timesteps=tuple(sorted({evaluation.ssim_timestep, *evaluation.ssim_curve})),
+        ssim_steps=evaluation.ssim_steps,
         quantile=options.quantile,
     )
     with tqdm(
@@ -142,8 +151,20 @@ def _note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
+def _steps(asked: str) -> int | None:
+    """What ``--ssim-steps`` says; None where that is Algorithm 2."""
+    from srfed.errors import UserError
+
+    if asked == "all":
+        return None
+    if not asked.isdecimal():
+        raise UserError(f"--ssim-steps {asked!r} is impossible; allowed: a whole number ≥ 1, all")
+    return int(asked)
+
+
 def _words(record: dict[str, Any], headline: int) -> str:
     from srfed.evaluation.scores import Score, describe_score
+    from srfed.records import ssim_name
 
     lines = [
         f"{record['run']} after round {record['round']}; configuration "
@@ -157,7 +178,8 @@ def _words(record: dict[str, Any], headline: int) -> str:
     if record["ssim"]:
         curve = ", ".join(f"t = {t}: {value:.4f}" for t, value in record["ssim"].items())
         lines.append(
-            f"SSIM-rec@{headline}: {record['ssim'][str(headline)]:.4f} ({curve}; n = "
+            f"{ssim_name(headline, record.get('ssim_steps'))}: "
+            f"{record['ssim'][str(headline)]:.4f} ({curve}; n = "
             f"{record['ssim_images']} test images a task, window {record['ssim_window']} px, seed "
             f"{record['training_seed']})"
         )

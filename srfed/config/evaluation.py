@@ -66,6 +66,13 @@ class EvaluationConfig(Section):
         decides="scores",
         description="timesteps of the SSIM-rec curve, measured at the end",
     )
+    ssim_steps: int | None = setting(
+        8,
+        ge=1,
+        decides="scores",
+        description="steps of DDIM without noise, at most t*, in which SSIM-rec takes images back, "
+        "from all timesteps in one batch; null takes Algorithm 2, as the paper does",
+    )
     memorisation_quantile: float = setting(
         0.05,
         ge=0,

@@ -1,10 +1,12 @@
 """Where and how a run computes."""
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from srfed.config.settings import Section, setting
+from srfed.units import printable
 
 
 class ResourcesConfig(Section):
@@ -14,6 +16,12 @@ class ResourcesConfig(Section):
         description="ray: clients in parallel processes; inline: one after the other in this "
         "process",
     )
+    ray_address: str | None = setting(
+        None,
+        decides="nothing",
+        description="Ray cluster to join, host:port or auto (the one that this machine is a node "
+        "of), with its token in RAY_AUTH_TOKEN; null starts a Ray of the run's own",
+    )
     device: Literal["auto", "cpu", "cuda"] = setting(
         "auto",
         description="auto takes CUDA where there is one (under Ray: unless client_gpus is 0)",
@@ -22,7 +30,8 @@ class ResourcesConfig(Section):
         None,
         ge=1,
         decides="nothing",
-        description="cores for all clients together; null takes every core",
+        description="cores for all clients together; null takes every core (with ray_address: of "
+        "the cluster)",
     )
     client_cpus: int = setting(1, ge=1, description="cores, and so threads, of one client")
     client_gpus: float | None = setting(
@@ -64,8 +73,23 @@ class ResourcesConfig(Section):
             )
         return value
 
+    @field_validator("ray_address")
+    @classmethod
+    def _check_address(cls, value: str | None) -> str | None:
+        if value in (None, "auto"):
+            return value
+        found = re.fullmatch(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})", value)
+        if found is None or not 1 <= int(found[1]) <= 65_535:
+            raise ValueError(
+                f'"{printable(value)}" is no address of a Ray cluster; allowed: null | auto | '
+                "host:port, as `ray start --head` prints it"
+            )
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.ray_address is not None and self.backend != "ray":
+            raise ValueError("ray_address needs backend ray; allowed: null, or backend = ray")
         if self.cpus is not None and self.client_cpus > self.cpus:
             raise ValueError(f"client_cpus {self.client_cpus} is above cpus {self.cpus}")
         if self.precision != "float32" and self.device == "cpu":

@@ -28,6 +28,10 @@ inherit it.
 """
 PART_VARIABLE = "SRFED_DEPLOYMENT_PART"
 """Environment variable that says whose process it is: "superlink", "site <client>" or "flwr"."""
+POLL_VARIABLE = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"
+"""Environment variable of Flower's: seconds from one look for work to the next; 1 if it is not set,
+here a tenth.
+"""
 SUPERNODE, CLIENT_APP = "flower-supernode", "flwr-clientapp"
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 """Without these every program of Flower's, each ClientApp anew for each message, posts to its
@@ -54,7 +58,7 @@ def environment_for(home: Path, folder: Path, part: str) -> dict[str, str]:
         "PATH": f"{programs}{os.pathsep}{environment.get('PATH', os.defpath)}",
         "FLWR_HOME": str(home),
         **QUIET,
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+        POLL_VARIABLE: environment.get(POLL_VARIABLE, "0.1"),
         "PYTHONUNBUFFERED": "1",
         # Where there is a proxy, it cannot reach this machine's loopback.
         **dict.fromkeys(

@@ -109,6 +109,7 @@ def evaluation_record(
         ssim=_mean_curve(curves),
         ssim_by_client={client: curve[settings.ssim_timestep] for client, curve in curves.items()},
         ssim_window=min((reports[client].ssim_window for client in curves), default=0),
+        ssim_steps=settings.ssim_steps,
         audits={c: report.audit for c, report in reports.items() if report.audit is not None},
         comparisons={
             client: report.comparison

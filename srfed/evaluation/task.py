@@ -77,7 +77,13 @@ def evaluate_task(
     return TaskEvaluation(
         generated,
         ssim_curve(
-            denoiser, process, config, task=task, images=judged, timesteps=sorted(timesteps)
+            denoiser,
+            process,
+            config,
+            task=task,
+            images=judged,
+            timesteps=sorted(timesteps),
+            steps=config.evaluation.ssim_steps,
         ),
         len(judged),
         ssim_window(*test.shape[1:3]),
@@ -109,21 +115,21 @@ def ssim_curve(
     task: str,
     images: Images,
     timesteps: list[int],
+    steps: int | None,
 ) -> dict[int, float]:
-    """SSIM-rec of test images (uint8 N x H x W x C) by timestep; nothing where there is no
-    image.
+    """SSIM-rec of test images (uint8 N x H x W x C) by timestep, in so many steps or by Algorithm
+    2; nothing where there is no image.
     """
     if not len(images):
         return {}
-    return {
-        timestep: ssim_of_reconstructions(
-            denoiser,
-            process,
-            to_model_range(images).to(process.device),
-            timestep,
-            variance=config.sampling.variance,
-            seed=config.seed,
-            task=task,
-        )
-        for timestep in timesteps
-    }
+    return ssim_of_reconstructions(
+        denoiser,
+        process,
+        to_model_range(images).to(process.device),
+        timesteps,
+        steps=steps,
+        variance=config.sampling.variance,
+        batch_size=config.sampling.batch_size,
+        seed=config.seed,
+        task=task,
+    )

@@ -48,6 +48,7 @@ FREE = frozenset(
         "resources.backend",
         "resources.device",
         "resources.cpus",
+        "resources.ray_address",
         "resources.client_cpus",
         "resources.client_gpus",
     }

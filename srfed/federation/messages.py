@@ -71,6 +71,9 @@ log.
 REFUSED = 101
 """Flower error code of a client that does not do what it was asked; the reason is in its own words.
 """
+DIED = 102
+"""Flower error code in place of a reply whose process died over the request, in a simulation.
+"""
 
 OTHER_PROTOCOL = "the request is of another protocol"
 """A client's words for a request that lacks what it looks for."""

@@ -32,6 +32,7 @@ from srfed.federation.layout import Layout, check_finite, layout_bytes, layout_o
 from srfed.federation.messages import (
     AGAINST_TRIVIAL,
     CONTROL,
+    DIED,
     FAILED,
     GENERATED,
     IMPOSSIBLE_CONFIG,
@@ -143,6 +144,8 @@ def screen_description(reply: Reply) -> Description:
                 # Sites of protocol 3 look for the request under another name.
                 words += f" than {PROTOCOL}; install the same srfed at both"
             raise RefusedError(words)
+        if reply.failure.code == DIED:
+            raise RefusedError(f"{reason_of_failure(reply.failure)}, over and over")
         raise RefusedError("it cannot describe itself; the reason is in its client.log")
     theirs = protocol_of(reply.header)
     if theirs != PROTOCOL:
@@ -306,6 +309,8 @@ def reason_of_failure(failure: Failure) -> str:
     reason = printable(failure.reason or "no reason given")
     if failure.code == REFUSED:
         return printable(f"it refuses: {reason}")
+    if failure.code == DIED:
+        return printable(f"its process died: {reason}")
     return printable(f"it failed: Flower's error {failure.code}, {reason}")
 
 

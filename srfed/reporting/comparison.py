@@ -12,6 +12,7 @@ from scipy.special import stdtrit
 
 from srfed.data.record import read_records
 from srfed.errors import UserError
+from srfed.records import ssim_name
 from srfed.reporting.plots import Panel, interval_panels
 from srfed.reporting.summary import totals
 from srfed.storage.metrics_log import Line, MetricsLog
@@ -194,13 +195,13 @@ def measures_of(logs: Sequence[MetricsLog]) -> list[Measure]:
         ),
         *(
             _measure(
-                f"SSIM-rec@{timestep}",
+                name,
                 False,
-                [line if line and line["ssim_timestep"] == timestep else None for line in last],
+                [line if line and _ssim_of(line) == name else None for line in last],
                 lambda line: line["ssim"].get(str(line["ssim_timestep"])),
                 "ssim_by_client",
             )
-            for timestep in dict.fromkeys(line["ssim_timestep"] for line in last if line)
+            for name in dict.fromkeys(_ssim_of(line) for line in last if line)
         ),
         _measure(
             "recognised",
@@ -234,6 +235,10 @@ def _measure(
         [None if line is None else value(line) for line in lines],
         [paired_difference(owners[0], other) for other in owners[1:]],
     )
+
+
+def _ssim_of(line: Line) -> str:
+    return ssim_name(line["ssim_timestep"], line.get("ssim_steps"))
 
 
 def _with_ratios(line: Line | None) -> Line | None:
@@ -279,6 +284,16 @@ def _notes(runs: Sequence[RunFolder], last: Sequence[Line | None]) -> list[str]:
         notes.append(
             f"Fréchet distances of other numbers of images differ for that alone ({counts}): "
             "srfed evaluate scores each run on as many"
+        )
+    if len({_ssim_of(line) for line in known if line["ssim"]}) > 1:
+        ways = ", ".join(
+            f"{letter} {_ssim_of(line)}"
+            for letter, line in zip(letters, last, strict=True)
+            if line and line["ssim"]
+        )
+        notes.append(
+            f"SSIM-rec that was made otherwise is another quantity ({ways}): srfed evaluate "
+            "--ssim-steps makes it of each run in as many steps"
         )
     records = [read_records(run.images) for run in runs]
     if any(one and records[0] and one != records[0] for one in records[1:]):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from srfed.config import RunConfig
 from srfed.memory import memory_of_processes
 from srfed.observer import Observer, Stage
-from srfed.records import EvaluationRecord, RoundRecord, TaskInfo, ValidationRecord
+from srfed.records import EvaluationRecord, RoundRecord, TaskInfo, ValidationRecord, ssim_name
 from srfed.reporting.joining import joining_in_words
 from srfed.reporting.pace import Pace
 from srfed.units import bytes_in_words, seconds_in_words
@@ -109,7 +109,8 @@ class Console(Observer):
         words = [f"{record.score_name} {record.score:.3f} ({record.samples} samples"]
         words[0] += ")" if record.floor is None else f"; real training images {record.floor:.3f})"
         if record.ssim_timestep in record.ssim:
-            words.append(f"SSIM-rec@{record.ssim_timestep} {record.ssim[record.ssim_timestep]:.3f}")
+            ssim = ssim_name(record.ssim_timestep, record.ssim_steps)
+            words.append(f"{ssim} {record.ssim[record.ssim_timestep]:.3f}")
         words += [f"{n} {own.all:.4g}" for n, own in record.own.items() if own.all is not None]
         words.append(seconds_in_words(record.seconds))
         if record.result is not None:

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from srfed.records import ssim_tag
+
 Row = dict[str, Any]
 ALL = "all"
 """The owner of what is a mean, or of everybody together."""
@@ -64,10 +66,11 @@ def _of_evaluation(line: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     yield from _both(score, line["score"], line["score_by_client"])
     if line["floor"] is not None:
         yield f"{score}_real_images", ALL, line["floor"]
+    ssim = ssim_tag(line.get("ssim_steps"))
     for timestep, value in line["ssim"].items():
-        yield f"ssim_rec_t{timestep}", ALL, value
+        yield f"{ssim}_t{timestep}", ALL, value
     for owner, value in line["ssim_by_client"].items():
-        yield f"ssim_rec_t{line['ssim_timestep']}", owner, value
+        yield f"{ssim}_t{line['ssim_timestep']}", owner, value
     if line.get("recognised") is not None:
         yield from _both("recognised", line["recognised"], line["recognised_by_client"])
     if line.get("recognised_real") is not None:

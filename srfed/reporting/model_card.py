@@ -6,7 +6,7 @@ from typing import Any
 from srfed import __version__
 from srfed.config import RunConfig
 from srfed.config.model import exclusive_in_words
-from srfed.records import Shape, TaskInfo
+from srfed.records import Shape, TaskInfo, ssim_name
 from srfed.reporting.joining import VERDICTS
 from srfed.reporting.summary import comparisons_of
 from srfed.storage.metrics_log import Line
@@ -168,7 +168,7 @@ def _scores(task: TaskInfo, evaluation: Line | None) -> list[str]:
             evaluation["score"],
         ),
         (
-            f"SSIM-rec@{timestep} (1 is best)",
+            f"{ssim_name(timestep, evaluation.get('ssim_steps'))} (1 is best)",
             evaluation["ssim_by_client"].get(task.client),
             evaluation["ssim"].get(str(timestep)),
         ),

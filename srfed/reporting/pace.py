@@ -197,9 +197,10 @@ def evaluation_passes(config: RunConfig, clients: int, *, final: bool) -> int:
     steps = config.diffusion.timesteps if every else sampling.steps
     samples = evaluation.samples if final else evaluation.samples_between
     timesteps = {evaluation.ssim_timestep, *(evaluation.ssim_curve if final else ())}
+    most = evaluation.ssim_steps or config.diffusion.timesteps
     asked = steps * (2 if sampling.guidance else 1)
     judged = min(clients, config.evaluated_clients)
-    return samples * asked + judged * evaluation.ssim_images * sum(timesteps)
+    return samples * asked + judged * evaluation.ssim_images * sum(min(t, most) for t in timesteps)
 
 
 def comparison_passes(config: RunConfig, test_images: Sequence[int]) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from srfed.records import TaskInfo
+from srfed.records import TaskInfo, ssim_name
 from srfed.reporting.plots import Curve, Drawing, draw_intervals, draw_lines
 from srfed.reporting.summary import comparisons_of
 
@@ -113,7 +113,7 @@ def _of_evaluations(tasks: Sequence[TaskInfo], evaluations: Sequence[Line]) -> l
     if ssim:
         plots.append(
             PagePlot(
-                f"SSIM-rec@{last['ssim_timestep']}",
+                ssim_name(last["ssim_timestep"], last.get("ssim_steps")),
                 "Test images brought back from noise, higher is better.",
                 draw_lines(ssim, x_label="round", y_label="SSIM"),
             )

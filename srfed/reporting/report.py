@@ -20,7 +20,7 @@ from srfed.config.evaluation import strip_timesteps
 from srfed.data import load_recorded_tasks
 from srfed.errors import UserError
 from srfed.files import list_folder, read_bytes, read_json, write_bytes
-from srfed.records import TaskInfo
+from srfed.records import TaskInfo, ssim_name
 from srfed.reporting.joining import VERDICTS
 from srfed.reporting.page_plots import page_plots
 from srfed.reporting.pictures import Images, draw_grid
@@ -175,6 +175,7 @@ def _scores(
     }
     return {
         "rows": [*rows, everybody],
+        "ssim_name": ssim_name(evaluation["ssim_timestep"], evaluation.get("ssim_steps")),
         "words": VERDICTS,
         "with_recognised": bool(recognised),
         "own": list(own),

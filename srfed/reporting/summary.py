@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from srfed.records import Comparison, ResultRound, TaskInfo
+from srfed.records import Comparison, ResultRound, TaskInfo, ssim_name
 from srfed.reporting.joining import joining_table
 from srfed.storage.metrics_log import MetricsLog
 from srfed.units import bytes_in_words, seconds_in_words
@@ -65,7 +65,8 @@ def summarise(log: MetricsLog, wall_seconds: float) -> str:
 
 def _table(log: MetricsLog, evaluation: dict[str, Any]) -> list[str]:
     score = evaluation["score_name"]
-    ssim = f"SSIM-rec@{evaluation['ssim_timestep']}"
+    ssim = ssim_name(evaluation["ssim_timestep"], evaluation.get("ssim_steps"))
+    wide = max(12, len(ssim))
     losses = log.rounds()[-1]["loss_by_client"] if log.rounds() else {}
     tasks = log.tasks()
     recognised = evaluation.get("recognised_by_client", {})
@@ -92,19 +93,19 @@ def _table(log: MetricsLog, evaluation: dict[str, Any]) -> list[str]:
         rows = _quantiles([values for _, values in rows])
     width = max(len(name) for name in ("all tasks", *(name for name, _ in rows)))
     lines = [
-        f"{'task':<{width}}  {'images':>7}  {'loss':>7}  {score:>12}  {ssim:>12}"
+        f"{'task':<{width}}  {'images':>7}  {'loss':>7}  {score:>12}  {ssim:>{wide}}"
         + ("  recognised" if recognised else "")
     ]
     for name, (images, loss, own, similarity, share) in rows:
         lines.append(
             f"{name:<{width}}  {images:>7,.0f}  {_cell(loss, 7, 4)}  {_cell(own, 12, 3)}  "
-            f"{_cell(similarity, 12, 3)}" + (f"  {_cell(share, 10, 2)}" if recognised else "")
+            f"{_cell(similarity, wide, 3)}" + (f"  {_cell(share, 10, 2)}" if recognised else "")
         )
     last = log.rounds()[-1]["loss"] if log.rounds() else None
     overall = evaluation["ssim"].get(str(evaluation["ssim_timestep"]))
     lines.append(
         f"{'all tasks':<{width}}  {sum(task.images for task in tasks):>7,}  {_cell(last, 7, 4)}  "
-        f"{_cell(evaluation['score'], 12, 3)}  {_cell(overall, 12, 3)}"
+        f"{_cell(evaluation['score'], 12, 3)}  {_cell(overall, wide, 3)}"
         + (f"  {_cell(evaluation['recognised'], 10, 2)}" if recognised else "")
     )
     lines.append("")
@@ -152,9 +153,11 @@ def scores_in_words(tasks: Sequence[TaskInfo], evaluation: Mapping[str, Any]) ->
         f"t={timestep}: {value:.3f}" for timestep, value in evaluation["ssim"].items()
     )
     if curve:
-        window = evaluation["ssim_window"]
+        window, steps = evaluation["ssim_window"], evaluation.get("ssim_steps")
+        way = "Algorithm 2" if steps is None else f"DDIM without noise in at most {steps} steps"
         lines.append(
-            f"SSIM-rec: test images brought back from x_t (window {window} px; 1 is best): {curve}"
+            f"SSIM-rec: test images brought back from x_t by {way} (window {window} px; 1 is "
+            f"best): {curve}"
         )
     if recognised and (real := evaluation["recognised_real"]) is not None:
         lines.append(

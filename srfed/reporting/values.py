@@ -1,7 +1,10 @@
 """A record's numbers by tag, as TensorBoard and others of its kind show them."""
 
+from collections.abc import Mapping
+from statistics import median
+
 from srfed.config import RunConfig
-from srfed.records import EvaluationRecord, RoundRecord
+from srfed.records import EvaluationRecord, RoundRecord, ssim_tag
 
 
 def round_values(record: RoundRecord) -> dict[str, float]:
@@ -39,16 +42,17 @@ def round_values(record: RoundRecord) -> dict[str, float]:
 
 def evaluation_values(record: EvaluationRecord) -> dict[str, float]:
     """The numbers of an evaluation."""
+    ssim = ssim_tag(record.ssim_steps)
     values: dict[str, float] = {
         f"{record.score_name}/all": record.score,
         **{
             f"{record.score_name}_by_client/{c}": score
             for c, score in record.score_by_client.items()
         },
-        **{f"ssim_rec/t={timestep}": value for timestep, value in record.ssim.items()},
-        **{
-            f"ssim_rec_by_client/{client}": value for client, value in record.ssim_by_client.items()
-        },
+        **_spread(f"{record.score_name}_over_owners", record.score_by_client),
+        **{f"{ssim}/t={timestep}": value for timestep, value in record.ssim.items()},
+        **_spread(f"{ssim}_over_owners", record.ssim_by_client),
+        **{f"{ssim}_by_client/{client}": value for client, value in record.ssim_by_client.items()},
         **{
             f"memorisation_pixels/{client}": audit.pixels.share
             for client, audit in record.audits.items()
@@ -77,6 +81,15 @@ def evaluation_values(record: EvaluationRecord) -> dict[str, float]:
             values[f"own/{name}"] = own.all
         values |= {f"own_{name}_by_client/{c}": value for c, value in own.by_client.items()}
     return values
+
+
+def _spread(name: str, by_client: Mapping[str, float]) -> dict[str, float]:
+    """Least, median and greatest over the owners that were judged; nothing of one owner."""
+    values = list(by_client.values())
+    if len(values) < 2:
+        return {}
+    found = {"least": min(values), "median": median(values), "greatest": max(values)}
+    return {f"{name}/{which}": value for which, value in found.items()}
 
 
 def hyperparameters(config: RunConfig) -> dict[str, bool | float | str]:

@@ -102,19 +102,21 @@ class TrainedRun:
 
     Args:
         path: the run's folder.
-        device: where to sample; see ``resources.device``.
+        resources: say where to sample.
+        after: the round whose weights are wanted, one that is kept; None as above.
 
     Raises:
-        UserError: no such run, no checkpoint yet, or damaged files.
+        UserError: no such run, no such checkpoint, or damaged files.
     """
 
-    def __init__(self, path: Path, resources: ResourcesConfig) -> None:
+    def __init__(self, path: Path, resources: ResourcesConfig, *, after: int | None = None) -> None:
         self._run = RunFolder.open(path)
         self.config = self._run.config
         checkpoints = ServerCheckpoints(self._run.server, 1)
         last = checkpoints.load_last()
         # The best round's, where that is the run's result; shapes may be of tasks that came later.
-        self._state = replace(checkpoints.load_best(last), shapes=last.shapes)
+        state = checkpoints.load_best(last) if after is None else checkpoints.load(after)
+        self._state = replace(state, shapes=last.shapes)
         self.round = self._state.round
         self.tasks: list[TaskInfo] = MetricsLog(self._run.metrics).tasks()
         if not self.tasks:

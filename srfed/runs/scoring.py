@@ -50,6 +50,7 @@ class ScoringSettings:
         sampling: how they are drawn.
         ssim_images: test images of each task for SSIM-rec; 0 leaves it out.
         ssim_timesteps: the points of the SSIM-rec curve.
+        ssim_steps: in which images are taken back for it; None takes Algorithm 2.
         quantile: of the memorisation audit.
     """
 
@@ -58,6 +59,7 @@ class ScoringSettings:
     sampling: SamplingConfig
     ssim_images: int
     ssim_timesteps: tuple[int, ...]
+    ssim_steps: int | None
     quantile: float = 0.05
 
 
@@ -131,6 +133,7 @@ def evaluate_run(
             task=info.client,
             images=task.test[: wanted.ssim_images],
             timesteps=list(wanted.ssim_timesteps),
+            steps=wanted.ssim_steps,
         )
         for info, task in zip(trained.tasks, tasks, strict=True)
     }
@@ -155,6 +158,7 @@ def evaluate_run(
         if wanted.ssim_images
         else {},
         "ssim_images": wanted.ssim_images,
+        "ssim_steps": wanted.ssim_steps,
         "ssim_window": min(ssim_window(*shape[:2]) for shape in trained.shapes),
         "memorisation": {
             "all": merge_audits(list(scored.audits.values())) if scored.audits else None,
@@ -233,10 +237,13 @@ def _key(
     trained: TrainedRun, wanted: ScoringSettings, network: FeatureNetwork, others: Any = None
 ) -> str:
     """What names an evaluation; ``others`` describes images that are not the run's own."""
-    # Without guidance a key is what it was before there was any.
+    # Without guidance, and with Algorithm 2, a key is what it was before there was anything else.
     unguided = None if wanted.sampling.guidance else {"guidance"}
+    named = asdict(wanted)
+    if wanted.ssim_steps is None:
+        del named["ssim_steps"]
     content = {
-        **asdict(wanted),
+        **named,
         "sampling": wanted.sampling.model_dump(mode="json", exclude=unguided),
         "network": network.fingerprint,
         "weights": trained.weights_hash,

@@ -63,6 +63,8 @@ _KINDS = {"lineage": str, "fingerprint": str}
 _REMOVED = {"federation.largest_update": 100.0}
 """What settings that are no more were unless somebody set them: old fingerprints are of them too.
 """
+_BEFORE = {"evaluation.ssim_steps": None}
+"""What a run did before there was a setting, where that is not the setting's default."""
 _held: set[Path] = set()
 """The runs that this process has."""
 
@@ -153,6 +155,7 @@ class RunFolder:
                 f"{self.path} is a copy without what its owners keep, and cannot go on; go on with "
                 "the run that srfed share has made it of"
             )
+        config = self._as_before(config)
         if config.fingerprint() != self.config.fingerprint():
             changed = ", ".join(self.config.decisive_differences(config))
             raise UserError(f"{self.path} was begun with another configuration: {changed}")
@@ -269,6 +272,18 @@ class RunFolder:
         """Whether the server has written a checkpoint."""
         return self.last_round is not None
 
+    def _as_before(self, config: RunConfig) -> RunConfig:
+        """A configuration, but what the run did before there was a setting where that has its
+        default: nobody can have said it of the run.
+        """
+        named, usual = _load(self.config_file)[1], RunConfig().settings()
+        for name, before in _BEFORE.items():
+            section, _, key = name.partition(".")
+            if name not in named and config.settings()[name] == usual[name]:
+                settings = getattr(config, section).model_copy(update={key: before})
+                config = config.model_copy(update={section: settings})
+        return config
+
     def _refuse_edited(self, identity: Mapping[str, Any], named: Mapping[str, Any]) -> None:
         """Compare config.yaml with what run.json says of the settings that decide the result."""
         now, begun = self.config.decisive_settings(), identity.get("settings")
@@ -350,4 +365,8 @@ def _load(file: Path) -> tuple[RunConfig, dict[str, Any]]:
     }
     for section, _, key in (name.partition(".") for name in REMOVED):
         sections.get(section, {}).pop(key, None)
+    # A run's file names every setting that there was.
+    for name, value in _BEFORE.items():
+        section, _, key = name.partition(".")
+        sections.get(section, {}).setdefault(key, value)
     return parse_config(content, str(file)), named

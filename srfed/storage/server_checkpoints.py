@@ -190,6 +190,16 @@ class ServerCheckpoints:
         )
         return self._load(rounds[-1], advice)
 
+    def load(self, number: int) -> RunState:
+        """The checkpoint after a round; raises as :meth:`load_last`."""
+        rounds = self.rounds()
+        if number not in rounds:
+            raise UserError(
+                f"{self.folder} has no checkpoint of round {number}; allowed: "
+                f"{', '.join(map(str, rounds)) or 'none'}"
+            )
+        return self._load(number, "another round may be whole")
+
     def load_best(self, last: RunState) -> RunState:
         """The state after the best round that a state knows of; the same state where it knows of
         none, or the checkpoint of that was removed.

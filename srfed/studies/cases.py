@@ -106,7 +106,9 @@ class Outcome:
 
 
 def scoring_settings(config: RunConfig, samples: int, ssim_images: int) -> ScoringSettings:
-    """What a study measures on a run: always with the same seed, and by the run's own sampler."""
+    """What a study measures on a run: always with the same seed, by the run's own sampler, and
+    SSIM-rec by Algorithm 2, as in the tables on record.
+    """
     evaluation = config.evaluation
     return ScoringSettings(
         samples=samples,
@@ -114,6 +116,7 @@ def scoring_settings(config: RunConfig, samples: int, ssim_images: int) -> Scori
         sampling=config.sampling,
         ssim_images=ssim_images,
         ssim_timesteps=tuple(sorted({evaluation.ssim_timestep, *evaluation.ssim_curve})),
+        ssim_steps=None,
     )
 
 
@@ -160,8 +163,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="runs at a time; default: cores",
     )
+    parser.add_argument(
+        "--minutes",
+        type=_minutes,
+        metavar="N",
+        help="stop after so many, with exit code 3; the same command goes on later",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where tables and plots go")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < 1e5:
+        raise argparse.ArgumentTypeError(f"{text} is impossible; allowed: above 0, to 100000")
+    return minutes
 
 
 def run_cases(

@@ -200,6 +200,8 @@ def scores_of(
         task=task.name,
         images=task.test[:SSIM_IMAGES],
         timesteps=[timestep],
+        # As in the tables on record.
+        steps=None,
     )
     return samples, {
         "losses": losses.tolist(),

@@ -62,7 +62,7 @@ def test_the_main_job_from_the_command_line(
     assert {
         "loss/mean",
         "fd_embedded/all",
-        "ssim_rec/t=5",
+        "ssim_rec_8_steps/t=5",
         "traffic/bytes_up",
         "traffic/bytes_down",
         "speed/images_per_second",

@@ -14,7 +14,9 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from srfed.commands import evaluate
+from srfed.config import load_config
 from srfed.data import load_tasks
+from srfed.errors import UserError
 from srfed.evaluation.features.embedded import EmbeddedFeatures
 from srfed.evaluation.generation import generate
 from srfed.runs.run import TrainedRun
@@ -125,7 +127,7 @@ def test_every_number_is_printed_with_what_it_depends_on(
         ):
             assert words in line
     assert any(
-        re.match(r"SSIM-rec@5: 0\.\d{4} \(t = 5: .*, t = 10: .*; n = 3 test images a task", line)
+        re.match(r"SSIM-rec@5 \(8 steps\): 0\.\d{4} \(t = 5: .*, t = 10: .*; n = 3 test", line)
         for line in lines
     )
     assert any(line.startswith("memorisation: ") for line in lines)
@@ -155,6 +157,34 @@ def test_another_folder_of_the_same_run_gets_the_same_digits(
         "parameters",
     ):
         assert other[name] == record[name], name
+
+
+def test_a_run_is_judged_by_algorithm_2_where_that_is_asked_for(
+    run: RunFolder, record: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--run", str(run.path), "--samples", "6"]
+    assert evaluate.main([*words, "--ssim-steps", "all"]) == 0
+    (found,) = re.findall(r"^SSIM-rec@5: (\S+) ", capsys.readouterr().out, re.MULTILINE)
+    assert float(found) != pytest.approx(record["ssim"]["5"], abs=1e-4)
+    for wrong in ("0", "-1", "some"):
+        assert evaluate.main([*words, f"--ssim-steps={wrong}"]) == 2
+        assert re.match(r"error: .*ssim.steps.*(≥ 1|all)", capsys.readouterr().err)
+
+
+def test_a_run_of_before_there_were_steps_goes_on_with_algorithm_2(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run")
+    config, identity = run.config_file, json.loads(run.identity_file.read_text())
+    assert identity["settings"].pop("evaluation.ssim_steps") == 8
+    run.identity_file.write_text(json.dumps(identity))
+    config.write_text(re.sub(r"^ +ssim_steps: 8\n", "", config.read_text(), flags=re.MULTILINE))
+    old = RunFolder.open(run.path)
+    assert old.config.evaluation.ssim_steps is None
+    asked = load_config(config, ["federation.rounds=7"])
+    assert asked.evaluation.ssim_steps == 8, "the same file for a new run"
+    again = old.reconfigure(asked).config
+    assert (again.evaluation.ssim_steps, again.federation.rounds) == (None, 7)
+    with pytest.raises(UserError, match=r"evaluation\.ssim_steps: null -> 4$"):
+        old.reconfigure(load_config(config, ["evaluation.ssim_steps=4"]))
 
 
 def test_references_can_be_kept_in_files(

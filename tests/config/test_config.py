@@ -463,6 +463,7 @@ def test_every_setting_says_at_its_field_what_it_decides() -> None:
         "federation.keep_attempts",
         "resources.backend",
         "resources.cpus",
+        "resources.ray_address",
         "resources.client_gpus",
         "sampling.batch_size",
     }

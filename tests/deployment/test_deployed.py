@@ -498,8 +498,7 @@ def test_sites_whose_images_differ_in_size_and_channels_train_together(tmp_path:
         Task(name, *(pixels.integers(0, 256, (n, *shape), dtype=np.uint8) for n in (30, 8)))
         for name, shape in (("grey", (8, 8, 1)), ("coloured", (10, 12, 3)))
     ]
-    with ExitStack() as stack:
-        deployment = stack.enter_context(Deployment(tmp_path / "d"))
+    with Deployment(tmp_path / "d", tls=False, authentication=False) as deployment:
         deployment.start_superlink()
         for task in tasks:
             data = site_data(tmp_path, task)

@@ -8,7 +8,8 @@ import pytest
 from srfed.storage.run_folder import RunFolder
 from support.faults import app_with
 from support.membership import SETTINGS, ChangingGrid, failing_in, start
-from support.tiny_run import begin
+from support.shared_runs import trained_once
+from support.tiny_run import begin, tiny_config
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A whole run, three rounds with all three clients."""
-    return start(begin(tmp_path_factory.mktemp("undisturbed") / "run", SETTINGS))
+    return trained_once(tmp_path_factory, tiny_config(SETTINGS), start)
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +40,5 @@ def without(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunFolder
 @pytest.fixture(scope="session")
 def half(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run of three clients that ended after its first round."""
-    return start(
-        begin(tmp_path_factory.mktemp("half") / "run", {**SETTINGS, "federation.rounds": 1})
-    )
+    config = tiny_config({**SETTINGS, "federation.rounds": 1})
+    return trained_once(tmp_path_factory, config, start)

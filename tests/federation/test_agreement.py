@@ -484,6 +484,7 @@ def test_every_setting_has_a_rule_and_what_nobody_thought_of_is_exact() -> None:
         "resources.backend",
         "resources.device",
         "resources.cpus",
+        "resources.ray_address",
         "resources.client_cpus",
         "resources.client_gpus",
     }

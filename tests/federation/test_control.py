@@ -4,8 +4,6 @@ whole runs, and with peers that do otherwise.
 
 import json
 import math
-import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
@@ -75,10 +73,8 @@ from support.tiny_run import (
     round_lines,
     run_in_process,
     run_on_grid,
-    stop_after_a_round,
     store_of,
     tiny_config,
-    write_tiny_yaml,
 )
 
 ON: dict[str, Any] = {"training.control_variates": True}
@@ -478,51 +474,22 @@ def test_a_checkpoint_without_c_begins_at_zero_and_says_so(
     assert "the checkpoint has no control variate; c begins at 0" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_a_run_that_was_stopped_under_ray_goes_on_in_process_with_the_same_bits(
-    tmp_path: Path,
-) -> None:
-    rounds, changed = 3, {**CHEAP, **ON, "updates.shared_bits": 8}
-    settings = [f"{name}={json.dumps(value)}" for name, value in changed.items()]
-    command = ["-m", "srfed", "simulate", "--config", str(write_tiny_yaml(tmp_path / "tiny.yaml"))]
-    options = [word for pair in settings for word in ("--set", pair)]
-    code, message = stop_after_a_round(
-        [
-            sys.executable,
-            *command,
-            *options,
-            "--backend",
-            "ray",
-            "--run-dir",
-            str(tmp_path / "stopped"),
-            "--set",
-            f"federation.rounds={rounds}",
-        ],
-        signal.SIGTERM,
-    )
-    assert code == 143, message
-    run = RunFolder.open(tmp_path / "stopped")
-    changed["federation.rounds"] = rounds
-    resumed = run_in_process(run.reconfigure(tiny_config(changed)))
-    whole = run_in_process(begin(tmp_path / "whole", changed))
-    assert all_bits(resumed) == all_bits(whole)
-
-
 # --- Peers that do otherwise ---------------------------------------------------------------------
 
 Change = Callable[[Message], None]
 
 
-def app_of(change: Change, number: int = 1, *, guarded: bool = False) -> ClientApp:
-    """The real handlers, the reply of digit-1 in one round changed; a hostile client has no
-    guard.
+def app_of(*changes: Change, guarded: bool = False) -> ClientApp:
+    """The real handlers, the replies of digit-1 in the first rounds changed, a round each; a
+    hostile client has no guard.
     """
     app = ClientApp(mods=[wire_guard] if guarded else [])
 
     def train(message: Message, context: Context) -> Message:
         reply = client_app.train(message, context)
-        if context.node_config["partition-id"] == 1 and message.metadata.group_id == str(number):
-            change(reply)
+        number = int(message.metadata.group_id)
+        if context.node_config["partition-id"] == 1 and number <= len(changes):
+            changes[number - 1](reply)
         return reply
 
     app.query("describe")(client_app.describe)
@@ -581,19 +548,40 @@ HOSTILE: dict[str, tuple[Change, str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, RunFolder]:
+    """A lie a round, then an honest round; and the same with a client that is away instead."""
+    folder, lies = tmp_path_factory.mktemp("hostile"), len(HOSTILE)
+    settings = {**CHEAP, **ON, "training.local_steps": 1, "federation.rounds": lies + 1}
+    settings |= {"federation.keep_attempts": lies + 2}
+    apps = {
+        "lies": app_of(*(change for change, _ in HOSTILE.values())),
+        "absent": failing(1, *range(1, lies + 1)),
+    }
+    run, absent = (run_in_process(begin(folder / n, settings), app) for n, app in apps.items())
+    return run, absent
+
+
 @pytest.mark.parametrize("what", HOSTILE)
 def test_a_hostile_control_variate_is_refused_in_words_and_leaves_no_trace(
-    tmp_path: Path, what: str
+    hostile: tuple[RunFolder, RunFolder], what: str
 ) -> None:
-    change, words = HOSTILE[what]
-    settings = {**CHEAP, **ON, "training.local_steps": 1, "federation.rounds": 2}
-    run = run_in_process(begin(tmp_path / "run", settings), app_of(change))
-    line, after = round_lines(run)
+    number = list(HOSTILE).index(what) + 1
+    line, absent = (round_lines(run)[number - 1] for run in hostile)
     assert list(line["refused"]) == ["digit-1"]
-    assert words in line["refused"]["digit-1"]
-    assert line["accepted"] == ["digit-0", "digit-2"]
-    assert after["accepted"] == CLIENTS
-    absent = run_in_process(begin(tmp_path / "absent", settings), failing(1, 1))
+    assert HOSTILE[what][1] in line["refused"]["digit-1"]
+    assert line["accepted"] == absent["accepted"] == ["digit-0", "digit-2"]
+    states = [
+        read_checkpoint(run.server / f"round-{number:05d}").manifest["sha256"] for run in hostile
+    ]
+    assert states[0] == states[1]
+
+
+def test_after_lies_of_every_kind_all_bits_are_as_if_the_client_had_been_away(
+    hostile: tuple[RunFolder, RunFolder],
+) -> None:
+    run, absent = hostile
+    assert round_lines(run)[-1]["accepted"] == CLIENTS
     assert all_bits(run) == all_bits(absent)
 
 

@@ -3,13 +3,14 @@ works.
 """
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -38,6 +39,10 @@ from support.tiny_run import (
 )
 
 # --- Ray ----------------------------------------------------------------------------------------
+
+
+MEMORIES: dict[str, Any] = {"training.control_variates": True, "updates.shared_bits": 8}
+"""What both sides have to keep from round to round beside the weights."""
 
 
 class RayRuns(NamedTuple):
@@ -86,7 +91,11 @@ def ray_runs(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> RayRu
     )
     assert done.returncode == 0, done.stderr
     endless = ray_command(
-        tiny_yaml, folder / "stopped", "federation.rounds=9999", "evaluation.every=0"
+        tiny_yaml,
+        folder / "stopped",
+        "federation.rounds=9999",
+        "evaluation.every=0",
+        *(f"{name}={json.dumps(value)}" for name, value in MEMORIES.items()),
     )
     code, message = stop_after_a_round(endless, signal.SIGTERM)
     return RayRuns(
@@ -100,9 +109,9 @@ def ray_runs(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> RayRu
 
 @pytest.mark.slow
 def test_ray_and_in_process_grids_give_the_same_bits_and_records(
-    ray_runs: RayRuns, tmp_path: Path
+    ray_runs: RayRuns, two_rounds: RunFolder
 ) -> None:
-    inline = run_in_process(begin(tmp_path / "run", {"federation.rounds": 2}))
+    inline = two_rounds
     assert all_bits(ray_runs.whole) == all_bits(inline)
     assert set(all_bits(inline)) == {"server", *CLIENTS}
     # The request carries the configuration, whose backend differs: so do a few bytes of traffic.
@@ -141,9 +150,8 @@ def test_a_ray_run_stopped_by_sigterm_goes_on_in_process_with_the_same_bits(
         }
     )
     resumed = run_in_process(ray_runs.stopped.reconfigure(config))
-    whole = run_in_process(
-        begin(tmp_path / "run", {"federation.rounds": done + 1, "evaluation.every": 0})
-    )
+    settings = {**MEMORIES, "federation.rounds": done + 1, "evaluation.every": 0}
+    whole = run_in_process(begin(tmp_path / "run", settings))
     assert all_bits(resumed) == all_bits(whole)
 
 
@@ -162,6 +170,8 @@ class LastFirstGrid(InlineGrid):
 def test_the_order_in_which_replies_arrive_changes_no_bit(tmp_path: Path, weights: str) -> None:
     # Momentum is kept in float64, where another order of summation would show.
     settings = {
+        **CHEAP,
+        "evaluation.ssim_images": 1,
         "federation.server_optimizer": "momentum",
         "federation.weights": weights,
         "federation.rounds": 2,
@@ -188,6 +198,9 @@ def test_every_position_of_the_dial_runs_with_its_evaluation(
         begin(
             tmp_path / "run",
             {
+                **CHEAP,
+                "evaluation.ssim_images": 1,
+                "evaluation.memorisation_quantile": 0.05,
                 "model.exclusive_stages": stages,
                 "federation.rounds": 1,
                 "training.update": "alternating",

@@ -10,7 +10,8 @@ import pytest
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
-from srfed.federation.messages import EVALUATE, FAILED, TRAIN
+from srfed.errors import UserError
+from srfed.federation.messages import DESCRIBE, DIED, EVALUATE, FAILED, TRAIN
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from support.faults import app_with, fail
@@ -50,6 +51,37 @@ class ErrorGrid(ChangingGrid):
         if message.metadata.dst_node_id == 2 and left:
             return Message(Error(left.pop(0), "Error: something\nwent wrong"), reply_to=message)
         return reply
+
+
+# --- Simulated clients whose process dies ---------------------------------------------------------
+
+
+def test_a_client_whose_process_dies_is_asked_again(
+    tmp_path: Path, undisturbed: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = begin(tmp_path / "run", SETTINGS)
+    dead = {(DESCRIBE, 0): [DIED, DIED], (TRAIN, 2): [DIED, DIED], (EVALUATE, 3): [DIED]}
+    start(run, ErrorGrid(run, dead))
+    notices = [line for line in capsys.readouterr().err.splitlines() if "asking it again" in line]
+    assert notices == [
+        f"{what}: digit-1: its process died: Error: something went wrong; asking it again"
+        for what in ("round 2", "round 2", "evaluation 3")
+    ]
+    assert all_bits(run) == all_bits(undisturbed)
+    assert same_but_for_traffic(run, undisturbed)
+
+
+def test_a_client_whose_process_dies_three_times_is_missing_or_ends_a_run_that_waits(
+    tmp_path: Path,
+) -> None:
+    reason = "3 times its process died: Error: something went wrong"
+    run = begin(tmp_path / "run", SETTINGS)
+    start(run, ErrorGrid(run, {(TRAIN, 2): [DIED] * 3}))
+    assert [line["missing"] for line in round_lines(run)] == [{}, {"digit-1": reason}, {}]
+    waiting = begin(tmp_path / "waiting", {**SETTINGS, **WAIT})
+    with pytest.raises(UserError, match=f"round 2: digit-1: {reason}"):
+        start(waiting, ErrorGrid(waiting, {(TRAIN, 2): [DIED] * 3}))
+    assert len(round_lines(waiting)) == 1
 
 
 # --- Waiting for those that fail -----------------------------------------------------------------

@@ -28,7 +28,7 @@ from support.tiny_run import CHEAP, begin
 from support.wire import SECRET, RecordingGrid, is_bare_error
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SETTINGS: dict[str, Any] = {**CHEAP, "evaluation.memorisation_quantile": 0}
+SETTINGS: dict[str, Any] = CHEAP
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,7 @@ from srfed.reporting.curves import shown_on_terminal
 from srfed.reporting.pace import Pace, comparison_passes, evaluation_passes, round_passes
 from srfed.reporting.pictures import GAP, SMALLEST_CELL, draw_grid, write_png
 from srfed.reporting.summary import summarise, totals
+from srfed.reporting.values import evaluation_values
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from srfed.units import bytes_in_words, seconds_in_words
@@ -353,14 +354,14 @@ def test_every_number_of_a_run_is_a_curve_and_every_picture_is_there(
     for tag, key in of_evaluations.items():
         expected = {line["round"]: pytest.approx(line[key], rel=1e-5) for line in log.evaluations()}
         assert {event.step: event.value for event in events.Scalars(tag)} == expected, tag
-    assert [event.step for event in events.Scalars("ssim_rec/t=5")] == [2, 3]
-    assert [event.step for event in events.Scalars("ssim_rec/t=10")] == [3], (
+    assert [event.step for event in events.Scalars("ssim_rec_8_steps/t=5")] == [2, 3]
+    assert [event.step for event in events.Scalars("ssim_rec_8_steps/t=10")] == [3], (
         "the curve is for the end"
     )
     tags = set(events.Tags()["scalars"])
     for client in ("digit-0", "digit-1", "digit-2"):
         assert {f"loss_by_client/{client}", f"fd_embedded_by_client/{client}"} <= tags
-        assert {f"ssim_rec_by_client/{client}", f"recognised_by_client/{client}"} <= tags
+        assert {f"ssim_rec_8_steps_by_client/{client}", f"recognised_by_client/{client}"} <= tags
     assert {f"loss_by_timestep/quarter_{quarter}" for quarter in (1, 2, 3, 4)} <= tags
     for tag in ("samples", "reverse_process"):
         shown = events.Images(tag)
@@ -412,6 +413,22 @@ def test_the_reporter_prints_one_plain_line_a_round_and_names_who_was_absent(
         "evaluation 1: fd_embedded 12.346 (12 samples; real training images 1.250)  SSIM-rec@50"
     )
     assert printed.err == ""
+
+
+def test_curves_have_the_spread_over_the_owners_that_were_judged() -> None:
+    scores = dict(zip("abcd", (3.0, 9.0, 4.5, 1.25), strict=True))
+    record = evaluation_record(1, score_by_client=scores, ssim_by_client={"a": 0.5}, ssim_steps=8)
+    found = evaluation_values(record)
+    spread = {
+        which: float(np.quantile(list(scores.values()), share))
+        for which, share in (("least", 0), ("median", 0.5), ("greatest", 1))
+    }
+    assert {f"fd_embedded_over_owners/{which}": v for which, v in spread.items()}.items() <= (
+        found.items()
+    )
+    assert found["ssim_rec_8_steps_by_client/a"] == 0.5
+    assert not [name for name in found if name.startswith("ssim_rec_8_steps_over")], "of one owner"
+    assert not [name for name in found if name.startswith(("ssim_rec/", "ssim_rec_by"))]
 
 
 def test_an_evaluation_counts_as_made_only_if_it_is_the_one_that_is_due(tmp_path: Path) -> None:
@@ -474,6 +491,8 @@ def test_curves_that_cannot_be_begun_are_the_users_to_mend(tmp_path: Path) -> No
         {"sampling.sampler": "ancestral"},
         {"sampling.sampler": "dpm_solver"},
         {"evaluation.ssim_images": 0},
+        {"evaluation.ssim_steps": None},
+        {"evaluation.ssim_steps": 7},
         {
             "sampling.guidance": 0.5,
             "model.exclusive_stages": "none",

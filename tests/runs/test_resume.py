@@ -200,7 +200,7 @@ def test_a_resumption_under_another_configuration_names_key_and_both_values(
     assert (finished_run.path / "config.yaml").read_bytes() == before
 
 
-def test_a_run_that_goes_on_may_look_otherwise(tmp_path: Path) -> None:
+def test_a_run_that_goes_on_may_look_otherwise(two_rounds: RunFolder, tmp_path: Path) -> None:
     """What decides nothing does not stand in the way, and its new value is shown."""
     run = run_in_process(begin(tmp_path / "run", {"federation.rounds": 1}))
     changes = ["federation.rounds=2", "evaluation.grid_columns=3", "evaluation.strip_steps=4"]
@@ -208,8 +208,7 @@ def test_a_run_that_goes_on_may_look_otherwise(tmp_path: Path) -> None:
     assert simulate.main(["--resume", str(run.path), *arguments]) == 0
     evaluation = RunFolder.open(run.path).config.evaluation
     assert (evaluation.grid_columns, evaluation.strip_steps) == (3, 4)
-    straight = run_in_process(begin(tmp_path / "straight", {"federation.rounds": 2}))
-    assert all_bits(RunFolder.open(run.path)) == all_bits(straight)
+    assert all_bits(RunFolder.open(run.path)) == all_bits(two_rounds)
 
 
 def test_a_linear_fall_of_its_own_length_can_be_prolonged(

@@ -47,6 +47,7 @@ CHEAP: dict[str, Any] = {
     "evaluation.every": 0,
     "evaluation.samples": 6,
     "evaluation.ssim_images": 0,
+    "evaluation.memorisation_quantile": 0,
     "sampling.steps": 1,
     "training.batch_size": 4,
 }

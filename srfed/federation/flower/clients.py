@@ -12,11 +12,11 @@ from flwr.serverapp import Grid
 
 from srfed.config import RunConfig
 from srfed.errors import UserError
-from srfed.federation.flower.exchange import Exchange, exchange
+from srfed.federation.flower.exchange import MOST_DEATHS, Exchange, exchange
 from srfed.federation.flower.packing import array_record, request_content, unpack
 from srfed.federation.flower.roster import Roster
 from srfed.federation.flower.stacking import Seat, StackingGrid
-from srfed.federation.messages import Reply, ReplyHeader, Request
+from srfed.federation.messages import DIED, Reply, ReplyHeader, Request
 from srfed.federation.screening import (
     EvaluateReply,
     RefusedError,
@@ -33,6 +33,7 @@ TTL_MARGIN = 60.0
 
 LOST = frozenset(
     {
+        DIED,
         ErrorCode.NODE_UNAVAILABLE,
         ErrorCode.CLIENT_APP_CRASHED,
         ErrorCode.MESSAGE_UNAVAILABLE,
@@ -112,13 +113,14 @@ class FlowerClients:
 
         Raises:
             UserError: under ``wait``, a client has not replied, or only failed, in the time there
-                is.
+                is, or its process has died over and over.
             StoppedError: the user asked to stop.
         """
         records = {name: array_record(tensors) for name, tensors in arrays.items()}
         first = {request.client: request for request in requests}
         sent: dict[str, Request] = {}
         failures: dict[str, str] = {}
+        deaths = dict.fromkeys(first, 0)
         accepted: dict[str, ReplyT] = {}
         refused: dict[str, str] = {}
         missing = dict.fromkeys(away, "not connected")
@@ -130,19 +132,28 @@ class FlowerClients:
             return self._message(kind, sent[client], records)
 
         def again(client: str, reply: Message | None) -> bool:
-            if not self._waits or (reply is not None and reply.has_content()):
+            if reply is not None and reply.has_content():
                 return False
             failure = None if reply is None else unpack(reply).failure
+            died = failure is not None and failure.code == DIED
+            if not died and not self._waits:
+                return False
             failures[client] = (
                 "cannot be reached" if failure is None else reason_of_failure(failure)
             )
+            deaths[client] += died
+            if deaths[client] == MOST_DEATHS:
+                if self._waits:
+                    raise UserError(f"{what}: {client}: {MOST_DEATHS} times {failures[client]}")
+                return False
             self._tell.on_notice(f"{what}: {client}: {failures[client]}; asking it again")
             return True
 
         def hear(client: str, message: Message) -> None:
             request, reply = sent[client], unpack(message)
             if reply.failure is not None and reply.failure.code in LOST:
-                missing[client] = reason_of_failure(reply.failure)
+                times = f"{MOST_DEATHS} times " if reply.failure.code == DIED else ""
+                missing[client] = times + reason_of_failure(reply.failure)
                 return
             header = ReplyHeader(client, request.attempt, request.round)
             try:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from flwr.app import Message
 
@@ -21,9 +21,25 @@ TELL_SECONDS = 60.0
 """Time until it is first said for whom the server waits; doubled every time."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before a client is asked again; doubled every time, up to the longest."""
+MOST_DEATHS = 3
+"""Processes that may die over one request to a simulated client: what kills so many, such as too
+little memory, would kill every other one.
+"""
 
 stop_requested = threading.Event()
 """Set by a command's signal handler; the server then stops between two replies."""
+
+
+@runtime_checkable
+class Simulated(Protocol):
+    """A grid whose clients this process runs itself."""
+
+    @property
+    def at_once(self) -> int:
+        """How many clients can be at work at once."""
+
+    def wait(self, seconds: float) -> None:
+        """Return when there may be a reply, at the latest after so many seconds."""
 
 
 class StoppedError(Exception):
@@ -111,6 +127,7 @@ def exchange(
     early: dict[str, Message] = {}
     place = 0
     poll = POLL_SECONDS
+    wait = grid.wait if isinstance(grid, Simulated) else time.sleep
     tell, pause = start + TELL_SECONDS, TELL_SECONDS
     while turns or waiting:
         if stop_requested.is_set():
@@ -158,7 +175,7 @@ def exchange(
             tell, pause = tell + 2 * pause, 2 * pause
         if not arrived:
             idle()
-            time.sleep(poll)
+            wait(poll)
     for client in order[place:]:
         if client in early:
             hear(client, early.pop(client))

@@ -28,6 +28,7 @@ from srfed.federation.coming import encode_shared
 from srfed.federation.contract import Contract
 from srfed.federation.control import encode_sent
 from srfed.federation.flower.clients import FlowerClients, Screened
+from srfed.federation.flower.exchange import Simulated
 from srfed.federation.flower.identity import kept_roster
 from srfed.federation.flower.roster import Expected, Member, Roster
 from srfed.federation.flower.stacking import shared_out
@@ -317,7 +318,10 @@ class Federated:
 
     def _clients(self, tell: Observer) -> FlowerClients:
         # Deployed sites work side by side, each on its own machine, so all are asked at once.
-        window = max(LEAST_WINDOW, 2 * usable_cores()) if self._fixed else None
+        grid = self._grid
+        at_once = grid.at_once if isinstance(grid, Simulated) else usable_cores()
+        at_once *= self.config.resources.owners_stacked
+        window = max(LEAST_WINDOW, 2 * at_once) if self._fixed else None
         return FlowerClients(self._grid, self.config, self._roster, tell, window)
 
     def _own_images(self) -> list[Task]:

@@ -1,5 +1,6 @@
 """The in-process grid: the same ClientApp, one client after the other, no Ray and no network."""
 
+import time
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -53,6 +54,15 @@ class InlineGrid(Grid):
             for index in range(nodes)
         }
         self._waiting: dict[str, Message] = {}
+
+    @property
+    def at_once(self) -> int:
+        """How many clients can be at work at once."""
+        return 1
+
+    def wait(self, seconds: float) -> None:
+        """Return when there may be a reply, at the latest after so many seconds."""
+        time.sleep(seconds)
 
     def set_run(self, run: Run) -> None:
         """There is but one run, and it needs no number."""
@@ -112,17 +122,22 @@ class InlineGrid(Grid):
 
 
 @contextmanager
-def in_process(run: RunFolder, client_app: ClientApp) -> Iterator[InlineGrid]:
-    """A grid of the run's simulated clients in this thread; Flower's task identity, one for the
-    whole process, is put back afterwards.
-    """
+def identity_kept() -> Iterator[None]:
+    """Flower's task identity, one for the whole process, is put back afterwards."""
     names = ("_run_id", "_node_id", "_task_id")
     before = {name: getattr(TaskIdentity, name) for name in names}
     try:
-        yield InlineGrid(client_app, run.config.federation.clients, run.clients)
+        yield
     finally:
         for name, value in before.items():
             setattr(TaskIdentity, name, value)
+
+
+@contextmanager
+def in_process(run: RunFolder, client_app: ClientApp) -> Iterator[InlineGrid]:
+    """A grid of the run's simulated clients in this thread."""
+    with identity_kept():
+        yield InlineGrid(client_app, run.config.federation.clients, run.clients)
 
 
 def run_in_process(

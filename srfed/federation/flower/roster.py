@@ -17,10 +17,21 @@ from srfed import __version__
 from srfed.config import RunConfig
 from srfed.errors import UserError
 from srfed.federation.bounds import LONGEST_TEXT, MOST_STEPS
-from srfed.federation.flower.exchange import POLL_SECONDS, StoppedError, stop_requested
+from srfed.federation.flower.exchange import (
+    MOST_DEATHS,
+    POLL_SECONDS,
+    StoppedError,
+    stop_requested,
+)
 from srfed.federation.flower.identity import registered_by_hand
 from srfed.federation.flower.packing import add_refusal, request_content, unpack
-from srfed.federation.messages import DESCRIBE, Description, Request, works_together
+from srfed.federation.messages import (
+    DESCRIBE,
+    DIED,
+    Description,
+    Request,
+    works_together,
+)
 from srfed.federation.screening import RefusedError, screen_description
 from srfed.keys import key_fingerprint
 from srfed.records import Shape
@@ -104,6 +115,7 @@ class Roster:
         self._refused: dict[int, tuple[float, str]] = {}
         self._told: dict[int, str] = {}
         self._doubted: set[int] = set()
+        self._deaths: dict[int, int] = {}
         self._connected: frozenset[int] = frozenset()
         self._looked = float("-inf")
 
@@ -225,6 +237,11 @@ class Roster:
                 time.sleep(POLL_SECONDS)
 
     def _hear(self, node: int, reply: Message) -> None:
+        if reply.has_error() and reply.error.code == DIED:
+            deaths = self._deaths[node] = self._deaths.get(node, 0) + 1
+            if deaths < MOST_DEATHS:
+                # The next look asks it again.
+                return
         try:
             description = self._admit(node, reply)
         except UserError as error:

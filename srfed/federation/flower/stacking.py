@@ -7,6 +7,7 @@ deployed site refuses it as a kind of request that it does not know.
 
 import copy
 import itertools
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 from uuid import uuid4
@@ -15,6 +16,7 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from srfed.federation.flower.exchange import Simulated
 from srfed.federation.flower.guard import GuardedApp
 from srfed.federation.messages import REQUEST, TRAIN
 from srfed.federation.site import is_simulated
@@ -65,6 +67,18 @@ class StackingGrid:
         self._held: dict[int, list[Message]] = {}
         self._sent: dict[str, list[Message]] = {}
         self._lost: list[Message] = []
+
+    @property
+    def at_once(self) -> int:
+        """How many stacks can be at work at once."""
+        return self._grid.at_once if isinstance(self._grid, Simulated) else 1
+
+    def wait(self, seconds: float) -> None:
+        """Return when there may be a reply, at the latest after so many seconds."""
+        if isinstance(self._grid, Simulated):
+            self._grid.wait(seconds)
+        else:
+            time.sleep(seconds)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Take messages to clients of the stacks; each has an id of its own."""

@@ -1,0 +1,63 @@
+"""What a node of a Ray cluster must be like to work for a run; it is looked at on the node
+itself.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from srfed import __version__
+
+SHARED = "; a cluster's nodes need the run's folder under the same path (--run-dir)"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What every node is asked for.
+
+    Attributes:
+        version: of srfed.
+        folder: the run's; its stores are read and written on every node.
+        lineage: the run's, by which a node shows that it sees the same folder.
+        images: the data set's folder or file; empty where there is none to read.
+    """
+
+    version: str
+    folder: str
+    lineage: str
+    images: str
+
+
+def unfit(wanted: Wanted) -> str:
+    """Why this machine cannot work for the run, in a sentence; empty where it can."""
+    if __version__ != wanted.version:
+        return f"it has srfed {__version__}, and the run needs {wanted.version}"
+    folder = Path(wanted.folder)
+    try:
+        lineage = json.loads((folder / "run.json").read_bytes())["lineage"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"it cannot read {folder}{SHARED}"
+    if lineage != wanted.lineage:
+        return f"its {folder} holds another run{SHARED}"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f"it cannot write {folder}{SHARED}"
+    if wanted.images and not os.access(wanted.images, os.R_OK):
+        return f"it cannot read data.dir = {wanted.images}"
+    return ""
+
+
+def prepare(wanted: Wanted | None) -> None:
+    """What a client's process does first: it imports what it will need, while the server is still
+    getting ready.
+
+    Args:
+        wanted: of a cluster's node, which may have joined since the run began; None on the run's
+            own machine.
+
+    Raises:
+        RuntimeError: the node is not fit.
+    """
+    if wanted is not None and (reason := unfit(wanted)):
+        raise RuntimeError(reason)
+    import srfed.federation.flower.client_app  # noqa: F401

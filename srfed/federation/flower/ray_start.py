@@ -1,0 +1,330 @@
+"""Ray for one run: one of its own, which nobody else can join, or a cluster that is there already.
+
+A Ray without access tokens runs whatever any process that reaches its ports sends it, with the
+rights of its user. So one of a run's own gets a random token, which stands in the environment of
+its processes and nowhere else, and a cluster that asks for none is refused.
+"""
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import AuthenticationError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from srfed import __version__
+from srfed.config import RunConfig
+from srfed.cores import usable_cores
+from srfed.environment import surroundings_kept
+from srfed.errors import UserError
+from srfed.federation import report_nothing
+from srfed.federation.flower.ray_grid import INSTEAD, Room, reason_of_death
+from srfed.federation.flower.ray_node import Wanted, unfit
+from srfed.interrupts import SIGNALS, Interrupted
+from srfed.storage.run_folder import RunFolder
+from srfed.units import printable
+from srfed.work import COUNTS_VARIABLE
+
+try:
+    from ray._raylet import (  # type: ignore[attr-defined]
+        AuthenticationTokenLoader,
+        Config,
+        GcsClient,
+    )
+
+    HAS_TOKENS = True
+except ImportError:
+    HAS_TOKENS = False
+
+MODE, TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
+TOKEN_FILE = "RAY_AUTH_TOKEN_PATH"
+CONNECT_SECONDS = 10.0
+START_SECONDS = "200"
+NODE_SECONDS = 120.0
+"""Time for all nodes to say what they are like."""
+
+
+@contextmanager
+def started_ray(run: RunFolder) -> Iterator[tuple[Room, Wanted | None]]:
+    """A Ray for the run, here and now, whatever RAY_ADDRESS says; ended, or left, afterwards.
+
+    What Flower and Ray change in this process (environment, log level, warnings) is put back.
+
+    Yields:
+        The room for clients' processes, and what they ask of the machines that they are on.
+
+    Raises:
+        UserError: Ray does not start, the cluster cannot be joined or is not fit, or there is no
+            room for a client.
+    """
+    if not HAS_TOKENS:
+        raise UserError(
+            f"Ray {ray.__version__} has no access tokens, so whoever reaches this machine could "
+            f"join the run; allowed: the Ray that flwr[simulation] asks for; {INSTEAD}"
+        )
+    if ray.is_initialized():
+        raise UserError(
+            f"Ray cannot start: it runs in this process already (ray.shutdown() ends it); {INSTEAD}"
+        )
+    address = run.config.resources.ray_address
+    try:
+        with surroundings_kept(), _quiet(), _folder() as folder:
+            # What a run before this one has put back.
+            report_nothing()
+            # Ray announces a change of what clients without a GPU see; here they are to see none.
+            warnings.filterwarnings(
+                "ignore", message=".*accelerator visible devices", category=FutureWarning
+            )
+            try:
+                yield _own(run, folder) if address is None else _joined(run, address)
+            finally:
+                ray.shutdown()
+    finally:
+        _read_token_anew()
+
+
+def _own(run: RunFolder, folder: str) -> tuple[Room, None]:
+    """Start a Ray for this run alone."""
+    resources, clients = run.config.resources, run.config.federation.clients
+    cores = min(resources.cpus or usable_cores(), clients * resources.client_cpus)
+    os.environ |= {MODE: "token", TOKEN: secrets.token_hex(32)}
+    os.environ.pop(TOKEN_FILE, None)
+    # Thirty seconds, Ray's own limit, are not enough where the cores have much else to do.
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", START_SECONDS)
+    _read_token_anew()
+    try:
+        # Ray lets everybody write into its folder, but nobody else gets as far as that.
+        place = os.path.join(folder, "r")
+        _init(run, address="local", num_cpus=cores, include_dashboard=False, _temp_dir=place)
+    except Exception as error:
+        # Ray raises what its parts raise: OSError, ValueError, ConnectionError, RuntimeError and
+        # its own.
+        reason = _first_reason(error)
+        shorter = "; name a shorter folder in TMPDIR" if "AF_UNIX path length" in reason else ""
+        raise UserError(f"Ray cannot start: {reason}{shorter}; {INSTEAD}") from error
+    return _room(run.config, cores), None
+
+
+def _joined(run: RunFolder, named: str) -> tuple[Room, Wanted]:
+    """Join a cluster that is there already."""
+    what = f"resources.ray_address = {named}"
+    try:
+        address = ray._private.services.canonicalize_bootstrap_address_or_die(named)
+    except (ConnectionError, ValueError, OSError) as error:
+        raise UserError(f"{what}: {_first_reason(error)}") from error
+    if address != named:
+        what = f"{what} ({address})"
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"{what}: nobody answers there ({_first_reason(error)}); allowed: the address that "
+            "`ray start --head` has printed, on a machine that is a node of it"
+        ) from error
+    os.environ[MODE] = "token"
+    _read_token_anew()
+    if not AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+        raise UserError(
+            f"{what} needs the cluster's token in {TOKEN} (or {TOKEN_FILE}), which is not set"
+        )
+    _refuse_open(what, address)
+    if not _admits(what, address):
+        raise UserError(
+            f"{what}: the cluster refuses the token; allowed: the one that its nodes were started "
+            f"with, in {TOKEN} (or {TOKEN_FILE})"
+        )
+    try:
+        _init(run, address=address)
+    except Exception as error:
+        raise UserError(f"{what}: {_first_reason(error)}") from error
+    wanted = Wanted(
+        version=__version__,
+        folder=str(run.path.absolute()),
+        lineage=run.lineage,
+        images=run.config.data.dir,
+    )
+    _look_at_nodes(what, wanted)
+    resources = run.config.resources
+    cores = int(ray.cluster_resources().get("CPU", 0.0))  # type: ignore[no-untyped-call]
+    return _room(run.config, min(resources.cpus or cores, cores)), wanted
+
+
+def _init(run: RunFolder, **arguments: Any) -> None:
+    """``ray.init`` with what both kinds of Ray have in common; raises what it raises."""
+    # Ray's processes do not inherit what Python has put on its path since it started.
+    path = os.pathsep.join([*sys.path, *filter(None, [os.environ.get("PYTHONPATH")])])
+    # Ray takes SIGTERM for itself, and aborts; a signal is to stop the run between two replies.
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    main_thread = threading.current_thread() is threading.main_thread()
+    try:
+        ray.init(
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            runtime_env={
+                "env_vars": {
+                    "PYTHONPATH": path,
+                    COUNTS_VARIABLE: os.environ.get(COUNTS_VARIABLE, ""),
+                    # Each actor would start its own pool of threads for all cores before the first
+                    # message arrives.
+                    "OMP_NUM_THREADS": str(run.config.resources.client_cpus),
+                }
+            },
+            **arguments,
+        )
+    except SystemExit:
+        raise Interrupted(signal.SIGTERM) from None
+    finally:
+        for number, handler in handlers.items() if main_thread else ():
+            signal.signal(number, handler)
+
+
+def _refuse_open(what: str, address: str) -> None:
+    """Raise UserError where a stranger with a token of their own is let in."""
+    own = {name: os.environ.pop(name) for name in (TOKEN, TOKEN_FILE) if name in os.environ}
+    os.environ[TOKEN] = secrets.token_hex(32)
+    _read_token_anew()
+    try:
+        admitted = _admits(what, address)
+    finally:
+        os.environ.pop(TOKEN)
+        os.environ |= own
+        _read_token_anew()
+    if admitted:
+        raise UserError(
+            f"{what}: that Ray asks for no token, so whoever reaches it can run code as you; start "
+            f"its nodes with {MODE}=token and a {TOKEN} of 32 random characters or more"
+        )
+
+
+def _admits(what: str, address: str) -> bool:
+    """Whether a cluster takes the token that Ray has read last; raises UserError where none
+    answers.
+    """
+    try:
+        GcsClient(address=address)
+    except AuthenticationError:
+        return False
+    except Exception as error:
+        # Ray's own, and what it makes of gRPC's.
+        raise UserError(f"{what}: no Ray answers there ({_first_reason(error)})") from error
+    return True
+
+
+def _look_at_nodes(what: str, wanted: Wanted) -> None:
+    """Raise UserError where a node of the cluster cannot work for the run."""
+    look = ray.remote(unfit)
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    tasks = [look.options(num_cpus=0, scheduling_strategy=node).remote(wanted) for node in there]
+    said, _ = ray.wait(tasks, num_returns=len(tasks), timeout=NODE_SECONDS)
+    for node, task in zip(nodes, tasks, strict=True):
+        name = f"node {node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
+        if task not in said:
+            raise UserError(f"{what}: {name} has not answered in {NODE_SECONDS:g} s")
+        try:
+            reason = ray.get(task)
+        except RayError as error:
+            reason = f"it cannot say what it is like: {reason_of_death(error)}"
+        if reason:
+            raise UserError(f"{what}: {name}: {printable(reason)}")
+
+
+def _room(config: RunConfig, cores: int) -> Room:
+    resources = config.resources
+    gpus = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
+    return Room(
+        cpus=resources.client_cpus,
+        gpus=client_share(config, gpus, cores),
+        most=max(1, min(config.federation.clients, cores // resources.client_cpus)),
+    )
+
+
+def client_share(config: RunConfig, gpus: float, cores: int) -> float:
+    """The share of a GPU of each client: what the run says, or equal ones for as many clients as
+    the cores run at once.
+
+    Args:
+        config: the run's configuration.
+        gpus: GPUs that Ray finds.
+        cores: cores for all clients together.
+
+    Raises:
+        UserError: the run asks for more than there is.
+    """
+    resources, asked = config.resources, config.resources.client_gpus
+    if asked is not None and asked > gpus:
+        raise UserError(
+            f"resources.client_gpus = {asked} is above the {gpus:g} GPUs that Ray finds"
+        )
+    if resources.device == "cpu":
+        return 0.0
+    if resources.device == "cuda" and not gpus:
+        raise UserError("resources.device = cuda, but Ray finds no GPU here; allowed: auto, cpu")
+    if asked is not None:
+        return asked
+    # Ray counts shares in ten-thousandths; rounded down, so that all fit.
+    at_once = max(1, min(config.federation.clients, cores // resources.client_cpus))
+    return min(1.0, int(10_000 * gpus / at_once) / 10_000)
+
+
+@contextmanager
+def _folder() -> Iterator[str]:
+    """A folder of the user's alone for Ray's sockets and logs, removed afterwards."""
+    try:
+        folder = tempfile.TemporaryDirectory(
+            prefix="srfed-ray-", dir=os.environ.get("RAY_TMPDIR"), ignore_cleanup_errors=True
+        )
+    except OSError as error:
+        raise UserError(
+            f"Ray cannot start: {_first_reason(error)} (the folder is RAY_TMPDIR's, or else "
+            f"TMPDIR's); {INSTEAD}"
+        ) from error
+    with folder as name:
+        yield name
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Neither Flower nor Ray speaks beside the run: what happens to a client is in its own lines,
+    what ends the simulation in the error.
+    """
+    log = logging.getLogger("flwr")
+    level, worker = log.level, ray._private.worker
+    log.setLevel(logging.CRITICAL)
+    # A process that dies is announced with the log of its node, whatever log_to_driver says.
+    shown = worker.print_to_stdstream
+    worker.print_to_stdstream = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = shown
+        log.setLevel(level)
+
+
+def _read_token_anew() -> None:
+    """Let Ray read mode and token again: it keeps those that it has found first."""
+    AuthenticationTokenLoader.instance().reset_cache()
+    Config.initialize("")
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _first_reason(error: BaseException) -> str:
+    """What began it, in one line."""
+    error = _root(error)
+    return " ".join(str(error).split()) or type(error).__name__
