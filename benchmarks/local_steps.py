@@ -18,10 +18,11 @@ from torch import Tensor
 from srfed.commands.options import Parser
 from srfed.config import RunConfig, UNetConfig, load_config
 from srfed.device import arithmetic, autocast, memory_layout, resolve_device
+from srfed.flat import copies
 from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.partition import Shared
 from srfed.training.local import LocalResult, LocalTrainer
-from srfed.training.part import copies, initial_state
+from srfed.training.part import initial_state
 from srfed.training.step import LocalStep
 
 NETWORKS = {"digits": (1, 8), "mnist": (1, 28), "mnist_paper": (3, 32)}

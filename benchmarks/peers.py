@@ -23,10 +23,11 @@ from benchmarks.local_steps import diffusers_network
 from srfed.commands.options import Parser
 from srfed.config import RunConfig, UNetConfig, load_config
 from srfed.device import memory_layout
+from srfed.flat import copies
 from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.partition import Shared
 from srfed.training.local import LocalTrainer
-from srfed.training.part import copies, initial_state
+from srfed.training.part import initial_state
 
 CASES = {
     "digits, 8 px": ("digits", 1, 8),

@@ -33,8 +33,9 @@ from srfed.deployment.agree import agree_as_rehearsed
 from srfed.deployment.deployment import Deployment
 from srfed.deployment.flower_run import FlowerRun
 from srfed.federation.flower.in_process import run_in_process
-from srfed.storage.checkpoint import read_checkpoint, read_manifest
+from srfed.storage.checkpoint import read_checkpoint
 from srfed.storage.client_store import ClientStore
+from srfed.storage.manifest import read_manifest
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import ServerCheckpoints

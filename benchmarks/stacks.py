@@ -14,10 +14,11 @@ import torch
 
 from srfed.commands.options import Parser
 from srfed.config import load_config
+from srfed.flat import copies
 from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.partition import Shared
 from srfed.training.local import Job, LocalResult, LocalTrainer, train_owners
-from srfed.training.part import copies, initial_state
+from srfed.training.part import initial_state
 from srfed.training.step import LocalStep
 
 

@@ -14,11 +14,11 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 from uuid import uuid4
 
 from srfed import __version__
@@ -44,12 +44,19 @@ _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTS
 
 LONGEST_LOG = 10_000_000
 """Bytes of a log after which a new one begins."""
+PIECE = 2**20
+"""Bytes that are written at once: where memory is scarce, Linux takes several times as long to find
+room for ten times as many.
+"""
+
+Content = bytes | Callable[[BinaryIO], None]
+"""What a file is to hold, or what writes it."""
 
 
 def write_bytes(path: Path, content: bytes, *, private: bool = True) -> None:
     """Write all of a file; arguments and errors as of :func:`written_file`."""
     with written_file(path, private=private) as file:
-        file.write(content)
+        _write_all(file, content)
 
 
 @contextmanager
@@ -114,7 +121,7 @@ def append_text(path: Path, text: str) -> None:
         raise UserError(f"cannot write {path}: {_why(error)}") from error
 
 
-def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+def write_folder(path: Path, files: Mapping[str, Content]) -> None:
     """Write a folder of files so that it appears complete or not at all.
 
     Args:
@@ -129,9 +136,7 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
         make_folder(temporary)
         for name, content in files.items():
             with open(temporary / name, "wb", opener=_owners) as file:
-                file.write(content)
-                file.flush()
-                _sync(file.fileno(), _NO_SYNC)
+                _fill(file, content)
         _sync_folder(temporary)
         os.rename(temporary, path)
     except OSError as error:
@@ -350,8 +355,16 @@ def read_bytes(path: Path) -> bytes:
         DamagedError: there is none.
         UserError: it cannot be read.
     """
+    with opened(path) as file:
+        return file.read()
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A file to be read in the block; raises as :func:`read_bytes`, whenever it cannot be read."""
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            yield file
     except OSError as error:
         kind = (
             DamagedError if isinstance(error, FileNotFoundError | NotADirectoryError) else UserError
@@ -519,6 +532,21 @@ def _say_unlocked(folder: Path, why: str) -> None:
 
 
 # --- Smaller things ------------------------------------------------------------------------------
+
+
+def _write_all(file: IO[bytes], content: bytes) -> None:
+    for place in range(0, len(content), PIECE):
+        file.write(memoryview(content)[place : place + PIECE])
+
+
+def _fill(file: BinaryIO, content: Content) -> None:
+    """Write a file's content, and bring it to disk."""
+    if callable(content):
+        content(file)
+    else:
+        _write_all(file, content)
+    file.flush()
+    _sync(file.fileno(), _NO_SYNC)
 
 
 def _temporary(path: Path) -> Path:

@@ -18,12 +18,13 @@ from srfed.device import memory_layout, resolve_device
 from srfed.evaluation.metrics.denoising_loss import MOMENTS
 from srfed.federation.contract import Contract
 from srfed.federation.layout import value_bytes
+from srfed.flat import copies
 from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.partition import Shared
 from srfed.reporting.pace import comparison_passes, evaluation_passes
 from srfed.training.local import LocalTrainer, phases
 from srfed.training.minibatches import MinibatchOrder
-from srfed.training.part import copies, initial_state
+from srfed.training.part import initial_state
 from srfed.units import bytes_in_words, seconds_in_words
 from srfed.work import STEP_TO_PASS
 

@@ -213,8 +213,8 @@ def ssim_name(timestep: int, steps: int | None) -> str:
     """What SSIM-rec is called: values that were made in another number of steps, or by Algorithm 2
     (None), are of another quantity.
 
-    >>> ssim_name(50, None), ssim_name(50, 8)
-    ('SSIM-rec@50', 'SSIM-rec@50 (8 steps)')
+    >>> ssim_name(50, None), ssim_name(50, 4)
+    ('SSIM-rec@50', 'SSIM-rec@50 (4 steps)')
     """
     if steps is None:
         return f"SSIM-rec@{timestep}"
@@ -224,7 +224,7 @@ def ssim_name(timestep: int, steps: int | None) -> str:
 def ssim_tag(steps: int | None) -> str:
     """What curves and columns of SSIM-rec begin with, as :func:`ssim_name`.
 
-    >>> ssim_tag(None), ssim_tag(8)
-    ('ssim_rec', 'ssim_rec_8_steps')
+    >>> ssim_tag(None), ssim_tag(4)
+    ('ssim_rec', 'ssim_rec_4_steps')
     """
     return "ssim_rec" if steps is None else f"ssim_rec_{steps}_steps"

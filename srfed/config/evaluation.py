@@ -67,7 +67,7 @@ class EvaluationConfig(Section):
         description="timesteps of the SSIM-rec curve, measured at the end",
     )
     ssim_steps: int | None = setting(
-        8,
+        4,
         ge=1,
         decides="scores",
         description="steps of DDIM without noise, at most t*, in which SSIM-rec takes images back, "

@@ -16,7 +16,7 @@ from srfed.deployment.flower import QUIET
 from srfed.errors import UserError
 from srfed.files import held, read_json, write_json
 from srfed.keys import read_key
-from srfed.storage import CHECKPOINT_FORMAT
+from srfed.storage.manifest import read_manifest, rewrite_manifest
 
 NOTES = "registered.json"
 """Where it is noted whose keys were registered, beside the keys unless another place is named."""
@@ -167,21 +167,20 @@ def rebind(run: Path, client: str) -> str:
             raise UserError(
                 f"{run} knows no client {client!r}; it has {', '.join(sorted(known)) or 'none'}"
             )
-        manifest = _manifest(run)
-        content = read_json(manifest, version=CHECKPOINT_FORMAT)
+        checkpoint = _last_checkpoint(run)
+        content = read_manifest(checkpoint)
         for group in ("known", "shapes"):
             content[group] = {
                 other: values for other, values in content.get(group, {}).items() if other != client
             }
-        write_json(manifest, content)
+        rewrite_manifest(checkpoint, content)
     return (
         f"{client} was bound to {known[client]['key'] or 'no key'}; the next SuperNode to come "
         "with this id has it"
     )
 
 
-def _manifest(run: Path) -> Path:
-    """The last checkpoint's manifest."""
+def _last_checkpoint(run: Path) -> Path:
     if not (run / "run.json").is_file():
         raise UserError(f"{run} is not the folder of a run: it has no run.json")
     checkpoints = {
@@ -191,13 +190,12 @@ def _manifest(run: Path) -> Path:
     }
     if not checkpoints:
         raise UserError(f"{run} has no checkpoint yet")
-    return checkpoints[max(checkpoints)] / "manifest.json"
+    return checkpoints[max(checkpoints)]
 
 
 def _known(run: Path) -> dict[str, dict[str, Any]]:
     """What the last checkpoint holds each client to; nothing in one of an earlier version."""
-    manifest = read_json(_manifest(run.absolute()), version=CHECKPOINT_FORMAT)
-    return dict(manifest.get("known", {}))
+    return dict(read_manifest(_last_checkpoint(run.absolute())).get("known", {}))
 
 
 def _last_answer(run: Path, client: str) -> str:

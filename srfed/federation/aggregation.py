@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from srfed.config import FederationConfig
+from srfed.flat import joined, parts
 
 Tensors = Mapping[str, Tensor]
 
@@ -81,6 +82,7 @@ class UpdateSum:
         self._shapes = {name: tensor.shape for name, tensor in start.items()}
         self._start = self._flat(start)
         self._sum = _Term(torch.zeros_like(self._start), None, 0.0)
+        self._change, self._room = torch.empty_like(self._start), torch.empty_like(self._start)
         self._apart: dict[str, _Term] = {}
         self._most_apart = 0
         if settings.weights == "examples" and settings.largest_weight < 1:
@@ -98,13 +100,12 @@ class UpdateSum:
             examples: m_i.
             control: c_i of control variates; of all clients or of none.
         """
-        change = self._flat(update).sub_(self._start)
-        term = _Term(
-            change,
-            self._flat(control) if control else None,
-            # numpy sums in pairs, whatever the number of threads.
-            float(np.add.reduce(np.square(change.numpy()))),
-        )
+        # Where a client is not kept apart, its change need not have memory of its own.
+        change = torch.empty_like(self._start) if self._most_apart else self._change
+        torch.sub(self._joined(update), self._start, out=change)
+        # numpy sums in pairs, whatever the number of threads.
+        squares = np.add.reduce(np.square(change.numpy(), out=self._room.numpy()))
+        term = _Term(change, self._flat(control) if control else None, float(squares))
         self._examples[client] = examples
         if not self._most_apart:
             self._sum.add(term, 1.0 if self._settings.weights == "uniform" else examples)
@@ -138,17 +139,17 @@ class UpdateSum:
             weights=weights,
         )
 
+    def _joined(self, tensors: Tensors) -> Tensor:
+        ordered = [tensors[name] for name in self._shapes]
+        if len({tensor.dtype for tensor in ordered}) > 1:
+            ordered = [tensor.double() for tensor in ordered]
+        return joined(ordered)
+
     def _flat(self, tensors: Tensors) -> Tensor:
-        # torch refuses to join nothing, which is what is shared where all is exclusive.
-        nothing = torch.zeros(0, dtype=torch.float64)
-        return torch.cat([nothing, *(tensors[name].reshape(-1).double() for name in self._shapes)])
+        return self._joined(tensors).to(torch.float64, copy=True)
 
     def _members(self, flat: Tensor) -> dict[str, Tensor]:
-        parts = flat.split([math.prod(shape) for shape in self._shapes.values()])
-        return {
-            name: part.reshape(shape)
-            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
-        }
+        return dict(zip(self._shapes, parts(flat, list(self._shapes.values())), strict=True))
 
 
 class Sum(Protocol):

@@ -56,11 +56,15 @@ from srfed.federation.messages import (
     read_comparison,
 )
 from srfed.federation.updates import Delta, decode_update, norm_of
+from srfed.flat import joined
 from srfed.networks.partition import Control
 from srfed.records import Comparison
 from srfed.storage.client_store import check_name
 from srfed.training.optimizer import Reach
 from srfed.units import printable
+
+CLEARLY = 0.01
+"""By so much a norm in float32 is never wrong."""
 
 
 class RefusedError(Exception):
@@ -194,9 +198,10 @@ def screen_train(
     tensors = _tensors(reply, form)
     metrics = reply.numbers
     _check_numbers(metrics, form.numbers)
+    reach = contract.reach(reach)
     if SHARED in form.arrays:
         update = tensors[SHARED]
-        moved = {name: tensor.double() - shared[name].double() for name, tensor in update.items()}
+        moved = {} if _surely_usual(update, shared, reach) else _difference(update, shared)
     else:
         try:
             delta = decode_update(contract.config.updates, Delta(tensors[UPDATE]), contract.shared)
@@ -205,7 +210,6 @@ def screen_train(
         _check_finite(delta)
         moved = {name: tensor.double() for name, tensor in delta.items()}
         update = _moved(shared, moved, 1.0)
-    reach = contract.reach(reach)
     shortened = 1.0 if reach is None else _shortening(norm_of(moved), reach)
     if shortened < 1:
         update = _moved(shared, moved, shortened)
@@ -234,6 +238,25 @@ def screen_validation(reply: Reply, expected: ReplyHeader, contract: Contract) -
     _check_numbers(reply.numbers, form.numbers)
     loss = _one(reply.numbers, "loss")
     return ValidateReply(None if math.isnan(loss) else loss)
+
+
+def _surely_usual(
+    update: Mapping[str, Tensor], shared: Mapping[str, Tensor], reach: Reach | None
+) -> bool:
+    """Whether φ_i is clearly nearer to φ than is usual, as almost all are: found in float32, and in
+    a fraction of the time that the norm in float64 takes.
+    """
+    if reach is None:
+        return True
+    given, before = list(update.values()), [shared[name] for name in update]
+    if any(tensor.dtype != torch.float32 for tensor in (*given, *before)):
+        return False
+    return float((joined(given) - joined(before)).norm()) < (1 - CLEARLY) * reach.usual
+
+
+def _difference(update: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Δ_i in float64."""
+    return {name: tensor.double() - shared[name].double() for name, tensor in update.items()}
 
 
 def _moved(

@@ -21,6 +21,7 @@ from srfed.federation.layout import Layout, layout_of
 from srfed.federation.messages import Request
 from srfed.federation.site import Site, own_task
 from srfed.federation.together import trained_in_turn, waits_in_turn
+from srfed.flat import copies
 from srfed.model import (
     build_model,
     build_objective,
@@ -32,7 +33,7 @@ from srfed.networks.partition import Shared
 from srfed.storage.checkpoint import check_tensors
 from srfed.storage.client_store import NO_PARENT, ClientStore
 from srfed.training.local import Job, LocalResult, LocalTrainer, train_owners
-from srfed.training.part import ClientState, copies, initial_state
+from srfed.training.part import ClientState, initial_state
 from srfed.training.step import LocalStep
 
 
@@ -93,7 +94,9 @@ class Worker:
         A single one is put beside itself: it has the bits that it has in any stack, and which
         clients are in a stack decides nothing.
         """
-        stacked = [*jobs, *jobs][: max(2, len(jobs))]
+        # What is lent would change with the next stack, which comes before the first is written.
+        kept = [job._replace(lend=False) for job in jobs]
+        stacked = [*kept, *kept][: max(2, len(kept))]
         if len(stacked) not in self._stacks:
             self._stacks[len(stacked)] = LocalStep(
                 self.config, self.model, self.partition, self.objective, len(stacked)

@@ -8,8 +8,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from scipy.special import stdtrit
-
 from srfed.data.record import read_records
 from srfed.errors import UserError
 from srfed.records import ssim_name
@@ -163,6 +161,8 @@ def paired_difference(
     mean, count = fmean(differences), len(differences)
     if count < 2:
         return Difference(mean, None, None, count)
+    from scipy.special import stdtrit
+
     half = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * stdev(differences) / math.sqrt(count)
     return Difference(mean, mean - half, mean + half, count)
 

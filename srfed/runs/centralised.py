@@ -17,6 +17,7 @@ from srfed.evaluation.references import RealFloor, References
 from srfed.evaluation.report import Recognised, TaskReport, evaluation_record
 from srfed.evaluation.shares import share_of_samples
 from srfed.evaluation.task import evaluate_task
+from srfed.flat import copies
 from srfed.model import (
     build_model,
     build_objective,
@@ -35,7 +36,7 @@ from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import RunState, ServerCheckpoints
 from srfed.training.centralised import CentralisedResult, CentralisedState, CentralisedTrainer
 from srfed.training.optimizer import learning_rate_factor
-from srfed.training.part import Part, copies, initial_state, load_tensors
+from srfed.training.part import Part, initial_state, load_tensors
 
 
 class Centralised:

@@ -7,12 +7,12 @@ from pathlib import Path
 from srfed.config import RunConfig
 from srfed.data import Task
 from srfed.errors import UserError
+from srfed.flat import copies
 from srfed.model import shared_of
 from srfed.networks.partition import Partition, Shared
 from srfed.runs.run import TrainedRun
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.start import Origin, load_start, shared_digest
-from srfed.training.part import copies
 
 SECTIONS = ("model", "diffusion")
 """What says which φ it is, and what it has learned to predict."""

@@ -1,6 +1,6 @@
 """A client's durable state: one folder an attempt, written whole or not at all.
 
-    <state-dir>/<client>/lineages/<lineage>/<attempt>/state.safetensors, manifest.json
+    <state-dir>/<client>/lineages/<lineage>/<attempt>/state.safetensors
 
 The server names the attempt to start from, so a lost reply, a retry or a crash leaves at most an
 attempt that nobody refers to; it can never pair θ_i with the φ of another round.
@@ -25,11 +25,11 @@ from srfed.storage.checkpoint import (
     Checkpoint,
     find_checkpoints,
     read_checkpoint,
-    read_manifest,
     remove_checkpoint,
     remove_remains,
     write_checkpoint,
 )
+from srfed.storage.manifest import read_manifest
 from srfed.training.part import ClientState, Part
 from srfed.units import bytes_in_words
 

@@ -16,12 +16,12 @@ from srfed.storage.checkpoint import (
     find_checkpoints,
     image_shape,
     read_checkpoint,
-    read_manifest,
     remove_checkpoint,
     remove_remains,
     write_checkpoint,
 )
 from srfed.storage.client_store import NO_PARENT
+from srfed.storage.manifest import read_manifest
 from srfed.training.part import Part
 
 _GROUPS = ("shared", "shared_average", "optimizer", "shared_moments", "control")

@@ -22,12 +22,12 @@ from srfed.storage.checkpoint import (
     find_checkpoints,
     image_shape,
     read_checkpoint,
-    read_manifest,
     remove_checkpoint,
     remove_remains,
     write_checkpoint,
 )
 from srfed.storage.client_store import NO_PARENT, StoreBounds, check_bounds, check_name
+from srfed.storage.manifest import read_manifest
 
 MODELS = "models"
 _KINDS = {"config": str, "round": int, "shape": list, "client": str}

@@ -15,11 +15,12 @@ from torch import Tensor
 from srfed.config import RunConfig, parse_config
 from srfed.device import resolve_device
 from srfed.errors import UserError
+from srfed.flat import copies
 from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.network import Network
 from srfed.networks.partition import Partition, Shared, divide
 from srfed.training.local import LocalTrainer
-from srfed.training.part import ClientState, copies, initial_state, load_tensors
+from srfed.training.part import ClientState, initial_state, load_tensors
 
 Mode = Literal["frozen", "thawed", "scratch"]
 MODES: tuple[Mode, ...] = get_args(Mode)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from srfed.config import TrainingConfig
+from srfed.flat import copies
 from srfed.networks.partition import Exclusive, Shared
 from srfed.training.ema import round_decay, update_average
 from srfed.training.local import LocalTrainer
-from srfed.training.part import ClientState, Part, copies
+from srfed.training.part import ClientState, Part
 
 BEST, BEST_LOSS, BEST_ROUND = "best", ".best_loss", ".best_round"
 MINIBATCHES, STEPS, EXCLUSIVE_STEPS = ".minibatches", ".steps", ".exclusive_steps"

@@ -21,6 +21,7 @@ from srfed.device import arithmetic, memory_layout, to_device
 from srfed.diffusion.objective import Objective
 from srfed.diffusion.process import Forward
 from srfed.errors import UserError
+from srfed.flat import copies
 from srfed.networks.network import Network
 from srfed.networks.partition import Exclusive, Partition, Shared
 from srfed.randomness import derive_generator
@@ -31,7 +32,7 @@ from srfed.training.minibatches import (
     seeded_dropout,
 )
 from srfed.training.optimizer import rates_of_round
-from srfed.training.part import ClientState, LivePart, Part, copies
+from srfed.training.part import ClientState, LivePart, Part
 from srfed.training.step import LossMeter, Share, training_step
 from srfed.work import STEP_TO_PASS, count_passes
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from srfed.config import RunConfig, TrainingConfig
 from srfed.device import arithmetic, memory_layout
 from srfed.diffusion.objective import Objective
+from srfed.flat import copies
 from srfed.model import task_of_table
 from srfed.networks.network import Network
 from srfed.networks.partition import Control, Exclusive, Partition, Shared
@@ -24,8 +25,8 @@ from srfed.training.minibatches import (
     seeded_dropout,
 )
 from srfed.training.optimizer import rates_of_round
-from srfed.training.part import ClientState, Part, copies
-from srfed.training.step import LocalStep, LossMeter
+from srfed.training.part import ClientState, Part
+from srfed.training.step import LocalStep, LossMeter, Owner
 from srfed.work import STEP_TO_PASS, count_passes
 
 
@@ -64,7 +65,8 @@ class Job(NamedTuple):
     round_number: int
     shared: Shared
     state: ClientState
-    correction: Control | None
+    correction: Control | None = None
+    lend: bool = False
 
     @property
     def form(self) -> object:
@@ -128,6 +130,8 @@ class LocalTrainer:
         shared: Shared,
         state: ClientState,
         correction: Control | None = None,
+        *,
+        lend: bool = False,
     ) -> LocalResult:
         """Train for one round from (φ, θ_i).
 
@@ -138,8 +142,10 @@ class LocalTrainer:
             state: the client's state after its last accepted round.
             correction: c - c_i, which ``training.control_variates`` adds to φ's gradients; None
                 stands for zeros.
+            lend: the result's state is not copied, and changes when the model is next trained: for
+                whoever writes it away at once.
         """
-        return self._run(Job(self, round_number, shared, state, correction))
+        return self._run(Job(self, round_number, shared, state, correction, lend))
 
     def run_alone(self, job: Job) -> LocalResult:
         """Carry out a round of this trainer, by itself."""
@@ -229,33 +235,51 @@ def _train_owners(config: RunConfig, step: LocalStep, jobs: Sequence[Job]) -> li
         for meter, losses, batch in zip(meters, found, batches, strict=True):
             meter.add(losses, batch.times)
             count_passes(STEP_TO_PASS * len(losses))
-    told = [meter.read() for meter in meters]
+    if step.device.type == "cuda":
+        torch.cuda.synchronize(step.device)
     seconds = (time.perf_counter() - start) / len(jobs)
     return [
-        LocalResult(
-            shared=Shared(copies(owner.shared.weights)),
-            state=ClientState(
-                exclusive=Part(
-                    Exclusive(copies(owner.exclusive.weights)),
-                    Exclusive(copies(owner.exclusive.average)),
-                    owner.exclusive.export_moments(),
-                    owner.exclusive.steps,
-                ),
-                shared_moments=owner.shared.export_moments() if keeps else {},
-                minibatches=job.state.minibatches + len(trained),
-            ),
-            loss=loss,
-            loss_by_quarter=loss_by_quarter,
-            images_by_quarter=images_by_quarter,
-            shared_steps=sum("shared" in parts for parts in trained),
-            images=meter.images,
-            seconds=seconds,
-            gradient=Control(copies(owner.terms.mean_gradient(len(trained)))),
-        )
-        for owner, job, meter, (loss, loss_by_quarter, images_by_quarter) in zip(
-            step.owners, jobs, meters, told, strict=True
-        )
+        _result(owner, job, meter, trained, seconds, keeps=keeps)
+        for owner, job, meter in zip(step.owners, jobs, meters, strict=True)
     ]
+
+
+def _result(
+    owner: Owner,
+    job: Job,
+    meter: LossMeter,
+    trained: Sequence[tuple[str, ...]],
+    seconds: float,
+    *,
+    keeps: bool,
+) -> LocalResult:
+    own, average = (
+        {name: tensor.detach() for name, tensor in tensors.items()}
+        if job.lend
+        else copies(tensors, by_name=True)
+        for tensors in (owner.exclusive.weights, owner.exclusive.average)
+    )
+    loss, loss_by_quarter, images_by_quarter = meter.read()
+    return LocalResult(
+        shared=Shared(copies(owner.shared.weights)),
+        state=ClientState(
+            exclusive=Part(
+                Exclusive(own),
+                Exclusive(average),
+                owner.exclusive.export_moments(lend=job.lend),
+                owner.exclusive.steps,
+            ),
+            shared_moments=owner.shared.export_moments(lend=job.lend) if keeps else {},
+            minibatches=job.state.minibatches + len(trained),
+        ),
+        loss=loss,
+        loss_by_quarter=loss_by_quarter,
+        images_by_quarter=images_by_quarter,
+        shared_steps=sum("shared" in parts for parts in trained),
+        images=meter.images,
+        seconds=seconds,
+        gradient=Control(copies(owner.terms.mean_gradient(len(trained)))),
+    )
 
 
 def phases(

@@ -11,6 +11,7 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from srfed.config import RunConfig, TrainingConfig
+from srfed.flat import copies, zeros_in_a_row
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """Adam's state of one tensor, as torch names it."""
@@ -164,14 +165,21 @@ class PartOptimizer:
         self._started = {
             name for name in self._parameters if moments and f"exp_avg.{name}" in moments
         }
+        there: list[Tensor] = []
+        given: list[Tensor] = []
+        fresh: list[Tensor] = []
         for name in self._parameters:
             if name in self._started:
                 assert moments is not None
                 for key, buffer in self._buffer(name).items():
-                    buffer.copy_(moments[f"{key}.{name}"])
+                    there.append(buffer)
+                    given.append(moments[f"{key}.{name}"])
             elif name in self._buffers:
-                for buffer in self._buffers[name].values():
-                    buffer.zero_()
+                fresh.extend(self._buffers[name].values())
+        if there:
+            torch._foreach_copy_(there, given)
+        if fresh:
+            torch._foreach_zero_(fresh)
 
     def clear_gradients(self) -> None:
         """Set every gradient of the part to None."""
@@ -230,25 +238,25 @@ class PartOptimizer:
         """
         self._started.update(names)
 
-    def export_moments(self) -> dict[str, Tensor]:
-        """Adam's moments as contiguous CPU tensors of their own; empty for SGD.
+    def export_moments(self, *, lend: bool = False) -> dict[str, Tensor]:
+        """Adam's moments as contiguous CPU tensors of their own, or ``lend`` as they are in memory,
+        where the next step changes them; empty for SGD.
 
         "exp_avg.<parameter>" and "exp_avg_sq.<parameter>" have the parameter's shape,
         "step.<parameter>" has none; all three are missing for a parameter that never had a
         gradient.
         """
-        return {
+        moments = {
             f"{key}.{name}": self._buffers[name][key]
-            .cpu()
-            .clone(memory_format=torch.contiguous_format)
             for key in MOMENTS
             for name in self._parameters
             if name in self._started
         }
+        return moments if lend else copies(moments, by_name=True)
 
     def _buffer(self, name: str) -> dict[str, Tensor]:
-        if name not in self._buffers:
-            self._buffers[name] = _fresh_state(self._parameters[name])
+        if not self._buffers:
+            self._buffers = _fresh_states(self._parameters)
         return self._buffers[name]
 
 
@@ -288,11 +296,25 @@ def rates_of_round(config: RunConfig, round_number: int) -> Rates:
     )
 
 
-def _fresh_state(parameter: nn.Parameter) -> dict[str, Tensor]:
+def _fresh_states(parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
+    if all(p.is_contiguous() and p.device.type == "cpu" for p in parameters.values()):
+        # One after another in the order in which they are stored, and so written as one.
+        names = sorted(parameters)
+        shapes = [parameters[name].shape for name in names]
+        moments = [zeros_in_a_row(shapes) for _ in range(2)]
+        columns = [*moments, zeros_in_a_row([()] * len(names))]
+        rows = zip(*columns, strict=True)
+        return {
+            name: dict(zip(MOMENTS, row, strict=True))
+            for name, row in zip(names, rows, strict=True)
+        }
     # In the parameter's own memory layout, which moments that come from a file do not have: the
     # fused kernel pairs elements by their place in memory.
     return {
-        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-        "step": torch.zeros((), device=parameter.device),
+        name: {
+            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+            "step": torch.zeros((), device=parameter.device),
+        }
+        for name, parameter in parameters.items()
     }

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from srfed.config import TrainingConfig
+from srfed.flat import copies
 from srfed.networks.network import Network
 from srfed.networks.partition import Exclusive, Partition, Shared
 from srfed.training.ema import step_decay, update_average
@@ -88,10 +89,12 @@ class LivePart:
             owned_rate: that of the owned parameters; None takes ``rate``.
         """
         load_tensors(self.weights, part.weights)
-        self.average = {
-            name: tensor.to(self.weights[name].device, copy=True)
-            for name, tensor in part.average.items()
-        }
+        if self.average.keys() != part.average.keys():
+            self.average = {
+                name: torch.empty_like(self.weights[name], requires_grad=False)
+                for name in part.average
+            }
+        load_tensors(self.average, part.average)
         self.steps = part.steps
         self._optimizer.begin(rate, part.moments, owned_rate)
 
@@ -120,9 +123,9 @@ class LivePart:
         )
         self.steps += 1
 
-    def export_moments(self) -> dict[str, Tensor]:
+    def export_moments(self, *, lend: bool = False) -> dict[str, Tensor]:
         """Adam's moments; see :meth:`PartOptimizer.export_moments`."""
-        return self._optimizer.export_moments()
+        return self._optimizer.export_moments(lend=lend)
 
 
 def initial_state(model: Network, partition: Partition) -> ClientState:
@@ -136,10 +139,5 @@ def load_tensors(target: nn.Module | Mapping[str, Tensor], *parts: Mapping[str, 
     """Copy tensors in place into a model, or into tensors, by name."""
     places = target.state_dict() if isinstance(target, nn.Module) else target
     for part in parts:
-        for name, tensor in part.items():
-            places[name].copy_(tensor)
-
-
-def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU copies."""
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        if part:
+            torch._foreach_copy_([places[name] for name in part], list(part.values()))

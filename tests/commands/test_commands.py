@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from srfed import simulate
 from srfed.commands import sample
 from srfed.reporting.pictures import GAP, SMALLEST_CELL
-from srfed.storage.checkpoint import STATE_FILE
+from srfed.storage.manifest import STATE_FILE
 from srfed.storage.run_folder import RunFolder
 from support.tiny_run import all_bits, begin, records, run_in_process, stop_after_a_round
 
@@ -62,7 +62,7 @@ def test_the_main_job_from_the_command_line(
     assert {
         "loss/mean",
         "fd_embedded/all",
-        "ssim_rec_8_steps/t=5",
+        "ssim_rec_4_steps/t=5",
         "traffic/bytes_up",
         "traffic/bytes_down",
         "speed/images_per_second",

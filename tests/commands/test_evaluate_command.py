@@ -127,7 +127,7 @@ def test_every_number_is_printed_with_what_it_depends_on(
         ):
             assert words in line
     assert any(
-        re.match(r"SSIM-rec@5 \(8 steps\): 0\.\d{4} \(t = 5: .*, t = 10: .*; n = 3 test", line)
+        re.match(r"SSIM-rec@5 \(4 steps\): 0\.\d{4} \(t = 5: .*, t = 10: .*; n = 3 test", line)
         for line in lines
     )
     assert any(line.startswith("memorisation: ") for line in lines)
@@ -174,17 +174,17 @@ def test_a_run_is_judged_by_algorithm_2_where_that_is_asked_for(
 def test_a_run_of_before_there_were_steps_goes_on_with_algorithm_2(tmp_path: Path) -> None:
     run = begin(tmp_path / "run")
     config, identity = run.config_file, json.loads(run.identity_file.read_text())
-    assert identity["settings"].pop("evaluation.ssim_steps") == 8
+    assert identity["settings"].pop("evaluation.ssim_steps") == 4
     run.identity_file.write_text(json.dumps(identity))
-    config.write_text(re.sub(r"^ +ssim_steps: 8\n", "", config.read_text(), flags=re.MULTILINE))
+    config.write_text(re.sub(r"^ +ssim_steps: 4\n", "", config.read_text(), flags=re.MULTILINE))
     old = RunFolder.open(run.path)
     assert old.config.evaluation.ssim_steps is None
     asked = load_config(config, ["federation.rounds=7"])
-    assert asked.evaluation.ssim_steps == 8, "the same file for a new run"
+    assert asked.evaluation.ssim_steps == 4, "the same file for a new run"
     again = old.reconfigure(asked).config
     assert (again.evaluation.ssim_steps, again.federation.rounds) == (None, 7)
-    with pytest.raises(UserError, match=r"evaluation\.ssim_steps: null -> 4$"):
-        old.reconfigure(load_config(config, ["evaluation.ssim_steps=4"]))
+    with pytest.raises(UserError, match=r"evaluation\.ssim_steps: null -> 5$"):
+        old.reconfigure(load_config(config, ["evaluation.ssim_steps=5"]))
 
 
 def test_references_can_be_kept_in_files(

@@ -41,7 +41,7 @@ from srfed.errors import UserError
 from srfed.files import held
 from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.partition import divide
-from srfed.storage.checkpoint import read_manifest
+from srfed.storage.manifest import read_manifest
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from srfed.training.local import LocalTrainer
@@ -672,7 +672,7 @@ def test_a_rehearsal_stopped_and_resumed_has_the_bits_of_a_simulation(
         assert path.suffix in (".crt", ".pub") or not path.stat().st_mode & 0o077, path
 
     run = RunFolder.open(folder / "run")
-    assert (run.server / "round-00002" / "manifest.json").is_file()
+    assert (run.server / "round-00002" / "state.safetensors").is_file()
     log = MetricsLog(run.metrics)
     assert [line["round"] for line in log.rounds()] == [1, 2]
     assert [(line["round"], line["final"]) for line in log.evaluations()] == [(2, True)]

@@ -39,7 +39,8 @@ from srfed.evaluation.generation import generate
 from srfed.federation.messages import DESCRIBE, EVALUATE, TRAIN
 from srfed.keys import read_key
 from srfed.runs.run import TrainedSite
-from srfed.storage.checkpoint import read_checkpoint, read_manifest
+from srfed.storage.checkpoint import read_checkpoint
+from srfed.storage.manifest import read_manifest
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from support.deployed import SAMPLES, TWO, assert_succeeded, free_ports, site_data, write_config

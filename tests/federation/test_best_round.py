@@ -1,6 +1,5 @@
 """The best round by the owners' validation images: found, kept at both sides, and the result."""
 
-import json
 import math
 import shutil
 import signal
@@ -59,7 +58,8 @@ from srfed.runs.best_round import hold_to_owners, judge_round
 from srfed.runs.centralised import Centralised
 from srfed.runs.loop import run_rounds
 from srfed.runs.run import TrainedRun
-from srfed.storage.checkpoint import MANIFEST_FILE, STATE_FILE, read_arrays
+from srfed.storage.checkpoint import read_arrays
+from srfed.storage.manifest import STATE_FILE
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import BestRound, RunState, ServerCheckpoints
@@ -67,7 +67,7 @@ from srfed.studies.best_rounds import TOGETHER, BestRounds, best_file, best_roun
 from support.errors import message_of
 from support.faults import Faults, app_with, set_field, set_number
 from support.membership import SOON, ChangingGrid
-from support.stores import server_state
+from support.stores import server_state, write_as_before
 from support.tiny_run import (
     CLIENTS,
     all_bits,
@@ -378,10 +378,7 @@ def test_a_best_round_whose_checkpoint_is_lost_is_named_and_begins_anew(copy: Ru
 def test_a_checkpoint_of_before_opens(tmp_path: Path) -> None:
     checkpoints = ServerCheckpoints(tmp_path, 2)
     checkpoints.save(server_state(3))
-    manifest = tmp_path / "round-00003" / MANIFEST_FILE
-    content = json.loads(manifest.read_text())
-    del content["best"], content["validation"]
-    manifest.write_text(json.dumps(content))
+    write_as_before(tmp_path / "round-00003", 2, without=["best", "validation"])
     state = checkpoints.load_last()
     assert (state.round, state.best, state.validation) == (3, None, {})
     assert checkpoints.load_best(state) is state

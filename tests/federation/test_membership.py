@@ -2,7 +2,6 @@
 right.
 """
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +10,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from srfed.federation.messages import TRAIN
-from srfed.storage.checkpoint import read_manifest
 from srfed.storage.client_store import NO_PARENT
+from srfed.storage.manifest import STATE_FILE, read_manifest
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from support.faults import app_with
@@ -30,6 +29,7 @@ from support.membership import (
     same_but_for_traffic,
     start,
 )
+from support.stores import edit_manifest, write_as_before
 from support.tiny_run import CLIENTS, all_bits, begin, records, round_lines, server_bits
 
 pytestmark = pytest.mark.usefixtures("without_pauses")
@@ -175,23 +175,16 @@ def test_a_checkpoint_of_an_earlier_version_is_gone_on_with(
     half: RunFolder, undisturbed: RunFolder, tmp_path: Path
 ) -> None:
     run = resume(half, tmp_path / "run", {})
-    file = run.server / "round-00001" / "manifest.json"
-    manifest = {
-        name: value
-        for name, value in json.loads(file.read_text()).items()
-        if name not in NEW_IN_MANIFEST
-    }
-    file.write_text(json.dumps({**manifest, "usual_norm": 0.5}))
+    folder = run.server / "round-00001"
+    edit_manifest(folder, lambda manifest: manifest.update(usual_norm=0.5))
+    write_as_before(folder, 1, without=NEW_IN_MANIFEST)
     start(run)
     assert all_bits(run) == all_bits(undisturbed)
 
 
 def test_a_manifest_without_a_key_is_a_sentence(half: RunFolder, tmp_path: Path) -> None:
     run = resume(half, tmp_path / "run", {})
-    file = run.server / "round-00001" / "manifest.json"
-    manifest = json.loads(file.read_text())
-    del manifest["attempts"]
-    file.write_text(json.dumps(manifest))
-    assert "round-00001/manifest.json is damaged: it has no 'attempts'" in failure(
+    edit_manifest(run.server / "round-00001", lambda manifest: manifest.pop("attempts"))
+    assert f"round-00001/{STATE_FILE} is damaged: it has no 'attempts'" in failure(
         lambda: start(run)
     )

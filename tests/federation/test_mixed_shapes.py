@@ -1,6 +1,5 @@
 """Owners whose images differ in size and in channels, in one federation."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from srfed.storage.server_checkpoints import ServerCheckpoints
 from srfed.training.local import LocalTrainer
 from srfed.training.part import initial_state
 from support.errors import message_of
+from support.stores import edit_manifest
 from support.tiny_run import tiny_config
 
 SHAPES = {"grey": (8, 8, 1), "wide": (9, 12, 3), "large": (16, 16, 3)}
@@ -191,12 +191,10 @@ def test_a_checkpoint_of_before_has_one_shape_for_all(tmp_path: Path) -> None:
     config = tiny_config({**SETTINGS, "evaluation.every": 0})
     run = srfed.train(config, tasks, run_dir=tmp_path / "run")
     expected = run.sample("b", 2)
-    for manifest in RunFolder.open(run.path).server.glob("round-*/manifest.json"):
-        content = json.loads(manifest.read_text())
-        content["shape"] = content.pop("shapes")["a"]
-        manifest.write_text(json.dumps(content))
+    for folder in RunFolder.open(run.path).server.glob("round-*"):
+        edit_manifest(folder, lambda manifest: manifest.update(shape=manifest.pop("shapes")["a"]))
     np.testing.assert_array_equal(srfed.open_run(run.path).sample("b", 2), expected)
-    manifest.write_text(json.dumps({**content, "shapes": {"a": [8, 8]}}))
+    edit_manifest(folder, lambda manifest: manifest.update(shapes={"a": [8, 8]}))
     with pytest.raises(UserError, match="is damaged: 'shape' is"):
         srfed.open_run(run.path)
 

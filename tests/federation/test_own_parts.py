@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import ConfigRecord, Context, Message
 from flwr.serverapp import ServerApp
 from flwr.supercore import object_ref
 
+from srfed.config import FederationConfig
 from srfed.deployment.agree import agree, in_words, propose, standing
 from srfed.deployment.certificates import make_certificates
 from srfed.deployment.site_command import check_before_start
@@ -281,3 +283,17 @@ def test_the_examples_aggregator_takes_the_clients_median(tmp_path: Path) -> Non
         np.testing.assert_allclose(tensor.numpy(), np.median(of_clients, axis=0), atol=1e-6)
         means_differ |= not np.allclose(tensor.numpy(), of_clients.mean(axis=0), atol=1e-5)
     assert means_differ
+
+
+def test_the_median_is_the_same_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    import own_aggregator
+
+    draws = torch.Generator().manual_seed(0)
+    start, *updates = ({"a": torch.randn(3, 5, generator=draws)} for _ in range(6))
+    monkeypatch.setattr(own_aggregator, "SLICE", 22)  # of four values of five clients
+    middle = own_aggregator.Median(FederationConfig(), start)
+    for number, update in enumerate(updates):
+        middle.add(f"client-{number}", update, 1)
+    moved = np.stack([(update["a"] - start["a"]).numpy() for update in updates])
+    found = middle.mean().change["a"].numpy()
+    np.testing.assert_allclose(found, np.median(moved, axis=0), atol=1e-6)

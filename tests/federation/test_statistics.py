@@ -3,7 +3,6 @@ own models.
 """
 
 import copy
-import json
 import os
 import re
 import subprocess
@@ -51,14 +50,15 @@ from srfed.federation.site import STATE_DIR_VARIABLE
 from srfed.model import build_model, build_partition
 from srfed.reporting.pictures import draw_grid
 from srfed.runs.run import TrainedRun, TrainedSite
-from srfed.storage.checkpoint import MANIFEST_FILE, STATE_FILE
 from srfed.storage.client_store import NO_PARENT
+from srfed.storage.manifest import STATE_FILE
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.site_model import SiteModel, save_site_model
 from support.errors import message_of
 from support.faults import app_with, fail, set_field, set_number, without
 from support.images import save
+from support.stores import write_as_before
 from support.tiny_run import CLIENTS, all_bits, begin, run_in_process, run_on_grid, tiny_config
 from support.wire import RecordingGrid, is_bare_error, log_of
 
@@ -680,8 +680,8 @@ def test_the_model_of_another_run_stays_and_the_newest_is_opened(tmp_path: Path)
     for number, (lineage, value) in enumerate((("z-first", 1.0), ("a-second", 2.0)), 1):
         store_model(store, 3, value, lineage)
         # A copy of the store, or a clock that went back, gives the later one an earlier time.
-        manifest = store / "models" / lineage / f"round-00003-{number}" / MANIFEST_FILE
-        os.utime(manifest, (1e9 - value, 1e9 - value))
+        state = store / "models" / lineage / f"round-00003-{number}" / STATE_FILE
+        os.utime(state, (1e9 - value, 1e9 - value))
     assert stored_value(store) == (3, 2.0)
     store_model(store, 2, 5.0, "z-first")
     assert stored_value(store) == (2, 5.0)
@@ -720,10 +720,7 @@ def test_models_of_an_older_version_are_read_where_it_is_clear_which_is_the_newe
     for lineage in ("a", "b"):
         store_model(store, 3, 1.0, lineage)
         (model,) = (store / "models" / lineage).iterdir()
-        manifest = json.loads((model / MANIFEST_FILE).read_text())
-        for key in ("format", "number", "line"):
-            del manifest[key]
-        (model / MANIFEST_FILE).write_text(json.dumps(manifest))
+        write_as_before(model, None, without=["number", "line"])
         model.rename(model.with_name("round-00003"))
         if lineage == "a":
             assert stored_value(store) == (3, 1.0)
@@ -737,7 +734,7 @@ def test_models_of_an_older_version_are_read_where_it_is_clear_which_is_the_newe
 
 
 def spoil(model: Path, damage: str) -> None:
-    state, manifest = model / STATE_FILE, model / MANIFEST_FILE
+    state = model / STATE_FILE
     match damage:
         case "half a state":
             state.write_bytes(state.read_bytes()[:-9])
@@ -746,9 +743,7 @@ def spoil(model: Path, damage: str) -> None:
         case "a bit":
             state.write_bytes(state.read_bytes()[:-1] + b"\xff")
         case "half a manifest":
-            manifest.write_text(manifest.read_text()[:99])
-        case "no manifest":
-            manifest.unlink()
+            state.write_bytes(state.read_bytes()[:99])
 
 
 @pytest.mark.parametrize(
@@ -758,7 +753,6 @@ def spoil(model: Path, damage: str) -> None:
         ("no state", "cannot read"),
         ("a bit", "is damaged"),
         ("half a manifest", "is damaged"),
-        ("no manifest", "cannot read"),
     ],
 )
 def test_a_damaged_or_missing_model_is_one_line(

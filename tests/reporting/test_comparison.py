@@ -83,20 +83,20 @@ def test_scores_under_other_names_are_not_mixed(tmp_path: Path) -> None:
 
 
 def test_ssim_of_other_ways_is_not_mixed(tmp_path: Path) -> None:
-    """A run of before there were steps, one by Algorithm 2, and one in eight steps."""
+    """A run of before there were steps, one by Algorithm 2, and one in four steps."""
     paths = [made(tmp_path / "first", {"evaluation.ssim_steps": None})]
     log = MetricsLog(paths[0] / "metrics.jsonl").path
     log.write_text(log.read_text().replace(', "ssim_steps": null', ""))
     paths.append(made(tmp_path / "second", {"evaluation.ssim_steps": None}))
-    paths.append(made(tmp_path / "third", {}, ssim_steps=8))
+    paths.append(made(tmp_path / "third", {}, ssim_steps=4))
     compared = compare_runs(paths)
     measures = {one.name: one for one in compared.measures}
     assert measures["SSIM-rec@50"].values == [0.875, 0.875, None]
-    assert measures["SSIM-rec@50 (8 steps)"].values == [None, None, 0.875]
-    assert measures["SSIM-rec@50 (8 steps)"].differences == [None, None]
-    assert compared.settings["evaluation.ssim_steps"] == ["null", "null", "8"]
+    assert measures["SSIM-rec@50 (4 steps)"].values == [None, None, 0.875]
+    assert measures["SSIM-rec@50 (4 steps)"].differences == [None, None]
+    assert compared.settings["evaluation.ssim_steps"] == ["null", "null", "4"]
     (note,) = [note for note in compared.notes if "SSIM" in note]
-    assert "(A SSIM-rec@50, B SSIM-rec@50, C SSIM-rec@50 (8 steps))" in note
+    assert "(A SSIM-rec@50, B SSIM-rec@50, C SSIM-rec@50 (4 steps))" in note
     assert not [note for note in compare_runs(paths[:2]).notes if "SSIM" in note]
 
 

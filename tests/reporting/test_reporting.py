@@ -354,14 +354,14 @@ def test_every_number_of_a_run_is_a_curve_and_every_picture_is_there(
     for tag, key in of_evaluations.items():
         expected = {line["round"]: pytest.approx(line[key], rel=1e-5) for line in log.evaluations()}
         assert {event.step: event.value for event in events.Scalars(tag)} == expected, tag
-    assert [event.step for event in events.Scalars("ssim_rec_8_steps/t=5")] == [2, 3]
-    assert [event.step for event in events.Scalars("ssim_rec_8_steps/t=10")] == [3], (
+    assert [event.step for event in events.Scalars("ssim_rec_4_steps/t=5")] == [2, 3]
+    assert [event.step for event in events.Scalars("ssim_rec_4_steps/t=10")] == [3], (
         "the curve is for the end"
     )
     tags = set(events.Tags()["scalars"])
     for client in ("digit-0", "digit-1", "digit-2"):
         assert {f"loss_by_client/{client}", f"fd_embedded_by_client/{client}"} <= tags
-        assert {f"ssim_rec_8_steps_by_client/{client}", f"recognised_by_client/{client}"} <= tags
+        assert {f"ssim_rec_4_steps_by_client/{client}", f"recognised_by_client/{client}"} <= tags
     assert {f"loss_by_timestep/quarter_{quarter}" for quarter in (1, 2, 3, 4)} <= tags
     for tag in ("samples", "reverse_process"):
         shown = events.Images(tag)
@@ -417,7 +417,7 @@ def test_the_reporter_prints_one_plain_line_a_round_and_names_who_was_absent(
 
 def test_curves_have_the_spread_over_the_owners_that_were_judged() -> None:
     scores = dict(zip("abcd", (3.0, 9.0, 4.5, 1.25), strict=True))
-    record = evaluation_record(1, score_by_client=scores, ssim_by_client={"a": 0.5}, ssim_steps=8)
+    record = evaluation_record(1, score_by_client=scores, ssim_by_client={"a": 0.5}, ssim_steps=4)
     found = evaluation_values(record)
     spread = {
         which: float(np.quantile(list(scores.values()), share))
@@ -426,8 +426,8 @@ def test_curves_have_the_spread_over_the_owners_that_were_judged() -> None:
     assert {f"fd_embedded_over_owners/{which}": v for which, v in spread.items()}.items() <= (
         found.items()
     )
-    assert found["ssim_rec_8_steps_by_client/a"] == 0.5
-    assert not [name for name in found if name.startswith("ssim_rec_8_steps_over")], "of one owner"
+    assert found["ssim_rec_4_steps_by_client/a"] == 0.5
+    assert not [name for name in found if name.startswith("ssim_rec_4_steps_over")], "of one owner"
     assert not [name for name in found if name.startswith(("ssim_rec/", "ssim_rec_by"))]
 
 

@@ -5,6 +5,7 @@ command.
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from srfed import simulate
 from srfed.commands import adapt, evaluate, sample
 from srfed.config.run import fingerprint_of
 from srfed.runs.run import TrainedRun
-from srfed.storage.checkpoint import MANIFEST_FILE, STATE_FILE, read_checkpoint, write_checkpoint
+from srfed.storage.checkpoint import read_checkpoint, write_checkpoint
+from srfed.storage.manifest import MANIFEST_FILE, STATE_FILE
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from support.errors import one_error_line
+from support.stores import edit_manifest, write_as_before
 from support.tiny_run import round_lines
 
 COMMANDS = {
@@ -44,14 +47,14 @@ def error_of(name: str, run: Path, out: Path, capsys: pytest.CaptureFixture[str]
 def test_a_checkpoint_that_cannot_be_read_now_is_not_advised_to_be_removed(
     copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    read = Path.read_bytes
+    opened = Path.open
 
-    def fail(path: Path) -> bytes:
+    def fail(path: Path, *arguments: Any) -> Any:
         if path.name == STATE_FILE and path.parent.name == "round-00003":
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return read(path)
+        return opened(path, *arguments)
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(Path, "open", fail)
     text = one_error_line(capsys, ["--resume", str(copy), "--set", "federation.rounds=4"])
     assert f"cannot read {copy}/server/round-00003/{STATE_FILE}: Stale file handle" in text
     assert "remove" not in text
@@ -146,10 +149,8 @@ def test_a_run_of_before_is_read_and_gets_what_its_run_json_lacked(
     del settings["training.proximal"]
     old = {"lineage": identity["lineage"], "fingerprint": fingerprint_of(settings)}
     (copy / "run.json").write_text(json.dumps(old))
-    for manifest in copy.rglob(MANIFEST_FILE):
-        content = json.loads(manifest.read_text())
-        del content["format"]
-        manifest.write_text(json.dumps(content))
+    for state in copy.rglob(STATE_FILE):
+        write_as_before(state.parent, None)
     for lineage in copy.glob("clients/*/lineages/*"):
         lineage.rename(lineage.parent.parent / lineage.name)
     lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
@@ -186,17 +187,19 @@ def test_tensors_that_do_not_fit_the_configuration_are_a_sentence(
     assert f"{folder} has {first} with shape (7,), and the configuration says (" in line
 
 
-@pytest.mark.parametrize("file", ["run.json", f"server/round-00003/{MANIFEST_FILE}"])
+@pytest.mark.parametrize("file", ["run.json", f"server/round-00003/{STATE_FILE}"])
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_a_run_of_a_newer_srfed_is_refused(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, file: str
 ) -> None:
-    content = json.loads((copy / file).read_text())
-    (copy / file).write_text(json.dumps({**content, "format": 99}))
+    content = (copy / file).read_bytes()
+    newer, count = re.subn(rb'("format": ?"?)\d', rb"\g<1>9", content, count=1)
+    assert count == 1
+    (copy / file).write_bytes(newer)
     if name == "resume":
         MetricsLog(copy / "metrics.jsonl").begin(2, [])
     line = error_of(name, copy, tmp_path / "out", capsys)
-    assert f"{copy / file} has format 99, which a newer srfed wrote" in line
+    assert f"{copy / file} has format 9, which a newer srfed wrote" in line
     assert "remove" not in line
 
 
@@ -204,19 +207,19 @@ def test_a_run_of_a_newer_srfed_is_refused(
 def test_a_checkpoint_without_a_key_is_a_sentence(
     copy: Path, capsys: pytest.CaptureFixture[str], key: str
 ) -> None:
-    manifest = copy / "server" / "round-00003" / MANIFEST_FILE
-    content = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({name: value for name, value in content.items() if name != key}))
+    folder = copy / "server" / "round-00003"
+    whole = Path(shutil.copytree(folder, copy / "whole"))
+    edit_manifest(folder, lambda manifest: manifest.pop(key))
     text = one_error_line(capsys, ["--resume", str(copy), "--set", "federation.rounds=4"])
     assert (
-        f"{manifest} is damaged: it has no '{key}'; remove {manifest.parent} to go back to round 2"
-        in text
+        f"{folder / STATE_FILE} is damaged: it has no '{key}'; remove {folder} to go back to round "
+        "2" in text
     )
-    manifest.write_text(
-        json.dumps({name: value for name, value in content.items() if name not in (key, "format")})
-    )
+    shutil.rmtree(folder)
+    whole.rename(folder)
+    write_as_before(folder, None, without=[key])
     text = one_error_line(capsys, ["--resume", str(copy), "--set", "federation.rounds=4"])
-    assert f"{manifest} is of an older srfed (format 0) and has no '{key}'" in text
+    assert f"{folder / MANIFEST_FILE} is of an older srfed (format 0) and has no '{key}'" in text
 
 
 @pytest.mark.parametrize("name", ["sample", "evaluate", "adapt"])

@@ -16,7 +16,7 @@ from srfed.federation.messages import Request
 from srfed.federation.site import Site
 from srfed.federation.worker import Worker
 from srfed.reporting.curves import Curves
-from srfed.storage.checkpoint import MANIFEST_FILE, STATE_FILE, read_manifest
+from srfed.storage.manifest import STATE_FILE, read_manifest
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from support.errors import one_error_line
@@ -155,7 +155,7 @@ def test_a_checkpoint_damaged_in_another_way_is_refused_too(
 ) -> None:
     last = copy / "server" / "round-00003"
     if spoil == "manifest":
-        (last / MANIFEST_FILE).write_text('{"round": 3')
+        (last / STATE_FILE).write_bytes((last / STATE_FILE).read_bytes()[:99])
     elif spoil == "bit":
         data = bytearray((last / STATE_FILE).read_bytes())
         data[len(data) // 2] ^= 1

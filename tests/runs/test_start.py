@@ -14,6 +14,7 @@ from srfed.config import RunConfig
 from srfed.data import load_tasks
 from srfed.records import RoundRecord, TaskInfo
 from srfed.storage.checkpoint import read_checkpoint
+from srfed.storage.manifest import read_manifest
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.start import load_start
 from support.commands import run_here
@@ -57,8 +58,7 @@ def test_phi_is_the_trained_average_and_theta_is_fresh(trained: Path, started: s
     straight = tensors_of(started.path / "server" / "round-00002", "shared")
     assert any(not equal(straight[name], theirs[name]) for name in theirs), "it has trained on"
     # θ_0 of the new run is that of a run of the same seed that starts from nothing.
-    manifest = json.loads((started.path / "server/round-00000/manifest.json").read_text())
-    assert manifest["attempts"] == {}
+    assert read_manifest(started.path / "server" / "round-00000")["attempts"] == {}
 
 
 def test_where_it_comes_from_is_on_record(trained: Path, started: srfed.Run) -> None:
@@ -155,7 +155,7 @@ def test_the_command_takes_the_network_of_the_run_it_starts_from(
     assert done.returncode == 0, done.stderr
     run = RunFolder.open(tmp_path / "run")
     assert run.config.model == RunFolder.open(trained).config.model != RunConfig().model
-    assert (run.path / "start" / "manifest.json").exists()
+    assert (run.path / "start" / "state.safetensors").exists()
     assert f"starts from {trained.name}, round 2, φ " in done.stdout
     again = run_here("simulate", "--resume", run.path, "--from", trained)
     assert again.returncode == 2

@@ -7,15 +7,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from safetensors import safe_open
 
 from srfed.errors import DamagedError
-from srfed.storage.checkpoint import (
-    MANIFEST_FILE,
-    STATE_FILE,
-    Checkpoint,
-    read_checkpoint,
-    write_checkpoint,
-)
+from srfed.storage.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from srfed.storage.manifest import MANIFEST_FILE, STATE_FILE, read_manifest, rewrite_manifest
 
 GROUPS = {
     "b": {"z": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(7.0)},
@@ -102,5 +98,53 @@ def test_a_checkpoint_of_the_format_before_is_read(tmp_path: Path) -> None:
 )
 def test_a_layout_that_does_not_fit_is_damage(tmp_path: Path, layout: list[object]) -> None:
     write_as_told(tmp_path / "c", {"float32": torch.ones(3)}, 2, json.dumps(layout))
+    with pytest.raises(DamagedError, match="is damaged"):
+        read_checkpoint(tmp_path / "c")
+    values = torch.ones(3).numpy().tobytes()
+    digest = hashlib.sha256(json.dumps(layout).encode() + values).hexdigest()
+    about = {"format": "3", "sha256": digest, "manifest": "{}", "layout": json.dumps(layout)}
+    (tmp_path / "d").mkdir()
+    state = safetensors.torch.save({"float32": torch.ones(3)}, about)
+    (tmp_path / "d" / STATE_FILE).write_bytes(state)
+    with pytest.raises(DamagedError, match="is damaged"):
+        read_checkpoint(tmp_path / "d")
+
+
+def test_the_hash_is_of_layout_and_values_and_the_manifest_is_in_the_header(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "c", Checkpoint(GROUPS, {"round": 3, "name": "ä"}))
+    assert [file.name for file in (tmp_path / "c").iterdir()] == [STATE_FILE]
+    with safe_open(tmp_path / "c" / STATE_FILE, "numpy") as file:
+        about = file.metadata()
+    content = (tmp_path / "c" / STATE_FILE).read_bytes()
+    values = content[8 + int.from_bytes(content[:8], "little") :]
+    digest = hashlib.sha256(about["layout"].encode() + values).hexdigest()
+    assert digest == about["sha256"] == read_manifest(tmp_path / "c")["sha256"]
+    assert json.loads(about["manifest"]) == {"round": 3, "name": "ä"}
+
+
+def test_a_manifest_that_is_rewritten_leaves_the_tensors(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "c", Checkpoint(GROUPS, {"round": 3}))
+    before = read_checkpoint(tmp_path / "c")
+    rewrite_manifest(tmp_path / "c", {**before.manifest, "round": 4, "more": "x" * 1000})
+    after = read_checkpoint(tmp_path / "c", {"more": str})
+    assert after.manifest == {**before.manifest, "round": 4, "more": "x" * 1000}
+    assert torch.equal(after.groups["b"]["z"], GROUPS["b"]["z"])
+
+
+@pytest.mark.parametrize("place", [-1, 200])
+def test_a_file_that_changed_after_it_was_found_sound_is_looked_at_again(
+    tmp_path: Path, place: int
+) -> None:
+    state = tmp_path / "c" / STATE_FILE
+    write_checkpoint(tmp_path / "c", Checkpoint(GROUPS, {}))
+    read_checkpoint(tmp_path / "c")
+    written = state.stat().st_ctime_ns
+    content = bytearray(state.read_bytes())
+    content[place] ^= 1
+    while state.stat().st_ctime_ns == written:  # a clock may be coarse
+        state.write_bytes(content)
+    with pytest.raises(DamagedError, match="is damaged"):
+        read_checkpoint(tmp_path / "c")
+    state.write_bytes(content[:-3])
     with pytest.raises(DamagedError, match="is damaged"):
         read_checkpoint(tmp_path / "c")

@@ -2,21 +2,22 @@
 
 import errno
 import itertools
-import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from srfed.errors import UserError
 from srfed.storage import client_store
-from srfed.storage.checkpoint import MANIFEST_FILE, Checkpoint
+from srfed.storage.checkpoint import Checkpoint
 from srfed.storage.client_store import LONGEST_NAME, NO_PARENT, ClientStore, StoreBounds
-from support.stores import client_state
+from srfed.storage.manifest import STATE_FILE
+from support.stores import client_state, edit_manifest, write_as_before
 from support.tiny_run import files_of_at_most
 
 # --- Stores --------------------------------------------------------------------------------------
@@ -143,13 +144,13 @@ def test_an_attempt_that_cannot_be_read_now_is_not_removed(
     store = ClientStore(tmp_path, "client", "lineage", 2)
     lines_of(store, "a6", NO_PARENT, 1)
     kept = attempts_of(store)
-    read = Path.read_bytes
+    opened = Path.open
 
-    def fail(path: Path) -> bytes:
+    def fail(path: Path, *arguments: Any) -> Any:
         # The store reads the parent first; all that it reads for the pruning fails.
-        if path.name == MANIFEST_FILE and path.parent.parent == store.folder and pruning:
+        if path.name == STATE_FILE and path.parent.parent == store.folder and pruning:
             raise OSError(number, os.strerror(number))
-        return read(path)
+        return opened(path, *arguments)
 
     pruning: list[bool] = []
     write = client_store.write_checkpoint
@@ -158,7 +159,7 @@ def test_an_attempt_that_cannot_be_read_now_is_not_removed(
         write(folder, checkpoint)
         pruning.append(True)
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(Path, "open", fail)
     monkeypatch.setattr(client_store, "write_checkpoint", write_then_fail)
     store.save("a-7", "a-6", 7, client_state(7))
     monkeypatch.undo()
@@ -167,12 +168,15 @@ def test_an_attempt_that_cannot_be_read_now_is_not_removed(
         store.load(name)
 
 
-@pytest.mark.parametrize("damage", ["", '{"format": 1, "parent": 3}', "half"])
+@pytest.mark.parametrize("damage", ["empty", "another kind", "half"])
 def test_a_damaged_attempt_is_left_for_somebody_to_look_at(tmp_path: Path, damage: str) -> None:
     store = ClientStore(tmp_path, "client", "lineage", 2)
     lines_of(store, "a4", NO_PARENT, 1)
-    manifest = store.folder / "a-4" / MANIFEST_FILE
-    manifest.write_text(damage if damage != "half" else manifest.read_text()[:40])
+    if damage == "another kind":
+        edit_manifest(store.folder / "a-4", lambda manifest: manifest.update(parent=3))
+    else:
+        state = store.folder / "a-4" / STATE_FILE
+        state.write_bytes(state.read_bytes()[: 40 if damage == "half" else 0])
     store.save("b-4", "a-3", 4, client_state(4))
     for number in range(5, 9):
         store.save(f"b-{number}", f"b-{number - 1}", number, client_state(number))
@@ -306,11 +310,8 @@ def test_a_store_of_before_is_read_where_it_lies_and_moved_when_it_is_written(
     lineage = "0123456789ab"
     lines_of(ClientStore(tmp_path, "client", lineage, 2), "a2", NO_PARENT, 1)
     (tmp_path / "client" / "lineages" / lineage).rename(tmp_path / "client" / lineage)
-    for manifest in (tmp_path / "client" / lineage).rglob(MANIFEST_FILE):
-        content = json.loads(manifest.read_text())
-        manifest.write_text(
-            json.dumps({key: content[key] for key in content if key not in ("format", "line")})
-        )
+    for attempt in (tmp_path / "client" / lineage).iterdir():
+        write_as_before(attempt, None, without=["line"])
     store = ClientStore(tmp_path, "client", lineage, 2)
     assert store.load("a-2").minibatches == 2
     assert store.has("a-2")
@@ -417,9 +418,7 @@ def test_a_server_that_names_another_best_each_time_fills_no_store(tmp_path: Pat
 def test_a_store_from_before_there_was_a_best_round_goes_on(tmp_path: Path) -> None:
     store = ClientStore(tmp_path, "client", "lineage", 2)
     lines_of(store, "a4", NO_PARENT, 1)
-    for manifest in store.folder.rglob(MANIFEST_FILE):
-        content = json.loads(manifest.read_text())
-        del content["best"]
-        manifest.write_text(json.dumps(content))
+    for attempt in store.folder.iterdir():
+        write_as_before(attempt, 2, without=["best"])
     store.save("a-5", "a-4", 5, client_state(5), best="a-4")
     assert attempts_of(store) == {"a-3", "a-4", "a-5"}

@@ -21,7 +21,7 @@ from srfed.federation.flower.in_process import run_in_process as train_in_proces
 from srfed.federation.flower.server_app import run_federation
 from srfed.federation.messages import TRAIN
 from srfed.reporting.curves import shown_on_terminal
-from srfed.storage.checkpoint import read_manifest
+from srfed.storage.manifest import read_manifest
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 

@@ -8,13 +8,16 @@ is always told beside it.
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-from sklearn.neighbors import KNeighborsClassifier
 
 from srfed.data import Task
 from srfed.data.images import Images, fit_images
 from srfed.records import Shape
+
+if TYPE_CHECKING:
+    from sklearn.neighbors import KNeighborsClassifier
 
 NEIGHBOURS = 3
 MOST_IMAGES = 500
@@ -58,7 +61,7 @@ class Recogniser:
         return _common_shape(self._tasks)
 
     @cached_property
-    def _judge(self) -> KNeighborsClassifier | None:
+    def _judge(self) -> "KNeighborsClassifier | None":
         if len(self._tasks) < 2 or sum(len(task.train) for task in self._tasks) < NEIGHBOURS:
             return None
         classes = [(task.name, task.train[:MOST_IMAGES]) for task in self._tasks]
@@ -113,7 +116,10 @@ def _common_shape(tasks: Sequence[Task]) -> Shape | None:
     return side, side, min(shape[2] for shape in shapes)
 
 
-def _train(classes: Sequence[tuple[str, Images]], shape: Shape | None) -> KNeighborsClassifier:
+def _train(classes: Sequence[tuple[str, Images]], shape: Shape | None) -> "KNeighborsClassifier":
+    # Imported by who judges: it takes a quarter of a run's start.
+    from sklearn.neighbors import KNeighborsClassifier
+
     labels = [name for name, images in classes for _ in images]
     return KNeighborsClassifier(NEIGHBOURS).fit(
         np.concatenate([_flat(images, shape) for _, images in classes]), labels

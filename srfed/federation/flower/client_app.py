@@ -143,7 +143,9 @@ def train(message: Message, context: Context) -> Message:
     shared = _shared(message, worker, worker.contract.training_request)
     parent = worker.state(site, request, training=True)
     corrected = _correction(message, admitted, worker, parent)
-    result = worker.trainer(site).train(request.round, shared, parent, corrected)
+    # A model alone is trained in the same memory before the state is stored.
+    lend = admitted.config.federation.compare != "alone"
+    result = worker.trainer(site).train(request.round, shared, parent, corrected, lend=lend)
     state, arrays = _update(admitted, shared, parent, result)
     if admitted.config.federation.compare == "alone":
         alone = train_round_alone(worker, admitted, parent)

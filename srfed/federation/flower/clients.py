@@ -204,7 +204,7 @@ class FlowerClients:
             content[name] = record
         # A client that is waited for may have no node yet; its message is addressed when it is
         # sent.
-        node = self._roster.node_of(request.client) if request.client in self._roster.members else 0
+        node = self._roster.node_of(request.client) if request.client in self._roster else 0
         ttl = self._timeout + TTL_MARGIN
         return Message(content, node, kind, ttl=ttl, group_id=str(request.round))
 

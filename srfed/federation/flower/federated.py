@@ -53,6 +53,7 @@ from srfed.federation.screening import (
     screen_validation,
 )
 from srfed.federation.updates import update_in_words
+from srfed.flat import copies
 from srfed.model import shared_of
 from srfed.networks.partition import Control, Shared
 from srfed.observer import Observer
@@ -64,8 +65,8 @@ from srfed.storage.client_store import NO_PARENT
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import KnownClient, RunState, ServerCheckpoints
 from srfed.training.ema import round_decay, update_average
-from srfed.training.optimizer import learning_rate_factor, reach_of_round
-from srfed.training.part import Part, copies
+from srfed.training.optimizer import Reach, learning_rate_factor, reach_of_round
+from srfed.training.part import Part
 
 LEAST_WINDOW = 32
 """Simulated clients that are asked at once, at least: as many updates wait for their turn to be
@@ -195,6 +196,7 @@ class Federated:
         requests = [self._request(client, number) for client in ordered]
         sent = self._sent(number)
         self._sum = self._aggregator(self.config.federation, self._came)
+        self._reaches: dict[int, Reach | None] = {}
         screened = self._clients(tell).ask(
             TRAIN,
             requests,
@@ -222,7 +224,7 @@ class Federated:
         self._started, settings = time.perf_counter(), self.config.evaluation
         present = self._available()
         clients = self._drawn(present, settings.clients, "clients of an evaluation", number)
-        self._away = [client for client in self.state.clients if client not in present]
+        self._away = self._missing_of(present)
         share = share_of_samples(
             settings.samples if final else settings.samples_between, self.config.evaluated_clients
         )
@@ -263,7 +265,8 @@ class Federated:
         to them.
         """
         shared, control = self.state.shared.weights, self.state.control
-        sent, self._came = encode_shared(self.config, shared, number)
+        sent, came = encode_shared(self.config, shared, number)
+        self._came, self._reaches = Shared(copies(came)), dict[int, Reach | None]()
         if not self.config.training.control_variates:
             return {SHARED: sent}
         return {SHARED: sent, CONTROL: encode_sent(self.config, control, shared, number)}
@@ -290,7 +293,7 @@ class Federated:
             {SHARED: self.state.shared.average},
             f"validation {number}",
             self._screen_validation,
-            away=[client for client in self.state.clients if client not in clients],
+            away=self._missing_of(clients),
         )
         told = {c: reply.loss for c, reply in screened.accepted.items() if reply.loss is not None}
         silent = dict.fromkeys(
@@ -438,7 +441,10 @@ class Federated:
             self._minibatches(client),
             request.round,
         )
-        reach = reach_of_round(self.config, request.round, plan.shared_steps, self._came)
+        steps = plan.shared_steps
+        if steps not in self._reaches:
+            self._reaches[steps] = reach_of_round(self.config, request.round, steps, self._came)
+        reach = self._reaches[steps]
         update = screen_train(reply, header, self._contract, plan, reach, self._came)
         self._sum.add(client, update.shared, plan.examples, update.control)
         return replace(update, shared={}, control=Control({}))
@@ -531,6 +537,8 @@ class Federated:
         federation, roster, known = self.config.federation, self._roster, set(self.state.clients)
 
         def enough() -> bool:
+            if len(roster) < (len(known) or federation.clients):
+                return False
             present = set(roster.present)
             return present >= known if known else len(present) >= federation.clients
 
@@ -593,12 +601,13 @@ class Federated:
             clients, federation.clients_per_round, "clients of a round", server_round
         )
         # Where clients are drawn, one that is away is merely not drawn.
-        self._away = [
-            client
-            for client in self.state.clients
-            if client not in clients and len(drawn) == len(clients)
-        ]
+        self._away = self._missing_of(clients) if len(drawn) == len(clients) else []
         return drawn
+
+    def _missing_of(self, present: Iterable[str]) -> list[str]:
+        """The run's clients that are not among these."""
+        there = set(present)
+        return [client for client in self.state.clients if client not in there]
 
     def _drawn(self, clients: list[str], count: int | None, purpose: str, number: int) -> list[str]:
         """So many of the clients, in their order: a seeded draw without replacement; all of them

@@ -95,12 +95,11 @@ class InlineGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Run the client of the first waiting message among ``message_ids``; its reply alone comes
+        """Run the client of the first of ``message_ids`` that is waiting; its reply alone comes
         back.
         """
-        wanted = set(message_ids)
-        for message_id in list(self._waiting):
-            if message_id in wanted:
+        for message_id in message_ids:
+            if message_id in self._waiting:
                 return [self._run_client(self._waiting.pop(message_id))]
         return []
 

@@ -7,12 +7,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from numpy.typing import NDArray
 from torch import Tensor
 
 from srfed.federation.layout import Layout, layout_bytes, layout_of, zeros_of
@@ -30,6 +30,7 @@ from srfed.federation.messages import (
     Samples,
 )
 from srfed.federation.updates import Delta
+from srfed.flat import joined, parts
 from srfed.networks.partition import Control, Shared
 
 LAYOUT = "layout"
@@ -135,13 +136,13 @@ def array_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     Flower asks for every array of a message separately, which costs a SuperLink far more than the
     bytes do.
     """
-    values: dict[str, list[NDArray[Any]]] = {}
-    for (_, dtype, _), tensor in zip(layout_of(tensors), tensors.values(), strict=True):
-        values.setdefault(dtype, []).append(np.asarray(tensor.detach().cpu()).ravel())
-    packed = {dtype: Array(np.concatenate(parts)) for dtype, parts in values.items()}
-    return ArrayRecord(
-        {LAYOUT: Array(np.frombuffer(layout_bytes(layout_of(tensors)), np.uint8)), **packed}
-    )
+    layout, values = layout_of(tensors), dict[str, list[Tensor]]()
+    for (_, dtype, _), tensor in zip(layout, tensors.values(), strict=True):
+        values.setdefault(dtype, []).append(tensor.cpu())
+    packed = {
+        dtype: Array(joined(members, members[0].dtype).numpy()) for dtype, members in values.items()
+    }
+    return ArrayRecord({LAYOUT: Array(np.frombuffer(layout_bytes(layout), np.uint8)), **packed})
 
 
 def read_layout(record: ArrayRecord) -> Layout:
@@ -151,8 +152,14 @@ def read_layout(record: ArrayRecord) -> Layout:
     values = record[LAYOUT].numpy()
     if values.dtype != np.uint8 or values.ndim != 1:
         raise ValueError(f"the layout is {values.dtype} {values.shape}")
+    return list(_layout_of_bytes(values.tobytes()))
+
+
+@lru_cache(maxsize=8)
+def _layout_of_bytes(text: bytes) -> Layout:
+    """The messages of a run have few, so each is read once."""
     layout = []
-    for entry in json.loads(values.tobytes()):
+    for entry in json.loads(text):
         name, dtype, shape = entry
         if not isinstance(name, str) or not isinstance(dtype, str) or not isinstance(shape, list):
             raise ValueError(f"the layout has {entry!r:.100}")
@@ -173,23 +180,19 @@ def read_tensors(content: RecordDict, name: str) -> dict[str, Tensor]:
     record = content.array_records[name]
     layout = read_layout(record)
     values = {dtype: array.numpy() for dtype, array in record.items() if dtype != LAYOUT}
+    known = {d for d, array in values.items() if str(array.dtype) == d and array.ndim == 1}
     used = dict.fromkeys(values, 0)
-    tensors: dict[str, Tensor] = {}
+    named: dict[str, dict[str, tuple[int, ...]]] = {dtype: {} for dtype in values}
+    names: set[str] = set()
     for key, dtype, shape in layout:
-        size = math.prod(shape)
-        if (
-            key in tensors
-            or dtype not in values
-            or str(values[dtype].dtype) != dtype
-            or values[dtype].ndim != 1
-        ):
+        if key in names or dtype not in known:
             raise ValueError(f"array {key!r:.100} of {dtype!r:.20} is named twice or has no values")
-        part = values[dtype][used[dtype] : used[dtype] + size]
-        if len(part) != size:
-            raise ValueError(f"array {key!r:.100} lacks {size - len(part)} of its {size} values")
+        size, left = math.prod(shape), len(values[dtype]) - used[dtype]
+        if left < size:
+            raise ValueError(f"array {key!r:.100} lacks {size - left} of its {size} values")
         used[dtype] += size
-        # Flower decodes an array anew at each reading, so nobody else has this memory.
-        tensors[key] = torch.from_numpy(part.reshape(shape))
+        names.add(key)
+        named[dtype][key] = shape
     spare = {
         dtype: len(values[dtype]) - count
         for dtype, count in used.items()
@@ -197,7 +200,13 @@ def read_tensors(content: RecordDict, name: str) -> dict[str, Tensor]:
     }
     if spare:
         raise ValueError(f"there are values that no array claims: {spare}")
-    return tensors
+    found: dict[str, Tensor] = {}
+    for dtype, shapes in named.items():
+        if shapes:
+            # Flower decodes an array anew at each reading, so nobody else has this memory.
+            whole = torch.from_numpy(values[dtype])
+            found.update(zip(shapes, parts(whole, list(shapes.values())), strict=True))
+    return {key: found[key] for key, _, _ in layout}
 
 
 def wire_bytes(layout: Layout) -> int:

@@ -71,7 +71,7 @@ class RayGrid(InlineGrid):
         wanted: what a process asks of the machine that it is on.
 
     Raises:
-        UserError: there is no room for a single client.
+        UserError: there is no room for a single client, or no process can be kept alive.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class RayGrid(InlineGrid):
         self._idle: list[Any] = []
         self._working: dict[Any, tuple[Any, Message]] = {}
         self._replies: dict[str, Message] = {}
-        self._failed_starts = 0
+        self._failed_starts, self._last_failure = 0, ""
         self._alive = self._looked = time.monotonic()
         self._fill()
         if not self._starting:
@@ -149,10 +149,7 @@ class RayGrid(InlineGrid):
             ray.get(task)
         except RayError as error:
             self._failed_starts += 1
-            if self._failed_starts >= MOST_FAILED_STARTS and not (self._idle or self._working):
-                raise UserError(
-                    f"Ray cannot start a client's process: {reason_of_death(error)}; {INSTEAD}"
-                ) from error
+            self._last_failure = reason_of_death(error)
             self._replace(actor)
         else:
             self._failed_starts = 0
@@ -185,7 +182,9 @@ class RayGrid(InlineGrid):
         """Start as many processes as there is room for now."""
         self._looked = time.monotonic()
         if self._failed_starts >= MOST_FAILED_STARTS:
-            return
+            if self.at_once:
+                return
+            raise UserError(f"Ray cannot start a client's process: {self._last_failure}; {INSTEAD}")
         options = ClientAppActor.options(  # type: ignore[attr-defined]
             num_cpus=self._room.cpus, num_gpus=self._room.gpus
         )

@@ -6,7 +6,7 @@ to the SuperNode key that first came with it, or to the one that the run's roste
 """
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from flwr.app import Message
@@ -111,6 +111,7 @@ class Roster:
         self._nodes: dict[int, NodeInfo] = {}
         self._keyed = False
         self._members: dict[str, Member] = {}
+        self._at: dict[int, str] = {}
         self._asked: dict[str, int] = {}
         self._refused: dict[int, tuple[float, str]] = {}
         self._told: dict[int, str] = {}
@@ -141,6 +142,13 @@ class Roster:
         """The clients whose node is connected, in the order of their ids."""
         return [client for client, member in self.members.items() if member.node in self._connected]
 
+    def __len__(self) -> int:
+        """How many clients have taken part since the server started, connected or not."""
+        return len(self._members)
+
+    def __contains__(self, client: str) -> bool:
+        return client in self._members
+
     def node_of(self, client: str) -> int:
         """The node to which messages for a client go."""
         return self._members[client].node
@@ -168,7 +176,7 @@ class Roster:
             self._connected = frozenset(self._nodes)
             # One key that somebody registered shows that nodes here have keys of their own.
             self._keyed = self._keyed or any(map(registered_by_hand, self._nodes.values()))
-            self._bind()
+            self._bind(self._members)
             self._refused = {
                 node: why for node, why in self._refused.items() if node in self._connected
             }
@@ -245,9 +253,7 @@ class Roster:
         try:
             description = self._admit(node, reply)
         except UserError as error:
-            self._members = {
-                client: member for client, member in self._members.items() if member.node != node
-            }
+            self._let_go(node)
             reason = printable(str(error))
             if self._refused.get(node, (0.0, ""))[1] != reason:
                 self._notice(f"refused {reason}")
@@ -255,11 +261,12 @@ class Roster:
             return
         self._refused.pop(node, None)
         new = description.client not in self._members
-        self._members = {
-            client: member for client, member in self._members.items() if member.node != node
-        }
+        self._let_go(node)
+        if description.client in self._members:
+            self._at.pop(self._members[description.client].node)
         self._members[description.client] = member = Member(node, description)
-        self._bind()
+        self._at[node] = description.client
+        self._bind([description.client])
         if new:
             if description.version != __version__:
                 self._notice(
@@ -273,11 +280,17 @@ class Roster:
         info = self._nodes.get(node)
         return key_fingerprint(info.public_key) if info is not None and info.public_key else ""
 
-    def _bind(self) -> None:
-        """Hold the members to what they said first; an id without an owner becomes its key's, where
+    def _let_go(self, node: int) -> None:
+        """Forget who was at a node."""
+        if node in self._at:
+            del self._members[self._at.pop(node)]
+
+    def _bind(self, clients: Iterable[str]) -> None:
+        """Hold members to what they said first; an id without an owner becomes its key's, where
         nodes have keys.
         """
-        for client, member in self._members.items():
+        for client in clients:
+            member = self._members[client]
             description, info = member.description, self._nodes.get(member.node)
             known = self._known.get(
                 client, KnownClient(description.images, description.test_images)

@@ -1,0 +1,89 @@
+"""Tensors that lie one after another in memory: what is many by name is copied, written and added
+as one.
+
+A client's state is some five hundred small tensors, and a call for each takes longer than their
+bytes do.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def runs(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The values of tensors, in order, as few flat tensors as can be had without a copy of those
+    that lie one after another.
+
+    Args:
+        tensors: of one type, on the CPU; one whose values are not in their order is copied.
+    """
+    found: list[Tensor] = []
+    first: Tensor | None = None
+    size, storage, end = 0, 0, 0
+    for tensor in tensors:
+        if not tensor.numel():
+            continue
+        whole = tensor.detach().contiguous()
+        lies, begin = whole.untyped_storage().data_ptr(), whole.data_ptr()
+        if first is not None and (lies, begin) == (storage, end):
+            size += whole.numel()
+        else:
+            if first is not None:
+                found.append(first.as_strided((size,), (1,)))
+            first, size, storage = whole, whole.numel(), lies
+        end = begin + whole.nbytes
+    if first is not None:
+        found.append(first.as_strided((size,), (1,)))
+    return found
+
+
+def joined(tensors: Iterable[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+    """All values of CPU tensors as one flat tensor, which shares their memory if they lie one after
+    another.
+
+    Args:
+        tensors: of one type.
+        dtype: of the result where there are none.
+    """
+    found = runs(tensors)
+    if not found:
+        return torch.zeros(0, dtype=dtype)
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def parts(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Tensors of these shapes, one after another, as views of a flat one that is as long as all of
+    them.
+    """
+    pieces = flat.split([math.prod(shape) for shape in shapes])
+    return [piece.view(tuple(shape)) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def zeros_in_a_row(shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Zeros of these shapes, one after another in memory."""
+    return parts(torch.zeros(sum(math.prod(shape) for shape in shapes)), shapes)
+
+
+@torch.no_grad()
+def copies(tensors: Mapping[str, Tensor], *, by_name: bool = False) -> dict[str, Tensor]:
+    """Contiguous CPU copies, for each type one after another in memory: in this order, or in that
+    of their names, in which they are stored.
+    """
+    names: dict[torch.dtype, list[str]] = {}
+    for name in sorted(tensors) if by_name else tensors:
+        names.setdefault(tensors[name].dtype, []).append(name)
+    found: dict[str, Tensor] = {}
+    for dtype, members in names.items():
+        originals = [tensors[name].detach() for name in members]
+        if originals[0].device.type != "cpu":
+            # Once over the bus, and not once a tensor.
+            flat = torch.cat([tensor.reshape(-1) for tensor in originals]).cpu()
+            places = parts(flat, [tensor.shape for tensor in originals])
+        else:
+            flat = torch.empty(sum(tensor.numel() for tensor in originals), dtype=dtype)
+            places = parts(flat, [tensor.shape for tensor in originals])
+            torch._foreach_copy_(places, originals)
+        found.update(zip(members, places, strict=True))
+    return {name: found[name] for name in tensors}
