@@ -12,6 +12,7 @@ from srfed.config import RunConfig, TrainingConfig
 from srfed.device import Captured, autocast, batched_attention
 from srfed.diffusion.objective import Objective
 from srfed.diffusion.process import QUARTERS, Forward, Process
+from srfed.errors import UserError
 from srfed.networks.network import Network
 from srfed.networks.partition import Control, Exclusive, Partition, Shared
 from srfed.training.gradient_terms import GradientTerms
@@ -279,7 +280,16 @@ class LocalStep:
 
         def forward(x: Tensor, t: Tensor) -> Tensor:
             arguments = (tensor.unflatten(0, (count, -1)) for tensor in (x, t, *tasks))
-            predicted: Tensor = vmap(network)(self._stacked, *arguments)
+            try:
+                predicted: Tensor = vmap(network)(self._stacked, *arguments)
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise UserError(
+                    f"model.network {self._config.model.network} cannot be trained with "
+                    f"resources.stack {self._config.resources.stack}, as torch.func.vmap says: "
+                    f"{' '.join(str(error).split())[:200]}; allowed: auto, 1"
+                ) from error
             return predicted.flatten(0, 1)
 
         with autocast(self._config.resources, self.device), batched_attention(self.device):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from srfed.errors import UserError
 from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.partition import Control, Shared
 from srfed.training.local import Job, LocalResult, LocalTrainer, train_owners
@@ -162,3 +163,24 @@ def test_owners_of_other_shapes_or_numbers_of_steps_are_told_apart() -> None:
     assert len(set(forms)) == 3
     assert owners.jobs[0]._replace(round_number=2).form not in forms
     assert len({job.form for job in Owners({}).jobs}) == 1
+
+
+class Drawing(torch.nn.Module):
+    """A network that draws at random, which a stack cannot do for each owner apart."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        predicted: Tensor = self.network(x + torch.randn_like(x), time)
+        return predicted
+
+
+def test_a_network_that_cannot_be_stacked_is_refused_in_one_sentence() -> None:
+    owners = Owners({})
+    step = owners.step(2)
+    step.model.forward = Drawing(build_model(owners.config, 1)).forward  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"^model.network unet cannot be trained with") as caught:
+        train_owners(owners.config, step, owners.jobs[:2])
+    assert "\n" not in str(caught.value)
