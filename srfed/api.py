@@ -182,7 +182,7 @@ class Run:
             raise UserError(f"n = {n} is impossible; allowed: 1 or more")
         from srfed.evaluation.generation import generate
 
-        info = self._trained.find_task(str(task))
+        info = self._trained.find_task(task)
         return generate(
             self._trained.denoiser(info),
             self._trained.objective.process,
@@ -207,7 +207,7 @@ class Run:
         Raises:
             UserError: no such task.
         """
-        return self._trained.denoiser(self._trained.find_task(str(task)))
+        return self._trained.denoiser(self._trained.find_task(task))
 
     def evaluate(
         self,

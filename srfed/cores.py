@@ -7,6 +7,7 @@ from pathlib import Path
 
 from srfed.config import ResourcesConfig
 from srfed.errors import UserError
+from srfed.paths import flower_home
 
 
 def usable_cores() -> int:
@@ -35,6 +36,9 @@ def check_resources(resources: ResourcesConfig, *, federated: bool = True) -> No
             "resources.backend = ray needs Ray, which is not installed here; allowed: inline "
             "(--backend inline), or pip install 'flwr[simulation]'"
         )
+    if federated and resources.backend == "ray":
+        # Flower looks for it as soon as its simulation is imported.
+        flower_home()
     if (
         federated
         and resources.backend == "ray"

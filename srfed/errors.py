@@ -5,12 +5,19 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
+from srfed.units import escaped
+
 
 class UserError(Exception):
     """Something the user can mend: its text names what was given, why it fails and what is allowed.
 
-    Everything else that is raised is a defect of ours and keeps its traceback.
+    Whatever it quotes, a file's or a peer's, it is one printable line of bounded length: it goes to
+    terminals, logs and records. Everything else that is raised is a defect of ours and keeps its
+    traceback.
     """
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(escaped(text))
 
 
 class DamagedError(UserError):

@@ -316,6 +316,22 @@ def remove_leftovers(path: Path, files: Iterable[str]) -> None:
                 remove_folder(path / name, files)
 
 
+def remove_temporary_files(path: Path, finally_called: str = ".*") -> None:
+    """Remove what killed processes have left of :func:`written_file` in a folder: the one sweep.
+
+    Args:
+        path: the folder; nobody else may be writing there, so the caller has its lock.
+        finally_called: the names that the files were to have, as a regular expression.
+    """
+    with suppress(OSError):
+        for name in os.listdir(path):
+            if _TEMPORARY.fullmatch(name) and re.fullmatch(
+                finally_called, name[1 : -len(".12345678.tmp")]
+            ):
+                with suppress(OSError):
+                    os.unlink(path / name)
+
+
 # --- Reading -------------------------------------------------------------------------------------
 
 

@@ -55,6 +55,15 @@ def run_command(command: Callable[[], None], minutes: float | None = None) -> in
             else "interrupted: nobody reads the output"
         )
         return status_of(stop)
+    except (MemoryError, RuntimeError) as error:
+        if not is_short_of_memory(error):
+            raise
+        tell(
+            "error: there is not enough memory; allowed: fewer images at once (--batch-size where "
+            "images are drawn, sampling.batch_size, training.batch_size), smaller images, or a "
+            "smaller network"
+        )
+        return 2
     except OSError as error:
         # A full disk under a redirected output has no file's name; all files of ours are written by
         # name.
@@ -65,6 +74,16 @@ def run_command(command: Callable[[], None], minutes: float | None = None) -> in
     finally:
         flushed()
     return 0
+
+
+def is_short_of_memory(error: BaseException) -> bool:
+    """Whether Python, or PyTorch on a processor or a GPU, has got no more memory."""
+    # PyTorch says so in words on a processor, and by a class that is not imported here on a GPU.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def status_of(stop: BaseException) -> int:

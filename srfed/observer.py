@@ -32,6 +32,11 @@ class Observer:
     def on_round(self, record: RoundRecord) -> None:
         """A round has ended, and is on record."""
 
+    def on_judged(self, record: EvaluationRecord) -> None:
+        """An evaluation has ended, and is about to be put on record: what must be there with it is
+        written now, since whatever ends the process before that has the evaluation made again.
+        """
+
     def on_evaluation(self, record: EvaluationRecord) -> None:
         """An evaluation has ended, and is on record."""
 
@@ -67,6 +72,10 @@ class Observers(Observer):
     def on_round(self, record: RoundRecord) -> None:
         for observer in self._observers:
             observer.on_round(record)
+
+    def on_judged(self, record: EvaluationRecord) -> None:
+        for observer in self._observers:
+            observer.on_judged(record)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         for observer in self._observers:

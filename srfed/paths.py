@@ -25,6 +25,27 @@ def user_path(text: str | Path) -> Path:
         ) from error
 
 
+def home_folder() -> Path:
+    """The user's.
+
+    Raises:
+        UserError: none is known, as in a container whose user is in no list of users.
+    """
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise UserError(
+            f"no home folder is known: HOME is not set, and user {os.getuid()} is in no list of "
+            "users; set HOME, or FLWR_HOME, to a folder"
+        ) from error
+
+
+def flower_home() -> Path:
+    """Where Flower keeps what is its own; raises UserError as :func:`home_folder`."""
+    named = os.environ.get("FLWR_HOME")
+    return Path(named) if named else home_folder() / ".flwr"
+
+
 def absolute_path(text: str | Path) -> Path:
     """:func:`user_path`, as every process finds it, wherever it stands."""
     return user_path(text).absolute()

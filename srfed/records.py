@@ -1,6 +1,8 @@
 """What happened, as plain records: what the server tells and what is written, printed and drawn."""
 
+import math
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +12,14 @@ if TYPE_CHECKING:
     # It imports torch, and a command says what is wrong with its options before that.
     from srfed.evaluation.metrics.memorisation import Audit
 
+LEAST_COMPARED = 5
+"""Samples, and held-out images, below which nothing is said of their colours' difference."""
+BEYOND_CHANCE = 4.0
+"""Standard errors that chance does not reach."""
+LEAST_LEVELS = 4.0
+"""Levels of 255 that nobody sees."""
+MUCH_SPREAD = 1.5
+"""A ratio of spreads that is told."""
 Images = NDArray[np.uint8]
 Shape = tuple[int, int, int]
 """H, W, C of an image."""
@@ -90,6 +100,56 @@ class OwnScore:
 
 
 @dataclass(frozen=True)
+class Colour:
+    """The mean colour of samples and of held-out images of one task, in levels of 0 to 255.
+
+    Attributes:
+        samples, real: by channel, over all images.
+        samples_spread, real_spread: standard deviation of an image's own mean colour from these,
+            root mean square over the channels; 0 of one image.
+        samples_count, real_count: images on either side.
+    """
+
+    samples: tuple[float, ...]
+    real: tuple[float, ...]
+    samples_spread: float
+    real_spread: float
+    samples_count: int
+    real_count: int
+
+    @property
+    def differences(self) -> str:
+        """In words, where the two differ by more than as many real images would; else empty."""
+        if min(self.samples_count, self.real_count) < LEAST_COMPARED:
+            return ""
+        words = []
+        shares = 1 / self.samples_count + 1 / self.real_count
+        chance = max(LEAST_LEVELS, BEYOND_CHANCE * self.real_spread * math.sqrt(shares))
+        own, other = (fmean(side) for side in (self.samples, self.real))
+        if max(abs(a - b) for a, b in zip(self.samples, self.real, strict=True)) > chance:
+            gap = own - other
+            words.append(
+                f"{abs(gap):.0f} levels too {'bright' if gap > 0 else 'dark'}"
+                if abs(gap) > chance
+                else "of another colour"
+            )
+        ratio = max(self.samples_spread, 1.0) / max(self.real_spread, 1.0)
+        freedom = 1 / (2 * self.samples_count - 2) + 1 / (2 * self.real_count - 2)
+        limit = max(math.log(MUCH_SPREAD), BEYOND_CHANCE * math.sqrt(freedom))
+        if abs(math.log(ratio)) > limit:
+            words.append(f"with {ratio:.2g} times the spread")
+        return " and ".join(words)
+
+    @property
+    def in_words(self) -> str:
+        """Mean and spread of the samples, then of the held-out images."""
+        sides = ((self.samples, self.samples_spread), (self.real, self.real_spread))
+        return ", held-out ".join(
+            f"{' '.join(f'{level:.0f}' for level in mean)} ± {spread:.0f}" for mean, spread in sides
+        )
+
+
+@dataclass(frozen=True)
 class ValidationRecord:
     """What the owners' validation images say of a round.
 
@@ -105,6 +165,10 @@ class ValidationRecord:
     result: ResultRound | None
     refused: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+
+
+LOST_STORE_WORDS = "its store is lost"
+"""How the reason begins for which such a client takes no part."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +191,8 @@ class RoundRecord:
         disagreement: see srfed.federation.aggregation.Aggregate.
         seconds: wall time of the round.
         validation: what the validation images say, in rounds in which they are asked.
+        lowered: the settings that a resumption has lowered before this round, by name.
+        restarted: clients that had lost their store, and have begun with fresh exclusive weights.
     """
 
     round: int
@@ -146,6 +212,8 @@ class RoundRecord:
     seconds: float
     shortened: dict[str, float] = field(default_factory=dict)
     validation: ValidationRecord | None = None
+    lowered: dict[str, float] = field(default_factory=dict)
+    restarted: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -176,6 +244,7 @@ class EvaluationRecord:
             server does not have the images of two.
         recognised_real: the same share of held-out real images.
         own: what metrics of one's own say, by name.
+        colours: of samples and held-out images, by client, where the server has both.
         result: whose weights it has judged, at the end under ``federation.result: best``; None
             where they are those of ``round``.
     """
@@ -207,6 +276,7 @@ class EvaluationRecord:
     recognised_real: float | None = None
     result: ResultRound | None = None
     own: dict[str, OwnScore] = field(default_factory=dict)
+    colours: dict[str, Colour] = field(default_factory=dict)
 
 
 def ssim_name(timestep: int, steps: int | None) -> str:

@@ -1,4 +1,10 @@
-"""Quantities as people read them."""
+"""Quantities as people read them, and what anybody may have written as people may see it."""
+
+LONGEST_SENTENCE = 2000
+"""Characters of a sentence of ours with what it quotes."""
+_MOST_LINES = 500
+_END_OF_SENTENCE = 500
+"""So much of a longer one's end stays: it says what to do."""
 
 
 def bytes_in_words(count: float) -> str:
@@ -30,3 +36,27 @@ def printable(text: str, longest: int = 200) -> str:
     words = "".join(letter if letter.isprintable() else " " for letter in begin).split()
     line = " ".join(words)
     return line if len(line) <= longest and len(begin) == len(text) else f"{line[: longest - 1]}…"
+
+
+def escaped(text: str, longest: int = LONGEST_SENTENCE) -> str:
+    """A line of ours that may quote what anybody wrote (a file's name, a key of YAML, a library's
+    words), as it may reach a terminal, a log or a record: what is not printed stands there as
+    Python writes it, and of one that is too long the middle is left out.
+
+    >>> escaped("cannot read a\\x1b[2J\\nb")
+    'cannot read a\\\\x1b[2J\\\\nb'
+    """
+    if len(text) > longest:
+        end = min(_END_OF_SENTENCE, longest // 4)
+        text = f"{text[: longest - end - 3]} … {text[-end:]}"
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def escaped_lines(text: str) -> list[str]:
+    """The lines of a text such as a traceback, each as :func:`escaped`; of too many the last."""
+    return [escaped(line) for line in text.splitlines()[-_MOST_LINES:]]

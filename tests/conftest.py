@@ -12,8 +12,8 @@ from srfed.storage.run_folder import RunFolder
 from support.shared_runs import trained_once
 from support.tiny_run import run_in_process, tiny_config, write_tiny_yaml
 
-# A deployment's SuperExecs ask for work ten times a second, each a request over HTTP: with several
-# deployments at once that is most of what a small machine does. A message waits a little longer.
+# A deployment's SuperExecs ask for work ten times a second, a request over HTTP each, and several
+# deployments share two cores here. A message waits a little longer instead.
 os.environ.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.3")
 
 

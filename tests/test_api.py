@@ -179,11 +179,11 @@ WRONG: dict[str, tuple[list[srfed.Task], str]] = {
     ),
     "two channels": (
         [srfed.Task("a", image(9, 8, 8, 2), image(2, 8, 8, 2))],
-        "allowed: at least 5 px, 1 or 3 channels",
+        "allowed: 1 or 3 channels",
     ),
     "one test image": (
         [srfed.Task("a", image(9, 8, 8, 1), image(1, 8, 8, 1))],
-        "has 9 training and 1 test images",
+        "data.test_fraction = 0.2 gives 1 held-out image of task a",
     ),
     "fewer images than a minibatch": (
         [srfed.Task("a", image(3, 8, 8, 1), image(2, 8, 8, 1))],

@@ -206,7 +206,13 @@ def _task(options: argparse.Namespace, trained: "TrainedRun | TrainedSite") -> "
     """The new task, its images brought to the run's size and channels where all its tasks have the
     same, and as many of them as were asked for.
     """
-    from srfed.data import describe_own_images, load_own_task, load_task, task_names
+    from srfed.data import (
+        describe_contents,
+        describe_own_images,
+        load_own_task,
+        load_task,
+        task_names,
+    )
     from srfed.data.images import CHANNELS
     from srfed.data.source import slugs
     from srfed.errors import UserError
@@ -234,7 +240,10 @@ def _task(options: argparse.Namespace, trained: "TrainedRun | TrainedSite") -> "
         name = slugs([options.data.resolve().stem])[0]
         config = config.model_copy(update=fitting)
         task = load_own_task(config, options.data, name)
-        for line in describe_own_images(config, options.data):
+        for line in [
+            *describe_own_images(config, options.data),
+            *describe_contents(config, [task]),
+        ]:
             print(line)
     task = fitting_task(trained.shapes, task, options.images, name="--images")
     return with_validation(trained.config.data, task, options.validation, name="--validation")

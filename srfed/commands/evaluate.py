@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from srfed.commands.options import Parser
+from srfed.commands.options import Parser, add_batch_size
 from srfed.config.choices import SAMPLERS
 from srfed.interrupts import run_command
 
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="W",
         help="away from what is drawn for nobody, 0 (none) to 10; default: the run's",
     )
+    add_batch_size(parser)
     parser.add_argument(
         "--ssim-images", type=int, metavar="N", help="test images of each task; default: the run's"
     )
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _evaluate(options: argparse.Namespace) -> None:
     from srfed.config import load_config, parse_config
     from srfed.errors import UserError
-    from srfed.runs.requested import requested_sampling, with_absolute_paths
+    from srfed.runs.requested import requested_sampling
     from srfed.storage.run_folder import RunFolder
 
     if not 0 < options.quantile < 0.5:
@@ -96,9 +97,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.ssim_steps is not None:
         content["evaluation"]["ssim_steps"] = _steps(options.ssim_steps)
     content["sampling"] = requested_sampling(
-        own, options.sampler, options.steps, options.eta, options.guidance
+        own, options.sampler, options.steps, options.eta, options.guidance, options.batch_size
     ).model_dump(mode="json")
-    config = with_absolute_paths(parse_config(content, "the command line"))
+    config = parse_config(content, "the command line").with_absolute_paths()
     evaluation = config.evaluation
     if options.inception_weights is not None and evaluation.feature_network != "inception":
         raise UserError(

@@ -10,6 +10,7 @@ from srfed.config.presets import preset_file, preset_names
 from srfed.errors import UserError, did_you_mean
 from srfed.interrupts import CLOSED_PIPE, flushed, mend_streams, tell
 from srfed.paths import user_path
+from srfed.units import escaped
 
 SECTIONS = frozenset(
     name for name, field in RunConfig.model_fields.items() if name not in ("name", "seed")
@@ -69,7 +70,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Never:
         mend_streams()
         tell(self.format_usage().rstrip("\n"))
-        self.exit(2, f"{self.prog}: error: {message}")
+        self.exit(2, escaped(f"{self.prog}: error: {message}"))
 
     def exit(self, status: int = 0, message: str | None = None) -> Never:
         if message:
@@ -162,6 +163,17 @@ def add_configuration(parser: Parser, example: str = "training.batch_size=32") -
         dest="overrides",
         help=f"override settings, e.g. {example}; repeatable; --{example.replace('=', ' ')} is the "
         "same",
+    )
+
+
+def add_batch_size(parser: argparse.ArgumentParser) -> None:
+    """The option for memory that is short; no image depends on it."""
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="images sampled at once: fewer take less memory, and the images stay the same; "
+        "default: the run's",
     )
 
 

@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from srfed.commands.options import Parser, add_store
+from srfed.commands.options import Parser, add_batch_size, add_store
 from srfed.config.choices import SAMPLERS
 from srfed.interrupts import run_command
+
+SHOWN = 10
+"""Most tasks that are named in a line."""
 
 if TYPE_CHECKING:
     from srfed.reporting.pictures import Images
@@ -50,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="W",
         help="away from what is drawn for nobody, 0 (none) to 10; default: the run's",
     )
+    add_batch_size(parser)
     parser.add_argument(
         "--seed", type=int, default=0, help="the same seed gives the same images (default 0)"
     )
@@ -85,7 +89,13 @@ def _sample(options: argparse.Namespace) -> None:
     if options.n < 1:
         raise UserError(f"--n {options.n} is impossible; allowed: 1 or more")
     resources = load_config(None, [f"resources.device={options.device}"]).resources
-    given = options.sampler, options.steps, options.eta, options.guidance
+    given = (
+        options.sampler,
+        options.steps,
+        options.eta,
+        options.guidance,
+        options.batch_size,
+    )
     if options.run is not None:
         requested_sampling(RunFolder.open(options.run).config, *given)
     if options.folder is not None:
@@ -127,7 +137,7 @@ def _sample(options: argparse.Namespace) -> None:
     write_png(out, draw_grid(_rows(images)), private=False)
     if options.folder is not None:
         write_image_folder(options.folder, images)
-    print(f"{options.n} images of {len(tasks)} tasks after round {trained.round}: {out}")
+    print(f"{options.n} images of {_names(images)} after round {trained.round}: {out}")
     if options.npz is not None:
         buffer = io.BytesIO()
         names = [name for name, group in images.items() for _ in group]
@@ -141,6 +151,19 @@ def _sample(options: argparse.Namespace) -> None:
         print(f"as numbers: {options.npz}")
     if options.folder is not None:
         print(f"as files: {options.folder}")
+
+
+def _names(images: "Mapping[str, Images]") -> str:
+    """Whose they are.
+
+    >>> _names({"north": None})
+    'task north'
+    """
+    names = [*images]
+    if len(names) == 1:
+        return f"task {names[0]}"
+    shown = ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])])
+    return f"each of {len(names)} tasks ({shown})"
 
 
 def _rows(images: "Mapping[str, Images]") -> "Mapping[str, Images]":

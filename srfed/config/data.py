@@ -49,9 +49,20 @@ class DataConfig(Section):
     )
     intensity: Literal["per_image"] | tuple[float, float] = setting(
         "per_image",
-        description="what becomes black and white in grey pictures of 16 bits, 32 bits or floats: "
+        description="what becomes black and white in pictures of 16 bits, 32 bits or floats: "
         "per_image, each picture's own least and greatest value; or one range for all, [low, "
         "high], which keeps what a value means",
+    )
+    background: int = setting(
+        0,
+        ge=0,
+        le=255,
+        description="the grey behind what is transparent in a picture, 0 black to 255 white",
+    )
+    pages: Literal["first", "all"] = setting(
+        "first",
+        description="what is taken of a picture file with several pages (TIFF, APNG, animated "
+        "WebP): the first, or all as images of their own",
     )
     test_fraction: float = setting(
         0.2,

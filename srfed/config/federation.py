@@ -24,6 +24,12 @@ class FederationConfig(Section):
         description="a client that is away or fails: skip goes on without it, wait asks it again "
         "until round_timeout, and then stops the run",
     )
+    on_lost_store: Literal["refuse", "restart"] = setting(
+        "refuse",
+        decides="nothing",
+        description="a client whose store no longer has the attempt to go on from: refuse leaves "
+        "it out until its store is back, restart lets it begin with fresh exclusive weights",
+    )
     weights: Literal["uniform", "examples"] = setting(
         "uniform",
         description="weights of the clients' updates: equal, or by number of training images",

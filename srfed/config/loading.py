@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from srfed.config.explain import explain
 from srfed.config.run import REMOVED, RunConfig
-from srfed.config.yaml import Loader, read_value
+from srfed.config.yaml import read_value, read_yaml_file
 from srfed.errors import UserError
 
 
@@ -40,10 +40,10 @@ def read_settings(path: Path | None = None, overrides: Sequence[str] = ()) -> di
     content: dict[str, Any] = {}
     if path is not None:
         try:
-            loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
+            loaded = read_yaml_file(path)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except yaml.YAMLError as error:
             raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from error
         if loaded is not None and not isinstance(loaded, dict):
             raise UserError(
@@ -79,9 +79,16 @@ def parse_config_json(text: str) -> RunConfig:
 
 
 def _without_removed(text: str) -> str:
-    content = json.loads(text)
+    """The text without settings that there are no more; as it is where it is no configuration, as
+    whoever reads it says best.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
     for section, _, key in (name.partition(".") for name in REMOVED):
-        content.get(section, {}).pop(key, None)
+        if isinstance(content, dict) and isinstance(keys := content.get(section), dict):
+            keys.pop(key, None)
     return json.dumps(content)
 
 

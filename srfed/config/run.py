@@ -22,6 +22,7 @@ from srfed.config.settings import Decides, Section, decides, setting
 from srfed.config.training import TrainingConfig
 from srfed.config.updates import UpdatesConfig
 from srfed.config.yaml import Dumper
+from srfed.paths import absolute_path
 
 REMOVED = {
     "federation.largest_update": "an update's bound is what the clients' optimizer can do",
@@ -30,6 +31,10 @@ REMOVED = {
     "training.central_batch_size": "it is training.centralised_batch_size now",
 }
 """Settings of earlier versions, and why there is none any more."""
+
+
+PATHS = (("data", "dir"), ("evaluation", "inception_weights"))
+"""The settings that are paths, as section and key."""
 
 
 class RunConfig(Section):
@@ -250,6 +255,18 @@ class RunConfig(Section):
         return yaml.dump(
             json.loads(self.to_json()), Dumper=Dumper, sort_keys=False, allow_unicode=True
         )
+
+    def with_absolute_paths(self) -> Self:
+        """The same configuration with its paths as every process finds them, wherever it stands;
+        raises UserError for an unknown ``~name``.
+        """
+        config = self
+        for section, key in PATHS:
+            settings = getattr(config, section)
+            if value := getattr(settings, key):
+                update = {section: settings.model_copy(update={key: str(absolute_path(value))})}
+                config = config.model_copy(update=update)
+        return config
 
     def decisive_settings(self) -> dict[str, Any]:
         """The settings that decide the result, by name, as JSON has them."""

@@ -2,6 +2,7 @@
 see.
 """
 
+from srfed.data.contents import describe_contents
 from srfed.data.images import to_model_range, to_uint8
 from srfed.data.own_images import (
     accept_images,
@@ -28,6 +29,7 @@ __all__ = [
     "Task",
     "accept_images",
     "current_images",
+    "describe_contents",
     "describe_images",
     "describe_own_images",
     "load_own_task",

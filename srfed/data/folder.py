@@ -7,21 +7,23 @@ nowhere else.
 import errno
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from srfed.config import DataConfig
-from srfed.data.images import Images, fit_image, is_deep
+from srfed.data.images import Images, fit_image
 from srfed.data.mapped import ImageCollector
+from srfed.data.pictures import damaged_metadata, deep_pixels, is_deep, opened, pages_of
 from srfed.data.record import ImageRecord
 from srfed.data.source import data_path, slugs, split, split_by_content
 from srfed.errors import UserError
+from srfed.units import escaped, printable
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
 SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation")
@@ -43,8 +45,21 @@ deleted.
 HIDDEN, SYSTEM, OTHER = "hidden", "left by a system", "no picture by its name"
 BESIDE, SPECIAL = "beside the folders that are read", "no regular file"
 LINK, DANGLING = "a link to a folder, not followed", "a link to nothing"
+SHOWN = 3
+"""Most files that a line names."""
 Skipped = tuple[str, Path]
 """Why an entry of a folder was passed over, and which."""
+
+
+class Page(NamedTuple):
+    """A picture in a file, which may have more of them."""
+
+    file: Path
+    number: int
+    """From 0."""
+
+    def __str__(self) -> str:
+        return f"{self.file}, page {self.number + 1}" if self.number else str(self.file)
 
 
 @dataclass(frozen=True)
@@ -193,9 +208,13 @@ def load_listing(
             )
             raise UserError(f"data: {folder} holds no images{passed_over}")
     if listing.test is None:
-        return split_by_content(config, name, read_files(listing.train, config), known)
-    train, test = split(config, name, listing.train, listing.test)
-    images = read_files([*train, *test], config)
+        return split_by_content(
+            config, name, read_pages(pages(listing.train, config), config), known
+        )
+    train, test = split(
+        config, name, *(pages(files, config) for files in (listing.train, listing.test))
+    )
+    images = read_pages([*train, *test], config)
     return images[: len(train)], images[len(train) :]
 
 
@@ -209,7 +228,8 @@ def describe_listings(listings: Sequence[Listing], beside: Iterable[Skipped] = (
         + (f"; through {len(links)} linked folder(s) (e.g. {links[0].name})" if links else "")
     ]
     skipped = [*beside, *(entry for listing in listings for entry in listing.skipped)]
-    return [*lines, *([f"skipped:    {describe_skipped(skipped)}"] if skipped else [])]
+    lines += [f"skipped:    {describe_skipped(skipped)}"] if skipped else []
+    return [escaped(line) for line in lines]
 
 
 def describe_skipped(skipped: Sequence[Skipped]) -> str:
@@ -222,51 +242,114 @@ def describe_skipped(skipped: Sequence[Skipped]) -> str:
     )
 
 
-def describe_intensity(files: Sequence[Path], config: DataConfig) -> list[str]:
-    """Which values the pictures of more than 8 bits have, and what becomes of them; no line where
-    there are none.
+def describe_pictures(files: Sequence[Path], config: DataConfig) -> list[str]:
+    """What is in the files and is not plainly one picture of 8 bits: more pages, metadata that are
+    damaged, which values the pictures of more than 8 bits have and what becomes of them; no line
+    where there is nothing.
 
     Raises:
         UserError: a picture cannot be read.
     """
-    count, least, greatest, outside, values = 0, np.inf, -np.inf, 0, 0
+    deep = _Deep(config)
+    paged: dict[Path, int] = {}
+    damaged: dict[Path, str] = {}
     for file in files:
-        with _opened(file) as image:
-            if not is_deep(image):
-                continue
-            found = np.asarray(image, dtype=np.float64)
-        finite = found[np.isfinite(found)]
-        count, values = count + 1, values + found.size
-        least, greatest = (
-            min(least, finite.min(initial=np.inf)),
-            max(greatest, finite.max(initial=-np.inf)),
+        if said := damaged_metadata(file):
+            damaged[file] = said
+        with opened(file) as image:
+            if len(found := pages_of(image)) > 1:
+                paged[file] = len(found)
+            if is_deep(image):
+                deep.add(image)
+    lines = []
+    if paged:
+        what = (
+            "the first of each is taken; data.pages=all takes every one"
+            if config.pages == "first"
+            else "every one is taken (data.pages)"
         )
-        if config.intensity != "per_image":
-            outside += found.size - int(
-                ((found >= config.intensity[0]) & (found <= config.intensity[1])).sum()
-            )
-    if not count:
-        return []
-    what = (
-        f"{count} of {len(files)} pictures have more than 8 bits, values {least:g} to {greatest:g}"
-    )
-    if config.intensity == "per_image":
-        return [
-            f"intensity:  {what}; each is stretched by its own",
-            "            least and greatest value; where a value means something, set "
-            "data.intensity to [low, high]",
+        lines += [
+            f"pages:      {len(paged)} of {len(files)} pictures have more than one page "
+            f"({_named({file: f'{count} pages' for file, count in paged.items()})});",
+            f"            {what}",
         ]
-    low, high = config.intensity
-    return [
-        f"intensity:  {what}; {low:g} becomes black,",
-        f"            {high:g} white (data.intensity); {outside / values:.2%} of the values are "
-        "outside, or no numbers",
-    ]
+    if damaged:
+        lines += [
+            f"metadata:   {len(damaged)} of {len(files)} pictures have metadata that are not read; "
+            "their pixels are",
+            f"            ({_named(damaged)})",
+        ]
+    return [*lines, *deep.lines(len(files))]
 
 
-def read_files(files: Sequence[Path], config: DataConfig) -> Images:
-    """Read image files, in the given order, at least one, as ``image_size``, ``channels`` and
-    ``intensity`` say.
+def _named(found: dict[Path, str]) -> str:
+    """Some files, each with what is said of it.
+
+    >>> _named({Path("a/x.png"): "2 pages"})
+    'x.png: 2 pages'
+    """
+    shown = [f"{printable(file.name)}: {said}" for file, said in list(found.items())[:SHOWN]]
+    return ", ".join([*shown, *(["..."] if len(found) > SHOWN else [])])
+
+
+class _Deep:
+    """Which values the pictures of more than 8 bits have."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self._intensity = config.intensity
+        self._count, self._outside, self._values = 0, 0, 0
+        self._least, self._greatest = np.inf, -np.inf
+
+    def add(self, image: Image.Image) -> None:
+        found = deep_pixels(image).visible.astype(np.float64)
+        finite = found[np.isfinite(found)]
+        self._count, self._values = self._count + 1, self._values + found.size
+        self._least = min(self._least, finite.min(initial=np.inf))
+        self._greatest = max(self._greatest, finite.max(initial=-np.inf))
+        if self._intensity != "per_image":
+            low, high = self._intensity
+            self._outside += found.size - int(((found >= low) & (found <= high)).sum())
+
+    def lines(self, files: int) -> list[str]:
+        """In words; none where there are no such pictures."""
+        if not self._count:
+            return []
+        what = (
+            f"{self._count} of {files} pictures have more than 8 bits, values {self._least:g} to "
+            f"{self._greatest:g}"
+        )
+        if self._intensity == "per_image":
+            return [
+                f"intensity:  {what}; each is stretched by its own",
+                "            least and greatest value; where a value means something, set "
+                "data.intensity to [low, high]",
+            ]
+        low, high = self._intensity
+        return [
+            f"intensity:  {what}; {low:g} becomes black,",
+            f"            {high:g} white (data.intensity); "
+            f"{self._outside / max(1, self._values):.2%} of the values are outside, or no numbers",
+        ]
+
+
+def pages(files: Sequence[Path], config: DataConfig) -> list[Page]:
+    """The pictures in the files, as ``data.pages`` says: the first of each, or all.
+
+    Raises:
+        UserError: all are asked for, and a file cannot be read.
+    """
+    if config.pages == "first":
+        return [Page(file, 0) for file in files]
+    found = []
+    for file in files:
+        with opened(file) as image:
+            found += [Page(file, number) for number in pages_of(image)]
+    return found
+
+
+def read_pages(wanted: Sequence[Page], config: DataConfig) -> Images:
+    """Read pictures, in the given order, at least one, as ``image_size``, ``channels``,
+    ``intensity`` and ``background`` say.
 
     Returns:
         uint8, N x H x W x C.
@@ -274,39 +357,30 @@ def read_files(files: Sequence[Path], config: DataConfig) -> Images:
     Raises:
         UserError: one cannot be read, or they differ in size or channels after fitting.
     """
-    first = _read_file(files[0], config)
     collector = ImageCollector()
-    for position, file in enumerate(files):
-        image = _read_file(file, config) if position else first
-        if image.shape[:2] != first.shape[:2]:
+    for page in wanted:
+        image = _read_page(page, config)
+        first = collector.shape or image.shape
+        if image.shape[:2] != first[:2]:
             raise UserError(
-                f"images differ in size: {files[0]} is {first.shape[1]} x {first.shape[0]} px, "
-                f"{file} is {image.shape[1]} x {image.shape[0]} px; set data.image_size"
+                f"images differ in size: {wanted[0]} is {first[1]} x {first[0]} px, "
+                f"{page} is {image.shape[1]} x {image.shape[0]} px; set data.image_size"
             )
-        if image.shape != first.shape:
+        if image.shape != first:
             raise UserError(
-                f"grey and colour images are mixed: {files[0]} has {first.shape[2]} channels, "
-                f"{file} has {image.shape[2]}; set data.channels to 1 or 3"
+                f"grey and colour images are mixed: {wanted[0]} has {first[2]} channels, "
+                f"{page} has {image.shape[2]}; set data.channels to 1 or 3"
             )
         collector.add(image[None])
     return collector.images()
 
 
-def _read_file(file: Path, config: DataConfig) -> Images:
-    with _opened(file) as image:
-        return fit_image(image, config.image_size, config.channels, config.intensity)
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Image.Image]:
-    """A picture, and one line that names it for whatever goes wrong with it."""
-    try:
-        with Image.open(file) as image:
-            yield image
-    except Exception as error:
-        # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error and others for
-        # damaged files.
-        raise UserError(f"cannot read image {file}: {' '.join(str(error).split())}") from error
+def _read_page(page: Page, config: DataConfig) -> Images:
+    with opened(page.file) as image:
+        image.seek(page.number)
+        return fit_image(
+            image, config.image_size, config.channels, config.intensity, config.background
+        )
 
 
 def _walk(folder: Path, skipped: list[Skipped]) -> list[Path]:

@@ -222,7 +222,9 @@ def _no_images(columns: list[str], where: str) -> UserError:
 def _image(config: DataConfig, image: Any) -> Images:
     """uint8 H x W x C of one image."""
     if isinstance(image, Image.Image):
-        return fit_image(image, config.image_size, config.channels, config.intensity)
+        return fit_image(
+            image, config.image_size, config.channels, config.intensity, config.background
+        )
     tensor = hasattr(image, "detach")
     values = image.detach().cpu().numpy() if tensor else np.asarray(image)
     if tensor and values.ndim == 3:
@@ -231,9 +233,14 @@ def _image(config: DataConfig, image: Any) -> Images:
         values = values[..., None]
     if values.ndim != 3 or values.shape[-1] not in (1, 3):
         form = "a tensor H x W or C x H x W" if tensor else "an array H x W or H x W x C"
+        turned = (
+            "; this looks like C x H x W: turn it with image.transpose(1, 2, 0)"
+            if not tensor and values.ndim == 3 and values.shape[0] in (1, 3)
+            else ""
+        )
         raise UserError(
             f"it is of type {type(image).__name__} and shape {tuple(np.shape(image))}; allowed: "
-            f"{form} with 1 or 3 channels, or a picture of Pillow's"
+            f"{form} with 1 or 3 channels, or a picture of Pillow's{turned}"
         )
     fitted: Images = fit_images(_levels(values)[None], config.image_size, config.channels)[0]
     return fitted

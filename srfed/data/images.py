@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
+from srfed.data.pictures import GREY_MODES, as_object, deep_pixels, is_deep, upright
 from srfed.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,14 +18,16 @@ CHANNELS = (1, 3)
 """Grey and RGB."""
 SMALLEST = 5
 """Least height and width of an image, in pixels: the UNet halves it three times."""
-GREY_MODES = ("1", "L", "LA")
+LARGEST = 512
+"""Greatest height and width that ``data.image_size`` allows, and that are trained on without it."""
+MOST_CHANNELS = 4
 ALPHA_MODES = ("LA", "PA", "RGBA", "RGBa")
 FAR = 4
 """A least or greatest value this many times further away than the others reach is taken for no
 measurement.
 """
 Intensity = Literal["per_image"] | tuple[float, float]
-"""How 16-bit, 32-bit and float grey becomes 0 to 255: by each picture's own range, or by one for
+"""How 16-bit, 32-bit and float pixels become 0 to 255: by each picture's own range, or by one for
 all.
 """
 
@@ -75,40 +78,51 @@ def fit_image(
     size: int | None,
     channels: Literal[1, 3] | None,
     intensity: Intensity = "per_image",
+    background: int = 0,
 ) -> Images:
     """Bring one picture into the form that a task's images have.
 
-    In this order: the EXIF orientation is applied; 16-bit, 32-bit and float grey (I;16, I, F) are
-    scaled as ``intensity`` says; transparency is composited on black; the picture becomes grey
-    (ITU-R 601 luma) or RGB; the short side is resized to ``size`` by Pillow's antialiased bicubic
-    filter and the centre is cut out, as torchvision's ``Resize(size, BICUBIC)`` and
-    ``CenterCrop(size)`` do. Of several frames or pages the current one counts, which is the first
-    in a file just opened.
+    In this order: the EXIF orientation is applied; pixels of 16 bits, 32 bits and floats, grey and
+    colour, are scaled as ``intensity`` says; transparency is composited on ``background``; the
+    picture becomes grey (ITU-R 601 luma) or RGB; the short side is resized to ``size`` by Pillow's
+    antialiased bicubic filter and the centre is cut out, as torchvision's ``Resize(size, BICUBIC)``
+    and ``CenterCrop(size)`` do. Of several frames or pages the current one counts, which is the
+    first in a file just opened.
 
     Args:
         image: any mode that Pillow converts to RGB.
-        size: height and width of the result; None keeps the picture's.
+        size: height and width of the result; None keeps the picture's, up to 512.
         channels: 1 for grey, 3 for RGB; None keeps grey pictures grey and makes all others RGB.
         intensity: the values that become 0 and 255: a fixed range, where values outside become the
             nearer end and NaN the lower one; or "per_image", the picture's own least and greatest
-            value (a constant picture becomes 0). Pictures of 8 bits are left alone.
+            value, of all its channels and where it can be seen (a constant picture becomes 0).
+            Pictures of 8 bits are left alone.
+        background: the grey, 0 to 255, that is seen through what is transparent.
 
     Returns:
         uint8, H x W x C.
 
     Raises:
-        UserError: the picture is smaller than 5 x 5 pixels; or, under "per_image", has values that
-            are not finite, or a least or greatest one so far from all others that it seems to stand
-            for "no data".
+        UserError: the picture is smaller than 5 x 5 pixels, or larger than 512 where ``size`` is
+            None; it is of a mode that is not read; or, under "per_image", has values that are not
+            finite, or a least or greatest one so far from all others that it seems to stand for "no
+            data".
     """
-    image = ImageOps.exif_transpose(image)
-    _check_size(image.width, image.height)
-    grey = image.mode in GREY_MODES
+    image = as_object(image)
+    check_size(image.width, image.height, size)
     if is_deep(image):
-        image, grey = Image.fromarray(_to_8_bits(np.asarray(image), intensity)), True
+        pixels = deep_pixels(image)
+        image = Image.fromarray(_to_8_bits(pixels.values, pixels.visible, intensity))
+        if pixels.alpha is not None:
+            image.putalpha(Image.fromarray(pixels.alpha))
+    else:
+        image = upright(image)
+    grey = image.mode in GREY_MODES
+    if image.mode == "La":
+        image = image.convert("LA")
     if image.mode in ALPHA_MODES or "transparency" in image.info:
-        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(black, image.convert("RGBA"))
+        ground = Image.new("RGBA", image.size, (background, background, background, 255))
+        image = Image.alpha_composite(ground, image.convert("RGBA"))
     image = image.convert("L" if channels == 1 or (channels is None and grey) else "RGB")
     if size is not None:
         image = _resize_and_crop(image, size)
@@ -119,11 +133,11 @@ def fit_images(images: Images, size: int | None, channels: Literal[1, 3] | None)
     """Apply :func:`fit_image` to arrays, N x H x W x C with any C; None keeps what the images have.
 
     Raises:
-        UserError: the images are smaller than 5 x 5 pixels, or ``channels`` asks for a conversion
-            other than between grey and RGB.
+        UserError: the images are smaller than 5 x 5 pixels, or larger than 512 where ``size`` is
+            None; or ``channels`` asks for a conversion other than between grey and RGB.
     """
     _, height, width, depth = images.shape
-    _check_size(width, height)
+    check_size(width, height, size)
     if channels not in (None, depth) and depth not in (1, 3):
         raise UserError(
             f"data.channels = {channels} is impossible for images with {depth} channels, only grey "
@@ -139,28 +153,57 @@ def fit_images(images: Images, size: int | None, channels: Literal[1, 3] | None)
     return np.stack([fit_image(Image.fromarray(picture), size, channels) for picture in pictures])
 
 
-def _check_size(width: int, height: int) -> None:
+def check_layout(images: NDArray[np.generic], where: str) -> None:
+    """Look at the sides of images N x H x W x C, which somebody may have laid out otherwise.
+
+    Args:
+        images: four-dimensional.
+        where: what they are, for the error.
+
+    Raises:
+        UserError: they have more than 4 channels, or a side below 5 px.
+    """
+    _, height, width, channels = images.shape
+    if channels <= MOST_CHANNELS and min(height, width) >= SMALLEST:
+        return
+    turned = (
+        ", and this looks like N x C x H x W: turn it with images.transpose(0, 2, 3, 1)"
+        if min(width, channels) >= SMALLEST and height < min(width, channels)
+        else ""
+    )
+    raise UserError(
+        f"{where} is {images.dtype} {images.shape}; allowed: N x H x W x C of 1 to {MOST_CHANNELS} "
+        f"channels and at least {SMALLEST} x {SMALLEST} px{turned}"
+    )
+
+
+def check_size(width: int, height: int, size: int | None) -> None:
+    """Raise UserError where images are too small, or too large to stay so under a
+    ``data.image_size`` of None.
+    """
     if min(width, height) < SMALLEST:
         raise UserError(
             f"images of {width} x {height} px are too small; allowed: {SMALLEST} x {SMALLEST} and "
             "more"
         )
+    if size is None and max(width, height) > LARGEST:
+        raise UserError(
+            f"images of {width} x {height} px are too large to train on as they are, and "
+            f"data.image_size is null; allowed: sides of up to {LARGEST} px, or data.image_size "
+            f"from {SMALLEST} to {LARGEST}"
+        )
 
 
-def is_deep(image: Image.Image) -> bool:
-    """Whether a picture is grey of 16 bits, 32 bits or floats."""
-    return image.mode in ("I", "F") or image.mode.startswith("I;16")
-
-
-def _to_8_bits(values: NDArray[np.generic], intensity: Intensity) -> Images:
+def _to_8_bits(
+    values: NDArray[np.generic], visible: NDArray[np.generic], intensity: Intensity
+) -> Images:
     exact = values.astype(np.float64)
     if intensity == "per_image":
-        least, greatest = _own_range(exact)
+        least, greatest = _own_range(visible.astype(np.float64)) if visible.size else (0.0, 0.0)
     else:
         least, greatest = intensity
-        exact = np.clip(
-            np.nan_to_num(exact, nan=least, posinf=greatest, neginf=least), least, greatest
-        )
+    # What cannot be seen may be anything.
+    exact = np.clip(np.nan_to_num(exact, nan=least, posinf=greatest, neginf=least), least, greatest)
     exact -= least
     levels: Images = np.rint(exact * (255 / ((greatest - least) or 1.0))).astype(np.uint8)
     return levels

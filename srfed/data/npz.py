@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srfed.config import DataConfig
-from srfed.data.images import Images
+from srfed.data.images import Images, check_layout
 from srfed.data.mapped import map_member
 from srfed.data.record import ImageRecord
 from srfed.data.source import (
@@ -156,7 +156,9 @@ def _images(path: Path, name: str, images: NDArray[Any]) -> Images:
             f"data.dir: {path}: {name} is {images.dtype} {images.shape}; allowed: uint8, N x H x W "
             "x C or N x H x W"
         )
-    return images if images.ndim == 4 else images[..., None]
+    images = images if images.ndim == 4 else images[..., None]
+    check_layout(images, f"data.dir: {path}: {name}")
+    return images
 
 
 def _check_labels(path: Path, name: str, labels: NDArray[Any]) -> None:

@@ -11,25 +11,29 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from srfed.config import DataConfig
-from srfed.data.folder import describe_intensity, describe_listings, list_images, load_listing
-from srfed.data.images import Images
+from srfed.data.folder import describe_listings, describe_pictures, list_images, load_listing
+from srfed.data.images import Images, check_layout
 from srfed.data.npz import read_arrays
 from srfed.data.record import RECORD_FILE, ImageRecord, read_records, write_records
 from srfed.data.source import fit_and_split
 from srfed.data.tasks import Task
 from srfed.data.validation import set_aside
 from srfed.errors import UserError
-from srfed.files import stamp, write_bytes
+from srfed.files import held, remove_temporary_files, stamp, write_bytes
 
 SETTINGS = ("images_per_task", "image_size", "channels", "intensity", "test_fraction")
-"""The settings of ``data`` that decide what an owner's images become, besides
-``validation_images``."""
+LATER = ("validation_images", "background", "pages")
+"""The settings of ``data`` that decide what an owner's images become; of :data:`LATER` there are
+records from before there was the setting, so a default is not told.
+"""
+READING = 2
+"""Counts up when the same file becomes other images than before."""
 
 
 def load_own_task(
     config: DataConfig, path: Path, name: str, store: Path | None = None, *, keep: bool = True
 ) -> Task:
-    """Read an owner's images, as the settings of :data:`SETTINGS` and ``validation_images`` say.
+    """Read an owner's images, as the settings of :data:`SETTINGS` and :data:`LATER` say.
 
     A folder is read as :func:`~srfed.data.folder.list_images` says: its own ``train`` and ``test``
     are the splits, where it has them. An .npz file has ``train_images`` and optionally
@@ -118,7 +122,7 @@ def describe_own_images(config: DataConfig, path: Path) -> list[str]:
     if not path.is_dir():
         return []
     listing = list_images(path)
-    return [*describe_listings([listing]), *describe_intensity(listing.files, config)]
+    return [*describe_listings([listing]), *describe_pictures(listing.files, config)]
 
 
 def _load(
@@ -143,7 +147,11 @@ def _decoded(
         return _read(config, path, name, known)
     file = cache / f"images-{_fingerprint(config, path)}.safetensors"
     cached = _from_cache(file)
-    if cached is None:
+    if cached is not None:
+        return cached
+    with held(cache / "lock", wait=True):
+        # Of a process that was killed while it wrote as much again.
+        remove_temporary_files(cache, r"images-.*\.safetensors")
         cached = _read(config, path, name, known)
         arrays = {"train": np.ascontiguousarray(cached[0]), "test": np.ascontiguousarray(cached[1])}
         write_bytes(file, safetensors.numpy.save(arrays))
@@ -174,6 +182,8 @@ def _read_npz(
     images = {
         key: values if values.ndim == 4 else values[..., None] for key, values in arrays.items()
     }
+    for key, values in images.items():
+        check_layout(values, f"data: {path}: {key}")
     train, test = fit_and_split(
         config, name, images["train_images"], images.get("test_images"), known
     )
@@ -187,8 +197,8 @@ def _read_npz(
 
 def _key(config: DataConfig, name: str) -> str:
     """Under what a record stands: the same images in another shape are other images."""
-    # 0 is left out: there are records from before there was the setting.
-    settings = [*SETTINGS, *(["validation_images"] if config.validation_images else [])]
+    usual = DataConfig()
+    settings = [*SETTINGS, *(key for key in LATER if getattr(config, key) != getattr(usual, key))]
     return ", ".join([name, *(f"{key} {json.dumps(getattr(config, key))}" for key in settings)])
 
 
@@ -196,7 +206,7 @@ def _fingerprint(config: DataConfig, path: Path) -> str:
     """What a cached copy depends on: the settings, and each file's place and stamp."""
     files = list_images(path).files if path.is_dir() else [path]
     found = [(str(file), stamp(file)) for file in files]
-    settings = [getattr(config, key) for key in SETTINGS]
+    settings = [READING, *(getattr(config, key) for key in (*SETTINGS, "background", "pages"))]
     return hashlib.sha256(json.dumps([settings, found]).encode()).hexdigest()[:16]
 
 

@@ -19,7 +19,8 @@ from srfed.data.record import ImageRecord, fingerprints
 from srfed.errors import UserError
 from srfed.paths import user_path
 
-ImagesOrFiles = TypeVar("ImagesOrFiles", Images, list[Path])
+Pictures = TypeVar("Pictures", Images, list[Any])
+"""Images, or what they will be read from."""
 
 
 class Source(Protocol):
@@ -105,8 +106,8 @@ def fit_and_split(
 
 
 def split(
-    config: DataConfig, name: str, train: ImagesOrFiles, test: ImagesOrFiles | None
-) -> tuple[ImagesOrFiles, ImagesOrFiles]:
+    config: DataConfig, name: str, train: Pictures, test: Pictures | None
+) -> tuple[Pictures, Pictures]:
     """Choose a task's training and test images where the owner or a published file says which are
     which.
 
@@ -176,7 +177,7 @@ def _place(fingerprint: str, held_out: Mapping[str, bool]) -> float:
     return int(fingerprint[:13], 16) / 16**13
 
 
-def _first(config: DataConfig, name: str, train: ImagesOrFiles) -> ImagesOrFiles:
+def _first(config: DataConfig, name: str, train: Pictures) -> Pictures:
     wanted = config.images_per_task
     if wanted is not None and wanted > len(train):
         raise UserError(

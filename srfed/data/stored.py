@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from srfed.data.images import SMALLEST
+from srfed.data.images import CHANNELS, check_layout, check_size
 from srfed.data.mapped import is_mapped
 from srfed.data.source import slugs
 from srfed.data.tasks import Task
@@ -34,25 +34,26 @@ def check_tasks(tasks: Sequence[Task]) -> None:
                     f"{where} is {found} {getattr(images, 'shape', '')}; it must be a numpy array "
                     "of uint8, N x H x W x C"
                 )
+            check_layout(images, where)
             if images.shape[1:] != task.train.shape[1:]:
                 raise UserError(
                     f"{where} has images of {images.shape[1:]}, and train of "
                     f"{task.train.shape[1:]}; a task's must be of one shape"
                 )
-            if images.shape[-1] not in (1, 3) or min(images.shape[1:3]) < SMALLEST:
+            if images.shape[-1] not in CHANNELS:
                 raise UserError(
-                    f"{where} has images of {images.shape[1:]}; allowed: at least {SMALLEST} px, 1 "
-                    "or 3 channels"
+                    f"{where} has images of {images.shape[1:]}; allowed: 1 or 3 channels"
                 )
+            check_size(images.shape[2], images.shape[1], None)
         if len(task.validation):
             raise UserError(
                 f"task {task.name!r} has {len(task.validation)} validation images of its own; "
                 "allowed: none, data.validation_images sets some of the training images aside"
             )
-        if not len(task.train) or len(task.test) < 2:
+        if not len(task.train) or not len(task.test):
             raise UserError(
                 f"task {task.name!r} has {len(task.train)} training and {len(task.test)} test "
-                "images; allowed: at least 1 and 2"
+                "images; allowed: at least 1 of each"
             )
 
 

@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 
-from PIL import Image
-
 from srfed.config import DataConfig
-from srfed.data.folder import Listing, open_folder
-from srfed.data.images import GREY_MODES, is_deep
+from srfed.data.folder import Listing, open_folder, pages
+from srfed.data.pictures import is_grey, opened
 from srfed.data.tasks import load_tasks, task_names
 from srfed.errors import UserError
 
@@ -62,15 +60,10 @@ def survey(config: DataConfig, count: int | None = None) -> Survey:
     sizes, grey = [], []
     for listing in listings:
         for file in listing.files[:: -(-len(listing.files) // LOOKED_AT) or 1]:
-            try:
-                # Opening reads the header alone.
-                with Image.open(file) as image:
-                    sizes.append(image.size)
-                    grey.append(image.mode in GREY_MODES or is_deep(image))
-            except Exception as error:
-                raise UserError(
-                    f"cannot read image {file}: {' '.join(str(error).split())}"
-                ) from error
+            # Opening reads the header alone.
+            with opened(file) as image:
+                sizes.append(image.size)
+                grey.append(is_grey(image))
     if not sizes:
         raise UserError(
             f"data.dir = {config.dir} holds no pictures in its {len(source.names)} task folders"
@@ -81,5 +74,6 @@ def survey(config: DataConfig, count: int | None = None) -> Survey:
 
 
 def _training(config: DataConfig, listing: Listing) -> int:
-    held_out = 0 if listing.test is not None else round(len(listing.train) * config.test_fraction)
-    return min(len(listing.train) - held_out, config.images_per_task or len(listing.train))
+    count = len(pages(listing.train, config))
+    held_out = 0 if listing.test is not None else round(count * config.test_fraction)
+    return min(count - held_out, config.images_per_task or count)

@@ -10,7 +10,7 @@ import numpy as np
 from srfed.config import DataConfig
 from srfed.data.cifar import open_cifar
 from srfed.data.digits import open_digits
-from srfed.data.folder import FolderSource, describe_intensity, describe_listings, open_folder
+from srfed.data.folder import FolderSource, describe_listings, describe_pictures, open_folder
 from srfed.data.idx import open_idx
 from srfed.data.images import Images
 from srfed.data.npz import open_npz
@@ -19,6 +19,7 @@ from srfed.data.source import Source
 from srfed.data.validation import set_aside
 from srfed.errors import UserError
 from srfed.files import Stamp, stamp
+from srfed.paths import user_path
 from srfed.records import Shape
 
 ALLOW = "allow the change with --allow-changed-images"
@@ -192,7 +193,7 @@ def describe_images(config: DataConfig, count: int) -> list[str]:
         return []
     listings = source.listings[:count]
     files = [file for listing in listings for file in listing.files]
-    return [*describe_listings(listings, source.skipped), *describe_intensity(files, config)]
+    return [*describe_listings(listings, source.skipped), *describe_pictures(files, config)]
 
 
 @lru_cache(maxsize=1)
@@ -221,6 +222,12 @@ def _load(
     return Task(name, train, test, index, validation)
 
 
+@lru_cache(maxsize=1)
+def _open_npz(config: DataConfig, state: Stamp | None) -> Source:
+    """A file of all tasks, read once a process as long as it stays as it is."""
+    return open_npz(config)
+
+
 def _open(config: DataConfig) -> Source:
     match config.dataset:
         case "digits":
@@ -230,7 +237,7 @@ def _open(config: DataConfig) -> Source:
         case "cifar10" | "cifar100":
             return open_cifar(config)
         case "npz":
-            return open_npz(config)
+            return _open_npz(config, stamp(user_path(config.dir)))
         case "folder":
             return open_folder(config)
         case "sites":

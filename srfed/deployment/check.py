@@ -12,7 +12,13 @@ from uuid import uuid4
 import numpy as np
 
 from srfed.config import RunConfig
-from srfed.data import Task, describe_own_images, load_own_task, recorded_images
+from srfed.data import (
+    Task,
+    describe_contents,
+    describe_own_images,
+    load_own_task,
+    recorded_images,
+)
 from srfed.data.images import Images
 from srfed.deployment.agree import fits, standing
 from srfed.device import resolve_device
@@ -28,6 +34,7 @@ from srfed.federation.updates import Delta, encode_update
 from srfed.files import make_folder, open_to_others
 from srfed.model import build_model, build_partition
 from srfed.reporting.pictures import draw_grid, write_png
+from srfed.runs.checks import check_held_out
 from srfed.storage.client_store import check_name
 from srfed.training.minibatches import MinibatchOrder
 from srfed.units import bytes_in_words
@@ -63,10 +70,7 @@ def check_site(
     task = load_own_task(config.data, data, client, store, keep=False)
     order = MinibatchOrder.of(training, len(task.train), training.batch_size, config.seed, client)
     if evaluation.mode == "statistics":
-        if len(task.test) < 2:
-            raise UserError(
-                f"{data} gives {len(task.test)} test images; evaluation needs at least 2"
-            )
+        check_held_out(config, [task])
         load_feature_network(evaluation.feature_network, evaluation.inception_weights, device)
     _try_to_write(state_dir)
 
@@ -110,6 +114,7 @@ def check_site(
             f"            {len(task.train)} for training, {len(task.test)} for tests{aside}; "
             f"{height} x {width} px, {channels} channel{'s' if channels > 1 else ''}",
             *describe_own_images(config.data, data),
+            *(f"contents:   {line}" for line in describe_contents(config.data, [task])),
             "record:     "
             + (
                 "these images are put on record when the site joins; later changes are refused "

@@ -14,7 +14,7 @@ from srfed.deployment.connection import check_superlink
 from srfed.deployment.flower import QUIET, plain, program
 from srfed.errors import UserError
 from srfed.files import is_held
-from srfed.paths import user_path
+from srfed.paths import flower_home, user_path
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import LOCK, RunFolder
 from srfed.units import printable, seconds_in_words
@@ -119,7 +119,7 @@ def _connection(name: str) -> tuple[str, Path | None]:
     """Address of a connection in Flower's configuration, and the certificate of the authority that
     it trusts.
     """
-    file = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr") / "config.toml"
+    file = flower_home() / "config.toml"
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -13,6 +13,7 @@ from srfed.data.images import Images
 from srfed.diffusion.guidance import guided
 from srfed.diffusion.process import Denoiser, Process
 from srfed.diffusion.sampler import Sampler, drawn_for_each, sample
+from srfed.errors import UserError
 from srfed.randomness import derive_generator
 
 
@@ -58,6 +59,7 @@ def generate(
         strip_steps: pictures in the strip, evenly spaced from T to 0.
 
     Raises:
+        UserError: the model's weights have diverged.
         ValueError: guidance is asked for, and the denoiser has no guide.
     """
     height, width, channels = shape
@@ -79,6 +81,11 @@ def generate(
             clip=sampling.clip,
             record=record if first == 0 else [],
         )
+        if not bool(sampled.images.isfinite().all()):
+            raise UserError(
+                f"the model of {task} has diverged: its samples are no numbers; train it with "
+                "a lower training.learning_rate or training.gradient_clip"
+            )
         images.append(to_uint8(sampled.images))
         if first == 0 and record:
             strip = np.concatenate([to_uint8(sampled.states[timestep][:1]) for timestep in record])

@@ -17,8 +17,8 @@ class Scores:
     Attributes:
         name: what the distance is called; names the feature network.
         overall: between the union of the samples and the union of the references.
-        per_task: between a task's samples and its own references. With few images it is biased
-            upwards; compare it only with itself.
+        per_task: between a task's samples and its own references, where there are two of either.
+            With few images it is biased upwards; compare it only with itself.
         samples: generated images scored.
         references: reference images.
     """
@@ -61,7 +61,7 @@ def score_statistics(
         per_task={
             task: frechet_distance(own[task], references[task])
             for task in sorted(own)
-            if own[task].count >= 2
+            if min(own[task].count, references[task].count) >= 2
         },
         samples=generated.count,
         references=reference.count,
@@ -73,7 +73,7 @@ class References:
 
     Args:
         network: the feature network; its name names the scores.
-        references: reference images by task, uint8 N x H x W x C, at least two of each.
+        references: reference images by task, uint8 N x H x W x C.
     """
 
     def __init__(self, network: FeatureNetwork, references: Mapping[str, Images]) -> None:

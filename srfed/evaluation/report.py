@@ -10,7 +10,7 @@ from srfed.data.images import Images
 from srfed.evaluation.metrics.memorisation import Audit
 from srfed.evaluation.metrics.nearest_neighbour import Recogniser
 from srfed.evaluation.references import Scores
-from srfed.records import Comparison, EvaluationRecord, OwnScore, ResultRound
+from srfed.records import Colour, Comparison, EvaluationRecord, OwnScore, ResultRound
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +77,7 @@ def evaluation_record(
     exchanged: Exchanged | None = None,
     result: ResultRound | None = None,
     own: Mapping[str, OwnScore] | None = None,
+    colours: Mapping[str, Colour] | None = None,
 ) -> EvaluationRecord:
     """The record of an evaluation.
 
@@ -92,6 +93,7 @@ def evaluation_record(
         exchanged: how the owners were asked.
         result: the round whose weights were judged; None where that is the same.
         own: what metrics of one's own say.
+        colours: of samples and held-out images, where the server has both.
     """
     exchanged = exchanged or Exchanged({}, {})
     by_client, real = recognised or Recognised({}, None)
@@ -132,6 +134,7 @@ def evaluation_record(
         recognised_real=real,
         result=result,
         own=dict(own or {}),
+        colours=dict(colours or {}),
     )
 
 

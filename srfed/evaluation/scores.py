@@ -69,7 +69,7 @@ class SampleScores:
 
     Attributes:
         scores: distances over all tasks together.
-        by_task: the Fréchet distance to the task's own test images.
+        by_task: the Fréchet distance to the task's own test images, where it has two.
         agreement: share of samples that a nearest-neighbour judge gives to their task, by task.
         audits: the memorisation audit of each task for which one can be made.
         no_audit: of the others, why not.
@@ -193,6 +193,7 @@ def score_samples(
                 FeatureStatistics.of(features[task.name]), references.of(task.test)
             )
             for task in tasks
+            if len(task.test) >= 2
         },
         agreement=class_agreement(tasks, samples),
         audits=audits,

@@ -21,6 +21,7 @@ from srfed.config import ResourcesConfig, RunConfig
 from srfed.errors import DamagedError
 from srfed.evaluation.shares import share_of_samples
 from srfed.files import FORMAT, read_json, write_json
+from srfed.units import escaped
 
 AGREEMENT_FILE = "agreement.json"
 VERSION = 1
@@ -74,6 +75,9 @@ LEAST_STATISTICS, LEAST_MEAN = 20, 8
 otherwise.
 """
 
+LONGEST_WORDS, LONGEST_DETAIL = 200, 1000
+"""Characters of a refusal, which travels, and of what it quotes, which stays."""
+
 Rule = Literal["exactly", "at_most", "at_least", "free"]
 _Count = Annotated[int, Field(ge=0)]
 
@@ -85,9 +89,18 @@ class RequestRefusedError(Exception):
     ``detail``.
     """
 
+    lost = False
+    """Whether the client has nothing to go on from."""
+
     def __init__(self, words: str, detail: str = "") -> None:
-        super().__init__(words)
-        self.detail = detail
+        super().__init__(escaped(words, LONGEST_WORDS))
+        self.detail = escaped(detail, LONGEST_DETAIL)
+
+
+class LostStoreError(RequestRefusedError):
+    """The client's store no longer has the attempt that it is to go on from."""
+
+    lost = True
 
 
 def not_agreed(what: str, detail: str = "") -> RequestRefusedError:

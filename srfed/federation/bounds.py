@@ -15,7 +15,15 @@ from srfed.diffusion.process import QUARTERS
 from srfed.evaluation.metrics.denoising_loss import LARGEST_LOSS
 from srfed.evaluation.metrics.memorisation import Memorisation
 from srfed.evaluation.metrics.ssim import ssim_window
-from srfed.federation.messages import AGAINST_TRIVIAL, AUDIT, EXAMPLES, FIGURES, MOST_ROUNDS, SETS
+from srfed.federation.messages import (
+    AGAINST_TRIVIAL,
+    AUDIT,
+    EXAMPLES,
+    FIGURES,
+    MOST_ROUNDS,
+    RESTARTED,
+    SETS,
+)
 from srfed.networks.partition import Partition
 from srfed.training.local import phases
 from srfed.training.minibatches import MinibatchOrder
@@ -156,6 +164,7 @@ class TrainPlan:
         shared_steps: optimizer steps on φ.
         seconds: how long it may have taken.
         judged: whether its loss is compared with that of a predictor that has learned nothing.
+        restarts: whether it may have begun anew.
     """
 
     examples: int
@@ -164,6 +173,7 @@ class TrainPlan:
     shared_steps: int
     seconds: float
     judged: bool = False
+    restarts: bool = False
 
     @classmethod
     def of(
@@ -199,6 +209,7 @@ class TrainPlan:
             shared_steps=sum(count for count, parts in steps if "shared" in parts),
             seconds=config.federation.round_timeout,
             judged=judged_against_trivial(config, round_number),
+            restarts=config.federation.on_lost_store == "restart",
         )
 
     def numbers(self) -> dict[str, Number]:
@@ -215,6 +226,8 @@ class TrainPlan:
         }
         if self.judged:
             numbers[AGAINST_TRIVIAL] = Number(0, LARGEST_LOSS / LEAST_LOSS)
+        if self.restarts:
+            numbers[RESTARTED] = Number(0, 1, whole=True)
         return numbers
 
 

@@ -75,6 +75,12 @@ DIED = 102
 """Flower error code in place of a reply whose process died over the request, in a simulation.
 """
 
+LOST_STORE = 103
+"""Flower error code of a client whose store has not the attempt that it is to go on from."""
+RESTARTED = "restarted"
+"""Number of a round's reply under ``on_lost_store: restart``: 1 where the client began anew, for
+want of the attempt that it was to go on from."""
+
 OTHER_PROTOCOL = "the request is of another protocol"
 """A client's words for a request that lacks what it looks for."""
 IMPOSSIBLE_CONFIG = "the request's config is impossible"

@@ -36,11 +36,13 @@ from srfed.federation.messages import (
     FAILED,
     GENERATED,
     IMPOSSIBLE_CONFIG,
+    LOST_STORE,
     METRICS,
     OTHER_PROTOCOL,
     PROTOCOL,
     REFUSED,
     REPLY,
+    RESTARTED,
     SETS,
     SHARED,
     STATISTICS,
@@ -58,8 +60,9 @@ from srfed.federation.messages import (
 from srfed.federation.updates import Delta, decode_update, norm_of
 from srfed.flat import joined
 from srfed.networks.partition import Control
-from srfed.records import Comparison
+from srfed.records import LOST_STORE_WORDS, Comparison
 from srfed.storage.client_store import check_name
+from srfed.training.divergence import DIVERGED
 from srfed.training.optimizer import Reach
 from srfed.units import printable
 
@@ -76,6 +79,10 @@ class RefusedError(Exception):
         super().__init__(printable(reason))
 
 
+class NotFiniteError(RefusedError):
+    """A reply is refused for values that are no numbers."""
+
+
 @dataclass(frozen=True)
 class TrainReply:
     """An accepted update.
@@ -89,6 +96,7 @@ class TrainReply:
         control: c_i of control variates; empty without them.
         against_trivial: its loss over that of a predictor that has learned nothing, its own word; 0
             in rounds in which that is not asked.
+        restarted: whether it had nothing to go on from, and began anew.
     """
 
     shared: dict[str, Tensor]
@@ -98,6 +106,7 @@ class TrainReply:
     shortened: float
     control: Control
     against_trivial: float = 0.0
+    restarted: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,6 +202,20 @@ def screen_train(
     Raises:
         RefusedError: it is not what was asked for.
     """
+    try:
+        return _screen_train(reply, expected, contract, plan, reach, shared)
+    except NotFiniteError as error:
+        raise RefusedError(f"{DIVERGED}: {error}") from error
+
+
+def _screen_train(
+    reply: Reply,
+    expected: ReplyHeader,
+    contract: Contract,
+    plan: TrainPlan,
+    reach: Reach | None,
+    shared: Mapping[str, Tensor],
+) -> TrainReply:
     form = contract.trained(plan)
     _check_header(reply, expected, form)
     tensors = _tensors(reply, form)
@@ -224,7 +247,9 @@ def screen_train(
     assert isinstance(quarters, list), "the numbers were checked"
     losses = [float(loss) for loss in quarters]
     against = _one(metrics, AGAINST_TRIVIAL) if plan.judged else 0.0
-    return TrainReply(update, plan, _one(metrics, "loss"), losses, shortened, control, against)
+    restarted = plan.restarts and bool(_one(metrics, RESTARTED))
+    loss = _one(metrics, "loss")
+    return TrainReply(update, plan, loss, losses, shortened, control, against, restarted)
 
 
 def screen_validation(reply: Reply, expected: ReplyHeader, contract: Contract) -> ValidateReply:
@@ -288,6 +313,7 @@ def screen_statistics(
     plan: EvaluatePlan,
     dimension: int,
     features: str,
+    highest: float = LARGEST_FEATURE,
 ) -> EvaluateReply:
     """Check statistics: of this feature network, of so many samples, possible numbers; SSIM as for
     samples.
@@ -299,6 +325,7 @@ def screen_statistics(
         plan: what the client was to do.
         dimension: D, of the features.
         features: fingerprint of the feature network.
+        highest: of its features; see :class:`srfed.evaluation.features.network.FeatureNetwork`.
 
     Raises:
         RefusedError: it is not what was asked for.
@@ -318,9 +345,11 @@ def screen_statistics(
             raise RefusedError(f"statistics of {count} {name} images are none")
         if max(float(mean.abs().max()), float(scatter.abs().max()) / count) > LARGEST_FEATURE:
             raise RefusedError(f"its {name} features are impossibly large")
-        if not torch.allclose(scatter, scatter.T) or bool((scatter.diagonal() < 0).any()):
-            raise RefusedError(f"its scatter of {name} features is none")
         statistics[name] = FeatureStatistics(count, mean.numpy(), scatter.numpy())
+        try:
+            statistics[name].check_possible(highest)
+        except ValueError as error:
+            raise RefusedError(f"its statistics of {name} features are none: {error}") from error
     compared = read_comparison(reply.numbers)
     return EvaluateReply(None, None, ClientStatistics(**statistics), curve, audit, compared)
 
@@ -329,6 +358,11 @@ def reason_of_failure(failure: Failure) -> str:
     """An error reply in one line, printable."""
     if failure.code == FAILED:
         return "it failed; the reason is in the client's own log"
+    if failure.code == LOST_STORE:
+        return (
+            f"{LOST_STORE_WORDS}: put the site's state folder back, or go on with "
+            "federation.on_lost_store=restart"
+        )
     reason = printable(failure.reason or "no reason given")
     if failure.code == REFUSED:
         return printable(f"it refuses: {reason}")
@@ -459,7 +493,7 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     try:
         check_finite(tensors)
     except ValueError as error:
-        raise RefusedError(str(error)) from error
+        raise NotFiniteError(str(error)) from error
 
 
 def _check_numbers(

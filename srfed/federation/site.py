@@ -21,9 +21,10 @@ from srfed.data import (
     task_names,
 )
 from srfed.errors import UserError
-from srfed.files import append_text, open_to_others
-from srfed.paths import user_path
+from srfed.files import append_text, exists, open_to_others
+from srfed.paths import home_folder, user_path
 from srfed.storage.client_store import check_name
+from srfed.units import escaped, escaped_lines
 
 STATE_DIR_VARIABLE = "SRFED_STATE_DIR"
 """Environment variable that tells clients in Ray's processes where the run keeps their stores."""
@@ -76,8 +77,16 @@ class Site:
         return self.folder / "client.log"
 
     def note(self, text: str) -> None:
-        """Append to the log, with the time; raises UserError where it cannot be written."""
-        append_text(self.log, f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")
+        """Append to the log, with the time; raises UserError where it cannot be written. What a
+        text quotes can begin no entry of its own.
+        """
+        first, *others = escaped_lines(text) or [""]
+        entry = "".join(f"{line}\n" for line in [first, *(f"  {line}" for line in others)])
+        append_text(self.log, f"{datetime.now(UTC).isoformat(timespec='seconds')} {entry}")
+
+    def says(self, text: str) -> bool:
+        """Whether the log has a line with these words; not where there is no log."""
+        return exists(self.log) and escaped(text) in self.log.read_text(errors="replace")
 
     def note_open_folders(self) -> None:
         """Say in the log which of the client's folders others can read."""
@@ -135,18 +144,30 @@ def run_folder(context: Surroundings) -> Path:
     """
     named = context.run_config.get("run-dir") or ""
     if not named:
-        return Path.home() / "srfed-runs" / str(context.run_id)
+        return home_folder() / "srfed-runs" / str(context.run_id)
     path = user_path(str(named))
     if not path.is_absolute():
         raise UserError(f"run-config: run-dir = {named} is impossible; allowed: an absolute path")
     return path
 
 
-@lru_cache(maxsize=256)
 def own_task(config: DataConfig, site: Site) -> Task:
-    """The site's task, read once a process; raises UserError where its images are not what they
-    should be.
+    """The site's task, read once a process and run, however many sites it has; raises UserError
+    where its images are not what they should be.
     """
+    tasks = _tasks_of(config, site.state_dir)
+    if site not in tasks:
+        tasks[site] = _own_task(config, site)
+    return tasks[site]
+
+
+@lru_cache(maxsize=2)
+def _tasks_of(config: DataConfig, state_dir: Path) -> dict[Site, Task]:
+    """The tasks of one run's sites; those of runs before are let go."""
+    return {}
+
+
+def _own_task(config: DataConfig, site: Site) -> Task:
     if site.data is None:
         # A simulation's stores lie in its run's folder, beside the record that the server has made.
         return load_recorded_task(config, site.index, site.state_dir.parent / RECORD_FILE)

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 
 from srfed.errors import UserError
 from srfed.federation.site import Site
+from srfed.units import escaped_lines, printable
 
 
 def write_to_log(site: Site | None, about: str, text: str) -> None:
@@ -24,16 +25,13 @@ def write_to_log(site: Site | None, about: str, text: str) -> None:
         about: what it is about, such as the type of a message.
         text: one line, or a traceback.
     """
-    entry = f"{about}\n{text.rstrip()}\n"
-    on_terminal = f"{datetime.now(UTC).isoformat(timespec='seconds')} {entry}"
+    about, lines = printable(about), escaped_lines(text.rstrip()) or [""]
+    entry = "\n".join([about, *lines])
+    on_terminal = f"{datetime.now(UTC).isoformat(timespec='seconds')} {entry}\n"
     if site is not None:
         with suppress(UserError):
             site.note(entry)
-            on_terminal = (
-                ""
-                if site.data is None
-                else f"{about}: {text.rstrip().splitlines()[-1]} (in {site.log})\n"
-            )
+            on_terminal = "" if site.data is None else f"{about}: {lines[-1]} (in {site.log})\n"
     with suppress(OSError, ValueError):
         sys.stderr.write(on_terminal)
         sys.stderr.flush()

@@ -12,7 +12,14 @@ from tqdm import tqdm
 from srfed.config import RunConfig
 from srfed.memory import memory_of_processes
 from srfed.observer import Observer, Stage
-from srfed.records import EvaluationRecord, RoundRecord, TaskInfo, ValidationRecord, ssim_name
+from srfed.records import (
+    LOST_STORE_WORDS,
+    EvaluationRecord,
+    RoundRecord,
+    TaskInfo,
+    ValidationRecord,
+    ssim_name,
+)
 from srfed.reporting.joining import joining_in_words
 from srfed.reporting.pace import Pace
 from srfed.units import bytes_in_words, seconds_in_words
@@ -47,6 +54,7 @@ class Console(Observer):
         self._began = self._said = self._looked = time.monotonic()
         self._told_round: float | None = None
         self._stage = self._answered = ""
+        self._lost: set[str] = set()
         self._memory = self._processes = self._at_most = 0
 
     def on_begin(self, tasks: Sequence[TaskInfo], last_round: int) -> None:
@@ -93,8 +101,10 @@ class Console(Observer):
         if not self._tells(record):
             return
         self._told_round = time.monotonic()
+        absent = {*record.refused, *record.missing}
+        of = f" of {len(record.accepted)} clients" if absent else ""
         self._say(
-            f"round {record.round:>{len(str(last))}}/{last}  loss {record.loss:.4f}  "
+            f"round {record.round:>{len(str(last))}}/{last}  loss {record.loss:.4f}{of}  "
             f"{record.images_per_second:,.0f} images/s  up {bytes_in_words(record.bytes_up)}  down "
             f"{bytes_in_words(record.bytes_down)}  left {_time_in_words(left)}"
         )
@@ -107,6 +117,8 @@ class Console(Observer):
             self._end_stage()
             self._pace.end_evaluation(record)
         words = [f"{record.score_name} {record.score:.3f} ({record.samples} samples"]
+        if absent := {*record.refused, *record.missing}:
+            words[0] += f", without {len(absent)} client{'s' if len(absent) > 1 else ''}"
         words[0] += ")" if record.floor is None else f"; real training images {record.floor:.3f})"
         if record.ssim_timestep in record.ssim:
             ssim = ssim_name(record.ssim_timestep, record.ssim_steps)
@@ -116,6 +128,9 @@ class Console(Observer):
         if record.result is not None:
             self._say(f"the result: {record.result.in_words(record.round)}")
         self._say(f"evaluation {record.round}: {'  '.join(words)}")
+        for client, colour in record.colours.items():
+            if said := colour.differences:
+                self._say(f"  samples of {client} are {said} (mean {colour.in_words})")
         for client, audit in record.audits.items():
             if audit.fires:
                 self._say(
@@ -178,6 +193,11 @@ class Console(Observer):
     def _tell_absent(self, refused: dict[str, str], missing: dict[str, str]) -> None:
         for word, reasons in (("refused", refused), ("missing", missing)):
             for client, reason in reasons.items():
+                if reason.startswith(LOST_STORE_WORDS):
+                    # It stays so until somebody does something: once is enough.
+                    if client in self._lost:
+                        continue
+                    self._lost.add(client)
                 self._say(f"  {word} {client}: {reason}")
 
     def _say(self, line: str) -> None:

@@ -1,16 +1,22 @@
 """What a run's folder shows: TensorBoard's curves, and pictures of the samples."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from srfed.files import list_folder
 from srfed.observer import Observer
 from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
 from srfed.reporting.console import Console
-from srfed.reporting.pictures import draw_grid, write_png
+from srfed.reporting.pictures import Images, draw_grid, read_png, write_png
 from srfed.reporting.tensorboard import TensorBoard
+from srfed.reporting.values import record_of
+from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
+
+FILES = {"samples": "round", "reverse_process": "reverse-process"}
+"""How the files of an evaluation's pictures begin, by TensorBoard's name."""
 
 
 class Curves(Observer):
@@ -25,13 +31,18 @@ class Curves(Observer):
         self._run, self._notice = run, notice
         self._tensorboard: TensorBoard | None = None
         self._clients: list[str] = []
+        self._pictures: dict[str, Images] = {}
 
     def on_begin(self, tasks: Sequence[TaskInfo], last_round: int) -> None:
         """Raises UserError where the curves cannot be begun."""
         self._clients = [task.client for task in tasks]
         self._drop_pictures(last_round)
         self._tensorboard = TensorBoard(
-            self._run.tensorboard, self._run.config, last_round, self._notice
+            self._run.tensorboard,
+            self._run.config,
+            last_round,
+            self._notice,
+            self._earlier(),
         )
 
     def on_join(self, task: TaskInfo) -> None:
@@ -42,25 +53,46 @@ class Curves(Observer):
         if self._tensorboard is not None:
             self._tensorboard.add_round(record)
 
+    def on_judged(self, record: EvaluationRecord) -> None:
+        self._pictures = self._drawn(record)
+        for name, picture in self._pictures.items():
+            write_png(self._picture(name, record.round), picture)
+
     def on_evaluation(self, record: EvaluationRecord) -> None:
-        shown = [client for client in self._clients if client in record.grids]
-        pictures = {}
-        if shown:
-            pictures["samples"] = draw_grid({client: record.grids[client] for client in shown})
-            pictures["reverse_process"] = draw_grid(
-                {client: record.strips[client] for client in shown}
-            )
-            write_png(self._run.samples / f"round-{record.round:05d}.png", pictures["samples"])
-            write_png(
-                self._run.samples / f"reverse-process-{record.round:05d}.png",
-                pictures["reverse_process"],
-            )
         if self._tensorboard is not None:
-            self._tensorboard.add_evaluation(record, pictures)
+            self._tensorboard.add_evaluation(record, self._pictures)
 
     def on_end(self) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+    def _drawn(self, record: EvaluationRecord) -> dict[str, Images]:
+        """The pictures of an evaluation by TensorBoard's name; none of one without samples."""
+        shown = [client for client in self._clients if client in record.grids]
+        if not shown:
+            return {}
+        groups = {"samples": record.grids, "reverse_process": record.strips}
+        return {
+            name: draw_grid({client: group[client] for client in shown})
+            for name, group in groups.items()
+        }
+
+    def _picture(self, name: str, number: int) -> Path:
+        """The file of a picture of an evaluation."""
+        return self._run.samples / f"{FILES[name]}-{number:05d}.png"
+
+    def _earlier(self) -> Iterator[tuple[RoundRecord | EvaluationRecord, dict[str, Images]]]:
+        """What is on record, one of each kind a round, with the pictures that there are."""
+        lines = list(MetricsLog(self._run.metrics).lines())
+        last = {(line["kind"], line.get("round")): line for line in lines}
+        for line in last.values():
+            if (record := record_of(line)) is None:
+                continue
+            pictures = {}
+            for name in FILES if isinstance(record, EvaluationRecord) else ():
+                with suppress(OSError):
+                    pictures[name] = read_png(self._picture(name, record.round))
+            yield record, pictures
 
     def _drop_pictures(self, last_round: int) -> None:
         """A resumed run draws those of later rounds again."""

@@ -78,6 +78,12 @@ def write_png(path: Path, picture: Images, *, private: bool = True) -> None:
     write_bytes(path, buffer.getvalue(), private=private)
 
 
+def read_png(path: Path) -> Images:
+    """A picture that :func:`write_png` wrote, H x W x C; raises OSError where there is none."""
+    with path.open("rb") as file, Image.open(file) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
 def write_image_folder(path: Path, images: Mapping[str, Images]) -> None:
     """Write images as a folder of PNG files with one folder for each task, all of it or nothing;
     torchvision's ``ImageFolder`` reads it, and so does ``data.dataset: folder``.

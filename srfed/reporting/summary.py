@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from srfed.records import Comparison, ResultRound, TaskInfo, ssim_name
+from srfed.records import Colour, Comparison, ResultRound, TaskInfo, ssim_name
 from srfed.reporting.joining import joining_table
 from srfed.storage.metrics_log import MetricsLog
 from srfed.units import bytes_in_words, seconds_in_words
 
+MOST_NAMED = 10
+"""Tasks that a sentence names."""
 MOST_ROWS = 40
 """Tasks that have a row each in the table."""
 
@@ -164,6 +166,14 @@ def scores_in_words(tasks: Sequence[TaskInfo], evaluation: Mapping[str, Any]) ->
             "recognised: share of a task's samples that the 3 nearest real training images of all "
             f"tasks give to it; held-out real images: {real:.2f}"
         )
+    lines += _colours_in_words(tasks, evaluation)
+    absent = sorted({*evaluation.get("refused", {}), *evaluation.get("missing", {})})
+    if absent:
+        lines.append(
+            f"all tasks: the scores are without {', '.join(absent[:MOST_NAMED])}"
+            + (f" and {len(absent) - MOST_NAMED} more" if len(absent) > MOST_NAMED else "")
+            + ", so they cannot be compared with those of an evaluation of others"
+        )
     for name, own in evaluation.get("own", {}).items():
         values = [value for value in own["by_client"].values() if value is not None]
         total = "" if own["all"] is None else f"{own['all']:.4g} of all images together; "
@@ -186,6 +196,33 @@ def scores_in_words(tasks: Sequence[TaskInfo], evaluation: Mapping[str, Any]) ->
             + (f"it fires for {', '.join(fired)}" if fired else "it fires for no task")
         )
     return lines
+
+
+def _colours_in_words(tasks: Sequence[TaskInfo], evaluation: Mapping[str, Any]) -> list[str]:
+    """Mean colour and spread of samples and held-out images, and where they differ by more than
+    real images do.
+    """
+    found = {
+        task.task: Colour(**known)
+        for task in tasks
+        if (known := evaluation.get("colours", {}).get(task.client))
+    }
+    if not found:
+        return []
+    shown = [f"{name} {one.in_words}" for name, one in list(found.items())[:MOST_NAMED]]
+    more = f"; {len(found) - MOST_NAMED} more in metrics.jsonl" * (len(found) > MOST_NAMED)
+    differing = [
+        f"those of {name} are {said}" for name, one in found.items() if (said := one.differences)
+    ]
+    return [
+        "colour: mean of 0 to 255 ± spread between images, of samples and held-out images: "
+        f"{'; '.join(shown)}{more}",
+        *(
+            [f"samples differ from real images by more than these do: {'; '.join(differing)}"]
+            if differing
+            else []
+        ),
+    ]
 
 
 def comparisons_of(

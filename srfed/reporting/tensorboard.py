@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,9 @@ from srfed.records import EvaluationRecord, RoundRecord
 from srfed.reporting.pictures import Images
 from srfed.reporting.values import evaluation_values, hyperparameters, round_values
 
+EVENTS = "events.out.tfevents."
+"""How the names of its files begin."""
+
 
 class TensorBoard:
     """Event files of one run. Where they cannot be written any more, that is told once, and the run
@@ -23,27 +26,39 @@ class TensorBoard:
     Args:
         folder: where they lie.
         config: shown as text.
-        last_round: a resumed run's last finished round; what was shown of later ones disappears.
+        last_round: a resumed run's last finished round.
         notice: told where the files cannot be written.
+        earlier: what a resumed run has on record, and the pictures of its evaluations. The files
+            are made anew of it, so that there is one value a step whatever ended the run, and when.
 
     Raises:
         UserError: they cannot even be begun.
     """
 
     def __init__(
-        self, folder: Path, config: RunConfig, last_round: int, notice: Callable[[str], object]
+        self,
+        folder: Path,
+        config: RunConfig,
+        last_round: int,
+        notice: Callable[[str], object],
+        earlier: Iterable[tuple[RoundRecord | EvaluationRecord, Mapping[str, Images]]] = (),
     ) -> None:
         self._folder, self._notice = folder, notice
         _hush_writing_threads()
         try:
-            self._writer: SummaryWriter | None = SummaryWriter(
-                str(folder), purge_step=last_round + 1 if last_round else None
-            )
+            for file in folder.glob(f"{EVENTS}*"):
+                file.unlink()
+            self._writer: SummaryWriter | None = SummaryWriter(str(folder))
         except OSError as error:
             raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
         indented = "".join(f"    {line}\n" for line in config.to_yaml().splitlines())
         self._write(lambda writer: writer.add_text("config", indented, last_round))
         self._write(partial(_add_hyperparameters, config=config))
+        for record, pictures in earlier:
+            if isinstance(record, RoundRecord):
+                self.add_round(record)
+            else:
+                self.add_evaluation(record, pictures)
 
     def add_round(self, record: RoundRecord) -> None:
         values = round_values(record)

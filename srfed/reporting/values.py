@@ -1,10 +1,23 @@
 """A record's numbers by tag, as TensorBoard and others of its kind show them."""
 
+import math
 from collections.abc import Mapping
-from statistics import median
+from dataclasses import MISSING, fields
+from statistics import fmean, median
+from typing import Any
 
 from srfed.config import RunConfig
-from srfed.records import EvaluationRecord, RoundRecord, ssim_tag
+from srfed.evaluation.metrics.memorisation import Audit
+from srfed.records import (
+    Colour,
+    Comparison,
+    EvaluationRecord,
+    OwnScore,
+    ResultRound,
+    RoundRecord,
+    ValidationRecord,
+    ssim_tag,
+)
 
 
 def round_values(record: RoundRecord) -> dict[str, float]:
@@ -74,6 +87,10 @@ def evaluation_values(record: EvaluationRecord) -> dict[str, float]:
     for name, share in (("all", record.recognised), ("real_images", record.recognised_real)):
         if share is not None:
             values[f"recognised/{name}"] = share
+    for client, colour in record.colours.items():
+        for side in ("samples", "real"):
+            values[f"colour_{side}/{client}"] = fmean(getattr(colour, side))
+            values[f"colour_spread_{side}/{client}"] = getattr(colour, f"{side}_spread")
     if record.floor is not None:
         values[f"{record.score_name}/real_images"] = record.floor
     for name, own in record.own.items():
@@ -98,3 +115,53 @@ def hyperparameters(config: RunConfig) -> dict[str, bool | float | str]:
         name: value if isinstance(value, bool | int | float | str) else str(value)
         for name, value in config.decisive_settings().items()
     }
+
+
+def record_of(line: Mapping[str, Any]) -> RoundRecord | EvaluationRecord | None:
+    """The record that a line of metrics.jsonl was made of, but for its pictures; None for a line
+    that is of none, or of before it had all that is shown.
+    """
+    said = dict(line)
+    try:
+        if said["kind"] == "round":
+            said["loss_by_quarter"] = [_number(loss) for loss in said["loss_by_quarter"]]
+            if said.get("validation"):
+                validation = dict(said["validation"])
+                result = validation["result"]
+                validation["result"] = None if result is None else ResultRound(**result)
+                said["validation"] = ValidationRecord(**validation)
+            return RoundRecord(**_known(RoundRecord, said))
+        if said["kind"] != "evaluation":
+            return None
+        said["audits"] = {
+            client: Audit.from_numbers({k: float(v) for k, v in audit.items() if k != "fires"})
+            for client, audit in said.get("audits", {}).items()
+        }
+        said["comparisons"] = {
+            client: Comparison(**_known(Comparison, one))
+            for client, one in said.get("comparisons", {}).items()
+        }
+        said["colours"] = {
+            client: Colour(**_known(Colour, one)) for client, one in said.get("colours", {}).items()
+        }
+        said["own"] = {name: OwnScore(**own) for name, own in said.get("own", {}).items()}
+        said["result"] = None if said.get("result") is None else ResultRound(**said["result"])
+        return EvaluationRecord(**_known(EvaluationRecord, {**said, "grids": {}, "strips": {}}))
+    except (TypeError, KeyError, ValueError):
+        return None
+
+
+def _known(kind: type[Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a record among what a line says; null, which stands for no number, is NaN where
+    there has to be one.
+    """
+    needed = {f.name for f in fields(kind) if f.default is MISSING and f.name != "floor"}
+    return {
+        f.name: _number(said[f.name]) if f.name in needed else said[f.name]
+        for f in fields(kind)
+        if f.name in said
+    }
+
+
+def _number(value: Any) -> Any:
+    return math.nan if value is None else value

@@ -7,6 +7,7 @@ from threading import Lock
 from typing import Any
 
 from srfed.errors import UserError
+from srfed.files import Stamp, stamp
 from srfed.reporting.report import POLICY, RealImages, real_images, render_report
 from srfed.storage.run_folder import RunFolder
 
@@ -116,9 +117,8 @@ class Watch:
         return Handler
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _stamp(path: Path) -> Stamp | None:
     try:
-        found = path.stat()
-    except OSError:
+        return stamp(path)
+    except UserError:
         return None
-    return found.st_mtime_ns, found.st_size

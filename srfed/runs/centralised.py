@@ -1,15 +1,20 @@
 """A centralised run from its first round, or its last checkpoint, to its final evaluation."""
 
+import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from srfed.data import Task, load_recorded_tasks, record_tasks
 from srfed.data.tasks import check_one_shape
 from srfed.device import memory_layout, resolve_device
 from srfed.diffusion.process import Denoiser
+from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
+from srfed.evaluation.metrics.colour import colours
 from srfed.evaluation.metrics.denoising_loss import comparable_loss, denoising_losses
 from srfed.evaluation.metrics.nearest_neighbour import Recogniser
 from srfed.evaluation.metrics.own import OwnMetrics
@@ -32,9 +37,11 @@ from srfed.runs.best_round import judge_round, result_of
 from srfed.runs.start import started
 from srfed.storage.checkpoint import check_tensors
 from srfed.storage.client_store import NO_PARENT, ClientStore
+from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import RunState, ServerCheckpoints
 from srfed.training.centralised import CentralisedResult, CentralisedState, CentralisedTrainer
+from srfed.training.divergence import Divergence, remedy
 from srfed.training.optimizer import learning_rate_factor
 from srfed.training.part import Part, initial_state, load_tensors
 
@@ -104,6 +111,7 @@ class Centralised:
         number, before, began = state.round + 1, self._own, time.perf_counter()
         result = self._trainer.train(number, before)
         seconds = time.perf_counter() - began
+        self._refuse_diverged(number, result)
         self._own = result.state
         record = self._record(number, before, result, seconds)
         state = self._save(number, state)
@@ -125,6 +133,25 @@ class Centralised:
             own = self._restore(ServerCheckpoints(self._run.server, keep).load_best(state))
             result = result_of(state)
         return self._evaluate(state.round, own, tell, final, result)
+
+    def _refuse_diverged(self, number: int, result: CentralisedResult) -> None:
+        """Raise UserError, before anything of the round is kept, where a loss or a weight is no
+        number.
+        """
+        own = {name: state.exclusive.weights for name, state in result.state.tasks.items()}
+        sound = _finite(result.state.shared.weights)
+        gone = [
+            name
+            for name, loss in result.loss_by_task.items()
+            if not (sound and math.isfinite(loss) and _finite(own[name]))
+        ]
+        if gone:
+            training = self._config.training
+            watched = Divergence(training, MetricsLog(self._run.metrics).rounds())
+            raise UserError(
+                f"round {number}: training has diverged at {watched.in_words(gone)}: losses or "
+                f"weights are no numbers; {remedy(training)}"
+            )
 
     def _validation_losses(self) -> dict[str, float]:
         """Of every task's averaged weights, on its own validation images."""
@@ -260,4 +287,9 @@ class Centralised:
             own=None
             if self._metrics is None
             else self._metrics({task.name: task.test for task in self._images}, images),
+            colours=colours({task.name: task.test for task in self._images}, images),
         )
+
+
+def _finite(tensors: Mapping[str, Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors.values())

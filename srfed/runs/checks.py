@@ -1,6 +1,7 @@
 """What is looked at before a run begins, so that nothing fails later; and whether it has ended."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,22 +20,26 @@ if TYPE_CHECKING:
 def check_simulation(
     config: RunConfig, record: Path | None = None, *, allow_changed_images: bool = False
 ) -> list["Task"]:
-    """As :func:`check_training`, of a federation; raises UserError for a centralised method."""
+    """As :func:`check_training`, of a federation, and say which images hold next to nothing; raises
+    UserError for a centralised method.
+    """
     if config.training.method != "federated":
         raise UserError(f"training.method = {config.training.method} is for srfed centralise")
-    return check_training(config, record, allow_changed_images=allow_changed_images)
+    return _told(config, check_training(config, record, allow_changed_images=allow_changed_images))
 
 
 def check_centralised(
     config: RunConfig, record: Path | None = None, *, allow_changed_images: bool = False
 ) -> list["Task"]:
-    """As :func:`check_training`, centralised; raises UserError for a federation."""
+    """As :func:`check_training`, centralised, and say which images hold next to nothing; raises
+    UserError for a federation.
+    """
     if config.training.method == "federated":
         raise UserError(
             "training.method = federated is for python -m srfed.simulate; allowed here: pooled, "
             "one_task, balanced"
         )
-    return check_training(config, record, allow_changed_images=allow_changed_images)
+    return _told(config, check_training(config, record, allow_changed_images=allow_changed_images))
 
 
 def check_training(
@@ -74,11 +79,7 @@ def check_training(
             record,
             _say_on_stderr if allow_changed_images else None,
         )
-    for task in tasks:
-        if len(task.test) < 2:
-            raise UserError(
-                f"task {task.name!r} has {len(task.test)} test images; evaluation needs at least 2"
-            )
+    check_held_out(config, tasks)
     from srfed.device import resolve_device
     from srfed.evaluation.features.load import load_feature_network
     from srfed.evaluation.generation import build_sampler
@@ -114,6 +115,35 @@ def check_training(
     return tasks
 
 
+def check_held_out(config: RunConfig, tasks: Sequence["Task"]) -> None:
+    """Raise UserError where the tasks' images are too few for a score.
+
+    In ``samples`` mode all tasks together need two of either side; in ``statistics`` mode each
+    does, as the mean of one image's features is that image's.
+    """
+    each = config.evaluation.mode == "statistics"
+    groups = [[task] for task in tasks] if each else [tasks]
+    for group in groups:
+        sides = {
+            "training": sum(len(task.train) for task in group),
+            "held-out": sum(len(task.test) for task in group),
+        }
+        for side, count in sides.items():
+            if count < 2:
+                who = f"task {group[0].name}" if len(group) == 1 else "all tasks together"
+                why = (
+                    "evaluation.mode = statistics needs 2 of each task"
+                    if each
+                    else "a score needs 2 of all tasks together"
+                )
+                raise UserError(
+                    f"data.test_fraction = {config.data.test_fraction} gives {count} {side} "
+                    f"image{'' if count == 1 else 's'} of {who}, and {why}; allowed: a share that "
+                    "leaves 2, more images, or a split of your own"
+                    + (", or evaluation.mode=samples" if each else "")
+                )
+
+
 def finished(run: RunFolder) -> bool:
     """Whether the run has its last evaluation, and so nothing is left to do."""
     last = run.config.federation.rounds
@@ -121,6 +151,14 @@ def finished(run: RunFolder) -> bool:
     return run.last_round == last and any(
         line["final"] and line["round"] == last for line in MetricsLog(run.metrics).evaluations()
     )
+
+
+def _told(config: RunConfig, tasks: list["Task"]) -> list["Task"]:
+    from srfed.data import describe_contents
+
+    for line in describe_contents(config.data, tasks):
+        _say_on_stderr(line)
+    return tasks
 
 
 def _say_on_stderr(text: str) -> None:

@@ -9,6 +9,7 @@ from srfed.runs.trainer import Trainer
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import RunState, ServerCheckpoints
+from srfed.training.divergence import Divergence
 
 
 def run_rounds(run: RunFolder, trainer: Trainer, observers: Iterable[Observer] = ()) -> None:
@@ -40,6 +41,7 @@ def run_rounds(run: RunFolder, trainer: Trainer, observers: Iterable[Observer] =
             tell.on_begin(tasks, state.round)
             if lost:
                 tell.on_notice(lost)
+            watched = Divergence(config.training, log.rounds())
             while True:
                 final = state.round == config.federation.rounds
                 due = config.evaluation_due(state.round)
@@ -47,17 +49,21 @@ def run_rounds(run: RunFolder, trainer: Trainer, observers: Iterable[Observer] =
                     tell.on_start("evaluation", state.round, final=final)
                     evaluation = trainer.evaluate(state, tell, final=final)
                     if evaluation is not None:
+                        tell.on_judged(evaluation)
                         log.add_evaluation(evaluation)
                         tell.on_evaluation(evaluation)
                 if state.round >= config.federation.rounds:
                     return
                 tell.on_start("round", state.round + 1)
                 state, record = trainer.train_round(state, tell)
+                record = replace(record, lowered=run.lowered_after(record.round - 1))
                 # First: a resumed run drops records of rounds that have no checkpoint, but could
                 # not make up for one that is missing.
                 log.add_round(record)
                 checkpoints.save(state)
                 tell.on_round(record)
+                if said := watched.add(record.round, record.loss_by_client, record.refused):
+                    tell.on_notice(said)
         finally:
             tell.on_end()
 

@@ -10,14 +10,12 @@ from srfed.config import RunConfig, SamplingConfig, parse_config, read_settings
 from srfed.config.choices import SAMPLERS, chosen, constants
 from srfed.config.presets import is_preset
 from srfed.errors import UserError
-from srfed.paths import absolute_path, user_path
+from srfed.paths import user_path
 
 OWN = ("folder", "npz")
 """The data sets that are somebody's own images: how many tasks there are is theirs to say."""
 WITHOUT_DIR = ("digits", "sites")
 """The data sets that have nothing in ``data.dir``."""
-PATHS = ("data.dir", "evaluation.inception_weights")
-"""The settings that are paths."""
 SHOWN = 20
 """Most names of tasks in one line."""
 
@@ -59,7 +57,7 @@ def requested_config(
     source = "configuration" if path is None else str(path)
     if isinstance(data := content.get("data", {}), dict):
         _complete(content, data, source)
-    config = with_absolute_paths(parse_config(content, source))
+    config = parse_config(content, source).with_absolute_paths()
     refuse_ignored_dir(config)
     return config
 
@@ -70,17 +68,24 @@ def requested_sampling(
     steps: int | None,
     eta: float | None,
     guidance: float | None,
+    batch_size: int | None = None,
 ) -> SamplingConfig:
-    """A run's way of sampling with what --sampler, --steps, --eta and --guidance change; None
-    leaves the run's.
+    """A run's way of sampling with what --sampler, --steps, --eta, --guidance and --batch-size
+    change; None leaves the run's.
 
     Raises:
         UserError: a value is impossible, or would be ignored.
     """
-    given = {"sampler": sampler, "steps": steps, "eta": eta, "guidance": guidance}
+    given = {
+        "sampler": sampler,
+        "steps": steps,
+        "eta": eta,
+        "guidance": guidance,
+        "batch_size": batch_size,
+    }
     content = config.model_dump(mode="json")
     content["sampling"] |= {key: value for key, value in given.items() if value is not None}
-    sampling = parse_config(content, "--sampler, --steps, --eta, --guidance").sampling
+    sampling = parse_config(content, "--sampler, --steps, --eta, --guidance, --batch-size").sampling
     if steps is not None and chosen(SAMPLERS, sampling.sampler).every_timestep:
         raise UserError(
             f"--steps {steps} would be ignored: the {sampling.sampler} sampler always takes all "
@@ -102,19 +107,6 @@ def refuse_ignored_dir(config: RunConfig) -> None:
             "takes nothing from there; leave --data-dir out, or name the data set, for example "
             "--set data.dataset=folder"
         )
-
-
-def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The same configuration with its paths as every process finds them; raises UserError for an
-    unknown ``~name``.
-    """
-    for name in PATHS:
-        section, key = name.split(".")
-        settings = getattr(config, section)
-        if value := getattr(settings, key):
-            update = {section: settings.model_copy(update={key: str(absolute_path(value))})}
-            config = config.model_copy(update=update)
-    return config
 
 
 def _complete(content: dict[str, Any], data: dict[str, Any], source: str) -> None:

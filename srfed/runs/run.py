@@ -65,9 +65,9 @@ class TrainedSite:
         self.objective = build_objective(self.config, self.device)
         self.tasks = [TaskInfo(stored.client, stored.client, 0, 0)]
 
-    def find_task(self, wanted: str) -> TaskInfo:
+    def find_task(self, wanted: str | int) -> TaskInfo:
         """The site's own task; raises UserError for any other."""
-        if wanted not in (self.tasks[0].task, "0"):
+        if wanted not in (self.tasks[0].task, "0", 0):
             raise UserError(
                 f"--task {wanted!r} is not at this site; it has 0 ({self.tasks[0].task})"
             )
@@ -131,13 +131,26 @@ class TrainedRun:
         checkpoints.check(self._state, shared)
         self.objective = build_objective(self.config, self.device)
 
-    def find_task(self, wanted: str) -> TaskInfo:
-        """The task of that name, or else at that position; raises UserError listing what there
-        is.
+    def find_task(self, wanted: str | int) -> TaskInfo:
+        """The task of that name, or else at that position.
+
+        Raises:
+            UserError: there is none, and the text lists what there is; or a position, given as a
+                number, is another task's name.
         """
-        for position, task in [*((task.task, task) for task in self.tasks), *enumerate(self.tasks)]:
-            if wanted == str(position):
-                return task
+        named = {task.task: task for task in self.tasks}
+        placed = dict(enumerate(self.tasks))
+        by_name = named.get(str(wanted))
+        if isinstance(wanted, str) and by_name is not None:
+            return by_name
+        at = next((place for place in placed if str(place) == str(wanted)), -1)
+        if at in placed:
+            if by_name not in (None, placed[at]):
+                raise UserError(
+                    f"task {at} is {placed[at].task!r} by position, and another one is called "
+                    f"'{at}'; give the name as text, '{at}' or {placed[at].task!r}"
+                )
+            return placed[at]
         names = ", ".join(f"{position} ({task.task})" for position, task in enumerate(self.tasks))
         raise UserError(f"--task {wanted!r} is not in this run; it has {names}")
 

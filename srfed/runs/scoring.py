@@ -242,9 +242,11 @@ def _key(
     named = asdict(wanted)
     if wanted.ssim_steps is None:
         del named["ssim_steps"]
+    # No image depends on how many are sampled at once.
+    sampling = wanted.sampling.model_copy(update={"batch_size": trained.config.sampling.batch_size})
     content = {
         **named,
-        "sampling": wanted.sampling.model_dump(mode="json", exclude=unguided),
+        "sampling": sampling.model_dump(mode="json", exclude=unguided),
         "network": network.fingerprint,
         "weights": trained.weights_hash,
         **({} if others is None else {"images": others}),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from srfed.config import ResourcesConfig
+from srfed.config.run import PATHS
 from srfed.errors import UserError
 from srfed.files import (
     exists,
@@ -34,8 +35,6 @@ from srfed.training.part import ClientState, Part
 
 PICTURE = re.compile(r"(?:round|reverse-process)-\d+\.png")
 """In samples/: what was generated, and nothing else."""
-PATHS = (("data", "dir"), ("evaluation", "inception_weights"))
-"""Settings that say where something is on the machine that trained."""
 SCORES = "scores.json"
 REMADE = ("README.txt", "config.yaml", "report.html", "evaluations", "server", LOCK)
 WHOLE = ("run.json", "metrics.jsonl", "summary.txt", "samples")

@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
-from srfed.errors import UserError
-from srfed.files import exists, held, list_folder, make_folder
+from srfed.errors import DamagedError, UserError
+from srfed.files import exists, held, list_folder, make_folder, remove_temporary_files
 from srfed.networks.partition import Exclusive
 from srfed.storage.checkpoint import (
     Checkpoint,
@@ -55,10 +55,16 @@ class StoreBounds:
     Attributes:
         lineages: runs.
         bytes: of all attempts of all runs.
+        attempts: of one run; those of an honest one go with its rounds.
     """
 
     lineages: int = 64
     bytes: int = 64 * 2**30
+    attempts: int = 256
+
+
+class AskedError(UserError):
+    """A question whose answer would not stand under its name alone."""
 
 
 class ClientStore:
@@ -142,6 +148,38 @@ class ClientStore:
         check_name(attempt)
         return str(read_manifest(self._present / attempt, _KINDS).get("line", attempt))
 
+    def check_question(self, attempt: str, parent: str, round_number: int, question: str) -> None:
+        """Find out before any work whether the answer to a question could be stored.
+
+        Args:
+            attempt, parent, round_number, question: as of :meth:`save`.
+
+        Raises:
+            AskedError: the same question was answered under another name, or another one under
+                this name.
+            UserError: there is no room.
+        """
+        manifests = self._manifests(self._present)
+        mine = manifests.get(attempt)
+        if mine is not None and mine.get("question", question) != question:
+            raise AskedError("another question was answered under this attempt's name")
+        if mine is not None:
+            return
+        told = {
+            str(manifest["question"]): name
+            for name, manifest in manifests.items()
+            if "question" in manifest
+            and (manifest["parent"], manifest["round"]) == (parent, round_number)
+        }
+        if question in told:
+            raise AskedError(f"the same was asked before, as attempt {told[question]}")
+        if len(manifests) >= self._bounds.attempts:
+            raise UserError(
+                f"{self.folder} holds {len(manifests)} attempts, and {self._bounds.attempts} are "
+                "the most: remove those that the run does not need"
+            )
+        check_bounds(self.folder.parent, self.folder.name, 0, self._bounds)
+
     def save(
         self,
         attempt: str,
@@ -150,6 +188,7 @@ class ClientStore:
         state: ClientState,
         *,
         best: str = NO_PARENT,
+        question: str = "",
     ) -> None:
         """Store an attempt durably, then drop those of its ancestors that no kept round refers to.
 
@@ -158,6 +197,8 @@ class ClientStore:
             round_number: its round.
             state: what it has left.
             best: the attempt of the run's best round so far, or "none".
+            question: what else decided it; where there is a sound attempt of this name that
+                answered the same, all stays as it is. Empty where that is not known.
 
         Raises:
             UserError: it cannot be written, would exceed the store's bounds, or is no later than
@@ -184,6 +225,10 @@ class ClientStore:
         with held(self._client / "lock", wait=True):
             self._adopt()
             known = set(find_checkpoints(self.folder))
+            if question and attempt in known:
+                if self._answered(attempt, question):
+                    return
+                remove_checkpoint(self.folder / attempt)
             # A process that was slow may save when its parent has been dropped already.
             self.check_descent(
                 parent if parent in known else NO_PARENT, round_number, training=True
@@ -197,10 +242,17 @@ class ClientStore:
                 "round": round_number,
                 "steps": state.minibatches,
                 "exclusive_steps": own.steps,
+                **({"question": question} if question else {}),
             }
             remove_remains(self.folder)
+            # What an owner's own commands write has no lock, and is not ours to look at.
+            remove_temporary_files(self._client, r"(?!agreement|images).*")
+            for pictures in ("samples", "memorisation"):
+                remove_temporary_files(self._client / pictures)
             write_checkpoint(self.folder / attempt, Checkpoint(groups, manifest))
-            for name in _dispensable(self._manifests(), attempt, round_number - self._keep):
+            for name in _dispensable(
+                self._manifests(self.folder), attempt, round_number - self._keep
+            ):
                 remove_checkpoint(self.folder / name)
 
     @property
@@ -223,12 +275,22 @@ class ClientStore:
                     f"cannot move {found} to {self.folder}: {error.strerror or error}"
                 ) from error
 
-    def _manifests(self) -> dict[str, dict[str, Any]]:
+    def _answered(self, attempt: str, question: str) -> bool:
+        """Whether an attempt is sound, and answers this question; a damaged one does not."""
+        try:
+            manifest = read_checkpoint(self.folder / attempt, _KINDS).manifest
+        except DamagedError:
+            return False
+        if manifest.get("question") != question:
+            raise UserError(f"{self.folder / attempt} answers another question")
+        return True
+
+    def _manifests(self, folder: Path) -> dict[str, dict[str, Any]]:
         """By attempt. One that cannot be read or is damaged is left out, and so stays."""
         manifests = {}
-        for name in find_checkpoints(self.folder):
+        for name in find_checkpoints(folder):
             try:
-                manifests[name] = read_manifest(self.folder / name, _KINDS)
+                manifests[name] = read_manifest(folder / name, _KINDS)
             except UserError:
                 continue
         return manifests

@@ -63,7 +63,10 @@ class MetricsLog:
         self._append(_head([*self.tasks(), task]))
 
     def add_round(self, record: RoundRecord) -> None:
-        self._append({"kind": "round", **asdict(record)})
+        fields = asdict(record)
+        if not record.lowered:
+            del fields["lowered"]
+        self._append({"kind": "round", **fields})
 
     def add_evaluation(self, record: EvaluationRecord) -> None:
         fields = {
@@ -74,6 +77,7 @@ class MetricsLog:
             for c, one in record.comparisons.items()
         }
         fields["result"] = None if record.result is None else asdict(record.result)
+        fields["colours"] = {c: asdict(colour) for c, colour in record.colours.items()}
         fields["own"] = {name: asdict(own) for name, own in record.own.items()}
         fields["audits"] = {
             c: {**audit.to_numbers(), "fires": audit.fires} for c, audit in record.audits.items()

@@ -15,9 +15,10 @@ clients/         simulation only: each client's own store, with θ_i and the cli
 share.json       of a copy that `srfed share` has made: what it has and has not
 """
 
+import math
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -30,7 +31,7 @@ import yaml
 from srfed import __version__
 from srfed.config import RunConfig, parse_config
 from srfed.config.run import REMOVED, fingerprint_of
-from srfed.config.yaml import Loader
+from srfed.config.yaml import read_yaml
 from srfed.errors import DamagedError, UserError
 from srfed.files import (
     close_to_others,
@@ -41,6 +42,8 @@ from srfed.files import (
     private,
     read_bytes,
     read_json,
+    remove_folder,
+    remove_temporary_files,
     write_bytes,
     write_json,
 )
@@ -59,6 +62,14 @@ on those images too; srfed share makes a copy without them. config.yaml, run.jso
 summary.txt are settings and numbers, samples/ and tensorboard/ hold generated images besides.
 server/ holds the shared part, which every party has seen.
 """
+LOWERED = (
+    "training.learning_rate",
+    "training.exclusive_learning_rate",
+    "training.owned_learning_rate",
+    "training.gradient_clip",
+)
+"""The settings that decide the result and that a resumption may lower."""
+_LOWERED_KEY = "lowered"
 _KINDS = {"lineage": str, "fingerprint": str}
 _REMOVED = {"federation.largest_update": 100.0}
 """What settings that are no more were unless somebody set them: old fingerprints are of them too.
@@ -98,11 +109,13 @@ class RunFolder:
         """
         if path is None:
             path = usual_folder(config)
-        path = path.absolute()
+        path, config = path.absolute(), config.with_absolute_paths()
         _refuse_used(path)
         with held(path / LOCK, wait=False):
             _refuse_used(path)
             close_to_others(path)
+            remove_temporary_files(path)
+            remove_folder(path / "start", ("state.safetensors", "manifest.json"))
             run = cls(path, config, uuid4().hex[:12])
             write_bytes(path / "README.txt", README.encode())
             write_bytes(run.config_file, config.to_yaml().encode())
@@ -142,7 +155,8 @@ class RunFolder:
         return run
 
     def reconfigure(self, config: RunConfig) -> "RunFolder":
-        """The same run under a configuration that may differ in what does not decide its result.
+        """The same run under a configuration that may differ in what does not decide its result,
+        and in learning rates and a gradient clip that are lower, as a run that has diverged needs.
 
         Nothing is written before somebody has the run to himself, see :meth:`in_use`.
 
@@ -156,12 +170,29 @@ class RunFolder:
                 "the run that srfed share has made it of"
             )
         config = self._as_before(config)
-        if config.fingerprint() != self.config.fingerprint():
-            changed = ", ".join(self.config.decisive_differences(config))
-            raise UserError(f"{self.path} was begun with another configuration: {changed}")
-        run = RunFolder(self.path, config, self.lineage)
+        lowered = _lowered(self.config, config)
+        changed = [
+            one
+            for one in self.config.decisive_differences(config)
+            if one.partition(":")[0] not in lowered
+        ]
+        if changed:
+            raise UserError(
+                f"{self.path} was begun with another configuration: {', '.join(changed)}"
+            )
+        run = RunFolder(self.path, config.with_absolute_paths(), self.lineage)
         run._refuse_fewer_rounds()
         return run
+
+    def lowered_after(self, round_number: int) -> dict[str, float]:
+        """The settings that a resumption has lowered after this round, by name."""
+        entries = read_json(self.identity_file, kinds=_KINDS).get(_LOWERED_KEY, [])
+        return {
+            name: value
+            for entry in entries
+            if entry["after"] == round_number
+            for name, value in entry["settings"].items()
+        }
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -180,6 +211,7 @@ class RunFolder:
         with held(self.path / LOCK, wait=False), private():
             _held.add(self.path)
             try:
+                self._sweep()
                 self._refuse_fewer_rounds()
                 self._write_configuration()
                 yield
@@ -272,6 +304,14 @@ class RunFolder:
         """Whether the server has written a checkpoint."""
         return self.last_round is not None
 
+    def _sweep(self) -> None:
+        """Remove the halves of files that killed processes have left; nobody else is writing."""
+        for folder in (self.path, self.samples, self.path / "start"):
+            remove_temporary_files(folder)
+        for client in list_folder(self.clients):
+            for kept in ("", "samples", "memorisation"):
+                remove_temporary_files(self.clients / client / kept)
+
     def _as_before(self, config: RunConfig) -> RunConfig:
         """A configuration, but what the run did before there was a setting where that has its
         default: nobody can have said it of the run.
@@ -294,10 +334,12 @@ class RunFolder:
                 return
             changed = "the fingerprint in run.json is another"
         else:
+            # A process that was stopped between the two files has lowered nothing yet.
+            lowering = identity.get(_LOWERED_KEY, [{}])[-1].get("before", {})
             changed = ", ".join(
                 f"{name}: {value!r} -> {now[name]!r}"
                 for name, value in dict(begun).items()
-                if name in now and now[name] != value
+                if name in now and now[name] not in (value, lowering.get(name, value))
             )
         if changed:
             raise UserError(
@@ -314,13 +356,41 @@ class RunFolder:
             )
 
     def _write_configuration(self) -> None:
-        if _load(self.config_file)[0] == self.config:
+        before = _load(self.config_file)[0]
+        if before == self.config:
             return
         identity = read_json(self.identity_file, kinds=_KINDS)
+        if lowered := _lowered(before, self.config):
+            settings = before.settings()
+            entry = {
+                "after": self.last_round or 0,
+                "settings": lowered,
+                "before": {name: settings[name] for name in lowered},
+            }
+            identity = {**identity, _LOWERED_KEY: [*identity.get(_LOWERED_KEY, []), entry]}
+            write_json(self.identity_file, {**identity, **_of_configuration(self.config)})
         if "settings" not in identity:
             # Its fingerprint is of the settings that config.yaml names now, which may become more.
             write_json(self.identity_file, {**identity, **_of_configuration(self.config)})
         write_bytes(self.config_file, self.config.to_yaml().encode())
+
+
+def _lowered(before: RunConfig, now: RunConfig) -> dict[str, float]:
+    """The settings of :data:`LOWERED` that are lower now than they were."""
+    then, found = before.settings(), now.settings()
+    training = before.training
+    # What null stands for; a clip of null is none.
+    usual = {
+        "training.exclusive_learning_rate": training.learning_rate,
+        "training.owned_learning_rate": training.exclusive_learning_rate or training.learning_rate,
+        "training.gradient_clip": math.inf,
+    }
+    lowered = {}
+    for name in LOWERED:
+        was = usual[name] if then[name] is None else then[name]
+        if found[name] is not None and found[name] != then[name] and found[name] <= was:
+            lowered[name] = float(found[name])
+    return lowered
 
 
 def usual_folder(config: RunConfig) -> Path:
@@ -339,8 +409,19 @@ def _refuse_used(path: Path) -> None:
         raise UserError(
             f"{path} holds a run already; continue it with --resume {path}, or name another folder"
         )
-    if exists(path) and (not path.is_dir() or set(list_folder(path)) - {LOCK}):
+    if exists(path) and (not path.is_dir() or set(list_folder(path)) - _begun_only(path)):
         raise UserError(f"{path} is not an empty folder; name another one with --run-dir")
+
+
+def _begun_only(path: Path) -> set[str]:
+    """The names in a folder in which a run may be begun all the same: those that a process has left
+    which was killed before it had given the run its identity.
+    """
+    readme = path / "README.txt"
+    with suppress(UserError):
+        if read_bytes(readme) == README.encode():
+            return {LOCK, readme.name, "config.yaml", "start"}
+    return {LOCK}
 
 
 def _load(file: Path) -> tuple[RunConfig, dict[str, Any]]:
@@ -351,7 +432,7 @@ def _load(file: Path) -> tuple[RunConfig, dict[str, Any]]:
         UserError: it cannot be read, or is no configuration.
     """
     try:
-        content = yaml.load(read_bytes(file), Loader=Loader)
+        content = read_yaml(read_bytes(file))
     except yaml.YAMLError as error:
         raise DamagedError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

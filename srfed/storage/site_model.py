@@ -90,6 +90,12 @@ def save_site_model(
             remove_checkpoint(path)
 
 
+def check_room(folder: Path, lineage: str, bounds: StoreBounds | None = None) -> None:
+    """Raise UserError where a site's own models have no room for those of one more run."""
+    check_name(lineage)
+    check_bounds(folder / MODELS, lineage, 0, bounds or StoreBounds())
+
+
 class SiteModel:
     """The newest model in a site's store.
 

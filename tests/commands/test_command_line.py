@@ -149,34 +149,47 @@ def test_srfed_is_on_the_path_and_knows_its_commands() -> None:
     assert nothing.returncode == 2
 
 
-@pytest.mark.parametrize("module", EARLY)
-def test_help_and_what_is_wrong_with_options_and_settings_load_no_torch(
-    module: str, tmp_path: Path
-) -> None:
-    program = f"""
+CALLS = {
+    module: [["--help"], ["--no-such-option"], *arguments] for module, arguments in EARLY.items()
+}
+
+
+@pytest.fixture(scope="module")
+def called(tmp_path_factory: pytest.TempPathFactory) -> "subprocess.CompletedProcess[str]":
+    """All these calls, in one process that must never load torch."""
+    program = """
 import json, sys
 from srfed.__main__ import main
-for arguments in json.loads(sys.argv[1]):
-    try:
-        status = main(["{module}", *arguments])
-    except SystemExit as end:
-        status = end.code
-    print("status", status, "torch" in sys.modules)
+for module, calls in json.loads(sys.argv[1]).items():
+    for arguments in calls:
+        try:
+            status = main([module, *arguments])
+        except SystemExit as end:
+            status = end.code
+        print("status of", module, status, "torch" in sys.modules)
 """
-    calls = [["--help"], ["--no-such-option"], *EARLY[module]]
+    folder = tmp_path_factory.mktemp("called")
     done = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(calls)],
+        [sys.executable, "-c", program, json.dumps(CALLS)],
         capture_output=True,
         text=True,
-        timeout=100,
-        cwd=tmp_path,
+        timeout=200,
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    said = [line for line in done.stdout.splitlines() if line.startswith("status")]
-    expected = [f"status {0 if '--help' in call else 2} False" for call in calls]
-    assert said == expected, done.stderr
-    assert "Traceback" not in done.stderr
-    assert not any(tmp_path.iterdir())
+    assert not any(folder.iterdir())
+    return done
+
+
+@pytest.mark.parametrize("module", EARLY)
+def test_help_and_what_is_wrong_with_options_and_settings_load_no_torch(
+    called: "subprocess.CompletedProcess[str]", module: str
+) -> None:
+    begins = f"status of {module} "
+    said = [line for line in called.stdout.splitlines() if line.startswith(begins)]
+    expected = [f"{begins}{0 if '--help' in call else 2} False" for call in CALLS[module]]
+    assert said == expected, called.stderr
+    assert "Traceback" not in called.stderr
 
 
 # --- Options --------------------------------------------------------------------------------------
@@ -730,3 +743,25 @@ def test_nobody_else_counts_cores() -> None:
         for path in (ROOT / folder).rglob("*.py")
     ]
     assert [path.name for path in files if "cpu_count" in path.read_text()] == ["cores.py"]
+
+
+def test_without_a_home_folder_a_run_is_refused_in_a_sentence_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose user has no entry in the list of users."""
+
+    def nobody(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    for name in ("HOME", "FLWR_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    arguments = ["simulate", "--run-dir", tmp_path / "run", "--backend", "ray"]
+    done = run_here(*arguments, folder=tmp_path)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"error: no home folder is known: .*set HOME, or FLWR_HOME.*\n", done.stderr
+    )
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flower"))
+    check_resources(ResourcesConfig(backend="ray"))

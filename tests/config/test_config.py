@@ -4,6 +4,7 @@ unharmed.
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,43 @@ def test_the_configuration_is_immutable() -> None:
 
 
 # Refusing
+
+
+BOMB = (
+    "a0: &a0 ["
+    + ", ".join("x" * 9)
+    + "]\n"
+    + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10))
+)
+MERGED = "m0: &m0 {k: v}\n" + "".join(
+    f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 9)}]}}\n" for n in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (BOMB, "stands for more than 100000 values"),
+        (MERGED, "stands for more than 100000 values"),
+        ("a: &a [*a]", "it is a part of itself"),
+        ("data: " + 60 * "[" + 60 * "]", "nested more than 32 deep"),
+        ("#" * 300_000 + "\n" + "#" * 800_000, "more than 262144 characters"),
+        ("seed: " + "9" * 5000, "4300 digits"),
+        ("? [1, 2]\n: 3", "no key"),
+    ],
+)
+def test_what_a_file_stands_for_is_bounded_before_it_is_built(
+    tmp_path: Path, text: str, words: str
+) -> None:
+    begun = time.process_time()
+    assert words in refusal(write(tmp_path, text))
+    assert time.process_time() - begun < 2
+
+
+@pytest.mark.parametrize("text", ["[" * 60_000, '{"across_passes": [', '["across_passes"]'])
+def test_a_request_s_settings_that_are_none_are_refused_in_a_sentence(text: str) -> None:
+    with pytest.raises(UserError, match="configuration"):
+        parse_config_json(f"{text}")
 
 
 @pytest.mark.parametrize(
@@ -458,6 +496,7 @@ def test_every_setting_says_at_its_field_what_it_decides() -> None:
         "federation.rounds",
         "federation.min_clients",
         "federation.on_missing",
+        "federation.on_lost_store",
         "federation.join_timeout",
         "federation.round_timeout",
         "federation.keep_attempts",

@@ -38,7 +38,7 @@ from srfed.federation.flower.client_app import app as client_app
 from srfed.federation.flower.in_process import InlineGrid
 from srfed.federation.flower.server_app import run_federation
 from srfed.federation.messages import TRAIN
-from srfed.federation.site import STATE_DIR_VARIABLE, own_task
+from srfed.federation.site import STATE_DIR_VARIABLE, Site, _tasks_of, own_task
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from support.errors import message_of
@@ -244,8 +244,6 @@ def test_a_process_reads_a_file_of_all_tasks_once_however_many_there_are(
     images, labels = random_images(40, 8, 8, 1), np.repeat(np.arange(8), 5)
     np.savez(tmp_path / "all.npz", train_images=images, train_labels=labels)
     config, record = DataConfig(dataset="npz", dir=str(tmp_path / "all.npz")), tmp_path / "r.json"
-    tasks = load_tasks(config, 8)
-    record_tasks(record, tasks)
     reads, real = [], read_arrays
 
     def counting(path: Path, required: list[str], **rest: list[str]) -> dict[str, np.ndarray]:
@@ -253,6 +251,9 @@ def test_a_process_reads_a_file_of_all_tasks_once_however_many_there_are(
         return real(path, required, **rest)
 
     monkeypatch.setattr("srfed.data.npz.read_arrays", counting)
+    # What is looked at before a run, what the server judges by, and what each client loads.
+    tasks = load_tasks(config, 8)
+    record_tasks(record, tasks)
     for index in [*range(8), *range(8)]:
         found = load_recorded_task(config, index, record)
         assert np.array_equal(found.train, tasks[index].train)
@@ -263,6 +264,23 @@ def test_a_process_reads_a_file_of_all_tasks_once_however_many_there_are(
     changed = load_tasks(config, 8)
     record_tasks(record, changed)
     assert np.array_equal(load_recorded_task(config, 3, record).train, changed[3].train)
+
+
+def test_a_site_s_images_are_read_once_a_process_however_many_sites_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[int] = []
+
+    def counting(config: DataConfig, index: int, record: Path) -> Task:
+        reads.append(index)
+        images = np.zeros((2, 5, 5, 1), np.uint8)
+        return Task(f"task-{index}", images, images, index)
+
+    monkeypatch.setattr("srfed.federation.site.load_recorded_task", counting)
+    sites = [Site(f"task-{index}", tmp_path / "clients", index=index) for index in range(600)]
+    for site in sites * 2:
+        assert own_task(DataConfig(), site).index == site.index
+    assert reads == list(range(600))
 
 
 def test_a_run_remembers_its_images_and_the_digits_too(finished_run: RunFolder) -> None:
@@ -508,7 +526,7 @@ class ChangingSites(InlineGrid):
     def _run_client(self, message: Message) -> Message:
         if message.metadata.message_type == TRAIN and message.metadata.group_id == "2":
             save(self._changes / "zz.png", random_images(8, 8, seed=12345))
-        own_task.cache_clear()
+        _tasks_of.cache_clear()
         return super()._run_client(message)
 
 

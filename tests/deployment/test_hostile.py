@@ -170,6 +170,28 @@ REQUESTS: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
         {"lineage": "../../x"},
         "the request's lineage is impossible",
     ),
+    ("a type that Flower hands on", "train.default", {}, {}, "the request is of an unknown kind"),
+    (
+        "another one",
+        "evaluate.default",
+        {},
+        {"round": 2, "samples": 20},
+        "the request is of an unknown kind",
+    ),
+    (
+        "less than no samples",
+        "evaluate",
+        {},
+        {"round": 2, "samples": -1},
+        "the request's samples is impossible",
+    ),
+    (
+        "a line of its own in the log",
+        "train",
+        {"data.dir": "/\x1b[2J\n2026-01-01T00:00:00+00:00 refused: forged"},
+        {"parent": "\x1b[2J"},
+        "the request's parent is impossible",
+    ),
     ("the last round there is", "train", {}, {"round": 10**9}, "the request's round is impossible"),
     (
         "the site's memory and processes",
@@ -254,6 +276,7 @@ def test_neither_a_hostile_server_nor_a_hostile_client_gets_further_than_its_own
         if words:
             assert answered[what] == [REFUSED, words], what
             assert f"refused: {words}" in log
+    assert all(line.isprintable() for line in log.splitlines())
     # What is this machine's own affair is not taken from the server, and so does no harm.
     assert answered["the site's memory and processes"] == ["arrays", "metrics", "reply"]
     # Of all these requests one was served: one attempt, where it belongs; nothing else was written

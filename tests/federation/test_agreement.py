@@ -7,12 +7,15 @@ import math
 import stat
 import subprocess
 from collections.abc import Callable, Mapping
+from functools import partialmethod
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import Array, Message
 
 from srfed.config import RunConfig, load_config
 from srfed.data import RECORD_FILE, load_tasks
@@ -28,12 +31,22 @@ from srfed.federation.agreement import (
     samples_of,
     weak_numbers,
 )
-from srfed.federation.flower.packing import read_metrics
-from srfed.federation.messages import DESCRIBE, EVALUATE, TRAIN, VALIDATE
-from srfed.federation.site import own_task
+from srfed.federation.flower.packing import read_metrics, reply_content, request_content
+from srfed.federation.messages import (
+    DESCRIBE,
+    EVALUATE,
+    FAILED,
+    SHARED,
+    TRAIN,
+    VALIDATE,
+    Request,
+)
+from srfed.federation.site import _tasks_of
 from srfed.model import build_model, build_partition
-from srfed.storage.client_store import ClientStore
+from srfed.networks.partition import Shared
+from srfed.storage.client_store import ClientStore, StoreBounds
 from srfed.storage.site_model import SiteModel
+from srfed.training.local import LocalTrainer
 from support.agreed_site import CLIENT, MOMENTS, AgreedSite, refusal
 from support.commands import run_here
 from support.tiny_run import TINY, tiny_config
@@ -211,7 +224,9 @@ def test_a_request_that_was_not_agreed_is_refused_by_name_before_any_work(
     plain = {key: value for key, value in changes.items() if "." in key}
     asked = tiny_config({**MOMENTS, **plain}).model_copy(update={"seed": changes.get("seed", 0)})
     assert refusal(site.ask(kind, asked)) == f"not agreed: {name}"
-    assert site.log.rstrip().splitlines()[-1].startswith(f"refused: not agreed: {name} (asked for ")
+    assert (
+        site.log.rstrip().splitlines()[-1].startswith(f"  refused: not agreed: {name} (asked for ")
+    )
     assert site.stored == []
 
 
@@ -411,7 +426,7 @@ def test_changed_images_are_not_the_agreed_ones_until_the_owner_agrees_again(
     assert "agree" in site.log
     assert site.stored == []
     agree_as_rehearsed(site.config, site.data, site.state, CLIENT)
-    own_task.cache_clear()
+    _tasks_of.cache_clear()
     assert site.ask(TRAIN).has_content()
 
 
@@ -441,7 +456,7 @@ def test_a_mean_loss_of_too_few_images_is_withheld(tmp_path: Path) -> None:
     assert not any(math.isnan(loss) for loss in told)
     agreement = Agreement.load(site.state / CLIENT)
     agreement.model_copy(update={"least_images": LeastImages(mean=9)}).save(site.state / CLIENT)
-    withheld = read_metrics(site.ask(TRAIN, attempt="attempt-2").content)["loss_by_quarter"]
+    withheld = read_metrics(site.ask(TRAIN).content)["loss_by_quarter"]
     assert isinstance(withheld, list)
     assert any(math.isnan(loss) for loss in withheld)
     assert all(
@@ -692,3 +707,125 @@ def test_what_cannot_be_agreed_to_takes_one_line(
     assert done.stderr.count("\n") == 1
     assert words in done.stderr
     assert not list(tmp_path.rglob(AGREEMENT_FILE))
+
+
+# --- Once, and in this order ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> AgreedSite:
+    return AgreedSite(tmp_path)
+
+
+def kept(site: AgreedSite) -> dict[str, str]:
+    """Each of the owner's files but the log and the copy of its decoded images, by its hash."""
+    return {
+        str(path.relative_to(site.state)): sha256(path.read_bytes()).hexdigest()
+        for path in site.state.rglob("*")
+        if path.is_file()
+        and path.name not in ("client.log", "lock")
+        and not path.name.startswith("images-")
+    }
+
+
+def bits(reply: Message) -> bytes:
+    record = reply.content.array_records["arrays"]
+    return b"".join(record[key].data for key in sorted(record))
+
+
+def test_a_question_leaves_one_attempt_however_often_it_is_asked(fresh: AgreedSite) -> None:
+    first = bits(fresh.ask(TRAIN, attempt="a"))
+    before = kept(fresh)
+    assert bits(fresh.ask(TRAIN, attempt="a")) == first, "the same question, the same answer"
+    for number in range(3):
+        words = refusal(fresh.ask(TRAIN, attempt=f"fresh-{number}"))
+        assert words == "asked otherwise before: the same was asked before, as attempt a"
+    assert kept(fresh) == before
+
+
+def test_a_name_stands_for_one_question_and_others_may_follow(fresh: AgreedSite) -> None:
+    honest = fresh.shared
+    assert fresh.ask(TRAIN, attempt="a").has_content()
+    fresh.shared = Shared({name: tensor + 0.01 for name, tensor in honest.items()})
+    before = kept(fresh)
+    assert "another question was answered" in refusal(fresh.ask(TRAIN, attempt="a"))
+    assert kept(fresh) == before
+    assert fresh.ask(TRAIN, attempt="b").has_content()
+    assert fresh.ask(TRAIN, attempt="c", round=2, parent="a").has_content()
+
+
+def test_a_full_store_refuses_before_any_work_and_nothing_older_goes(
+    fresh: AgreedSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fresh.ask(TRAIN, attempt="a").has_content()
+    before = kept(fresh)
+    monkeypatch.setattr(StoreBounds, "__init__", partialmethod(StoreBounds.__init__, attempts=1))
+    monkeypatch.setattr(LocalTrainer, "train", None)
+    words = refusal(fresh.ask(TRAIN, attempt="b", round=2, parent="a"))
+    assert words == "the site's store is full"
+    assert "holds 1 attempts, and 1 are the most" in fresh.log
+    monkeypatch.setattr(StoreBounds, "__init__", partialmethod(StoreBounds.__init__, lineages=1))
+    assert refusal(fresh.ask(TRAIN, attempt="a", lineage="b")) == "the site's store is full"
+    assert kept(fresh) == before
+
+
+@pytest.mark.parametrize("kind", [TRAIN, EVALUATE])
+def test_a_reply_that_the_guard_refuses_leaves_every_file_as_it_was(
+    fresh: AgreedSite, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh.ask(TRAIN, attempt="a")
+    before = kept(fresh)
+
+    def mistaken(header: Any, metrics: Any, arrays: Any = None) -> Any:
+        return reply_content(header, {**metrics, "more": 1.0}, arrays)
+
+    fields = {"parent": "a", "round": 2, "attempt": "b"}
+    with monkeypatch.context() as patched:
+        patched.setattr("srfed.federation.flower.client_app.reply_content", mistaken)
+        assert fresh.ask(kind, **fields).error.code == FAILED
+    assert "number ['more']" in fresh.log
+    assert kept(fresh) == before
+    assert fresh.ask(kind, **fields).has_content()
+    assert kept(fresh) != before
+
+
+def test_a_type_that_flower_would_hand_on_is_refused_before_any_work(site: AgreedSite) -> None:
+    before = kept(site)
+    for kind in ("train.default", "evaluate.default"):
+        request = Request(site.config.to_json(), "lineage", CLIENT, 1, "a")
+        content = request_content(request, {SHARED: site.shared})
+        (reply,) = site.grid.send_and_receive([Message(content, 1, kind)])
+        assert refusal(reply) == "the request is of an unknown kind"
+    assert kept(site) == before
+
+
+@pytest.mark.parametrize("layout", [b"[" * 100_000, b"{", b"", b"\x1b[2J"])
+def test_arrays_that_are_none_are_refused_without_a_traceback(
+    fresh: AgreedSite, layout: bytes
+) -> None:
+    before = kept(fresh)
+    request = Request(fresh.config.to_json(), "lineage", CLIENT, 1, "a")
+    content = request_content(request, {SHARED: fresh.shared})
+    content[SHARED]["layout"] = Array(np.frombuffer(layout, np.uint8))
+    (reply,) = fresh.grid.send_and_receive([Message(content, 1, TRAIN)])
+    assert refusal(reply) == "the request's arrays cannot be read"
+    assert "Traceback" not in fresh.log
+    assert "\x1b" not in fresh.log
+    assert kept(fresh) == before
+
+
+def test_halves_of_files_of_killed_processes_go_with_the_next_attempt(fresh: AgreedSite) -> None:
+    folder = fresh.state / CLIENT
+    for old in folder.glob("images-*.safetensors"):
+        old.unlink()
+    halves = [
+        folder / ".images-0.safetensors.0123abcd.tmp",
+        folder / ".comparison.json.0123abcd.tmp",
+        folder / "samples" / ".round-00001.png.0123abcd.tmp",
+    ]
+    for half in halves:
+        half.parent.mkdir(exist_ok=True)
+        half.write_text("half")
+    _tasks_of.cache_clear()
+    assert fresh.ask(TRAIN, attempt="a").has_content()
+    assert [half for half in halves if half.exists()] == []

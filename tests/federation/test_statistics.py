@@ -368,6 +368,17 @@ def edited(name: str, place: tuple[int, ...], value: float) -> Change:
     return change
 
 
+def indefinite(name: str) -> Change:
+    """A symmetric scatter with a covariance larger than the two variances allow."""
+
+    def change(reply: Message) -> None:
+        values = read_tensors(reply.content, STATISTICS)[name].numpy()
+        values[3, 4] = values[4, 3] = 2 * np.sqrt(values[3, 3] * values[4, 4]) + 1
+        statistics(**{name.replace(".", "_"): values})(reply)
+
+    return change
+
+
 FAULTS: dict[str, tuple[Change, str]] = {
     "another network": (set_field("features", "0" * 64), "another network"),
     "no network": (set_field("features", ""), "another network"),
@@ -388,11 +399,21 @@ FAULTS: dict[str, tuple[Change, str]] = {
     "infinity in a scatter": (edited("train.scatter", (3, 4), np.inf), "not finite"),
     "asymmetric": (
         edited("generated.scatter", (3, 4), 1e3),
-        "scatter of generated features is none",
+        "statistics of generated features are none: scatter",
     ),
     "a negative variance": (
         edited("test.scatter", (5, 5), -1.0),
-        "scatter of test features is none",
+        "statistics of test features are none: scatter",
+    ),
+    "a negative eigenvalue": (
+        indefinite("generated.scatter"),
+        "statistics of generated features are none: scatter is none: it has a negative eigenvalue",
+    ),
+    "a mean below any feature's": (edited("test.mean", (3,), -0.5), "features are from 0 to"),
+    "a mean above any feature's": (edited("test.mean", (3,), 50.0), "features are from 0 to"),
+    "a scatter wider than the features": (
+        edited("train.scatter", (3, 3), 1e5),
+        "statistics of train features are none: scatter is none of values from 0 to",
     ),
     "a missing mean": (statistics(train_mean=None), "1 tensors are missing ['train.mean']"),
     "a missing scatter": (statistics(test_scatter=None), "1 tensors are missing ['test.scatter']"),
@@ -428,6 +449,7 @@ def test_faulty_statistics_are_refused_with_the_reason(
         plan,
         64,
         network.fingerprint,
+        network.highest,
     )
     accepted = screen_statistics(unpack(honest), *asked).statistics
     assert accepted is not None

@@ -118,7 +118,7 @@ def test_a_log_that_cannot_be_written_goes_to_standard_error(
 ) -> None:
     site = Site("a", tmp_path, data=tmp_path)
     write_to_log(site, "train", "Traceback\n  a line\nValueError: the reason")
-    assert "a line\nValueError: the reason\n" in site.log.read_text()
+    assert "  a line\n  ValueError: the reason\n" in site.log.read_text()
     assert capsys.readouterr().err == f"train: ValueError: the reason (in {site.log})\n"
     site.log.unlink()
     site.log.symlink_to("/dev/full")

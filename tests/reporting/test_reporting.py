@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,14 @@ from srfed.storage.run_folder import RunFolder
 from srfed.units import bytes_in_words, seconds_in_words
 from srfed.work import COUNTS_VARIABLE, count_passes, counted_together, passes_done
 from support.records import evaluation_record, round_record
-from support.tiny_run import CHEAP, begin, files_of_at_most, round_lines, tiny_config
+from support.tiny_run import (
+    CHEAP,
+    begin,
+    files_of_at_most,
+    round_lines,
+    run_in_process,
+    tiny_config,
+)
 
 TASKS = [TaskInfo("client-b", "zebra", 1200, 40), TaskInfo("client-a", "ant", 30, 10)]
 
@@ -307,6 +315,7 @@ class Shown:
         self.tell.on_round(record)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
+        self.tell.on_judged(record)
         self.log.add_evaluation(record)
         self.tell.on_evaluation(record)
 
@@ -326,6 +335,48 @@ def accumulate(run: RunFolder) -> EventAccumulator:
 
 def scalars(run: RunFolder, tag: str) -> dict[int, float]:
     return {event.step: event.value for event in accumulate(run).Scalars(tag)}
+
+
+def test_tensorboard_is_made_up_from_the_record_when_a_run_goes_on(
+    finished_run: RunFolder, tmp_path: Path
+) -> None:
+    """As where the process was killed between a line on record and its point."""
+    copied = tmp_path / "copy"
+    shutil.copytree(finished_run.path, copied)
+    run = RunFolder.open(copied)
+    before = accumulate(run)
+    for file in run.tensorboard.iterdir():
+        file.unlink()
+    longer = run.config.federation.model_copy(update={"rounds": 4})
+    run_in_process(run.reconfigure(run.config.model_copy(update={"federation": longer})))
+    after = accumulate(run)
+    for tag in before.Tags()["scalars"]:
+        points = [(event.step, event.value) for event in after.Scalars(tag)]
+        steps = [step for step, _ in points]
+        assert len(set(steps)) == len(steps), f"{tag} has one value a step"
+        assert points[: len(before.Scalars(tag))] == [
+            (event.step, event.value) for event in before.Scalars(tag)
+        ]
+    for tag in ("samples", "reverse_process"):
+        shown = {event.step: event.encoded_image_string for event in after.Images(tag)}
+        assert {e.step: e.encoded_image_string for e in before.Images(tag)}.items() <= shown.items()
+
+
+def test_pictures_that_a_killed_process_has_not_written_are_made_again(tmp_path: Path) -> None:
+    """What ends a process before the pictures are written leaves no evaluation on record."""
+
+    class Killed(Observer):
+        def on_judged(self, record: EvaluationRecord) -> None:
+            raise UserError("killed")
+
+    run = begin(tmp_path / "run", {"federation.rounds": 1, "evaluation.samples": 6})
+    with pytest.raises(UserError, match="killed"):
+        run_observed(run, [Killed(), *shown_on_terminal(run)])
+    assert MetricsLog(run.metrics).evaluations() == []
+    run_in_process(run)
+    assert len(MetricsLog(run.metrics).evaluations()) == 1
+    assert (run.samples / "round-00001.png").exists()
+    assert [event.step for event in accumulate(run).Images("samples")] == [1]
 
 
 def test_every_number_of_a_run_is_a_curve_and_every_picture_is_there(

@@ -180,6 +180,36 @@ def test_a_lost_client_state_is_refused_by_the_client_and_never_started_afresh(c
     assert attempt in (run.clients / "digit-1" / "client.log").read_text()
 
 
+@pytest.mark.parametrize("missing", ["skip", "wait"])
+def test_a_client_that_has_lost_its_store_holds_nobody_and_may_begin_anew(
+    copy: Path, capsys: pytest.CaptureFixture[str], missing: str
+) -> None:
+    run = RunFolder.open(copy)
+    shutil.rmtree(run.clients / "digit-1" / "lineages")
+
+    def go_on(rounds: int, what: str) -> list[dict[str, Any]]:
+        changes = {"rounds": rounds, "on_missing": missing, "on_lost_store": what}
+        federation = run.config.federation.model_copy(update={**changes, "round_timeout": 60.0})
+        longer = run.config.model_copy(update={"federation": federation})
+        return round_lines(run_in_process(RunFolder.open(copy).reconfigure(longer)))
+
+    *_, fourth, fifth = go_on(5, "refuse")
+    for line in (fourth, fifth):
+        assert line["accepted"] == ["digit-0", "digit-2"]
+        assert "federation.on_lost_store=restart" in line["refused"]["digit-1"]
+    output = capsys.readouterr()
+    assert output.out.count("refused digit-1") == 1, "the server says it once"
+    log = run.clients / "digit-1" / "client.log"
+    assert log.read_text().count("refused: the attempt to go on from is lost") <= 2, "so does it"
+    *_, sixth, seventh = go_on(7, "restart")
+    assert sixth["restarted"] == ["digit-1"], "on record"
+    assert "begins with fresh" in capsys.readouterr().err
+    assert seventh["restarted"] == []
+    assert sixth["accepted"] == seventh["accepted"] == ["digit-0", "digit-1", "digit-2"]
+    bits = all_bits(RunFolder.open(copy))
+    assert bits["digit-1"]["steps"] < bits["digit-0"]["steps"]
+
+
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [

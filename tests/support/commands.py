@@ -30,3 +30,18 @@ def _nobody_at_the_terminal() -> Iterator[None]:
         yield
     finally:
         sys.stdin = before
+
+
+def deploy_here(*arguments: object, folder: Path | None = None) -> "CompletedProcess[str]":
+    """A command of ``srfed deploy``."""
+    return run_here("deploy", *arguments, folder=folder)
+
+
+def assert_one_line(done: "CompletedProcess[str]", *words: str) -> None:
+    """Exit code 2, and one line on standard error that has the words."""
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stdout
+    for word in words:
+        assert word in done.stderr

@@ -162,7 +162,7 @@ def _agree(options: argparse.Namespace) -> None:
         ) from error
     config = load_config(options.config, options.overrides)
     # After the settings, as it imports torch.
-    from srfed.data import current_images, describe_own_images
+    from srfed.data import current_images, describe_contents, describe_own_images
     from srfed.deployment.agree import agree, in_words, propose, standing
 
     data, folder = options.data, state_dir / options.client_id
@@ -178,7 +178,10 @@ def _agree(options: argparse.Namespace) -> None:
     )
     print(in_words(proposed, config))
     print("\n".join(["", f"images:     {data}", *describe_own_images(config.data, data)]))
-    if changed := current_images(config.data, data, options.client_id, folder)[1]:
+    task, changed = current_images(config.data, data, options.client_id, folder)
+    for line in describe_contents(config.data, [task]):
+        print(f"contents:   {line}")
+    if changed:
         print(f"\nyour images are others than those on record: {changed}")
     if (agreement := standing(state_dir, options.client_id)) is not None:
         changes = agreement.differences(proposed)

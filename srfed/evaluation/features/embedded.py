@@ -44,6 +44,17 @@ class EmbeddedNetwork(nn.Module):
         activations: torch.Tensor = self.convolutions(images)
         return activations.mean(dim=(2, 3))
 
+    @property
+    def highest(self) -> float:
+        """What no feature exceeds, whatever the image: the group that GroupNorm has normalised has
+        a mean square of 1, so a channel's mean of its positive values is at most the root of the
+        group's channels, times its weight.
+        """
+        norm = next(m for m in reversed(self.convolutions) if isinstance(m, nn.GroupNorm))
+        channels = norm.num_channels // norm.num_groups
+        bound = norm.weight.abs() * channels**0.5 + norm.bias.clamp(min=0)
+        return float(bound.max())
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """float N x 1 x 28 x 28 in [-1, 1] -> float N x 20, the logits."""
         logits: torch.Tensor = self.head(self.features(images))
@@ -122,6 +133,7 @@ class EmbeddedFeatures(FeatureNetwork):
                 f"{EMBEDDED_FILE} has SHA-256 {self.sha256}, not {EMBEDDED_SHA256}; install the "
                 "package again"
             )
+        self.highest = network.highest
         self._network = network.to(self.device)
 
     def _check_channels(self, channels: int) -> None:

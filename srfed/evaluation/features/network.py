@@ -23,6 +23,7 @@ class FeatureNetwork(ABC):
         dimension: features of one image; of one *channel* of it where ``per_channel``.
         per_channel: whether an image of C channels has C * ``dimension`` features.
         sha256: hexadecimal digest of the weights file.
+        highest: no feature is above it, and none below 0.
         resize_rule: how an image reaches the network's input size; part of the score.
         batch_size: images that go through the network at once.
         device: where it computes.
@@ -33,6 +34,8 @@ class FeatureNetwork(ABC):
     dimension: int
     per_channel: bool
     sha256: str
+    highest: float = 1e9
+    """Of a network of which no more is known: far larger ones overflow in everybody's score."""
     resize_rule: str
     batch_size: int
     device: torch.device

@@ -10,6 +10,9 @@ import numpy.typing as npt
 
 from srfed.errors import UserError
 
+_ROUNDING = 1e-5
+"""Of features, float32, and of what is made of them; relative."""
+
 
 @dataclass(frozen=True, eq=False)
 class FeatureStatistics:
@@ -52,6 +55,37 @@ class FeatureStatistics:
         mean = values.mean(axis=0)
         centred = values - mean
         return cls(len(values), mean, centred.T @ centred)
+
+    def check_possible(self, highest: float) -> None:
+        """Raise ValueError unless there are as many vectors, with values from 0 to ``highest``,
+        that have these statistics, to rounding: such means, a scatter that is symmetric and
+        semidefinite, and no wider than values between these ends can lie.
+        """
+        count, mean, scatter = self.count, self.mean, self.scatter
+        top = highest * (1 + _ROUNDING)
+        if float(mean.min()) < 0 or float(mean.max()) > top:
+            raise ValueError(
+                f"mean has values from {mean.min():.3g} to {mean.max():.3g}, where features are "
+                f"from 0 to {highest:.3g}"
+            )
+        spread = scatter.diagonal()
+        # Bhatia and Davis 2000: a variance is at most (highest - mean)(mean - lowest).
+        widest = count * (top - mean) * mean * (1 + _ROUNDING)
+        if (spread < 0).any() or (spread > widest).any():
+            raise ValueError(f"scatter is none of values from 0 to {highest:.3g}")
+        trace = float(spread.sum())
+        if not np.allclose(scatter, scatter.T):
+            raise ValueError("scatter is none: it is not symmetric")
+        if trace == 0:
+            definite = not scatter.any()
+        else:
+            try:
+                np.linalg.cholesky(scatter + _ROUNDING * trace * np.eye(len(mean)))
+                definite = True
+            except np.linalg.LinAlgError:
+                definite = False
+        if not definite:
+            raise ValueError("scatter is none: it has a negative eigenvalue")
 
     def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
         """Statistics of both sets together (Chan, Golub and LeVeque 1979, eq. 2.1).

@@ -14,6 +14,7 @@ from flwr.clientapp.typing import Mod
 from torch import Tensor
 
 from srfed import __version__
+from srfed.errors import DamagedError, UserError
 from srfed.evaluation.features.statistics import FeatureStatistics
 from srfed.evaluation.generation import Generated
 from srfed.evaluation.metrics.denoising_loss import (
@@ -24,14 +25,16 @@ from srfed.evaluation.metrics.denoising_loss import (
 )
 from srfed.evaluation.metrics.memorisation import draw_nearest_pairs
 from srfed.evaluation.task import TaskEvaluation, evaluate_task
-from srfed.federation.agreement import RequestRefusedError
+from srfed.federation.agreement import LostStoreError, RequestRefusedError
 from srfed.federation.bounds import LEAST_LOSS, judged_against_trivial
 from srfed.federation.comparison import compare, keep_comparison, train_round_alone
 from srfed.federation.control import correction, encode_control, kept_control, own_control
 from srfed.federation.flower.admission import Admitted, admit
 from srfed.federation.flower.guard import wire_guard
+from srfed.federation.flower.keeping import keep
 from srfed.federation.flower.packing import (
     description_content,
+    digest_of,
     read_refusal,
     read_tensors,
     reply_content,
@@ -43,12 +46,14 @@ from srfed.federation.messages import (
     CONTROL,
     EXAMPLES,
     GENERATED,
+    RESTARTED,
     SETS,
     SHARED,
     STATISTICS,
     UPDATE,
     Description,
     ReplyHeader,
+    Request,
     Samples,
     audit_metrics,
     comparison_metrics,
@@ -58,8 +63,8 @@ from srfed.federation.updates import Delta, Memory, difference, encode_update
 from srfed.federation.worker import Worker, features_for, worker_for
 from srfed.networks.partition import Control, Shared
 from srfed.reporting.pictures import draw_grid, write_png
-from srfed.storage.client_store import NO_PARENT
-from srfed.storage.site_model import save_site_model
+from srfed.storage.client_store import NO_PARENT, AskedError, ClientStore
+from srfed.storage.site_model import check_room, save_site_model
 from srfed.training.local import LocalResult
 from srfed.training.part import ClientState, load_tensors
 from srfed.units import printable
@@ -92,7 +97,16 @@ def _shared(message: Message, worker: Worker, expected: Mapping[str, Layout]) ->
     """
     if unasked := [name for name in message.content.array_records if name not in expected]:
         raise RequestRefusedError("the request has other arrays", f"{unasked[0][:100]!a}")
-    return Shared(worker.received(read_tensors(message.content, SHARED), expected[SHARED], "φ"))
+    return Shared(worker.received(_tensors(message, SHARED), expected[SHARED], "φ"))
+
+
+def _tensors(message: Message, name: str) -> dict[str, Tensor]:
+    """The tensors of a record; raises RequestRefusedError where they are none."""
+    try:
+        return read_tensors(message.content, name)
+    except Exception as error:
+        # numpy's reader of headers and the one of JSON raise whatever they please.
+        raise RequestRefusedError("the request's arrays cannot be read", str(error)) from error
 
 
 def _correction(
@@ -102,7 +116,7 @@ def _correction(
     if not worker.contract.control:
         return None
     layout = worker.contract.training_request[CONTROL]
-    control = Control(worker.received(read_tensors(message.content, CONTROL), layout, "c"))
+    control = Control(worker.received(_tensors(message, CONTROL), layout, "c"))
     own, said = own_control(parent.memory, admitted.request.round)
     if said:
         admitted.site.note(f"round {admitted.request.round}: {said}")
@@ -141,7 +155,9 @@ def train(message: Message, context: Context) -> Message:
     admitted = admit(message, context)
     request, site, worker = admitted.request, admitted.site, worker_for(admitted)
     shared = _shared(message, worker, worker.contract.training_request)
-    parent = worker.state(site, request, training=True)
+    store, question = worker.store(site, request), _question(message, admitted)
+    request, parent = _start(admitted, request, worker, training=True)
+    _refuse_asked(store, request, question)
     corrected = _correction(message, admitted, worker, parent)
     # A model alone is trained in the same memory before the state is stored.
     lend = admitted.config.federation.compare != "alone"
@@ -160,9 +176,18 @@ def train(message: Message, context: Context) -> Message:
     }
     if judged_against_trivial(admitted.config, request.round):
         metrics[AGAINST_TRIVIAL] = _against_trivial(admitted, worker, result)
+    if admitted.config.federation.on_lost_store == "restart":
+        metrics[RESTARTED] = float(request.parent != admitted.request.parent)
     content = reply_content(_header(admitted), metrics, arrays)
-    worker.store(site, request).save(
-        request.attempt, request.parent, request.round, state, best=request.best
+    keep(
+        lambda: store.save(
+            request.attempt,
+            request.parent,
+            request.round,
+            state,
+            best=request.best,
+            question=question,
+        )
     )
     return Message(content, reply_to=message)
 
@@ -186,21 +211,28 @@ def evaluate(message: Message, context: Context) -> Message:
     config, client = admitted.config, site.client
     network = features_for(admitted) if config.evaluation.mode == "statistics" else None
     shared = _shared(message, worker, worker.contract.request)
-    state = worker.state(site, request, training=False)
+    _, state = _start(admitted, request, worker)
     judged, exclusive = request, state.exclusive.average
     if request.final and config.federation.result == "best" and request.best != NO_PARENT:
         judged = replace(request, parent=request.best, round=request.best_round)
-        exclusive = worker.state(site, judged, training=False).exclusive.average
+        exclusive = _start(admitted, judged, worker)[1].exclusive.average
     if site.data is not None:
-        save_site_model(
-            site.folder,
-            config,
-            request.lineage,
-            judged.round,
-            task.train.shape[1:],
-            shared,
-            exclusive,
-            worker.store(site, request).line(judged.parent),
+        try:
+            check_room(site.folder, request.lineage)
+        except UserError as error:
+            raise RequestRefusedError("the site's store is full", str(error)) from error
+        line = worker.store(site, request).line(judged.parent)
+        keep(
+            lambda: save_site_model(
+                site.folder,
+                config,
+                request.lineage,
+                judged.round,
+                task.train.shape[1:],
+                shared,
+                exclusive,
+                line,
+            )
         )
     # What the client has kept of its model alone is that of its last attempt, whatever is judged.
     compared = compare(worker, admitted, (shared, exclusive), state)
@@ -219,9 +251,10 @@ def evaluate(message: Message, context: Context) -> Message:
     if evaluated.audit is not None:
         metrics |= audit_metrics(evaluated.audit)
         pairs = draw_nearest_pairs(evaluated.audit, generated.images, task.train)
-        write_png(site.folder / "memorisation" / f"round-{request.round:05d}.png", draw_grid(pairs))
+        picture = site.folder / "memorisation" / f"round-{request.round:05d}.png"
+        keep(lambda: write_png(picture, draw_grid(pairs)))
     if compared is not None:
-        keep_comparison(site, request.round, compared)
+        keep(lambda: keep_comparison(site, request.round, compared))
         if config.federation.compare_told:
             metrics |= comparison_metrics(compared)
     if evaluated.no_audit:
@@ -237,7 +270,7 @@ def evaluate(message: Message, context: Context) -> Message:
             statistics_of_sets[f"{name}.mean"] = torch.from_numpy(statistics.mean)
             statistics_of_sets[f"{name}.scatter"] = torch.from_numpy(statistics.scatter)
         arrays[STATISTICS] = statistics_of_sets
-        _keep_pictures(admitted, generated)
+        keep(lambda: _keep_pictures(admitted, generated))
     else:
         arrays[GENERATED] = Samples(
             {
@@ -257,7 +290,7 @@ def validate(message: Message, context: Context) -> Message:
     admitted = admit(message, context)
     site, images, worker = admitted.site, admitted.task.validation, worker_for(admitted)
     shared = _shared(message, worker, worker.contract.request)
-    state = worker.state(site, admitted.request, training=False)
+    _, state = _start(admitted, admitted.request, worker)
     loss = math.nan
     if len(images) >= _least_behind_a_mean(admitted):
         load_tensors(worker.model, shared, state.exclusive.average)
@@ -288,6 +321,48 @@ def _update(
         arrays[CONTROL], control = encode_control(config, result.gradient, client, number)
         memory |= kept_control(control, number)
     return replace(result.state, memory=memory), arrays
+
+
+def _start(
+    admitted: Admitted, request: Request, worker: Worker, *, training: bool = False
+) -> tuple[Request, ClientState]:
+    """The state that the client is to start from, and the request as it is served: with no parent
+    where the store has lost it, and the run lets such a client begin anew.
+
+    Raises:
+        LostStoreError: it has lost it, and must not.
+    """
+    site = admitted.site
+    try:
+        return request, worker.state(site, request, training=training)
+    except DamagedError as error:
+        if not training or admitted.config.federation.on_lost_store == "refuse":
+            words = "the attempt to go on from is lost or damaged"
+            raise LostStoreError(words, str(error)) from error
+        site.note(
+            f"round {request.round}: the attempt to go on from is lost ({error}); the exclusive "
+            "weights begin anew"
+        )
+    begun = replace(request, parent=NO_PARENT)
+    return begun, worker.state(site, begun, training=True)
+
+
+def _question(message: Message, admitted: Admitted) -> str:
+    """What decides the answer to a request to train, besides its parent and round: the tensors that
+    it carries, and the settings.
+    """
+    carried = digest_of(message.content.array_records)
+    return f"{carried[:32]}-{admitted.config.fingerprint()[:16]}"
+
+
+def _refuse_asked(store: ClientStore, request: Request, question: str) -> None:
+    """Raise RequestRefusedError where the answer could not be stored: before any work."""
+    try:
+        store.check_question(request.attempt, request.parent, request.round, question)
+    except AskedError as error:
+        raise RequestRefusedError(f"asked otherwise before: {error}") from error
+    except UserError as error:
+        raise RequestRefusedError("the site's store is full", str(error)) from error
 
 
 def _against_trivial(admitted: Admitted, worker: Worker, result: LocalResult) -> float:

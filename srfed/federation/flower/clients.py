@@ -13,10 +13,16 @@ from flwr.serverapp import Grid
 from srfed.config import RunConfig
 from srfed.errors import UserError
 from srfed.federation.flower.exchange import MOST_DEATHS, Exchange, exchange
-from srfed.federation.flower.packing import array_record, request_content, unpack
+from srfed.federation.flower.packing import (
+    array_record,
+    attempt_of,
+    digest_of,
+    request_content,
+    unpack,
+)
 from srfed.federation.flower.roster import Roster
 from srfed.federation.flower.stacking import Seat, StackingGrid
-from srfed.federation.messages import DIED, Reply, ReplyHeader, Request
+from srfed.federation.messages import DIED, LOST_STORE, TRAIN, Reply, ReplyHeader, Request
 from srfed.federation.screening import (
     EvaluateReply,
     RefusedError,
@@ -117,6 +123,7 @@ class FlowerClients:
             StoppedError: the user asked to stop.
         """
         records = {name: array_record(tensors) for name, tensors in arrays.items()}
+        carried = digest_of(records) if kind == TRAIN else ""
         first = {request.client: request for request in requests}
         sent: dict[str, Request] = {}
         failures: dict[str, str] = {}
@@ -126,15 +133,18 @@ class FlowerClients:
         missing = dict.fromkeys(away, "not connected")
 
         def make(client: str) -> Message:
-            # An attempt's name is used once: what an earlier request has left at the client, or
-            # still does there, must not be taken for the answer to this one.
-            sent[client] = replace(first[client], attempt=_new_attempt(first[client].round))
+            request = first[client]
+            name = attempt_of(request, carried) if kind == TRAIN else _new_name(request.round)
+            sent[client] = replace(request, attempt=name)
             return self._message(kind, sent[client], records)
 
         def again(client: str, reply: Message | None) -> bool:
             if reply is not None and reply.has_content():
                 return False
             failure = None if reply is None else unpack(reply).failure
+            if failure is not None and failure.code == LOST_STORE:
+                # Nothing that the others could wait for: its owner has to do something.
+                return False
             died = failure is not None and failure.code == DIED
             if not died and not self._waits:
                 return False
@@ -235,5 +245,8 @@ class FlowerClients:
         return "connected, but no reply in time; restart that site if it is not at work"
 
 
-def _new_attempt(server_round: int) -> str:
+def _new_name(server_round: int) -> str:
+    """Of an answer under which nothing is stored: what an earlier request still does at the client
+    must not be taken for the answer to this one.
+    """
     return f"round-{server_round:05d}-{uuid4().hex[:8]}"

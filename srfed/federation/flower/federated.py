@@ -16,6 +16,7 @@ from srfed.data.tasks import ALLOW
 from srfed.device import resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
+from srfed.evaluation.metrics.colour import colours
 from srfed.evaluation.metrics.nearest_neighbour import Recogniser
 from srfed.evaluation.metrics.own import OwnMetrics
 from srfed.evaluation.metrics.ssim import ssim_window
@@ -62,11 +63,14 @@ from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
 from srfed.runs.best_round import hold_to_owners, judge_round, result_of
 from srfed.runs.start import started
 from srfed.storage.client_store import NO_PARENT
+from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from srfed.storage.server_checkpoints import KnownClient, RunState, ServerCheckpoints
+from srfed.training.divergence import DIVERGED, Divergence, remedy
 from srfed.training.ema import round_decay, update_average
 from srfed.training.optimizer import Reach, learning_rate_factor, reach_of_round
 from srfed.training.part import Part
+from srfed.units import printable
 
 LEAST_WINDOW = 32
 """Simulated clients that are asked at once, at least: as many updates wait for their turn to be
@@ -266,7 +270,7 @@ class Federated:
         """
         shared, control = self.state.shared.weights, self.state.control
         sent, came = encode_shared(self.config, shared, number)
-        self._came, self._reaches = Shared(copies(came)), dict[int, Reach | None]()
+        self._came = Shared(copies(came))
         if not self.config.training.control_variates:
             return {SHARED: sent}
         return {SHARED: sent, CONTROL: encode_sent(self.config, control, shared, number)}
@@ -372,7 +376,7 @@ class Federated:
             minibatches={
                 **self.state.minibatches,
                 **{
-                    c: self._minibatches(c) + reply.plan.minibatches
+                    c: reply.plan.minibatches + (0 if reply.restarted else self._minibatches(c))
                     for c, reply in accepted.items()
                 },
             },
@@ -388,6 +392,12 @@ class Federated:
                 f"{maker} usually makes one in these steps; shortened to that"
             )
         self._tell_untrained(server_round, accepted)
+        restarted = [client for client, reply in accepted.items() if reply.restarted]
+        for client in restarted:
+            self._tell.on_notice(
+                f"round {server_round}: {client} has lost its store, and begins with fresh "
+                "exclusive weights"
+            )
         seconds = time.perf_counter() - self._started
         images = sum(reply.plan.images for reply in accepted.values())
         record = RoundRecord(
@@ -407,6 +417,7 @@ class Federated:
             update_norm=outcome.update_norm,
             disagreement=outcome.disagreement,
             seconds=seconds,
+            restarted=restarted,
         )
         return self.state, record
 
@@ -454,7 +465,14 @@ class Federated:
     ) -> EvaluationRecord | None:
         """Score the accepted samples; None where no client sent any."""
         if not screened.accepted:
-            self._tell.on_notice(f"evaluation {server_round}: no client took part")
+            self._tell_unjudged(server_round, screened, final)
+            return None
+        judged = [self._roster.known[client] for client in screened.accepted]
+        if min(sum(one.images for one in judged), sum(one.test_images for one in judged)) < 2:
+            self._tell.on_notice(
+                f"evaluation {server_round}: the clients that took part have together one held-out "
+                "image, or one training image, and a score needs 2"
+            )
             return None
         scores, floor = self._score(screened.accepted)
         reports = {
@@ -484,7 +502,35 @@ class Federated:
             ),
             result=result_of(self.state) if final else None,
             own=None if self._metrics is None else self._metrics(real, images),
+            colours=colours(real, images),
         )
+
+    def _tell_unjudged(
+        self, server_round: int, screened: Screened[EvaluateReply], final: bool
+    ) -> None:
+        """Say why nobody's samples came; raises UserError at the end of the run, which then has not
+        ended.
+        """
+        reasons = {**screened.refused, **screened.missing}
+        told = [f"{client}: {reason}{self._from_log(client)}" for client, reason in reasons.items()]
+        text = (
+            f"evaluation {server_round} has no score, as no client gave samples "
+            f"({'; '.join(told) or 'none is there'})"
+        )
+        if final:
+            raise UserError(f"{text}; it is the last, so the run has not ended")
+        self._tell.on_notice(text)
+
+    def _from_log(self, client: str) -> str:
+        """Where a client that failed says why: of a simulated one, its log and the last line of
+        it.
+        """
+        log = self._run.clients / client / "client.log"
+        if not self._fixed:
+            return f" (<state-dir>/{client}/client.log at its site)"
+        lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
+        last = next((line for line in reversed(lines) if line.strip()), "")
+        return f" ({log}: {printable(last)})" if last else ""
 
     def _screen_evaluation(
         self, reply: Reply, header: ReplyHeader, request: Request
@@ -508,6 +554,7 @@ class Federated:
             plan,
             network.dimension_of(plan.shape[-1]),
             network.fingerprint,
+            network.highest,
         )
 
     def _score(self, accepted: Mapping[str, EvaluateReply]) -> tuple[Scores, float | None]:
@@ -646,9 +693,17 @@ class Federated:
             f"{client}: {reason}"
             for client, reason in {**screened.refused, **screened.missing}.items()
         ]
+        diverged = [c for c, why in screened.refused.items() if why.startswith(DIVERGED)]
+        watched = Divergence(self.config.training, MetricsLog(self._run.metrics).rounds())
+        words = (
+            f"; training has diverged at {watched.in_words(diverged)}: "
+            f"{remedy(self.config.training)}"
+            if diverged
+            else ""
+        )
         return (
             f"round {server_round} has {accepted} accepted updates, federation.min_clients = "
-            f"{self.config.federation.min_clients} are needed ({'; '.join(reasons[:3])})"
+            f"{self.config.federation.min_clients} are needed ({'; '.join(reasons[:3])}){words}"
         )
 
 

@@ -20,12 +20,14 @@ from srfed.federation.agreement import RequestRefusedError
 from srfed.federation.bounds import EvaluatePlan, TrainPlan, exactly
 from srfed.federation.contract import DESCRIBED, Form
 from srfed.federation.flower.admission import Admitted, admit
+from srfed.federation.flower.keeping import checked_first
 from srfed.federation.flower.packing import LAYOUT, read_layout, read_request
 from srfed.federation.layout import Layout, layout_bytes
 from srfed.federation.messages import (
     DESCRIBE,
     EVALUATE,
     FAILED,
+    LOST_STORE,
     METRICS,
     REFUSED,
     REPLY,
@@ -55,18 +57,22 @@ def wire_guard(
     try:
         admitted = admit(message, context)
         own = () if admitted.agreement is None else admitted.agreement.mods
-        reply: Message = with_mods(own, call_next)(message, context)
-        if reply.has_error():
-            raise NotAllowedError("the handler made an error reply of its own")
-        check_outgoing(message.metadata.message_type, admitted, reply.content)
+        with checked_first() as store:
+            reply: Message = with_mods(own, call_next)(message, context)
+            if reply.has_error():
+                raise NotAllowedError("the handler made an error reply of its own")
+            check_outgoing(message.metadata.message_type, admitted, reply.content)
+            store()
         return reply
     except RequestRefusedError as refusal:
         _log(
             message,
             context,
             f"refused: {refusal}" + (f" ({refusal.detail})" if refusal.detail else ""),
+            once=refusal.lost,
         )
-        return Message(Error(REFUSED, str(refusal)), reply_to=message)
+        code = LOST_STORE if refusal.lost else REFUSED
+        return Message(Error(code, str(refusal)), reply_to=message)
     except UserError as error:
         _log(message, context, f"failed: {error}")
     except Exception:
@@ -178,12 +184,16 @@ def _failed(message: Message) -> Message:
     return Message(Error(FAILED, "failed; the reason is in the client's own log"), reply_to=message)
 
 
-def _log(message: Message, context: Context, text: str) -> None:
-    """Append to the client's own log, or to standard error where even its site is unknown."""
+def _log(message: Message, context: Context, text: str, *, once: bool = False) -> None:
+    """Append to the client's own log, or to standard error where even its site is unknown; what is
+    said ``once`` is not said again as long as the log has it.
+    """
     site = None
     # What is logged may be the very thing that keeps the site from being known; it is not lost.
     with suppress(Exception):
         site = _site(message, context)
+        if once and site.says(text):
+            return
     write_to_log(site, message.metadata.message_type, text)
 
 

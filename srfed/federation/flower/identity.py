@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from flwr.proto.node_pb2 import NodeInfo
 
-from srfed.config.yaml import Loader
+from srfed.config.yaml import read_yaml_file
 from srfed.errors import UserError
 from srfed.files import read_json
 from srfed.keys import fingerprint_of_line
@@ -30,10 +30,10 @@ def read_roster(path: Path) -> dict[str, str]:
             same one.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
+        content = read_yaml_file(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path} is no roster; it must map client ids to public keys, one a line")

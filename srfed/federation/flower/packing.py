@@ -3,6 +3,7 @@
 Tensors travel as Flower arrays (``.npy`` bytes, never pickled).
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -143,6 +144,26 @@ def array_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
         dtype: Array(joined(members, members[0].dtype).numpy()) for dtype, members in values.items()
     }
     return ArrayRecord({LAYOUT: Array(np.frombuffer(layout_bytes(layout), np.uint8)), **packed})
+
+
+def digest_of(records: Mapping[str, ArrayRecord]) -> str:
+    """SHA-256 of array records, as they travel: equal where they hold the same bits."""
+    digest = hashlib.sha256()
+    for name, record in sorted(records.items()):
+        for key, array in sorted(record.items()):
+            about = [name, key, array.dtype, list(array.shape), array.stype, len(array.data)]
+            digest.update(json.dumps(about).encode() + array.data)
+    return digest.hexdigest()
+
+
+def attempt_of(request: Request, carried: str) -> str:
+    """The name of the attempt that is to answer a request to train: it follows from the question
+    (client, parent, round, and the digest of what is ``carried``), so that a question that is asked
+    again has one answer, and leaves nothing more behind.
+    """
+    question = [request.lineage, request.client, request.parent, request.round, carried]
+    digest = hashlib.sha256(json.dumps(question).encode()).hexdigest()
+    return f"round-{request.round:05d}-{digest[:16]}"
 
 
 def read_layout(record: ArrayRecord) -> Layout:
