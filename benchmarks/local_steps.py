@@ -95,18 +95,15 @@ def _time(train: Callable[[], LocalResult], config: RunConfig) -> float:
     return statistics.median(result.images / result.seconds for result in results)
 
 
-def _diffusers(config: RunConfig, images: np.ndarray) -> float:
-    """A plain loop: the same stages in diffusers' UNet, the same loss and batches, fused Adam."""
+def diffusers_network(model: UNetConfig, channels: int, side: int) -> Any:
+    """diffusers' UNet with the same stages, of images of so many channels and pixels a side."""
     from diffusers import UNet2DModel
 
-    device, resources, model = resolve_device(config.resources), config.resources, config.model
-    assert isinstance(model, UNetConfig)
     stages = range(len(model.channels))
-    torch.manual_seed(0)
-    network: Any = UNet2DModel(  # type: ignore[no-untyped-call]
-        sample_size=images.shape[1],
-        in_channels=images.shape[-1],
-        out_channels=images.shape[-1],
+    return UNet2DModel(  # type: ignore[no-untyped-call]
+        sample_size=side,
+        in_channels=channels,
+        out_channels=channels,
         layers_per_block=model.blocks_per_stage,
         block_out_channels=tuple(model.channels),
         norm_num_groups=model.groups,
@@ -119,6 +116,14 @@ def _diffusers(config: RunConfig, images: np.ndarray) -> float:
             for k in reversed(stages)
         ),
     )
+
+
+def _diffusers(config: RunConfig, images: np.ndarray) -> float:
+    """A plain loop: the same stages in diffusers' UNet, the same loss and batches, fused Adam."""
+    device, resources, model = resolve_device(config.resources), config.resources, config.model
+    assert isinstance(model, UNetConfig)
+    torch.manual_seed(0)
+    network = diffusers_network(model, images.shape[-1], images.shape[1])
     network = network.to(device, memory_format=memory_layout(resources))
     optimizer = torch.optim.Adam(network.parameters(), lr=config.training.learning_rate, fused=True)
     objective = build_objective(config, device)

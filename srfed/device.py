@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from srfed.config import ResourcesConfig
 from srfed.errors import UserError
@@ -49,6 +50,13 @@ def autocast(resources: ResourcesConfig, device: torch.device) -> AbstractContex
         return nullcontext()
     # No cache of cast weights: each is used once a pass, and a captured pass must cast them anew.
     return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+
+
+def batched_attention(device: torch.device) -> AbstractContextManager[None]:
+    """The context in which attention of several owners' networks at once is one call: for a CPU's
+    fused kernel torch would call it owner by owner, and warn.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 @contextmanager

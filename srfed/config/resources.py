@@ -1,9 +1,9 @@
 """Where and how a run computes."""
 
 import re
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from srfed.config.settings import Section, setting
 from srfed.units import printable
@@ -50,7 +50,18 @@ class ResourcesConfig(Section):
         description="let a GPU use only algorithms that repeat themselves bit by bit; a CPU's "
         "always do",
     )
+    stack: Literal["auto"] | Annotated[int, Field(ge=1)] = setting(
+        "auto",
+        description="simulated clients that train together as one program, at most: faster for "
+        "small networks and batches, with other last bits than 1, the same for every number above "
+        "1 on a CPU; auto is 1",
+    )
     channels_last: bool = setting(False, description="NHWC memory layout, faster on recent GPUs")
+
+    @property
+    def owners_stacked(self) -> int:
+        """How many clients train as one program, at most."""
+        return 1 if self.stack == "auto" else self.stack
 
     @field_validator("device", mode="before")
     @classmethod

@@ -104,6 +104,7 @@ class RunConfig(Section):
                 f"{self.data.validation_images}; allowed: 2 and more"
             )
         self._check_method()
+        self._check_stack()
         if self.training.update == "exclusive" and (
             self.model.exclusive_stages == "none" and self.model.owned == ()
         ):
@@ -148,6 +149,29 @@ class RunConfig(Section):
                     "data.dataset sites, and it is null: nothing else bounds what a site sends"
                 )
         return self
+
+    def _check_stack(self) -> None:
+        stack, clients = self.resources.owners_stacked, self.federation.clients
+        if stack == 1:
+            return
+        if stack > clients:
+            raise ValueError(f"resources.stack {stack} is above federation.clients {clients}")
+        if self.training.method != "federated":
+            raise ValueError(
+                f"resources.stack {stack} needs training.method federated, not "
+                f"{self.training.method}; allowed: auto, 1"
+            )
+        if self.data.dataset == "sites":
+            raise ValueError(
+                f"resources.stack {stack} is for simulations: each site of data.dataset sites "
+                "trains on its own machine; allowed: auto, 1"
+            )
+        dropout = getattr(self.model, "dropout", 0.0)
+        if dropout:
+            raise ValueError(
+                f"resources.stack {stack} needs model.dropout 0, and it is {dropout}: a stack "
+                "cannot draw for each client apart"
+            )
 
     def _check_method(self) -> None:
         training, clients = self.training, self.federation.clients

@@ -2,7 +2,7 @@
 process.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 
 import torch
@@ -21,6 +21,7 @@ from srfed.federation.last_look import stays_here
 from srfed.federation.layout import Layout, layout_of
 from srfed.federation.messages import Request
 from srfed.federation.site import Site, own_task
+from srfed.federation.together import trained_in_turn, waits_in_turn
 from srfed.flat import copies
 from srfed.model import (
     build_model,
@@ -32,7 +33,7 @@ from srfed.model import (
 from srfed.networks.partition import Shared
 from srfed.storage.checkpoint import check_tensors
 from srfed.storage.client_store import NO_PARENT, ClientStore
-from srfed.training.local import LocalTrainer
+from srfed.training.local import Job, LocalResult, LocalTrainer, train_owners
 from srfed.training.part import ClientState, initial_state
 from srfed.training.step import LocalStep
 
@@ -57,6 +58,7 @@ class Worker:
         self.model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
         self.objective = build_objective(config, self.device)
         self._step = LocalStep(config, self.model, self.partition, self.objective)
+        self._stacks: dict[int, LocalStep] = {}
         self._forwards = captured_forwards(self.model, config.resources, self.device)
         self._trainers: dict[Site, LocalTrainer] = {}
 
@@ -73,8 +75,34 @@ class Worker:
                 task.train,
                 site.index,
                 self._step,
+                self._run,
             )
         return self._trainers[site]
+
+    def _run(self, job: Job) -> LocalResult:
+        """Carry out a client's round: by itself, or with those that are answered together with
+        it.
+        """
+        if not waits_in_turn():
+            return job.trainer.run_alone(job)
+        result = trained_in_turn((self, job))
+        assert isinstance(result, LocalResult)
+        return result
+
+    def run_together(self, jobs: Sequence[Job]) -> list[LocalResult]:
+        """Carry out rounds of one :attr:`~srfed.training.local.Job.form` as one program.
+
+        A single one is put beside itself: it has the bits that it has in any stack, and which
+        clients are in a stack decides nothing.
+        """
+        # What is lent would change with the next stack, which comes before the first is written.
+        kept = [job._replace(lend=False) for job in jobs]
+        stacked = [*kept, *kept][: max(2, len(kept))]
+        if len(stacked) not in self._stacks:
+            self._stacks[len(stacked)] = LocalStep(
+                self.config, self.model, self.partition, self.objective, len(stacked)
+            )
+        return train_owners(self.config, self._stacks[len(stacked)], stacked)[: len(jobs)]
 
     @property
     def beginning(self) -> tuple[Shared, ClientState]:
@@ -176,6 +204,29 @@ def features_for(admitted: Admitted) -> FeatureNetwork:
     ):
         raise not_agreed("the feature network")
     return network
+
+
+def train_stacks(jobs: Sequence[tuple[Worker, Job]]) -> list[LocalResult | Exception]:
+    """Carry out the rounds of clients that are answered together, those of one form as one program.
+
+    Returns:
+        What comes of each, or the exception with which its program has failed.
+    """
+    forms: dict[object, list[int]] = {}
+    for place, (worker, job) in enumerate(jobs):
+        forms.setdefault((worker, job.form), []).append(place)
+    results: dict[int, LocalResult | Exception] = {}
+    for places in forms.values():
+        worker = jobs[places[0]][0]
+        torch.set_num_threads(worker.config.resources.client_cpus)
+        try:
+            found: Sequence[LocalResult | Exception] = worker.run_together(
+                [jobs[place][1] for place in places]
+            )
+        except Exception as error:
+            found = [error] * len(places)
+        results.update(zip(places, found, strict=True))
+    return [results[place] for place in range(len(jobs))]
 
 
 @lru_cache(maxsize=1)

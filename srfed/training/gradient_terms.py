@@ -58,13 +58,13 @@ class GradientTerms:
         """Take the gradient into the round's mean, then add c - c_i to it (Karimireddy et al. 2020,
         eq. 3). Where a tensor has no gradient, that is one of zeros.
         """
-        for name, correction in self._correction.items():
-            parameter = self._weights[name]
-            if parameter.grad is None:
-                parameter.grad = correction.clone()
-                continue
-            self._sum[name].add_(parameter.grad)
-            parameter.grad.add_(correction)
+        moved = [name for name in self._correction if self._weights[name].grad is not None]
+        gradients: list[Tensor] = [self._weights[name].grad for name in moved]  # type: ignore[misc]
+        if moved:
+            torch._foreach_add_([self._sum[name] for name in moved], gradients)
+            torch._foreach_add_(gradients, [self._correction[name] for name in moved])
+        for name in self._correction.keys() - moved:
+            self._weights[name].grad = self._correction[name].clone()
 
     def mean_gradient(self, steps: int) -> dict[str, Tensor]:
         """The mean over so many steps of the gradients as they were clipped, without c - c_i; empty

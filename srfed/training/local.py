@@ -1,8 +1,10 @@
 """One client's local training: θ_i and φ on the client's own images, for one round."""
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from srfed.training.minibatches import (
 )
 from srfed.training.optimizer import rates_of_round
 from srfed.training.part import ClientState, Part
-from srfed.training.step import LocalStep, LossMeter
+from srfed.training.step import LocalStep, LossMeter, Owner
 from srfed.work import STEP_TO_PASS, count_passes
 
 
@@ -40,7 +42,7 @@ class LocalResult:
         images_by_quarter: images behind each of these, with repetition.
         shared_steps: optimizer steps taken on φ.
         images: images seen, with repetition.
-        seconds: wall time of the steps.
+        seconds: wall time of the steps; where owners are trained together, their equal share of it.
         gradient: under ``training.control_variates`` the mean of φ's gradients over the steps, as
             they were clipped and before c - c_i was added; otherwise empty.
     """
@@ -56,6 +58,23 @@ class LocalResult:
     gradient: Control = field(default_factory=lambda: Control({}))
 
 
+class Job(NamedTuple):
+    """An owner's round to be trained: whose, and what :meth:`LocalTrainer.train` is told of it."""
+
+    trainer: "LocalTrainer"
+    round_number: int
+    shared: Shared
+    state: ClientState
+    correction: Control | None = None
+    lend: bool = False
+
+    @property
+    def form(self) -> object:
+        """Equal for owners whose rounds can be trained together."""
+        steps = tuple((parts, len(indices)) for parts, indices in self.trainer.steps(self.state))
+        return self.round_number, self.trainer.image_shape, steps
+
+
 class LocalTrainer:
     """Trains one task's model round by round; holds nothing that a round's result depends on.
 
@@ -69,6 +88,10 @@ class LocalTrainer:
         images: the task's training images, uint8 N x H x W x C.
         index: the task's position, which a model with a table of tasks is told.
         step: of the same model; trainers that share the model may share what was captured of it.
+        run: carries out a round; None trains it by itself, on ``step``.
+
+    Attributes:
+        image_shape: H, W, C of the images.
 
     Raises:
         UserError: the batch size does not fit the images, or the model's table has no such task.
@@ -84,15 +107,17 @@ class LocalTrainer:
         images: np.ndarray,
         index: int = 0,
         step: LocalStep | None = None,
+        run: Callable[[Job], LocalResult] | None = None,
     ) -> None:
         self._config = config
-        self._model = model
         self._index = task_of_table(model, index)
         self._objective = objective
         self._task = task
         self._device = next(model.parameters()).device
         self._step = step or LocalStep(config, model, partition, objective)
+        self._run = run or self.run_alone
         layout = memory_layout(config.resources)
+        self.image_shape = tuple(images.shape[1:])
         self._images = TrainingImages([images], self._device, layout)
         training = config.training
         self._order = MinibatchOrder.of(
@@ -120,93 +145,141 @@ class LocalTrainer:
             lend: the result's state is not copied, and changes when the model is next trained: for
                 whoever writes it away at once.
         """
-        with arithmetic(self._config.resources, self._device):
-            return self._train(round_number, shared, state, correction, lend)
+        return self._run(Job(self, round_number, shared, state, correction, lend))
 
-    def _train(
-        self,
-        round_number: int,
-        shared: Shared,
-        state: ClientState,
-        correction: Control | None,
-        lend: bool,
-    ) -> LocalResult:
-        training, trained = self._config.training, self._step
-        self._model.train()
-        steps = [
-            parts
-            for count, parts in phases(
-                training,
-                self._order.steps_per_pass,
-                trained.exclusive.weights,
-                trained.shared.weights,
-            )
-            for _ in range(count)
+    def run_alone(self, job: Job) -> LocalResult:
+        """Carry out a round of this trainer, by itself."""
+        (result,) = train_owners(self._config, self._step, [job])
+        return result
+
+    def steps(self, state: ClientState) -> list[tuple[tuple[str, ...], Tensor]]:
+        """The steps of a round from this state: the parts that each trains, and the indices of the
+        images that it sees.
+        """
+        owner = self._step.owners[0]
+        counted = phases(
+            self._config.training,
+            self._order.steps_per_pass,
+            owner.exclusive.weights,
+            owner.shared.weights,
+        )
+        parts = [parts for count, parts in counted for _ in range(count)]
+        return [
+            (trained, self._order.indices(state.minibatches + step))
+            for step, trained in enumerate(parts)
         ]
-        orders = [self._order.indices(state.minibatches + step) for step in range(len(steps))]
-        if trained.captures:
-            for parts, indices in {
-                (parts, len(order)): (parts, order)
-                for parts, order in zip(steps, orders, strict=True)
-            }.values():
-                trained.prepare(
-                    parts, self._draw(indices, round_number, 0), self._tasks(len(indices))
-                )
-        keeps = training.shared_moments == "keep"
-        moments = state.shared_moments if keeps else {}
-        # φ's moving average is the server's.
-        trained.begin(
-            Part(shared, Shared({}), moments),
-            state.exclusive,
-            rates_of_round(self._config, round_number),
-            correction,
-        )
-        meter = LossMeter(self._objective.process)
-        start = time.perf_counter()
-        for step, (parts, indices) in enumerate(zip(steps, orders, strict=True)):
-            batch = self._draw(indices, round_number, step)
-            with seeded_dropout(self._config, self._device, self._task, round_number, step):
-                losses = trained.run(parts, batch, self._tasks(len(indices)))
-            meter.add(losses, batch.times)
-            count_passes(STEP_TO_PASS * len(indices))
-        loss, loss_by_quarter, images_by_quarter = meter.read()
-        seconds = time.perf_counter() - start
 
-        own, average = (
-            {name: tensor.detach() for name, tensor in tensors.items()}
-            if lend
-            else copies(tensors, by_name=True)
-            for tensors in (trained.exclusive.weights, trained.exclusive.average)
-        )
-        return LocalResult(
-            shared=Shared(copies(trained.shared.weights)),
-            state=ClientState(
-                exclusive=Part(
-                    Exclusive(own),
-                    Exclusive(average),
-                    trained.exclusive.export_moments(lend=lend),
-                    trained.exclusive.steps,
-                ),
-                shared_moments=trained.shared.export_moments(lend=lend) if keeps else {},
-                minibatches=state.minibatches + len(steps),
-            ),
-            loss=loss,
-            loss_by_quarter=loss_by_quarter,
-            images_by_quarter=images_by_quarter,
-            shared_steps=sum("shared" in parts for parts in steps),
-            images=meter.images,
-            seconds=seconds,
-            gradient=Control(copies(trained.terms.mean_gradient(len(steps)))),
-        )
-
-    def _draw(self, indices: Tensor, round_number: int, step: int) -> Minibatch:
+    def draw(self, indices: Tensor, round_number: int, step: int) -> Minibatch:
+        """What a step sees: the images at these indices, with times and noise."""
         images = self._images[indices]
         return draw_minibatch(self._config, self._objective, images, self._task, round_number, step)
 
-    def _tasks(self, count: int) -> Tensor | None:
-        return (
-            None if self._index is None else torch.full((count,), self._index, device=self._device)
+    def tasks(self, count: int) -> list[Tensor]:
+        """The task's place for so many images, for a model with a table of tasks; else empty."""
+        if self._index is None:
+            return []
+        return [torch.full((count,), self._index, device=self._device)]
+
+    def dropout(self, round_number: int, step: int) -> AbstractContextManager[None]:
+        """The context that a step's dropout draws in."""
+        return seeded_dropout(self._config, self._device, self._task, round_number, step)
+
+
+def train_owners(config: RunConfig, step: LocalStep, jobs: Sequence[Job]) -> list[LocalResult]:
+    """Train one owner for a round, or several at once.
+
+    Args:
+        config: the run's configuration, of a network without dropout where there are several.
+        step: of as many owners.
+        jobs: one for each, all of one :attr:`Job.form`.
+    """
+    with arithmetic(config.resources, step.device):
+        return _train_owners(config, step, jobs)
+
+
+def _train_owners(config: RunConfig, step: LocalStep, jobs: Sequence[Job]) -> list[LocalResult]:
+    number, keeps = jobs[0].round_number, config.training.shared_moments == "keep"
+    step.model.train()
+    plans = [job.trainer.steps(job.state) for job in jobs]
+    trained = [parts for parts, _ in plans[0]]
+
+    def drawn(place: int) -> tuple[list[Minibatch], list[Tensor]]:
+        batches = [
+            job.trainer.draw(plan[place][1], number, place)
+            for job, plan in zip(jobs, plans, strict=True)
+        ]
+        pairs = zip(jobs, batches, strict=True)
+        return batches, [t for job, batch in pairs for t in job.trainer.tasks(len(batch.images))]
+
+    if step.captures:
+        sizes = [(parts, len(indices)) for parts, indices in plans[0]]
+        for place, size in enumerate(sizes):
+            if size not in sizes[:place]:
+                step.prepare(trained[place], *drawn(place))
+    for owner, job in zip(step.owners, jobs, strict=True):
+        # φ's moving average is the server's.
+        owner.begin(
+            Part(job.shared, Shared({}), job.state.shared_moments if keeps else {}),
+            job.state.exclusive,
+            rates_of_round(config, number),
+            job.correction,
         )
+    meters = [LossMeter(step.objective.process) for _ in jobs]
+    start = time.perf_counter()
+    for place, parts in enumerate(trained):
+        batches, tasks = drawn(place)
+        # In a stack nothing draws.
+        alone = jobs[0].trainer.dropout(number, place) if len(jobs) == 1 else nullcontext()
+        with alone:
+            found = step.run(parts, batches, tasks)
+        for meter, losses, batch in zip(meters, found, batches, strict=True):
+            meter.add(losses, batch.times)
+            count_passes(STEP_TO_PASS * len(losses))
+    if step.device.type == "cuda":
+        torch.cuda.synchronize(step.device)
+    seconds = (time.perf_counter() - start) / len(jobs)
+    return [
+        _result(owner, job, meter, trained, seconds, keeps=keeps)
+        for owner, job, meter in zip(step.owners, jobs, meters, strict=True)
+    ]
+
+
+def _result(
+    owner: Owner,
+    job: Job,
+    meter: LossMeter,
+    trained: Sequence[tuple[str, ...]],
+    seconds: float,
+    *,
+    keeps: bool,
+) -> LocalResult:
+    own, average = (
+        {name: tensor.detach() for name, tensor in tensors.items()}
+        if job.lend
+        else copies(tensors, by_name=True)
+        for tensors in (owner.exclusive.weights, owner.exclusive.average)
+    )
+    loss, loss_by_quarter, images_by_quarter = meter.read()
+    return LocalResult(
+        shared=Shared(copies(owner.shared.weights)),
+        state=ClientState(
+            exclusive=Part(
+                Exclusive(own),
+                Exclusive(average),
+                owner.exclusive.export_moments(lend=job.lend),
+                owner.exclusive.steps,
+            ),
+            shared_moments=owner.shared.export_moments(lend=job.lend) if keeps else {},
+            minibatches=job.state.minibatches + len(trained),
+        ),
+        loss=loss,
+        loss_by_quarter=loss_by_quarter,
+        images_by_quarter=images_by_quarter,
+        shared_steps=sum("shared" in parts for parts in trained),
+        images=meter.images,
+        seconds=seconds,
+        gradient=Control(copies(owner.terms.mean_gradient(len(trained)))),
+    )
 
 
 def phases(

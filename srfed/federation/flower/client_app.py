@@ -30,7 +30,7 @@ from srfed.federation.bounds import LEAST_LOSS, judged_against_trivial
 from srfed.federation.comparison import compare, keep_comparison, train_round_alone
 from srfed.federation.control import correction, encode_control, kept_control, own_control
 from srfed.federation.flower.admission import Admitted, admit
-from srfed.federation.flower.guard import GuardedApp, wire_guard
+from srfed.federation.flower.guard import wire_guard
 from srfed.federation.flower.keeping import keep
 from srfed.federation.flower.packing import (
     description_content,
@@ -39,6 +39,7 @@ from srfed.federation.flower.packing import (
     read_tensors,
     reply_content,
 )
+from srfed.federation.flower.stacking import StackedApp
 from srfed.federation.last_look import stays_here
 from srfed.federation.layout import Layout
 from srfed.federation.messages import (
@@ -72,14 +73,14 @@ from srfed.units import printable
 TRIVIAL_IMAGES = 16
 """On how many a network is compared with a predictor that has learned nothing."""
 
-app = GuardedApp(mods=[wire_guard])
+app = StackedApp(mods=[wire_guard])
 
 
 def guarded_app(mods: Sequence[Mod]) -> ClientApp:
     """The same app with mods around the guard, the first one outermost: for an app of one's own,
     as the guard sees nothing of what they do.
     """
-    own = GuardedApp(mods=[*mods, wire_guard])
+    own = StackedApp(mods=[*mods, wire_guard])
     own.query("describe")(describe)
     own.train()(train)
     own.evaluate()(evaluate)

@@ -1,6 +1,6 @@
 """The clients behind a Flower grid: asked together, in a bounded time, and heard one by one."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic, TypeVar
@@ -21,6 +21,7 @@ from srfed.federation.flower.packing import (
     unpack,
 )
 from srfed.federation.flower.roster import Roster
+from srfed.federation.flower.stacking import Seat, StackingGrid
 from srfed.federation.messages import DIED, LOST_STORE, TRAIN, Reply, ReplyHeader, Request
 from srfed.federation.screening import (
     EvaluateReply,
@@ -105,6 +106,7 @@ class FlowerClients:
         screen: Callable[[Reply, ReplyHeader, Request], ReplyT],
         *,
         away: Iterable[str] = (),
+        stacks: Sequence[Sequence[str]] = (),
     ) -> Screened[ReplyT]:
         """Send the requests and screen the replies, in the order of the requests; under ``wait``
         until every client has given one.
@@ -116,6 +118,8 @@ class FlowerClients:
             what: the exchange, in words.
             screen: the reply of a client, if it can be accepted; raises RefusedError.
             away: clients that are not asked because they are not there.
+            stacks: simulated clients that are to be trained together, if any; then every client of
+                the requests is in one.
 
         Raises:
             UserError: under ``wait``, a client has not replied, or only failed, in the time there
@@ -173,8 +177,13 @@ class FlowerClients:
                 if reply.failure is None:
                     self._roster.recheck(client)
 
+        members = self._roster.members
+        seats = [
+            [Seat(members[client].node, members[client].description.index) for client in stack]
+            for stack in stacks
+        ]
         outcome = exchange(
-            self._grid,
+            StackingGrid(self._grid, seats) if stacks else self._grid,
             first,
             make,
             hear,

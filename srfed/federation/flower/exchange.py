@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from flwr.app import Message
-from flwr.serverapp import Grid
 
 from srfed.federation.flower.packing import message_bytes
 
@@ -47,6 +46,16 @@ class StoppedError(Exception):
     """The user asked the run to stop."""
 
 
+class Post(Protocol):
+    """What an exchange needs of a Flower grid."""
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; an id of each that is taken."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies to these messages that have come."""
+
+
 @dataclass
 class Exchange:
     """Who was asked and who has answered.
@@ -74,7 +83,7 @@ class _Turn:
 
 
 def exchange(
-    grid: Grid,
+    grid: Post,
     clients: Iterable[str],
     make: Callable[[str], Message],
     hear: Callable[[str, Message], None],
@@ -93,7 +102,7 @@ def exchange(
     then, and no other is kept at all.
 
     Args:
-        grid: any Flower grid.
+        grid: any Flower grid, or what speaks to one.
         clients: whom to ask.
         make: the request to a client, made anew whenever it is asked.
         hear: takes the reply of a client.

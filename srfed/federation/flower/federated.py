@@ -32,6 +32,7 @@ from srfed.federation.flower.clients import FlowerClients, Screened
 from srfed.federation.flower.exchange import Simulated
 from srfed.federation.flower.identity import kept_roster
 from srfed.federation.flower.roster import Expected, Member, Roster
+from srfed.federation.flower.stacking import shared_out
 from srfed.federation.messages import (
     CONTROL,
     EVALUATE,
@@ -193,7 +194,10 @@ class Federated:
         """
         self._tell, number = tell, state.round + 1
         self._started = time.perf_counter()
-        requests = [self._request(client, number) for client in self._choose(number)]
+        chosen = self._choose(number)
+        stacks = self._stacks(chosen, number)
+        ordered = [client for stack in stacks for client in stack] or chosen
+        requests = [self._request(client, number) for client in ordered]
         sent = self._sent(number)
         self._sum = self._aggregator(self.config.federation, self._came)
         self._reaches: dict[int, Reach | None] = {}
@@ -204,6 +208,7 @@ class Federated:
             f"round {number}",
             self._screen_update,
             away=self._away,
+            stacks=stacks,
         )
         self.state, record = self._aggregate(number, screened)
         self.state = hold_to_owners(self.state, tell)
@@ -236,6 +241,28 @@ class Federated:
             away=self._away,
         )
         return self._judge(number, screened, final)
+
+    def _stacks(self, clients: Sequence[str], number: int) -> list[list[str]]:
+        """The simulated clients that train together: of a round like each other's, in the order of
+        their ids. Empty where each trains by itself.
+        """
+        most, members = self.config.resources.owners_stacked, self._roster.members
+        if most == 1 or any(members[client].description.index < 0 for client in clients):
+            return []
+        alike: dict[object, list[str]] = {}
+        for client in clients:
+            known = self._roster.known[client]
+            plan = TrainPlan.of(
+                self.config,
+                self._partition,
+                client,
+                known.images,
+                self._minibatches(client),
+                number,
+            )
+            key = self._roster.shapes[client], plan.images, plan.minibatches
+            alike.setdefault(key, []).append(client)
+        return [stack for group in alike.values() for stack in shared_out(group, most)]
 
     def _sent(self, number: int) -> dict[str, Shared | Control]:
         """What goes to the clients of a round: φ, and c of control variates; notes what of φ comes
@@ -301,6 +328,7 @@ class Federated:
         grid = self._grid
         at_once = grid.at_once if isinstance(grid, Simulated) else usable_cores()
         lowered = self.config.fingerprint() if self._run.was_lowered else ""
+        at_once *= self.config.resources.owners_stacked
         window = max(LEAST_WINDOW, 2 * at_once) if self._fixed else None
         return FlowerClients(self._grid, self.config, self._roster, tell, window, lowered)
 

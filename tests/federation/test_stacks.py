@@ -1,0 +1,181 @@
+"""Clients whose rounds are trained as one program: their bits follow from the run alone, and a
+failure is one client's.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message
+
+from srfed.config import load_config
+from srfed.errors import UserError
+from srfed.federation.flower.client_app import guarded_app
+from srfed.federation.flower.exchange import StoppedError
+from srfed.federation.flower.in_process import InlineGrid
+from srfed.federation.flower.stacking import TRAIN_STACK, shared_out
+from srfed.federation.messages import TRAIN
+from srfed.federation.together import answer_together, trained_in_turn
+from srfed.storage.run_folder import RunFolder
+from support.tiny_run import CHEAP, all_bits, begin, round_lines, run_in_process, run_on_grid
+
+SETTINGS: dict[str, Any] = {
+    **CHEAP,
+    "federation.rounds": 2,
+    "federation.compare": "alone",
+    "model.exclusive_stages": 1,
+    "model.owned": ["vector", "film"],
+    "training.control_variates": True,
+    "training.local_steps": 1,
+    "updates.steps": ["clip", "quantise"],
+    "evaluation.memorisation_quantile": 0.0,
+}
+MIDDLE = 1
+
+
+class StoppingGrid(InlineGrid):
+    """The run is stopped when the first stack of round 2 has trained, and before it is heard."""
+
+    def _run_client(self, message: Message) -> Message:
+        reply = super()._run_client(message)
+        if message.metadata.message_type == TRAIN_STACK and message.metadata.group_id == "2":
+            raise StoppedError
+        return reply
+
+
+def failing(times: int) -> Callable[..., Message]:
+    """A mod that makes so many of the middle client's rounds fail once they are trained."""
+    left = [None] * times
+
+    def mod(message: Message, context: Context, call_next: Callable[..., Message]) -> Message:
+        reply = call_next(message, context)
+        middle = context.node_config["partition-id"] == MIDDLE
+        if message.metadata.message_type == TRAIN and middle and left:
+            left.pop()
+            raise RuntimeError("no such luck")
+        return reply
+
+    return mod
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return run_in_process(
+        begin(tmp_path_factory.mktemp("whole") / "run", {**SETTINGS, "resources.stack": 2})
+    )
+
+
+def test_a_stopped_run_a_client_asked_again_and_another_stack_have_the_same_bits(
+    whole: RunFolder, tmp_path: Path
+) -> None:
+    settings = {**SETTINGS, "resources.stack": 3, "federation.on_missing": "wait"}
+    run = begin(tmp_path / "run", settings)
+    with pytest.raises(StoppedError):
+        run_on_grid(run, StoppingGrid, guarded_app([failing(1)]))
+    assert [line["round"] for line in round_lines(run)] == [1]
+    assert all_bits(run_in_process(RunFolder.open(run.path))) == all_bits(whole)
+    assert all(len(line["accepted"]) == 3 for line in round_lines(whole))
+
+
+def test_a_stack_is_not_one_by_one_to_the_bit_and_is_so_to_rounding(
+    whole: RunFolder, tmp_path: Path
+) -> None:
+    alone = run_in_process(begin(tmp_path / "run", {**SETTINGS, "federation.rounds": 1}))
+    (one, *_), (other, *_) = round_lines(alone), round_lines(whole)
+    assert one["loss_by_client"] == pytest.approx(other["loss_by_client"], rel=1e-5)
+    assert one["loss_by_client"] != other["loss_by_client"]
+
+
+def test_one_clients_failure_is_not_the_others(tmp_path: Path) -> None:
+    settings = {**SETTINGS, "resources.stack": 3, "federation.rounds": 1}
+    run = run_in_process(begin(tmp_path / "run", settings), guarded_app([failing(1)]))
+    (line,) = round_lines(run)
+    assert line["accepted"] == ["digit-0", "digit-2"]
+    assert list(line["refused"]) == ["digit-1"]
+    assert "no such luck" in (run.clients / "digit-1" / "client.log").read_text()
+    log = run.clients / "digit-0" / "client.log"
+    assert not log.exists() or "no such luck" not in log.read_text()
+
+
+def test_clients_take_turns_and_each_has_its_own_outcome() -> None:
+    """No torch in it: two ask for something once, one twice, one fails before and one after."""
+    order: list[str] = []
+
+    def client(name: str, times: int) -> Callable[[], str]:
+        def answer() -> str:
+            if name == "before":
+                raise ValueError(name)
+            got = [trained_in_turn(f"{name}{k}") for k in range(times)]
+            order.append(name)
+            if name == "after":
+                raise ValueError(name)
+            return f"{name}: {got}"
+
+        return answer
+
+    stacks: list[list[str]] = []
+
+    def train(jobs: list[str]) -> list[object]:
+        stacks.append(jobs)
+        return [KeyError("x") if job == "c0" else job.upper() for job in jobs]
+
+    names = {"a": 1, "before": 1, "b": 2, "c": 1, "after": 1}
+    found = answer_together([client(name, times) for name, times in names.items()], train)
+    assert stacks == [["a0", "b0", "c0", "after0"], ["b1"]]
+    assert order == ["a", "after", "b"]
+    assert [found[0], found[2]] == ["a: ['A0']", "b: ['B0', 'B1']"]
+    assert [type(found[k]) for k in (1, 3, 4)] == [ValueError, KeyError, ValueError]
+
+
+def test_when_training_is_interrupted_nobody_is_left_waiting() -> None:
+    ended: list[BaseException] = []
+
+    def answer() -> None:
+        try:
+            trained_in_turn(None)
+        except BaseException as error:
+            ended.append(error)
+            raise
+
+    def train(jobs: list[None]) -> list[None]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answer_together([answer, answer], train)
+    assert len(ended) == 2
+    assert not any(isinstance(error, Exception) for error in ended)
+
+
+def test_stacks_are_as_equal_as_can_be() -> None:
+    assert [len(stack) for stack in shared_out([str(k) for k in range(10)], 4)] == [3, 3, 4]
+    assert shared_out(["a", "b"], 8) == [["a", "b"]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["resources.stack=0"], "resources.stack = "),
+        (["resources.stack=-1"], "resources.stack = "),
+        (["resources.stack=2.5"], "resources.stack = "),
+        (["resources.stack=many"], "resources.stack = "),
+        (["resources.stack=11"], "resources.stack 11 is above federation.clients 10"),
+        (
+            ["resources.stack=2", "training.method=balanced", "training.batch_size=30"],
+            "resources.stack 2 needs training.method federated, not balanced; allowed: auto, 1",
+        ),
+        (
+            ["resources.stack=2", "model.dropout=0.1"],
+            "resources.stack 2 needs model.dropout 0, and it is 0.1",
+        ),
+        (
+            ["resources.stack=2", "data.dataset=sites", "evaluation.mode=statistics"],
+            "resources.stack 2 is for simulations",
+        ),
+    ],
+)
+def test_an_impossible_stack_is_refused_in_one_sentence(settings: list[str], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(None, settings)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
