@@ -149,10 +149,10 @@ def _decoded(
     cached = _from_cache(file)
     if cached is not None:
         return cached
+    cached = _read(config, path, name, known)
     with held(cache / "lock", wait=True):
         # Of a process that was killed while it wrote as much again.
         remove_temporary_files(cache, r"images-.*\.safetensors")
-        cached = _read(config, path, name, known)
         arrays = {"train": np.ascontiguousarray(cached[0]), "test": np.ascontiguousarray(cached[1])}
         write_bytes(file, safetensors.numpy.save(arrays))
         for old in cache.glob("images-*.safetensors"):
