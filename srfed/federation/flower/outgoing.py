@@ -202,7 +202,13 @@ def _tensors(content: RecordDict, name: str, expected: Layout, kind: str) -> dic
     sizes = {LAYOUT: len(layout)}
     for entry in expected:
         sizes[entry[1]] = sizes.get(entry[1], 0) + value_bytes([entry])
-    if LAYOUT not in record or set(record) != set(sizes):
+    if LAYOUT not in record or not np.array_equal(record[LAYOUT].numpy(), layout):
+        sent, known = read_layout(record), dict.fromkeys(expected)
+        wrong = next((entry for entry in sent if entry not in known), None)
+        raise NotAllowedError(
+            f"arrays {name!r} in a reply to {kind} are not those asked for: {wrong or sent[:1]}"
+        )
+    if set(record) != set(sizes):
         raise NotAllowedError(
             f"arrays {sorted(set(record) ^ set(sizes))[:3]} among {name!r} in a reply to {kind}"
         )
@@ -212,10 +218,4 @@ def _tensors(content: RecordDict, name: str, expected: Layout, kind: str) -> dic
                 f"array {key!r} among {name!r} has {len(record[key].data)} bytes, where {size} "
                 "were asked for"
             )
-    if not np.array_equal(record[LAYOUT].numpy(), layout):
-        sent, known = read_layout(record), dict.fromkeys(expected)
-        wrong = next((entry for entry in sent if entry not in known), None)
-        raise NotAllowedError(
-            f"arrays {name!r} in a reply to {kind} are not those asked for: {wrong or sent[:1]}"
-        )
     return read_tensors(content, name)
