@@ -69,7 +69,8 @@ def rebuilt(
     form, words = _form(kind, admitted), _words(kind, admitted)
     records = {REPLY, *form.arrays, *([METRICS] if form.numbers else [])}
     if extra := [name for name in content if name not in records]:
-        raise NotAllowedError(f"record {extra[0]!r} in a reply to {kind}")
+        what = "arrays" if isinstance(content[extra[0]], ArrayRecord) else "record"
+        raise NotAllowedError(f"{what} {extra[0]!r} in a reply to {kind}")
     if lacking := [name for name in sorted(records) if name not in content]:
         raise NotAllowedError(f"a reply to {kind} without record {lacking[0]!r}")
     _check_words(content, words, kind)
@@ -150,8 +151,10 @@ def _check_words(content: RecordDict, words: Description | ReplyHeader, kind: st
         description_content(words) if isinstance(words, Description) else reply_content(words, {})
     ).config_records[REPLY]
     record = content[REPLY]
-    if not isinstance(record, ConfigRecord) or set(record) != set(asdict(words)):
-        raise NotAllowedError(f"other fields in record {REPLY!r} of a reply to {kind}")
+    if not isinstance(record, ConfigRecord):
+        raise NotAllowedError(f"record {REPLY!r} of a reply to {kind} has no fields")
+    if unlike := sorted(set(record) ^ set(asdict(words))):
+        raise NotAllowedError(f"field {unlike[:1]} in record {REPLY!r} of a reply to {kind}")
     for key, value in expected.items():
         if type(record[key]) is not type(value) or record[key] != value:
             raise NotAllowedError(f"field {key!r} of a reply to {kind} is not {value!r}")
@@ -199,7 +202,13 @@ def _tensors(content: RecordDict, name: str, expected: Layout, kind: str) -> dic
     sizes = {LAYOUT: len(layout)}
     for entry in expected:
         sizes[entry[1]] = sizes.get(entry[1], 0) + value_bytes([entry])
-    if LAYOUT not in record or set(record) != set(sizes):
+    if LAYOUT not in record or not np.array_equal(record[LAYOUT].numpy(), layout):
+        sent, known = read_layout(record), dict.fromkeys(expected)
+        wrong = next((entry for entry in sent if entry not in known), None)
+        raise NotAllowedError(
+            f"arrays {name!r} in a reply to {kind} are not those asked for: {wrong or sent[:1]}"
+        )
+    if set(record) != set(sizes):
         raise NotAllowedError(
             f"arrays {sorted(set(record) ^ set(sizes))[:3]} among {name!r} in a reply to {kind}"
         )
@@ -209,10 +218,4 @@ def _tensors(content: RecordDict, name: str, expected: Layout, kind: str) -> dic
                 f"array {key!r} among {name!r} has {len(record[key].data)} bytes, where {size} "
                 "were asked for"
             )
-    if not np.array_equal(record[LAYOUT].numpy(), layout):
-        sent, known = read_layout(record), dict.fromkeys(expected)
-        wrong = next((entry for entry in sent if entry not in known), None)
-        raise NotAllowedError(
-            f"arrays {name!r} in a reply to {kind} are not those asked for: {wrong or sent[:1]}"
-        )
     return read_tensors(content, name)
