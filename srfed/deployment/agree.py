@@ -16,6 +16,7 @@ from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
 from srfed.federation.agreement import (
     AGREEMENT_FILE,
+    MOST_RUNS,
     AgreedFeatures,
     AgreedShared,
     Agreement,
@@ -27,6 +28,7 @@ from srfed.federation.agreement import (
     samples_of,
     weak_numbers,
 )
+from srfed.federation.asked import MOST_ANSWERED
 from srfed.federation.bounds import comparison_in_words, validation_in_words
 from srfed.federation.coming import coming_in_words
 from srfed.federation.contract import Contract
@@ -52,6 +54,7 @@ def propose(
     least: LeastImages | None = None,
     resources: SiteResources | None = None,
     mods: Sequence[str] = (),
+    runs: int = 1,
 ) -> Agreement:
     """The agreement that allows a configuration, and no more than it needs.
 
@@ -66,6 +69,7 @@ def propose(
             mean.
         resources: what this machine gives; None takes one thread on a device that is found.
         mods: the owner's own, each "module:function" of an installed package, the outermost first.
+        runs: how many may be begun under it.
 
     Raises:
         UserError: the configuration, the images or the machine do not fit, or numbers would leave
@@ -112,6 +116,7 @@ def propose(
         at_least=rules["at_least"],
         free=tuple(rules["free"]),
         mods=agreed_mods,
+        runs=runs,
     )
     try:
         resolve_device(agreement.with_own_resources(config).resources)
@@ -137,7 +142,14 @@ def agree_as_rehearsed(
     resources = SiteResources(device=config.resources.device, threads=config.resources.client_cpus)
     least = LeastImages(statistics=2, mean=1)
     agreement = propose(
-        config, data, state_dir, client, certificate=certificate, least=least, resources=resources
+        config,
+        data,
+        state_dir,
+        client,
+        certificate=certificate,
+        least=least,
+        resources=resources,
+        runs=MOST_RUNS,
     )
     agree(agreement, config, data, state_dir)
 
@@ -273,6 +285,9 @@ def in_words(agreement: Agreement, config: RunConfig) -> str:
             "texts of errors",
             "",
             "may be asked",
+            f"  runs:        {agreement.runs}"
+            + (" (more of them with --runs)" if agreement.runs == 1 else "")
+            + f"; about one round at most {MOST_ANSWERED} different φ's",
             f"  training:    up to {config.federation.rounds} rounds, each of up to {steps} in "
             f"minibatches of {training.batch_size} images",
             *come,

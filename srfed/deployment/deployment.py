@@ -27,7 +27,6 @@ from srfed.deployment.certificates import (
     site_key,
 )
 from srfed.deployment.flower import (
-    CLIENT_APP,
     CONNECTION,
     HOST,
     SUPERNODE,
@@ -42,6 +41,7 @@ from srfed.deployment.flower_run import FlowerRun
 from srfed.deployment.process import POLL_SECONDS, READY_SECONDS, Process
 from srfed.deployment.sites import NOTES, REGISTERED, note_site
 from srfed.errors import UserError
+from srfed.federation.flower.shim import CLIENT_APP
 from srfed.federation.run_config import app_config_toml
 from srfed.files import make_folder, write_bytes
 from srfed.keys import read_key

@@ -17,7 +17,7 @@ from typing import Any
 
 import srfed
 from srfed.errors import UserError
-from srfed.federation.flower.shim import install
+from srfed.federation.flower.shim import ALONE, CLIENT_APP, install
 
 HOST = "127.0.0.1"
 CONNECTION = "deployment"
@@ -32,7 +32,7 @@ POLL_VARIABLE = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"
 """Environment variable of Flower's: seconds from one look for work to the next; 1 if it is not set,
 here a tenth.
 """
-SUPERNODE, CLIENT_APP = "flower-supernode", "flwr-clientapp"
+SUPERNODE = "flower-supernode"
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 """Without these every program of Flower's, each ClientApp anew for each message, posts to its
 maker's host.
@@ -46,6 +46,9 @@ def environment_for(home: Path, folder: Path, part: str) -> dict[str, str]:
     Args:
         home: where it keeps what it unpacks.
         folder, part: how its processes are marked.
+
+    Raises:
+        UserError: a site's ``home`` cannot be written.
     """
     # Without what a simulation in this process may have set for its own apps.
     environment = {
@@ -69,7 +72,7 @@ def environment_for(home: Path, folder: Path, part: str) -> dict[str, str]:
         PART_VARIABLE: part,
     }
     if part.startswith("site"):
-        environment["PATH"] = _warm(home) + environment["PATH"]
+        environment["PATH"] = f"{_programs(home)}{os.pathsep}{environment['PATH']}"
     package = Path(srfed.__file__).parent.parent
     if package != Path(sysconfig.get_path("purelib")):
         # Not installed, or not this copy: what the processes run is to be what runs here.
@@ -79,14 +82,14 @@ def environment_for(home: Path, folder: Path, part: str) -> dict[str, str]:
     return environment
 
 
-def _warm(home: Path) -> str:
-    """Where a SuperNode finds a ClientApp that need not import everything for each message, as the
-    beginning of a PATH; empty where there is none.
+def _programs(home: Path) -> Path:
+    """Where a SuperNode finds the program that looks at what the SuperLink hands out; it is not
+    started without.
     """
-    with suppress(OSError):
-        if folder := install(home, program(CLIENT_APP), sys.executable):
-            return f"{folder}{os.pathsep}"
-    return ""
+    try:
+        return install(home, sys.executable)
+    except OSError as error:
+        raise UserError(f"cannot write {home / 'bin'}: {error.strerror or error}") from error
 
 
 def program(name: str) -> Path:
@@ -120,6 +123,7 @@ def marked(folder: Path) -> list[Alive]:
                 # Scripts run as "python /where/flower-superlink ...".
                 words = (w for w in _words(entry / "cmdline")[1:] if not w.startswith("-"))
                 name = next((Path(word).name for word in words), "")
+                name = CLIENT_APP if name == ALONE else name
                 found.append(Alive(int(entry.name), environment.get(PART_VARIABLE, ""), name))
         except (OSError, ValueError):
             continue  # it ended meanwhile, or is another user's

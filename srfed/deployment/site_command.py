@@ -25,7 +25,6 @@ from srfed.deployment.certificates import (
 )
 from srfed.deployment.connection import check_superlink
 from srfed.deployment.flower import (
-    CLIENT_APP,
     HOST,
     SUPERNODE,
     environment_for,
@@ -37,6 +36,7 @@ from srfed.deployment.flower import (
 )
 from srfed.errors import UserError
 from srfed.federation.agreement import AGREEMENT_FILE, COMMAND, Agreement
+from srfed.federation.flower.shim import CLIENT_APP
 from srfed.federation.mods import changed_mod
 from srfed.files import append_text, exists, held, write_bytes
 from srfed.units import printable

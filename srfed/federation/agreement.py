@@ -75,6 +75,7 @@ LEAST_STATISTICS, LEAST_MEAN = 20, 8
 otherwise.
 """
 
+MOST_RUNS = 1000
 LONGEST_WORDS, LONGEST_DETAIL = 200, 1000
 """Characters of a refusal, which travels, and of what it quotes, which stays."""
 
@@ -192,6 +193,7 @@ class Agreement(_Part):
             where no statistics leave.
         exactly, at_most, at_least, free: the rule of each setting, by its name.
         mods: the owner's own, the outermost first; none in agreements from before there were any.
+        runs: how many may be begun under it; see :mod:`srfed.federation.asked`.
     """
 
     client: str
@@ -208,6 +210,7 @@ class Agreement(_Part):
     at_least: dict[str, int]
     free: tuple[str, ...]
     mods: tuple[AgreedMod, ...] = ()
+    runs: Annotated[int, Field(ge=1, le=MOST_RUNS)] = 1
 
     def admit(self, asked: RunConfig) -> RunConfig:
         """What the site does of a configuration: all that was agreed, with this machine's own

@@ -17,6 +17,7 @@ from srfed.federation.agreement import not_agreed
 from srfed.federation.coming import decode_coming
 from srfed.federation.contract import Contract
 from srfed.federation.flower.admission import Admitted
+from srfed.federation.last_look import stays_here
 from srfed.federation.layout import Layout, layout_of
 from srfed.federation.messages import Request
 from srfed.federation.site import Site, own_task
@@ -145,7 +146,7 @@ class Worker:
         check_tensors(
             str(store.folder), state.exclusive.weights, self._initial_state.exclusive.weights
         )
-        return state
+        return stays_here(state)
 
     def received(self, came: Mapping[str, Tensor], layout: Layout, what: str) -> dict[str, Tensor]:
         """What a request brought in place of φ, or of another ``what`` like it: decoded, where the

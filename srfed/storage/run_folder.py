@@ -184,6 +184,11 @@ class RunFolder:
         run._refuse_fewer_rounds()
         return run
 
+    @property
+    def was_lowered(self) -> bool:
+        """Whether a resumption has lowered settings."""
+        return bool(read_json(self.identity_file, kinds=_KINDS).get(_LOWERED_KEY))
+
     def lowered_after(self, round_number: int) -> dict[str, float]:
         """The settings that a resumption has lowered after this round, by name."""
         entries = read_json(self.identity_file, kinds=_KINDS).get(_LOWERED_KEY, [])

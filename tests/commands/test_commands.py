@@ -44,7 +44,8 @@ def test_the_main_job_from_the_command_line(
     assert run.config.to_yaml() == (run.path / "config.yaml").read_text()
     assert run.summary.read_text().strip() in done.stdout
     lines = done.stdout.splitlines()
-    assert [line.split()[1] for line in lines if line.startswith("round")] == ["1/3", "2/3", "3/3"]
+    told = [line.split()[1] for line in lines if line.startswith("round")]
+    assert (told[0], told[-1]) == ("1/3", "3/3"), "others where a minute has gone by"
     assert [line.split()[0] for line in lines if line.startswith("digit-")] == [
         "digit-0",
         "digit-1",

@@ -392,7 +392,9 @@ def own(tmp_path: Path) -> Path:
 
 
 def copies(cache: Path) -> list[Path]:
-    return [path for path in cache.iterdir() if path.name not in (RECORD_FILE, "client.log")]
+    return [
+        path for path in cache.iterdir() if path.name not in (RECORD_FILE, "client.log", "lock")
+    ]
 
 
 def replace(file: Path, pixels: np.ndarray) -> None:

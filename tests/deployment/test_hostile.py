@@ -14,12 +14,14 @@ from srfed.data import load_tasks
 from srfed.deployment.agree import agree_as_rehearsed
 from srfed.deployment.deployment import Deployment
 from srfed.deployment.flower import CONNECTION
+from srfed.federation.flower.program import REFUSAL
 from srfed.federation.messages import REFUSED
 from srfed.storage.metrics_log import MetricsLog
 from support.tiny_run import TINY, tiny_config
 
 pytestmark = pytest.mark.slow
 
+OURS = "srfed.federation.flower.client_app:app"
 HONEST, HOSTILE = "digit-0", "digit-1"
 SETTINGS: dict[str, Any] = {
     "federation.clients": 2,
@@ -40,12 +42,31 @@ license = "Apache-2.0"
 publisher = "nobody"
 
 [tool.flwr.app.components]
-serverapp = "hostile.server:app"
-clientapp = "srfed.federation.flower.client_app:app"
+serverapp = "hostile_server:{server}"
+clientapp = "{client}"
 
 [tool.flwr.app.config]
 orders = ""
 """
+
+THIEF = '''"""An app that brings its own ClientApp along."""
+
+from pathlib import Path
+
+import numpy as np
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+Path("{marker}").touch()
+app = ClientApp()
+
+
+@app.train()
+def train(message, context):
+    image = np.load(context.node_config["data"])["train_images"][0]
+    content = RecordDict({{"stolen": ConfigRecord({{"image": image.tobytes()}})}})
+    return Message(content, reply_to=message)
+'''
 
 SERVER = '''"""Sends what a file of orders says to every site, and writes down what each one answers."""
 
@@ -53,7 +74,7 @@ import json
 import time
 from pathlib import Path
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.serverapp import ServerApp
 
 from srfed.config import parse_config
@@ -62,6 +83,18 @@ from srfed.federation.messages import SHARED, Description, Request
 from srfed.model import build_model, build_partition
 
 app = ServerApp()
+steal = ServerApp()
+
+
+@steal.main()
+def ask_all(grid, context):
+    """Whatever its ClientApp answers, from each site."""
+    orders = json.loads(Path(context.run_config["orders"]).read_text())
+    while len(nodes := list(grid.get_node_ids())) < orders["sites"]:
+        time.sleep(0.2)
+    replies = grid.send_and_receive([Message(RecordDict(), node, "train") for node in nodes], timeout=300)
+    answers = [[r.error.code, r.error.reason] if r.has_error() else sorted(r.content) for r in replies]
+    Path(orders["stolen"]).write_text(json.dumps(answers))
 
 
 @app.main()
@@ -222,14 +255,16 @@ def test_neither_a_hostile_server_nor_a_hostile_client_gets_further_than_its_own
     )
     for path, text in {
         "hook/sitecustomize.py": SITECUSTOMIZE,
-        "app/pyproject.toml": PROJECT,
-        "app/hostile/__init__.py": "",
-        "app/hostile/server.py": SERVER,
+        "hook/hostile_server.py": SERVER,
+        "app/pyproject.toml": PROJECT.format(server="app", client=OURS),
+        "thief/pyproject.toml": PROJECT.format(server="steal", client="thief:app"),
+        "thief/thief.py": THIEF.format(marker=tmp_path / "imported"),
         "config.yaml": yaml.safe_dump(nested({})),
     }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
     orders, answers, state = tmp_path / "orders.json", tmp_path / "answers.json", tmp_path / "state"
+    stolen = tmp_path / "stolen.json"
     requests = [
         [what, kind, nested(changes), fields] for what, kind, changes, fields, _ in REQUESTS
     ]
@@ -241,6 +276,7 @@ def test_neither_a_hostile_server_nor_a_hostile_client_gets_further_than_its_own
                 "victim": HONEST,
                 "requests": requests,
                 "answers": str(answers),
+                "stolen": str(stolen),
             }
         )
     )
@@ -255,16 +291,17 @@ def test_neither_a_hostile_server_nor_a_hostile_client_gets_further_than_its_own
         for client in (HONEST, HOSTILE):
             deployment.wait_for_site(client)
         before = written(tmp_path)
-        told = deployment.flwr(
-            "run",
-            str(tmp_path / "app"),
-            CONNECTION,
-            "--stream",
-            "--run-config",
-            f'orders="{orders}"',
-            timeout=480,
-        )
-        assert answers.exists(), told
+        for app, outcome in {"app": answers, "thief": stolen}.items():
+            told = deployment.flwr(
+                "run",
+                str(tmp_path / app),
+                CONNECTION,
+                "--stream",
+                "--run-config",
+                f'orders="{orders}"',
+                timeout=480,
+            )
+            assert outcome.exists(), told
         answered = json.loads(answers.read_text())
         after = written(tmp_path)
         run = deployment.run(tmp_path / "run", tmp_path / "config.yaml")
@@ -284,7 +321,15 @@ def test_neither_a_hostile_server_nor_a_hostile_client_gets_further_than_its_own
     assert before <= after | {tmp_path / "run"}
     (attempt,) = [path for path in after - before if path.name == "state.safetensors"]
     assert attempt.parent.parent == state / HONEST / "lineages" / "lineage"
-    assert all(state in path.parents for path in after - before - {answers})
+    assert all(state in path.parents for path in after - before - {answers, stolen})
+    # The app with code of its own was answered for by srfed, and nothing of it unpacked or run.
+    assert json.loads(stolen.read_text()) == [[REFUSED, REFUSAL]] * 2
+    assert not (tmp_path / "imported").exists()
+    assert not list((tmp_path / "d" / "sites").rglob("*.py"))
+    for client in (HONEST, HOSTILE):
+        lines = (state / client / "client.log").read_text().splitlines()
+        (line,) = [line for line in lines if "the app that was handed out" in line]
+        assert "refused: the app that was handed out: it holds 'thief.py'" in line
 
     rounds = MetricsLog(tmp_path / "run" / "metrics.jsonl").rounds()
     assert [line["accepted"] for line in rounds] == [[HONEST], [HONEST]]

@@ -31,6 +31,7 @@ from srfed.federation.agreement import (
     samples_of,
     weak_numbers,
 )
+from srfed.federation.asked import ASKED_FILE
 from srfed.federation.flower.packing import read_metrics, reply_content, request_content
 from srfed.federation.messages import (
     DESCRIBE,
@@ -657,6 +658,11 @@ def test_an_owner_agrees_sees_what_changes_and_check_says_whether_it_fits(tmp_pa
     again = command("agree", *options, "--yes")
     assert again.returncode == 0
     assert "says so already" in again.stdout
+    # As a run leaves it.
+    (state / CLIENT / ASKED_FILE).write_text("{}")
+    renewed = command("agree", *options)
+    assert "  what was asked under it counts no more, so another run may begin\n" in renewed.stdout
+    assert "  runs:        1 (more of them with --runs)" in renewed.stdout
 
     assert "\nagreement:  fits\n" in command("check", *options[:-4]).stdout
     wider = [*options, "--set", "training.local_steps=9"]
@@ -680,6 +686,7 @@ def test_an_owner_agrees_sees_what_changes_and_check_says_whether_it_fits(tmp_pa
         (["--least-statistics", 1], "statistics = 1 is impossible"),
         (["--least-mean", 0], "mean = 0 is impossible"),
         (["--threads", 0], "threads = 0 is impossible"),
+        (["--runs", 0], "--runs 0 is impossible; allowed: 1 to 1000"),
         (["--root-certificates", "/nowhere"], "cannot read /nowhere"),
         (["--set", "model.exclusive_stages=9"], "model.exclusive_stages = 9 is not allowed"),
         (["--client-id", "../x"], "is no name for a store"),
@@ -783,7 +790,7 @@ def test_a_reply_that_the_guard_refuses_leaves_every_file_as_it_was(
     with monkeypatch.context() as patched:
         patched.setattr("srfed.federation.flower.client_app.reply_content", mistaken)
         assert fresh.ask(kind, **fields).error.code == FAILED
-    assert "number ['more']" in fresh.log
+    assert "['more']" in fresh.log
     assert kept(fresh) == before
     assert fresh.ask(kind, **fields).has_content()
     assert kept(fresh) != before

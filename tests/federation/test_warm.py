@@ -1,6 +1,7 @@
 """What answers a site's messages is Flower's own program, but that it has imported everything."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
 
 from srfed.deployment.flower import FOLDER_VARIABLE, environment_for, marked, program
 from srfed.federation.flower.shim import install
@@ -111,13 +113,12 @@ def test_whoever_forks_ends_with_the_supernode(tmp_path: Path) -> None:
                 os.kill(left, signal.SIGKILL)
 
 
-def test_where_nothing_can_be_forked_flowers_program_runs(tmp_path: Path) -> None:
-    """The interpreter that is to import everything ends at once."""
-    folder = install(tmp_path, program(CLIENT_APP), sys.executable)
-    assert folder is not None
+def test_where_nothing_can_be_forked_the_same_program_runs_by_itself(tmp_path: Path) -> None:
+    """There is no folder for the socket."""
+    folder = install(tmp_path, sys.executable)
     text = (folder / CLIENT_APP).read_text()
-    last = text.rindex(repr(sys.executable))
-    broken = text[:last] + repr("/bin/false") + text[last + len(repr(sys.executable)) :]
+    broken = text.replace(f"run({str(tmp_path)!r}", f"run({str(tmp_path / 'none')!r}")
+    assert broken != text
     (folder / CLIENT_APP).write_text(broken)
     done = subprocess.run(
         [folder / CLIENT_APP, "--parent-pid", str(os.getpid()), "--help"],
@@ -125,5 +126,18 @@ def test_where_nothing_can_be_forked_flowers_program_runs(tmp_path: Path) -> Non
         capture_output=True,
         text=True,
     )
+    assert "usage: flwr-clientapp" in done.stdout
     assert "Run a Flower ClientApp" in done.stdout
     assert not marked(tmp_path)
+
+
+def test_no_program_of_flowers_for_another_kind_of_app_is_found_at_a_site(tmp_path: Path) -> None:
+    """A SuperLink says which kind of app a run is; those for agents run what an archive holds."""
+    path = environment_for(tmp_path, tmp_path, "site a")["PATH"]
+    for kind in TaskType:
+        if kind != TaskType.CLIENT_APP:
+            command = shutil.which(TASK_TYPE_TO_COMMAND[kind], path=path)
+            assert command is not None
+            done = subprocess.run([command, "--token", "x"], capture_output=True, text=True)
+            assert done.returncode == 1
+            assert done.stderr.startswith(f"refused: {kind}, which")

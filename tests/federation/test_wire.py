@@ -32,6 +32,7 @@ from srfed.federation.layout import layout_bytes
 from srfed.federation.messages import (
     DESCRIBE,
     EVALUATE,
+    EXAMPLES,
     GENERATED,
     METRICS,
     REFUSED,
@@ -231,9 +232,9 @@ def ask(
         grid = InlineGrid(app, 1)
         model = build_model(config, 1)
         shared = build_partition(config, model).take_shared(model.state_dict())
-        attempt = f"attempt-{len(list(tmp_path.glob('*/lineages/lineage/*')))}"
+        # The same question has one name, however often it is asked.
         request = Request(
-            config.to_json(), "lineage", "digit-0", round=1, attempt=attempt, samples=samples
+            config.to_json(), "lineage", "digit-0", round=1, attempt="attempt", samples=samples
         )
         content = request_content(request, {SHARED: shared} if kind != DESCRIBE else None)
         return grid.send_and_receive([Message(content, 1, kind)])[0]
@@ -309,6 +310,17 @@ def respelled_layout(record: str) -> Leak:
     return leak
 
 
+def announced_as(record: str, key: str, shape: tuple[int, ...], stype: str) -> Leak:
+    """An array of the same values that Flower's own fields announce otherwise."""
+
+    def leak(reply: Message) -> None:
+        arrays = reply.content.array_records[record]
+        array = arrays[key]
+        arrays[key] = Array(array.dtype, shape or array.shape, stype or array.stype, array.data)
+
+    return leak
+
+
 AS_NUMBERS = [float(byte) for byte in SECRET.encode()]
 LEAKS: dict[str, tuple[str, Leak]] = {
     "an exclusive tensor among φ": (TRAIN, add_array(SHARED, "head.conv.weight")),
@@ -350,6 +362,20 @@ LEAKS: dict[str, tuple[str, Leak]] = {
     "an unknown field": (TRAIN, add_field(REPLY, "note", SECRET)),
     "a record of text": (EVALUATE, add_field("notes", "client", SECRET)),
     "an unknown field of a description": (DESCRIBE, add_field(REPLY, "path", SECRET)),
+    "a short text in place of the client": (TRAIN, add_field(REPLY, "client", SECRET)),
+    "a short text in place of the attempt": (TRAIN, add_field(REPLY, "attempt", SECRET)),
+    "a text for no features": (TRAIN, add_field(REPLY, "features", SECRET)),
+    "a whole number in place of the round": (TRAIN, add_field(REPLY, "round", 4711**5)),
+    "a truth value in place of the round": (TRAIN, add_field(REPLY, "round", True)),
+    "a short text in place of the version": (DESCRIBE, add_field(REPLY, "version", SECRET)),
+    "a number in place of the test images": (DESCRIBE, add_field(REPLY, "test_images", 4711)),
+    "another count of images": (TRAIN, add_number(METRICS, EXAMPLES, 4711.0)),
+    "a count with a fraction": (TRAIN, add_number(METRICS, "images", 20.5)),
+    "an update without its numbers": (TRAIN, lambda reply: reply.content.pop(METRICS)),
+    "a text for how values are serialised": (
+        TRAIN,
+        announced_as(SHARED, "float32", (), SECRET),
+    ),
 }
 REAL = {TRAIN: client_app.train, EVALUATE: client_app.evaluate, DESCRIBE: client_app.describe}
 
@@ -381,8 +407,117 @@ def test_the_guard_turns_a_leak_into_a_bare_error_and_logs_why(
     assert ask(kind, leaky, guarded=False).has_content(), "without the guard it leaves"
     reply = ask(kind, leaky, guarded=True)
     assert is_bare_error(reply)
-    assert "NotAllowedError" in log_of(tmp_path)
+    assert re.search("NotAllowedError|TypeError: Unsupported", log_of(tmp_path))
     assert len(log_of(tmp_path).splitlines()[0]) < 200
+
+
+def test_the_fields_in_which_flower_announces_an_array_are_written_anew(
+    ask: Callable[..., Message],
+) -> None:
+    """Nobody reads the announced shape, so a reply with another one is as good; it is not passed
+    on.
+    """
+
+    def leaky(message: Message, context: Context) -> Message:
+        reply = client_app.train(message, context)
+        announced_as(SHARED, "float32", tuple(map(int, AS_NUMBERS)), "")(reply)
+        reply.metadata.ttl = 47.11
+        return reply
+
+    replies = [ask(TRAIN, leaky, guarded=guarded) for guarded in (True, False)]
+    shapes = [reply.content.array_records[SHARED]["float32"].shape for reply in replies]
+    values = replies[0].content.array_records[SHARED]["float32"].numpy()
+    assert shapes == [values.shape, tuple(map(int, AS_NUMBERS))]
+    assert [reply.metadata.ttl == 47.11 for reply in replies] == [False, True]
+
+
+def test_a_number_beyond_its_range_leaves_as_infinity(ask: Callable[..., Message]) -> None:
+    def leaky(message: Message, context: Context) -> Message:
+        reply = client_app.train(message, context)
+        add_number(METRICS, "loss", 4711e300)(reply)
+        return reply
+
+    told = [
+        ask(TRAIN, leaky, guarded=guarded).content.metric_records[METRICS]["loss"]
+        for guarded in (True, False)
+    ]
+    assert told == [float("inf"), 4711e300]
+
+
+Private = Callable[[Path], np.ndarray]
+
+
+def piece_of(group: str, kind: str = "") -> Private:
+    """Sixteen bytes of what the store holds."""
+
+    def take(folder: Path) -> np.ndarray:
+        (stored,) = folder.glob("digit-0/lineages/lineage/*")
+        found = read_checkpoint(stored).group(group)
+        tensors = [tensor for name, tensor in found.items() if kind in name]
+        flat = max(tensors, key=lambda tensor: tensor.numel()).numpy().reshape(-1)
+        return flat[5:9].copy()
+
+    return take
+
+
+def piece_of_image(scaled: bool) -> Private:
+    def take(folder: Path) -> np.ndarray:
+        (task,) = load_tasks(tiny_config().data, 1)
+        images = task.train[3:4]
+        if scaled:
+            # Four pixels of different grey in a row.
+            flat = to_model_range(images).numpy().reshape(-1)
+            return flat[next(i for i in range(60) if len(set(flat[i : i + 4])) == 4) :][:4].copy()
+        flat = images.reshape(-1)
+        start = next(i for i in range(1, 48) if len(set(flat[i : i + 16])) >= 9)
+        return flat[start : start + 16].view(np.float32).copy()
+
+    return take
+
+
+PIECES: dict[str, Private] = {
+    "θ_i": piece_of("exclusive"),
+    "the average of θ_i": piece_of("exclusive_average"),
+    "a moment of θ_i": piece_of("exclusive_moments"),
+    "a second moment of θ_i": piece_of("exclusive_moments", "exp_avg_sq"),
+    "a moment of φ": piece_of("shared_moments"),
+    "an image": piece_of_image(scaled=False),
+    "an image as the network sees it": piece_of_image(scaled=True),
+}
+
+
+POSITIVE = "a second moment of θ_i"
+"""Such as numbers of a reply may be."""
+
+
+@pytest.mark.parametrize(
+    ("what", "place"),
+    [*((what, "φ") for what in PIECES), (POSITIVE, "numbers"), (POSITIVE, "bytes of numbers")],
+)
+def test_no_sixteen_bytes_of_what_is_private_leave_under_an_allowed_name(
+    ask: Callable[..., Message], tmp_path: Path, what: str, place: str
+) -> None:
+    """A mistake in a handler that names nothing wrongly."""
+
+    def leaky(message: Message, context: Context) -> Message:
+        reply = client_app.train(message, context)
+        piece = PIECES[what](tmp_path)
+        if place == "φ":
+            tensors = read_tensors(reply.content, SHARED)
+            flat = next(t for t in tensors.values() if t.ndim == 4).view(-1)
+            flat[3:7] = torch.from_numpy(piece)
+            reply.content[SHARED] = array_record(tensors)
+        elif place == "numbers":
+            add_number(METRICS, "loss_by_quarter", piece.astype(float).tolist())(reply)
+        else:
+            hidden = np.concatenate([piece, np.full(4, 0.25, np.float32)])
+            add_number(METRICS, "loss_by_quarter", hidden.view(np.float64).tolist())(reply)
+        return reply
+
+    config = tiny_config({"training.shared_moments": "keep"})
+    assert ask(TRAIN, client_app.train, guarded=False, config=config).has_content()
+    assert is_bare_error(ask(TRAIN, leaky, guarded=True, config=config))
+    assert "PrivateError: 16 bytes of" in log_of(tmp_path)
 
 
 def test_images_leave_only_when_the_request_asks_for_samples(ask: Callable[..., Message]) -> None:

@@ -85,6 +85,14 @@ def add_agree(commands: Commands) -> None:
         help="a mod of Flower's kind, of a package that is installed here, to stand between the "
         "guard and what answers; repeat it for more, the outermost first",
     )
+    agree.add_argument(
+        "--runs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many runs may be begun under this agreement (default 1); agreeing again counts "
+        "anew",
+    )
     agree.add_argument("--yes", action="store_true", help="agree without being asked")
     add_configuration(agree)
     agree.set_defaults(command=_agree)
@@ -146,8 +154,12 @@ def _agree(options: argparse.Namespace) -> None:
     from pydantic import ValidationError
 
     from srfed.config import load_config
-    from srfed.federation.agreement import AGREEMENT_FILE, LeastImages, SiteResources
+    from srfed.federation.agreement import AGREEMENT_FILE, MOST_RUNS, LeastImages, SiteResources
+    from srfed.federation.asked import ASKED_FILE
+    from srfed.files import exists
 
+    if not 1 <= options.runs <= MOST_RUNS:
+        raise UserError(f"--runs {options.runs} is impossible; allowed: 1 to {MOST_RUNS}")
     state_dir = options.state_dir.absolute()
     weights = "" if options.inception_weights is None else str(options.inception_weights.absolute())
     try:
@@ -175,6 +187,7 @@ def _agree(options: argparse.Namespace) -> None:
         least=least,
         resources=resources,
         mods=options.mods,
+        runs=options.runs,
     )
     print(in_words(proposed, config))
     print("\n".join(["", f"images:     {data}", *describe_own_images(config.data, data)]))
@@ -185,6 +198,8 @@ def _agree(options: argparse.Namespace) -> None:
         print(f"\nyour images are others than those on record: {changed}")
     if (agreement := standing(state_dir, options.client_id)) is not None:
         changes = agreement.differences(proposed)
+        if not changes and exists(folder / ASKED_FILE):
+            changes = ["what was asked under it counts no more, so another run may begin"]
         if not changes:
             print(f"\n{folder / AGREEMENT_FILE} says so already, since {agreement.agreed}")
             return

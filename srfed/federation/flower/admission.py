@@ -18,7 +18,8 @@ from srfed.federation.agreement import (
     RequestRefusedError,
     not_agreed,
 )
-from srfed.federation.flower.packing import read_request
+from srfed.federation.asked import Question, check_asked
+from srfed.federation.flower.packing import digest_of, read_request
 from srfed.federation.messages import (
     DESCRIBE,
     EVALUATE,
@@ -44,6 +45,7 @@ class Admitted:
         agreement: the owner's; None in a simulation, where the run's own configuration is the
             agreement.
         task: the owner's images.
+        question: what is asked, as far as it must not be asked too often; None in a simulation.
     """
 
     request: Request
@@ -51,6 +53,7 @@ class Admitted:
     config: RunConfig
     agreement: Agreement | None
     task: Task
+    question: Question | None = None
 
 
 def admit(message: Message, context: Context) -> Admitted:
@@ -82,10 +85,15 @@ def admit(message: Message, context: Context) -> Admitted:
         agreement.admit_evaluation(config, request.round, request.samples, request.final)
     if kind == VALIDATE and not config.validation_due(request.round):
         raise not_agreed("federation.validate_every", f"a loss after round {request.round}")
+    question = None
+    if agreement is not None:
+        carried = digest_of(message.content.array_records)
+        question = Question.of(kind, request, config.fingerprint(), carried)
+        check_asked(site.folder, agreement, kind, question)
     task = own_task(config.data, site)
     if agreement is not None:
         agreement.admit_images(images_of(task))
-    return Admitted(request, site, config, agreement, task)
+    return Admitted(request, site, config, agreement, task, question)
 
 
 def images_of(task: Task) -> AgreedImages:

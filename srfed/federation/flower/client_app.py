@@ -40,6 +40,7 @@ from srfed.federation.flower.packing import (
     reply_content,
 )
 from srfed.federation.flower.stacking import StackedApp
+from srfed.federation.last_look import stays_here
 from srfed.federation.layout import Layout
 from srfed.federation.messages import (
     AGAINST_TRIVIAL,
@@ -162,6 +163,7 @@ def train(message: Message, context: Context) -> Message:
     # A model alone is trained in the same memory before the state is stored.
     lend = admitted.config.federation.compare != "alone"
     result = worker.trainer(site).train(request.round, shared, parent, corrected, lend=lend)
+    stays_here(result.state)
     state, arrays = _update(admitted, shared, parent, result)
     if admitted.config.federation.compare == "alone":
         alone = train_round_alone(worker, admitted, parent)

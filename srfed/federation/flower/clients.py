@@ -79,6 +79,8 @@ class FlowerClients:
         roster: who is there, and at which node.
         tell: told of every reply, and for whom is waited.
         window: of :func:`srfed.federation.flower.exchange.exchange`.
+        lowered: what names the run's settings where a resumption has lowered some: a question that
+            was asked before is then another one.
     """
 
     def __init__(
@@ -88,7 +90,9 @@ class FlowerClients:
         roster: Roster,
         tell: Observer,
         window: int | None = None,
+        lowered: str = "",
     ) -> None:
+        self._lowered = lowered
         self._grid, self._roster, self._tell, self._window = grid, roster, tell, window
         self._timeout = config.federation.round_timeout
         self._waits = config.federation.on_missing == "wait"
@@ -123,7 +127,7 @@ class FlowerClients:
             StoppedError: the user asked to stop.
         """
         records = {name: array_record(tensors) for name, tensors in arrays.items()}
-        carried = digest_of(records) if kind == TRAIN else ""
+        carried = f"{digest_of(records)}{self._lowered}" if kind == TRAIN else ""
         first = {request.client: request for request in requests}
         sent: dict[str, Request] = {}
         failures: dict[str, str] = {}

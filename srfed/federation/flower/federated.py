@@ -328,8 +328,9 @@ class Federated:
         grid = self._grid
         at_once = grid.at_once if isinstance(grid, Simulated) else usable_cores()
         at_once *= self.config.resources.owners_stacked
+        lowered = self.config.fingerprint() if self._run.was_lowered else ""
         window = max(LEAST_WINDOW, 2 * at_once) if self._fixed else None
-        return FlowerClients(self._grid, self.config, self._roster, tell, window)
+        return FlowerClients(self._grid, self.config, self._roster, tell, window, lowered)
 
     def _own_images(self) -> list[Task]:
         """The images that the server itself has, to judge samples by: all of them in a

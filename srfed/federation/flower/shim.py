@@ -3,7 +3,9 @@ imported everything already.
 
 Flower starts a program for every message, which imports PyTorch for seconds before it looks at what
 it is to do. The first one here starts :mod:`srfed.federation.flower.warm`, which imports the same
-once and then forks for each message; where that cannot be, Flower's own program runs as ever.
+once and then forks for each message; where that cannot be, :mod:`srfed.federation.flower.program`
+runs by itself. Flower's own never does, nor do its programs for other kinds of app, which would run
+what an archive holds.
 
 A copy of this file is the program, run without site-packages, so it imports the standard library
 alone.
@@ -24,52 +26,55 @@ SIZE = struct.Struct("!I")
 """Of the request that follows, bytes."""
 WARM_SECONDS = 120.0
 """How long the imports may take."""
+CLIENT_APP = "flwr-clientapp"
+ALONE = "srfed.federation.flower.program"
+"""What answers a message where nothing can be forked."""
+OTHERS = ("flwr-agentapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation")
+"""What else a SuperNode starts where the SuperLink says that a run is of another kind."""
+_REFUSING = """#!/bin/sh
+echo "refused: $(basename "$0"), which the SuperLink's run asks for: this site runs a ClientApp" >&2
+exit 1
+"""
 
 
-def install(home: Path, real: Path, python: str) -> Path | None:
-    """Write the program.
+def install(home: Path, python: str) -> Path:
+    """Write the programs.
 
     Args:
         home: a folder of the SuperNode's own.
-        real: Flower's program.
         python: the interpreter, with everything installed.
 
     Returns:
-        The folder to put first on the SuperNode's PATH; None on systems that lack what this needs.
+        The folder to put first on the SuperNode's PATH.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: they cannot be written.
     """
-    if not (hasattr(os, "pidfd_open") and Path("/proc/self/fd").exists()):
-        return None
     folder = home / "bin"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     # A first line is short; paths of interpreters may be long.
     first = f"#!/bin/sh\n'''exec' \"{python}\" -IS \"$0\" \"$@\"\n' '''\n"
-    last = (
-        f"\nimport sys\n\nraise SystemExit(run({str(home)!r}, {str(real)!r}, {python!r}, "
-        "sys.argv[1:]))\n"
-    )
+    last = f"\nimport sys\n\nraise SystemExit(run({str(home)!r}, {python!r}, sys.argv[1:]))\n"
     text = first + Path(__file__).read_text(encoding="utf-8") + last
-    program = folder / real.name
-    temporary = folder / f".{real.name}.{os.getpid()}.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.chmod(0o700)
-    temporary.replace(program)
+    for name, content in {CLIENT_APP: text, **dict.fromkeys(OTHERS, _REFUSING)}.items():
+        temporary = folder / f".{name}.{os.getpid()}.tmp"
+        temporary.write_text(content, encoding="utf-8")
+        temporary.chmod(0o700)
+        temporary.replace(folder / name)
     return folder
 
 
-def run(home: str, real: str, python: str, arguments: Sequence[str]) -> int:
+def run(home: str, python: str, arguments: Sequence[str]) -> int:
     """Have a message answered, and wait for that; returns the exit code.
 
     Args:
-        home, real, python: as of :func:`install`.
+        home, python: as of :func:`install`.
         arguments: of Flower's program.
     """
     try:
         connection = _connected(home, python, arguments)
     except OSError:
-        os.execv(real, [real, *arguments])
+        os.execv(python, [python, "-m", ALONE, *arguments])
     with connection:
         words = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
         request = json.dumps(words).encode()
@@ -94,6 +99,8 @@ def _connected(home: str, python: str, arguments: Sequence[str]) -> socket.socke
     """A connection to the process that has imported everything, which is started where there is
     none; raises OSError.
     """
+    if not (hasattr(os, "pidfd_open") and os.path.exists("/proc/self/fd")):
+        raise OSError("this system lacks what it needs")
     folder = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
     connection = socket.socket(socket.AF_UNIX)
     warm, deadline = None, time.monotonic() + WARM_SECONDS

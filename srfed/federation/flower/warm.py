@@ -1,8 +1,9 @@
 """A process that has imported what a ClientApp needs, and forks for each message:
 ``python -m srfed.federation.flower.warm HOME PID LOCK``.
 
-What it forks is Flower's ``flwr-clientapp`` in every respect but the imports; it ends with the
-process PID, which is the SuperNode's. :mod:`srfed.federation.flower.shim` starts it, and asks.
+What it forks is :mod:`srfed.federation.flower.program` in every respect but the imports; it ends
+with the process PID, which is the SuperNode's. :mod:`srfed.federation.flower.shim` starts it, and
+asks.
 """
 
 import atexit
@@ -22,9 +23,8 @@ from typing import NoReturn
 
 # What takes the time; neither uses a thread, which a fork would lose.
 import torch  # noqa: F401
-from flwr.supernode.cli import flwr_clientapp
 
-import srfed.federation.flower.client_app  # noqa: F401
+from srfed.federation.flower import program
 from srfed.federation.flower.shim import SIZE, SOCKET, address
 
 LOOK_SECONDS = 0.2
@@ -55,7 +55,7 @@ def main() -> None:
     sys.argv = ["flwr-clientapp", *request.arguments]
     code = 0
     try:
-        flwr_clientapp()
+        program.main()
     except SystemExit as ending:
         code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
         if isinstance(ending.code, str):
