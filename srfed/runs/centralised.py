@@ -143,7 +143,8 @@ class Centralised:
         gone = [
             name
             for name, loss in result.loss_by_task.items()
-            if not (sound and math.isfinite(loss) and _finite(own[name]))
+            # The pool of all tasks has nothing of its own.
+            if not (sound and math.isfinite(loss) and _finite(own.get(name, {})))
         ]
         if gone:
             training = self._config.training
