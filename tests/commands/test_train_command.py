@@ -208,9 +208,9 @@ def test_the_time_of_a_plan_has_the_evaluations_and_the_page_in_it(
     }
     config = tiny_config(changes)
     made = plan.plan_run(config, load_tasks(config.data, 3))
-    # Of three clients: 12 samples of 5 steps, 3 reconstructions from t = 5; at the end 30, from 5
-    # and 10.
-    passes = 2 * (12 * 5 + 9 * 5) + 30 * 5 + 9 * 15
+    # Of three clients: 12 samples of 5 steps, 3 reconstructions from t = 5 in 4; at the end 30,
+    # from 5 and 10 in 4 each.
+    passes = 2 * (12 * 5 + 9 * 4) + 30 * 5 + 9 * 8
     assert made.seconds_besides == pytest.approx(5 + 0.1 * passes + 3 * 3 + 3)
     # Two clients, 2 steps of 16; every other round 8 moments of 5 images of three.
     steps, looks = 1.4 * 2 * 32 * 0.3, 3 * 5 * 8 * 0.1 / 2

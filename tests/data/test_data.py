@@ -550,7 +550,7 @@ GOOD = {"train_images": random_images(6, 8, 8, 1), "train_labels": np.arange(6) 
         ({"train_images": np.zeros((6, 8, 8, 1))}, "train_images is float64"),
         ({"train_images": np.zeros((6, 64), np.uint8)}, "allowed: uint8"),
         ({"train_images": random_images(5, 8, 8, 1)}, "5 train_images but 6 train_labels"),
-        ({"train_images": random_images(6, 8, 4, 1)}, "4 x 8 px"),
+        ({"train_images": random_images(6, 8, 4, 1)}, "(6, 8, 4, 1); allowed: N x H x W x C"),
         ({"train_labels": np.arange(6) / 2}, "train_labels is float64"),
         (
             {"train_labels": np.array(["a", None] * 3, object)},

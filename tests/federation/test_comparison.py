@@ -239,7 +239,8 @@ def test_the_guard_lets_no_figures_out_that_are_not_to_be_told(tmp_path: Path) -
     app.query("describe")(client_app.describe)
     app.train()(client_app.train)
     app.evaluate()(telling)
-    run_in_process(run, app)
+    with pytest.raises(UserError, match="no client gave samples"):
+        run_in_process(run, app)
     assert MetricsLog(run.metrics).evaluations() == []
     for client in CLIENTS:
         assert "comparison_alone" in (run.clients / client / "client.log").read_text()

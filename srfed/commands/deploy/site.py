@@ -155,7 +155,6 @@ def _agree(options: argparse.Namespace) -> None:
 
     from srfed.config import load_config
     from srfed.federation.agreement import AGREEMENT_FILE, MOST_RUNS, LeastImages, SiteResources
-    from srfed.federation.asked import ASKED_FILE
     from srfed.files import exists
 
     if not 1 <= options.runs <= MOST_RUNS:
@@ -176,6 +175,7 @@ def _agree(options: argparse.Namespace) -> None:
     # After the settings, as it imports torch.
     from srfed.data import current_images, describe_contents, describe_own_images
     from srfed.deployment.agree import agree, in_words, propose, standing
+    from srfed.federation.asked import ASKED_FILE
 
     data, folder = options.data, state_dir / options.client_id
     proposed = propose(
