@@ -21,12 +21,14 @@ def runs(tensors: Iterable[Tensor]) -> list[Tensor]:
     """
     found: list[Tensor] = []
     first: Tensor | None = None
-    size, storage, end = 0, 0, 0
+    size, storage, end = 0, (0, 0), 0
     for tensor in tensors:
         if not tensor.numel():
             continue
         whole = tensor.detach().contiguous()
-        lies, begin = whole.untyped_storage().data_ptr(), whole.data_ptr()
+        memory, begin = whole.untyped_storage(), whole.data_ptr()
+        # Two storages can begin at one place: one that NumPy has made of a part knows that part.
+        lies = memory.data_ptr(), memory.nbytes()
         if first is not None and (lies, begin) == (storage, end):
             size += whole.numel()
         else:

@@ -17,6 +17,13 @@ def test_what_lies_in_a_row_is_taken_as_one_and_shares_its_memory() -> None:
     assert [len(run) for run in runs([one, other, apart[:4], apart[4:]])] == [10, 10]
 
 
+def test_a_part_that_numpy_has_had_is_no_longer_of_the_row() -> None:
+    row = torch.arange(10.0)
+    part = torch.from_numpy(row[:6].numpy())
+    assert [len(run) for run in runs([part, row[6:]])] == [6, 4]
+    assert torch.equal(joined([part, row[6:]]), row)
+
+
 def test_what_does_not_is_joined_in_the_order_of_its_values() -> None:
     row, strided = torch.arange(12.0), torch.arange(12.0).view(3, 4).T
     images = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)

@@ -399,7 +399,7 @@ def test_a_faulty_evaluation_is_refused_and_the_others_are_scored(runs: Runs, wh
     assert line["samples"] == 4
 
 
-def test_an_evaluation_that_every_client_fails_is_left_out_and_the_run_goes_on(
+def test_an_evaluation_that_every_client_fails_is_left_out_and_the_run_goes_on_to_its_last(
     tmp_path: Path,
 ) -> None:
     app = ClientApp()
@@ -410,9 +410,9 @@ def test_an_evaluation_that_every_client_fails_is_left_out_and_the_run_goes_on(
     def evaluate(message: Message, context: Context) -> Message:
         raise RuntimeError
 
-    run = run_in_process(
-        begin(tmp_path / "run", {"federation.rounds": 2, "evaluation.every": 1}), app
-    )
+    run = begin(tmp_path / "run", {"federation.rounds": 2, "evaluation.every": 1})
+    with pytest.raises(UserError, match="evaluation 2 has no score, as no client gave samples"):
+        run_in_process(run, app)
     assert [line["kind"] for line in records(run)] == ["tasks", "round", "round"]
 
 
