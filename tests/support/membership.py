@@ -80,7 +80,8 @@ class ChangingGrid(InlineGrid):
         return super().push_messages(listed)
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        wanted, here = set(message_ids), self.get_node_ids()
+        # In their order, which decides whose answer comes first.
+        wanted, here = list(message_ids), self.get_node_ids()
         for message_id, message in list(self._waiting.items()):
             if message_id in wanted and message.metadata.dst_node_id not in here:
                 del self._waiting[message_id]
