@@ -593,8 +593,8 @@ def test_too_few_images_to_hold_any_out(
 def test_channels_that_cannot_be_converted_are_an_error(
     run_command: Callable[..., tuple[int, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    np.savez(tmp_path / "five.npz", train_images=np.zeros((20, 8, 8, 5), np.uint8))
-    assert run_command("--data", tmp_path / "five.npz")[0] == 2
+    np.savez(tmp_path / "two.npz", train_images=np.zeros((20, 8, 8, 2), np.uint8))
+    assert run_command("--data", tmp_path / "two.npz")[0] == 2
     assert "only grey and RGB are converted" in capsys.readouterr().err
 
 

@@ -49,10 +49,10 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_advised_to_be_removed(
 ) -> None:
     opened = Path.open
 
-    def fail(path: Path, *arguments: Any) -> Any:
+    def fail(path: Path, *arguments: Any, **options: Any) -> Any:
         if path.name == STATE_FILE and path.parent.name == "round-00003":
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return opened(path, *arguments)
+        return opened(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", fail)
     text = one_error_line(capsys, ["--resume", str(copy), "--set", "federation.rounds=4"])
