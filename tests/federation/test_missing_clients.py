@@ -203,7 +203,8 @@ def test_a_client_that_only_fails_stops_the_run_in_one_line(
 def test_once_it_is_mended_the_run_goes_on_with_the_bits_of_an_undisturbed_one(
     given_up: tuple[RunFolder, str], undisturbed: RunFolder, tmp_path: Path
 ) -> None:
-    run = start(copy_of(given_up[0], tmp_path / "run"))
+    run = reconfigured(copy_of(given_up[0], tmp_path / "run"), {"federation.round_timeout": 60.0})
+    start(run)
     assert all_bits(run) == all_bits(undisturbed)
     assert same_but_for_traffic(run, undisturbed)
 
