@@ -178,12 +178,13 @@ def _common(known: Iterable[_Part], hay: Iterable[_Part]) -> list[_Part]:
     """One part for each telling window of the known ones that the others have too."""
     known, hay = [*known], [*hay]
     likely = _likely(hay, _Table(known))
-    there = _hashed(*likely.T)
+    # Put in order once, and not for each of some thousand tensors.
+    there = np.unique(_hashed(*likely.T))
     found, table = [], _Table(there)
     for part in known:
         pairs = _likely([part], table)
         pairs = pairs[_telling(pairs, part.size)]
-        pairs = pairs[np.isin(_hashed(*pairs.T), there)]
+        pairs = pairs[_among(_hashed(*pairs.T), there)]
         found += [
             _Part(pair.view(np.uint8), 16, part.size, part.what)
             for pair in np.unique(pairs, axis=0)
@@ -225,6 +226,14 @@ class _Table:
     def has(self, hashes: Words) -> NDArray[np.bool_]:
         there: NDArray[np.bool_] = self._marked[hashes >> self._shift]
         return there
+
+
+def _among(hashes: Words, ordered: Words) -> NDArray[np.bool_]:
+    if not len(ordered):
+        return np.zeros(len(hashes), np.bool_)
+    places = np.minimum(np.searchsorted(ordered, hashes), len(ordered) - 1)
+    same: NDArray[np.bool_] = ordered[places] == hashes
+    return same
 
 
 def _hashed(first: Words, second: Words) -> Words:
