@@ -38,6 +38,7 @@ _FACTORS = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 _states: ContextVar[list[ClientState] | None] = ContextVar("states", default=None)
 
 Words = NDArray[np.uint64]
+_NONE: Words = np.empty(0, np.uint64)
 
 
 class PrivateError(Exception):
@@ -85,22 +86,21 @@ def look(
     Raises:
         PrivateError: there is something.
     """
-    arrays = [*_flat(tensors.values())]
-    secrets = [*_of_states(states)]
-    pictures = [*_of_images(task)]
-    for place, searched, known in (
-        ("numbers", [np.array([*numbers], np.float64)], [*secrets, *pictures]),
-        ("tensors", arrays, [*secrets, *(pictures if images else [])]),
-    ):
-        hay = [part for array in searched for part in _parts(array)]
-        if not (found := _common(known, hay)):
-            continue
-        # Read only now, as there is hardly ever anything.
-        others = _common(found, [part for array in _flat(came()) for part in _parts(array)])
-        public = {part.data.tobytes() for part in others}
-        for secret in found:
-            if secret.data.tobytes() not in public:
-                raise PrivateError(f"{WINDOW} bytes of {secret.what} among the {place} of a reply")
+    told = [*_parts(np.array([*numbers], np.float64))]
+    sent = [part for array in _flat(tensors.values()) for part in _parts(array)]
+    found = [
+        *_common([*_of_states(states)], [*told, *sent]),
+        *_common([*_of_images(task)], [*told, *(sent if images else [])]),
+    ]
+    if not found:
+        return
+    # Read only now, as there is hardly ever anything.
+    others = _common(found, [part for array in _flat(came()) for part in _parts(array)])
+    public = {part.data.tobytes() for part in others}
+    for secret in found:
+        if secret.data.tobytes() not in public:
+            place = "numbers" if _common([secret], told) else "tensors"
+            raise PrivateError(f"{WINDOW} bytes of {secret.what} among the {place} of a reply")
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,16 @@ def _of_states(states: Iterable[ClientState]) -> Iterator[_Part]:
             "an optimizer's moments": {**own.moments, **state.shared_moments},
         }
         for what, tensors in kinds.items():
-            for array in _flat(tensors.values()):
-                spacing = 4 if array.nbytes <= WHOLE else 16 * -(-array.nbytes // (4 * WHOLE))
-                yield _part(array, spacing, what)
+            short: dict[torch.dtype, list[Tensor]] = {}
+            for tensor in tensors.values():
+                values = tensor.detach().cpu().reshape(-1)
+                if values.nbytes <= WHOLE:
+                    short.setdefault(values.dtype, []).append(values)
+                else:
+                    yield _part(values.numpy(), 16 * -(-values.nbytes // (4 * WHOLE)), what)
+            # As one: some hundred calls each for a few values would take longer than the search.
+            for members in short.values():
+                yield _part(torch.cat(members).numpy(), 4, what)
 
 
 def _of_images(task: Task) -> Iterator[_Part]:
@@ -174,22 +181,21 @@ def _some(images: Images) -> Images:
     return np.ascontiguousarray(images[:: -(-images.size // MOST_IMAGES)])
 
 
-def _common(known: Iterable[_Part], hay: Iterable[_Part]) -> list[_Part]:
+def _common(known: Sequence[_Part], hay: Sequence[_Part]) -> list[_Part]:
     """One part for each telling window of the known ones that the others have too."""
-    known, hay = [*known], [*hay]
-    likely = _likely(hay, _Table(known))
-    # Put in order once, and not for each of some thousand tensors.
-    there = np.unique(_hashed(*likely.T))
-    found, table = [], _Table(there)
+    # Of the two, what leaves is less than what is kept, and a small table stays near the processor.
+    table, likely = _Table(hay), []
     for part in known:
         pairs = _likely([part], table)
-        pairs = pairs[_telling(pairs, part.size)]
-        pairs = pairs[_among(_hashed(*pairs.T), there)]
-        found += [
-            _Part(pair.view(np.uint8), 16, part.size, part.what)
-            for pair in np.unique(pairs, axis=0)
-        ]
-    return found
+        likely.append(pairs[_telling(pairs, part.size)])
+    asked = _Table(np.concatenate([_hashed(*pairs.T) for pairs in likely] or [_NONE]))
+    # In order, so that each is found in few steps.
+    there = np.sort(_hashed(*_likely(hay, asked).T))
+    return [
+        _Part(pair.view(np.uint8), 16, part.size, part.what)
+        for part, pairs in zip(known, likely, strict=True)
+        for pair in np.unique(pairs[_among(_hashed(*pairs.T), there)], axis=0)
+    ]
 
 
 def _likely(parts: Iterable[_Part], table: "_Table") -> Words:
