@@ -323,6 +323,7 @@ def remove_temporary_files(path: Path, finally_called: str = ".*") -> None:
         path: the folder; nobody else may be writing there, so the caller has its lock.
         finally_called: the names that the files were to have, as a regular expression.
     """
+    # What cannot be removed takes room, and is tried again next time.
     with suppress(OSError):
         for name in os.listdir(path):
             if _TEMPORARY.fullmatch(name) and re.fullmatch(

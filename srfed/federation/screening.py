@@ -5,7 +5,8 @@ error is held to it, the size of what is to be read before it is read.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -179,6 +180,16 @@ def screen_description(reply: Reply) -> Description:
     return description
 
 
+@contextmanager
+def _divergence_by_its_name() -> Iterator[None]:
+    """Values of an update that are no numbers are called what they come of."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise RefusedError(f"{DIVERGED}: {error}") from error
+
+
+@_divergence_by_its_name()
 def screen_train(
     reply: Reply,
     expected: ReplyHeader,
@@ -202,20 +213,6 @@ def screen_train(
     Raises:
         RefusedError: it is not what was asked for.
     """
-    try:
-        return _screen_train(reply, expected, contract, plan, reach, shared)
-    except NotFiniteError as error:
-        raise RefusedError(f"{DIVERGED}: {error}") from error
-
-
-def _screen_train(
-    reply: Reply,
-    expected: ReplyHeader,
-    contract: Contract,
-    plan: TrainPlan,
-    reach: Reach | None,
-    shared: Mapping[str, Tensor],
-) -> TrainReply:
     form = contract.trained(plan)
     _check_header(reply, expected, form)
     tensors = _tensors(reply, form)

@@ -224,6 +224,7 @@ def train_stacks(jobs: Sequence[tuple[Worker, Job]]) -> list[LocalResult | Excep
                 [jobs[place][1] for place in places]
             )
         except Exception as error:
+            # It is each owner's answer that was in the stack; the others go on.
             found = [error] * len(places)
         results.update(zip(places, found, strict=True))
     return [results[place] for place in range(len(jobs))]

@@ -90,6 +90,7 @@ class Curves(Observer):
                 continue
             pictures = {}
             for name in FILES if isinstance(record, EvaluationRecord) else ():
+                # Somebody may have removed it; the curves are whole without.
                 with suppress(OSError):
                     pictures[name] = read_png(self._picture(name, record.round))
             yield record, pictures

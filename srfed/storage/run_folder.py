@@ -423,6 +423,7 @@ def _begun_only(path: Path) -> set[str]:
     which was killed before it had given the run its identity.
     """
     readme = path / "README.txt"
+    # One that cannot be read is not ours, and the folder is refused as used.
     with suppress(UserError):
         if read_bytes(readme) == README.encode():
             return {LOCK, readme.name, "config.yaml", "start"}

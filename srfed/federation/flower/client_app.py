@@ -13,7 +13,6 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 from torch import Tensor
 
-from srfed import __version__
 from srfed.errors import DamagedError, UserError
 from srfed.evaluation.features.statistics import FeatureStatistics
 from srfed.evaluation.generation import Generated
@@ -32,6 +31,7 @@ from srfed.federation.control import correction, encode_control, kept_control, o
 from srfed.federation.flower.admission import Admitted, admit
 from srfed.federation.flower.guard import wire_guard
 from srfed.federation.flower.keeping import keep
+from srfed.federation.flower.outgoing import description_of
 from srfed.federation.flower.packing import (
     description_content,
     digest_of,
@@ -52,7 +52,6 @@ from srfed.federation.messages import (
     SHARED,
     STATISTICS,
     UPDATE,
-    Description,
     ReplyHeader,
     Request,
     Samples,
@@ -128,24 +127,11 @@ def _correction(
 def describe(message: Message, context: Context) -> Message:
     """Say who this client is, what its images look like, and which partition it would use."""
     admitted = admit(message, context)
-    site, task = admitted.site, admitted.task
+    site = admitted.site
     site.note_open_folders()
     if refusal := read_refusal(message.content):
         write_to_log(site, "refused by the server", printable(refusal))
-    _, height, width, channels = task.train.shape
-    description = Description(
-        client=site.client,
-        task=task.name,
-        index=site.index,
-        height=height,
-        width=width,
-        channels=channels,
-        images=len(task.train),
-        test_images=len(task.test),
-        partition=worker_for(admitted).partition_fingerprint,
-        version=__version__,
-    )
-    return Message(description_content(description), reply_to=message)
+    return Message(description_content(description_of(admitted)), reply_to=message)
 
 
 @app.train()

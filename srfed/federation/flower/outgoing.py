@@ -96,6 +96,24 @@ def rebuilt(
     )
 
 
+def description_of(admitted: Admitted) -> Description:
+    """What an owner says of itself."""
+    site, task = admitted.site, admitted.task
+    height, width, channels = task.shape
+    return Description(
+        client=site.client,
+        task=task.name,
+        index=site.index,
+        height=height,
+        width=width,
+        channels=channels,
+        images=len(task.train),
+        test_images=len(task.test),
+        partition=worker_for(admitted).partition_fingerprint,
+        version=__version__,
+    )
+
+
 def _form(kind: str, admitted: Admitted) -> Form:
     """What a reply to this kind of request may hold."""
     if kind == DESCRIBE:
@@ -125,21 +143,9 @@ def _form(kind: str, admitted: Admitted) -> Form:
 
 def _words(kind: str, admitted: Admitted) -> Description | ReplyHeader:
     """The header of the reply: all of it is known beforehand."""
-    site, request, task = admitted.site, admitted.request, admitted.task
+    site, request = admitted.site, admitted.request
     if kind == DESCRIBE:
-        height, width, channels = task.shape
-        return Description(
-            client=site.client,
-            task=task.name,
-            index=site.index,
-            height=height,
-            width=width,
-            channels=channels,
-            images=len(task.train),
-            test_images=len(task.test),
-            partition=worker_for(admitted).partition_fingerprint,
-            version=__version__,
-        )
+        return description_of(admitted)
     statistics = kind == EVALUATE and admitted.config.evaluation.mode == "statistics"
     features = features_for(admitted).fingerprint if statistics else ""
     return ReplyHeader(site.client, request.attempt, request.round, features)

@@ -147,6 +147,7 @@ def _joined(run: RunFolder, named: str) -> tuple[Room, Wanted]:
     try:
         _init(run, address=address)
     except Exception as error:
+        # As where Ray is started: it raises what its parts raise.
         raise UserError(f"{what}: {_first_reason(error)}") from error
     wanted = Wanted(
         version=__version__,
