@@ -72,10 +72,11 @@ def train(
         network: a class of your own, :class:`srfed.networks.network.Network`; None takes that of
             ``config.model``. It must stand in a module that every process can import; its options
             are ``model.options``.
-        objective, sampler: classes of your own of :class:`srfed.diffusion.objective.Objective` and
-            :class:`srfed.diffusion.sampler.Sampler`, in place of ``diffusion.prediction`` and
-            ``sampling.sampler``; they stand where ``network`` does, and may take settings of the
-            sections ``diffusion`` and ``sampling``.
+        objective: a class of your own, :class:`srfed.diffusion.objective.Objective`, in place of
+            ``diffusion.prediction``; it stands where ``network`` does, and may take settings of the
+            section ``diffusion``.
+        sampler: one of :class:`srfed.diffusion.sampler.Sampler`, in place of ``sampling.sampler``,
+            with settings of the section ``sampling``.
         update_steps: what a client does to its update before it travels, in place of
             ``updates.steps``: names, and classes of your own after
             :class:`srfed.federation.updates.UpdateStep`.
