@@ -28,6 +28,7 @@ from srfed.studies.cases import (
     Case,
     Outcome,
     add_options,
+    asked_seeds,
     change,
     mean_and_spread,
     row_of,
@@ -105,7 +106,7 @@ def cells(options: argparse.Namespace) -> list[Case]:
     )
     refuse_ignored_dir(base)
     found = []
-    for seed in range(options.seeds):
+    for seed in asked_seeds(options):
         for local in options.local_steps:
             if local < 1 or options.steps < local or options.steps % local:
                 raise UserError(
@@ -177,7 +178,7 @@ def report(rows: Sequence[Mapping[str, Any]], out: Path) -> str:
 
 
 def _study(options: argparse.Namespace) -> None:
-    for name, least in (("seeds", 1), ("steps", 1), ("samples", 20)):
+    for name, least in (("steps", 1), ("samples", 20)):
         if (value := getattr(options, name)) < least:
             raise UserError(f"--{name} {value} is impossible; allowed: {least} or more")
     out = options.out or Path("runs") / "bytes-digits"

@@ -21,6 +21,7 @@ from srfed.studies.cases import (
     Case,
     Outcome,
     add_options,
+    asked_seeds,
     by_name,
     change,
     mean_and_spread,
@@ -57,7 +58,7 @@ def _frontier(options: argparse.Namespace) -> None:
     if steps is None or options.rounds < 4:
         raise UserError("the frontier needs training.local_steps and at least 4 rounds")
     cases = []
-    for seed in range(options.seeds):
+    for seed in asked_seeds(options):
         seeded = change(base, seed=seed)
         cases += [
             Case(f"share: {rule}", change(seeded, model__exclusive_stages=rule), options.samples)

@@ -20,7 +20,7 @@ from srfed.data import load_tasks
 from srfed.errors import UserError
 from srfed.interrupts import run_command
 from srfed.paths import absolute_path
-from srfed.studies.cases import add_options, change
+from srfed.studies.cases import add_options, asked_seeds, change
 from srfed.studies.gains import describe_worth, report, run_cells
 from srfed.studies.joining import ALONE, COMMON, OWN_RATES, SIDES, alone_with, cells
 from srfed.studies.owners import SETS
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _study(options: argparse.Namespace) -> None:
-    for name, least in (("seeds", 1), ("rounds", 1), ("every", 1), ("samples", 2)):
+    for name, least in (("rounds", 1), ("every", 1), ("samples", 2)):
         _at_least(name, getattr(options, name), least)
     _at_least("test-images", options.test_images, 2)
     _at_least("patience", options.patience, 0)
@@ -104,7 +104,7 @@ def _study(options: argparse.Namespace) -> None:
         options.owner_set,
         base,
         {name: getattr(options, name) for name in ("every", "samples", "test_images", "patience")},
-        options.seeds,
+        asked_seeds(options),
         _own_rates(options.own_rate),
         [side for side in SIDES if side in options.sides],
     )

@@ -22,7 +22,7 @@ from srfed.data import load_tasks
 from srfed.errors import UserError
 from srfed.interrupts import run_command
 from srfed.paths import absolute_path
-from srfed.studies.cases import add_options, change, run_jobs
+from srfed.studies.cases import add_options, asked_seeds, change, run_jobs
 from srfed.studies.new_owner import PLANS, core_jobs, cores, new_owner_cells
 from srfed.studies.new_owner_gains import report, run_new_owners
 from srfed.studies.owners import SETS
@@ -101,7 +101,6 @@ def _study(options: argparse.Namespace) -> None:
     new = plan.new if options.new is None else options.new
     counts = sorted({*(plan.images if options.images is None else options.images)})
     for name, least in (
-        ("seeds", 1),
         ("rounds", 1),
         ("every", 1),
         ("samples", 2),
@@ -126,7 +125,7 @@ def _study(options: argparse.Namespace) -> None:
     load_tasks(everybody.data, known + new)
     scores = {name: getattr(options, name) for name in ("samples", "test_images")}
     judging = {"every": options.every, "patience": options.patience, **scores}
-    trained = cores(options.owner_set, base, judging, options.seeds)
+    trained = cores(options.owner_set, base, judging, asked_seeds(options))
     asked = new_owner_cells(
         trained,
         everybody,

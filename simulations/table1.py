@@ -2,7 +2,8 @@
 small``.
 
 Trains whatever is missing of every method and seed, samples it, scores it, and prints the table;
-everything is in ``scores.csv`` too. Pictures of seed 0: twenty samples a task of every method in
+everything is in ``scores.csv`` too. Pictures of the first seed: twenty samples a task of every
+method in
 ``samples-<method>.png``, the paper's Figures 3 to 6, and the first two of each task of all methods
 in ``methods.png``. Stopped, it goes on where it was.
 
@@ -32,6 +33,7 @@ from srfed.studies.cases import (
     Case,
     Outcome,
     add_options,
+    asked_seeds,
     by_name,
     change,
     mean_and_spread,
@@ -248,13 +250,13 @@ def _table(options: argparse.Namespace) -> None:
             preset.samples,
             preset.ssim_images,
         )
-        for seed in range(options.seeds)
+        for seed in asked_seeds(options)
         for method in listed
     ]
     outcomes = run_cases(cases, options.pool, options.jobs)
     out = options.out or Path("runs") / f"table1-{options.dataset}-{options.preset}"
     write_csv(out / "scores.csv", [row_of(outcome) for outcome in outcomes])
-    _draw(out, [case for case in cases if case.config.seed == 0], options.pool)
+    _draw(out, [case for case in cases if case.config.seed == options.first_seed], options.pool)
     text = describe(options.dataset, options.preset, listed, by_name(outcomes))
     write_bytes(out / "table.md", text.encode())
     print(text)

@@ -25,6 +25,7 @@ from srfed.studies.cases import (
     Case,
     Outcome,
     add_options,
+    asked_seeds,
     by_name,
     change,
     mean_and_spread,
@@ -137,7 +138,7 @@ def study_configuration(options: argparse.Namespace) -> RunConfig:
 def _study(options: argparse.Namespace) -> None:
     base = study_configuration(options)
     cases = []
-    for seed in range(options.seeds):
+    for seed in asked_seeds(options):
         for images in options.images:
             with_images = change(base, seed=seed, data__images_per_task=_number(images))
             for name, settings in METHODS.items():

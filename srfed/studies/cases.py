@@ -151,7 +151,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that every study has."""
     parser.add_argument("--data-dir", metavar="DIR", help="where the images are (data.dir)")
     parser.add_argument(
-        "--seeds", type=int, default=1, metavar="N", help="repeat with seeds 0 to N-1 (default 1)"
+        "--seeds", type=int, default=1, metavar="N", help="repeat with N seeds (default 1)"
+    )
+    parser.add_argument(
+        "--first-seed", type=int, default=0, metavar="N", help="the first of the seeds (default 0)"
     )
     parser.add_argument(
         "--pool", type=Path, default=Path("runs/studies"), metavar="DIR", help="folder of the runs"
@@ -171,6 +174,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where tables and plots go")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
+
+
+def asked_seeds(options: argparse.Namespace) -> range:
+    """The seeds that ``--seeds`` and ``--first-seed`` ask for.
+
+    Raises:
+        UserError: there are none, or one is below 0.
+    """
+    for name, least in (("seeds", 1), ("first_seed", 0)):
+        value = getattr(options, name)
+        if value < least:
+            raise UserError(
+                f"--{name.replace('_', '-')} {value} is impossible; allowed: {least} or more"
+            )
+    return range(options.first_seed, options.first_seed + options.seeds)
 
 
 def _minutes(text: str) -> float:

@@ -121,7 +121,7 @@ def cells(
     owners: str,
     base: RunConfig,
     judging: Mapping[str, int],
-    seeds: int,
+    seeds: Sequence[int],
     own_rates: Mapping[str, float],
     sides: Sequence[str] = SIDES,
 ) -> list[Cell]:
@@ -131,7 +131,7 @@ def cells(
         owners: the set's name.
         base: the common settings.
         judging: ``every``, ``samples`` and ``test_images`` of :class:`Judging`.
-        seeds: how many, from 0.
+        seeds: which.
         own_rates: by side, the rate of θ_i over that of φ.
         sides: which of SIDES.
 
@@ -156,7 +156,7 @@ def cells(
             ),
             Judging(apart=side == ALONE, **judging),
         )
-        for seed in range(seeds)
+        for seed in seeds
         for side in sides
     ]
 

@@ -157,7 +157,7 @@ def core_jobs(cores: Sequence[joining.Cell], pool: Path) -> list[Job]:
 
 
 def cores(
-    owners: str, base: RunConfig, judging: Mapping[str, int], seeds: int
+    owners: str, base: RunConfig, judging: Mapping[str, int], seeds: Sequence[int]
 ) -> list[joining.Cell]:
     """Every core with every seed: cells of the study of joining, whose runs are the same.
 
@@ -166,7 +166,7 @@ def cores(
         base: the common settings of the owners that train.
         judging: ``every``, ``samples``, ``test_images`` and ``patience`` of
             :class:`~srfed.studies.judged.Judging`.
-        seeds: how many, from 0.
+        seeds: which.
 
     Raises:
         UserError: the settings are impossible.

@@ -23,6 +23,7 @@ def options(**changed: Any) -> Namespace:
         "bits": list(study.TRAVELS),
         "samples": 20,
         "seeds": 1,
+        "first_seed": 0,
         "data_dir": None,
         "device": "cpu",
     }

@@ -53,7 +53,7 @@ CLOCK = {"core_seconds"}
 
 
 def tiny_cells(rounds: int = 2) -> dict[str, Cell]:
-    return {cell.side: cell for cell in cells("digits", tiny_base(rounds), ASKED, 1, OWN_RATES)}
+    return {cell.side: cell for cell in cells("digits", tiny_base(rounds), ASKED, [0], OWN_RATES)}
 
 
 def without_clock(outcome: dict[str, Any]) -> dict[str, Any]:
@@ -275,7 +275,7 @@ def made_up_outcome(base: dict[str, Any], factor: float) -> dict[str, Any]:
 def test_the_report_says_what_joining_is_worth(
     undisturbed: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    asked = [cell for cell in cells("digits", tiny_base(), ASKED, 2, OWN_RATES)]
+    asked = [cell for cell in cells("digits", tiny_base(), ASKED, range(2), OWN_RATES)]
     factors = {"alone": 1.0, "paper": 0.95, "together": 0.85, "pooled": 0.8}
     outcomes = [made_up_outcome(undisturbed["alone"], factors[cell.side]) for cell in asked]
     outcomes[0]["owners"]["digit-1"]["copies"] = None
@@ -326,7 +326,7 @@ def test_together_is_as_good_as_alone_with_more_images(
     undisturbed: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     base = tiny_base()
-    asked = cells("digits", base, ASKED, 1, OWN_RATES, ("alone", "together"))
+    asked = cells("digits", base, ASKED, [0], OWN_RATES, ("alone", "together"))
     others = alone_with([24, 48], base, asked)
     assert [cell.config.data.images_per_task for cell in others] == [28, 52]
     assert {cell.side for cell in others} == {"alone"}
@@ -438,6 +438,10 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no side": (["--set", "digits", "--own-rate", "all=2"], "--own-rate all=2 is impossible"),
     "no factor": (["--set", "digits", "--own-rate", "paper=fast"], "a FACTOR above 0"),
     "no seed": (["--set", "digits", "--seeds", "0"], "--seeds 0 is impossible"),
+    "a seed below 0": (
+        ["--set", "digits", "--first-seed", "-1"],
+        "--first-seed -1 is impossible; allowed: 0 or more",
+    ),
 }
 
 

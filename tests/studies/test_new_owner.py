@@ -49,7 +49,9 @@ def tiny_cells(counts: Sequence[int] = (5, 8), seeds: int = 1) -> list[NewOwnerC
     everybody = change(
         base, federation__clients=4, evaluation__samples=8, evaluation__samples_between=8
     )
-    return new_owner_cells(cores("digits", base, JUDGING, seeds), everybody, 3, counts, ADAPTING)
+    return new_owner_cells(
+        cores("digits", base, JUDGING, range(seeds)), everybody, 3, counts, ADAPTING
+    )
 
 
 def find(side: str, images: int = 5) -> NewOwnerCell:
