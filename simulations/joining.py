@@ -78,6 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="besides, owners alone with N training images: with how many is one as good alone?",
     )
     parser.add_argument(
+        "--stack",
+        type=int,
+        metavar="N",
+        help="so many owners train as one program, which is faster for small images",
+    )
+    parser.add_argument(
         "--own-rate",
         action="append",
         default=[],
@@ -140,6 +146,7 @@ def configuration(options: argparse.Namespace) -> RunConfig:
         data__validation_images=validation,
         federation__clients=owners,
         federation__rounds=options.rounds,
+        resources__stack="auto" if options.stack is None else options.stack,
         evaluation__samples=2 * owners,
         evaluation__samples_between=2 * owners,
         resources__device=options.device,

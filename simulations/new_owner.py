@@ -117,7 +117,9 @@ def _study(options: argparse.Namespace) -> None:
     _within("images", counts[0], 2)
     _within("between", options.between, 1, options.steps)
     base = joining.configuration(
-        argparse.Namespace(**{**vars(options), "owners": known, "images": None, "validation": None})
+        argparse.Namespace(
+            **{**vars(options), "owners": known, "images": None, "validation": None, "stack": None}
+        )
     )
     everybody = _everybody(options, base, known + new, counts[-1] + options.validation)
     # What is wrong with the images is said before anything is trained.

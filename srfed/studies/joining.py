@@ -108,6 +108,7 @@ def side_settings(
             **small,
             "training__method": "balanced",
             "training__centralised_batch_size": owners * batch_size,
+            "resources__stack": "auto",
         },
     }
     chosen = {**settings[side], "training__exclusive_learning_rate": rate * own_rate}
