@@ -15,7 +15,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "scores with the 95% interval of each run's difference to the first, over the owners that "
         "both have. The same as a picture goes into a PNG.",
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, or one of several runs"
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -29,8 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _compare(paths: Sequence[Path], out: Path) -> None:
     from srfed.reporting.comparison import compare_runs, comparison_table, draw_comparison
+    from srfed.runs.listing import run_folders
 
-    compared = compare_runs(paths)
+    # Seeds and sweeps are folders of runs.
+    runs = [run for path in paths for run in (sorted(run_folders(path)) or [path])]
+    compared = compare_runs(runs)
     print("\n".join(comparison_table(compared)))
     draw_comparison(out, compared)
     print(f"\npicture: {out}")

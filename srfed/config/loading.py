@@ -28,9 +28,14 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             impossible.
     """
     file = None if path is None else Path(path)
-    return parse_config(
-        read_settings(file, overrides), "configuration" if path is None else str(path)
-    )
+    return parse_config(read_settings(file, overrides), said_in(file, overrides))
+
+
+def said_in(path: Path | None, overrides: Sequence[str]) -> str:
+    """Where settings were said, for a sentence about one of them."""
+    if path is None:
+        return "configuration"
+    return f"{path} with the command's own settings" if overrides else str(path)
 
 
 def read_settings(path: Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -39,10 +39,12 @@ def list_runs(folder: Path) -> list[ListedRun]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; name one that has runs in it, such as runs")
-    return sorted(map(_listed, _run_folders(folder)), key=lambda run: (run.began, run.path))
+    return sorted(map(_listed, run_folders(folder)), key=lambda run: (run.began, run.path))
 
 
-def _run_folders(folder: Path) -> Iterator[Path]:
+def run_folders(folder: Path) -> Iterator[Path]:
+    """Every run in a folder, itself or below it; raises UserError where one cannot be read."""
+
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
 

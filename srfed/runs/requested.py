@@ -8,6 +8,7 @@ from typing import Any
 
 from srfed.config import RunConfig, SamplingConfig, parse_config, read_settings
 from srfed.config.choices import SAMPLERS, chosen, constants
+from srfed.config.loading import said_in
 from srfed.config.presets import is_preset
 from srfed.errors import UserError
 from srfed.paths import user_path
@@ -50,11 +51,12 @@ def requested_config(
             raise UserError(
                 f"{key} is set twice, by an option of its own and by --set; leave one out"
             )
-    content = read_settings(path, [*overrides, *(f"{key}={value}" for key, value in given.items())])
+    said = [*overrides, *(f"{key}={value}" for key, value in given.items())]
+    content = read_settings(path, said)
     if start is not None and (path is None or is_preset(path)):
-        said, theirs = read_settings(None, overrides), start.model_dump(mode="json")
-        content |= {name: {**theirs[name], **said.get(name, {})} for name in ("model", "diffusion")}
-    source = "configuration" if path is None else str(path)
+        mine, theirs = read_settings(None, overrides), start.model_dump(mode="json")
+        content |= {name: {**theirs[name], **mine.get(name, {})} for name in ("model", "diffusion")}
+    source = said_in(path, said)
     if isinstance(data := content.get("data", {}), dict):
         _complete(content, data, source)
     config = parse_config(content, source).with_absolute_paths()

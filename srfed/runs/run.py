@@ -2,6 +2,7 @@
 site.
 """
 
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from srfed.config import ResourcesConfig
+from srfed.data.source import slugs
 from srfed.device import resolve_device
 from srfed.diffusion.process import Denoiser
 from srfed.errors import UserError
@@ -132,7 +134,7 @@ class TrainedRun:
         self.objective = build_objective(self.config, self.device)
 
     def find_task(self, wanted: str | int) -> TaskInfo:
-        """The task of that name, or else at that position.
+        """The task of that name, or of that of its folder, or else at that position.
 
         Raises:
             UserError: there is none, and the text lists what there is; or a position, given as a
@@ -151,6 +153,11 @@ class TrainedRun:
                     f"'{at}'; give the name as text, '{at}' or {placed[at].task!r}"
                 )
             return placed[at]
+        # The name that its owner gave the folder: "red blood_cells" is the task red-blood-cells.
+        with suppress(UserError):
+            (called,) = slugs([str(wanted)])
+            if called in named and not called.isdigit():
+                return named[called]
         names = ", ".join(f"{position} ({task.task})" for position, task in enumerate(self.tasks))
         raise UserError(f"--task {wanted!r} is not in this run; it has {names}")
 

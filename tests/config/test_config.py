@@ -362,6 +362,16 @@ def test_two_settings_that_contradict_each_other(overrides: list[str], words: st
     assert words in refusal(overrides=overrides)
 
 
+def test_a_setting_of_the_command_is_not_laid_to_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("seed: 1\n")
+    with pytest.raises(UserError, match=r"mine\.yaml with the command's own settings: unknown key"):
+        load_config(path, ["training.batchsize=3"])
+    path.write_text("training: {batchsize: 3}\n")
+    with pytest.raises(UserError, match=r"mine\.yaml: unknown key"):
+        load_config(path)
+
+
 def test_every_mistake_is_named_at_once() -> None:
     message = refusal(overrides=["federation.clients=0", "training.batch_size=0", "data.x=1"])
     assert message.startswith("configuration: ")

@@ -1,5 +1,6 @@
 """``srfed compare``: settings that differ, and scores with intervals over the same owners."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,14 @@ def test_the_command_prints_the_table_and_draws_it(finished_run: RunFolder, tmp_
     assert "other images" not in done.stdout
     picture = np.asarray(Image.open(tmp_path / "two.png").convert("L"))
     assert np.ptp(picture) > 200
+    # A folder of runs, as seeds are, stands for them.
+    whole = run_here("compare", tmp_path, "--out", "one.png", folder=tmp_path)
+    assert whole.returncode == 2
+    assert "1 runs cannot be compared" in whole.stderr
+    shutil.copytree(same, tmp_path / "seeds" / "seed-1")
+    whole = run_here("compare", finished_run.path, tmp_path / "seeds", folder=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    assert re.search(r"^B +.*seeds/seed-1$", whole.stdout, re.MULTILINE)
 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:

@@ -185,3 +185,13 @@ def test_a_name_wins_over_a_position_and_a_number_that_is_anothers_name_is_refus
     assert "task 2 is '10' by position, and another one is called '2'" in text
     assert "2 (10), 3 (2)" in message_of(run.find_task, "4")
     assert "it has 0 (0)" in message_of(run.find_task, -1)
+    assert "it has 0 (0)" in message_of(run.find_task, "-1")
+
+
+def test_a_task_is_found_by_the_name_of_its_folder() -> None:
+    run = object.__new__(TrainedRun)
+    run.tasks = [TaskInfo(name, name, 9, 2) for name in ("red-cells", "red", "7")]
+    assert run.find_task("Red_cells").task == "red-cells"
+    assert run.find_task("red!").task == "red"
+    for wrong in ("red cell", "-7", "§"):
+        assert f"'{wrong}' is not in this run" in message_of(run.find_task, wrong)

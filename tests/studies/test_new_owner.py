@@ -96,7 +96,7 @@ def test_there_is_a_cell_for_each_new_owner_number_side_and_seed(tmp_path: Path)
         assert cell.mode == ("scratch" if cell.side == "scratch" else "frozen")
         assert cell.job(tmp_path).niceness == 10
     # The runs are those of the study of joining.
-    same = joining.cells("digits", tiny_base(1), JUDGING, 2, joining.OWN_RATES)
+    same = joining.cells("digits", tiny_base(1), JUDGING, range(2), joining.OWN_RATES)
     assert {c.core.folder(tmp_path) for c in found} == {
         c.folder(tmp_path) for c in same if c.side != joining.ALONE
     }
