@@ -31,20 +31,25 @@ SCRIPT = """_srfed() {{
 complete -o default -F _srfed srfed
 """
 
+FOR_ZSH = "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n"
+"""What lets zsh take bash's own way of completing."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = Parser(
         prog="srfed completion",
         description="Print a script that completes commands, options, presets and settings: "
-        "'source <(srfed completion)' in bash; in zsh after 'autoload -U bashcompinit; "
-        "bashcompinit'.",
+        "'source <(srfed completion)' in bash, 'source <(srfed completion zsh)' in zsh.",
     )
-    parser.parse_args(arguments)
-    return run_command(_show)
+    parser.add_argument(
+        "shell", nargs="?", choices=("bash", "zsh"), default="bash", help="which (bash)"
+    )
+    options = parser.parse_args(arguments)
+    return run_command(lambda: _show(options.shell))
 
 
-def _show() -> None:
+def _show(shell: str) -> None:
     from srfed.config import RunConfig
     from srfed.config.presets import preset_names
 
@@ -55,7 +60,7 @@ def _show() -> None:
         settings=" ".join(f"{name}=" for name in RunConfig().settings()),
         cases="\n".join(cases),
     )
-    print(script, end="")
+    print(FOR_ZSH + script if shell == "zsh" else script, end="")
 
 
 def _words(command: str) -> list[str]:

@@ -106,7 +106,7 @@ EARLY: dict[str, list[list[str]]] = {
     ],
     "partition": [WRONG_SETTING, ["--image-channels", "0"], ["--data-dir", "/nowhere"]],
     "schema": [["--flower", "/nowhere/pyproject.toml"], ["x"]],
-    "completion": [],
+    "completion": [["fish"], ["bash", "zsh"]],
     "runs": [["/nowhere"], ["x", "y"]],
     "watch": [["/nowhere"], ["x", "--every", "0"], ["x", "--port", "-1"]],
     "compare": [["/nowhere", "x"], ["x"]],
@@ -374,6 +374,12 @@ def test_the_shell_completes(words: list[str], completed: list[str], tmp_path: P
         'echo "${COMPREPLY[@]}"'
     )
     assert done.stdout.split() == completed, done.stderr
+
+
+def test_zsh_learns_first_to_complete_as_bash_does() -> None:
+    first, _, script = run_here("completion", "zsh").stdout.partition("\n")
+    assert "bashcompinit" in first
+    assert script == run_here("completion", "bash").stdout == run_here("completion").stdout
 
 
 # --- The data say what they are -------------------------------------------------------------------
