@@ -21,21 +21,24 @@ def runs(tensors: Iterable[Tensor]) -> list[Tensor]:
     """
     found: list[Tensor] = []
     first: Tensor | None = None
-    size, storage, end = 0, (0, 0), 0
+    # Of each tensor as little is asked as can be: there are thousands in every message.
+    size = end = limit = 0
     for tensor in tensors:
-        if not tensor.numel():
+        count = tensor.numel()
+        if not count:
             continue
-        whole = tensor.detach().contiguous()
-        memory, begin = whole.untyped_storage(), whole.data_ptr()
-        # Two storages can begin at one place: one that NumPy has made of a part knows that part.
-        lies = memory.data_ptr(), memory.nbytes()
-        if first is not None and (lies, begin) == (storage, end):
-            size += whole.numel()
+        whole = tensor if tensor.is_contiguous() else tensor.contiguous()
+        begin, length = whole.data_ptr(), count * whole.itemsize
+        # What is within the first one's own memory is read through that, whoever else has it.
+        if first is not None and begin == end and begin + length <= limit:
+            size += count
         else:
             if first is not None:
                 found.append(first.as_strided((size,), (1,)))
-            first, size, storage = whole, whole.numel(), lies
-        end = begin + whole.nbytes
+            first, size = whole.detach(), count
+            memory = first.untyped_storage()
+            limit = memory.data_ptr() + memory.nbytes()
+        end = begin + length
     if first is not None:
         found.append(first.as_strided((size,), (1,)))
     return found

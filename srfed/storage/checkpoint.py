@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -190,12 +190,18 @@ def _read_of_before(folder: Path, kinds: Mapping[str, type] | None) -> Checkpoin
         raise DamagedError(f"{path} is damaged: {error}") from error
 
 
+@lru_cache(maxsize=64)
+def _entries(layout: str) -> list[tuple[str, str, str, list[int]]]:
+    """Group, name, type and shape of each tensor; the states of a run have few layouts."""
+    return [(group, name, dtype, shape) for group, name, dtype, shape in json.loads(layout)]
+
+
 def _members(stored: Mapping[str, Tensor], layout: str) -> dict[tuple[str, str], Tensor]:
     """The tensors of a file by group and name, as views of its flat arrays; raises ValueError where
     these are shorter or longer than the layout says.
     """
     named: dict[str, list[tuple[tuple[str, str], list[int]]]] = {dtype: [] for dtype in stored}
-    for group, name, dtype, shape in json.loads(layout):
+    for group, name, dtype, shape in _entries(layout):
         named[dtype].append(((group, name), shape))
     members: dict[tuple[str, str], Tensor] = {}
     for dtype, tensor in stored.items():

@@ -199,7 +199,9 @@ def train_owners(config: RunConfig, step: LocalStep, jobs: Sequence[Job]) -> lis
 
 def _train_owners(config: RunConfig, step: LocalStep, jobs: Sequence[Job]) -> list[LocalResult]:
     number, keeps = jobs[0].round_number, config.training.shared_moments == "keep"
-    step.model.train()
+    # Of all modules or of none, and there are many.
+    if not step.model.training:
+        step.model.train()
     plans = [job.trainer.steps(job.state) for job in jobs]
     trained = [parts for parts, _ in plans[0]]
 

@@ -42,7 +42,7 @@ from srfed.federation.worker import features_for, worker_for
 from srfed.storage.client_store import NO_PARENT
 from srfed.training.part import ClientState
 
-LOOKED_AT = 16
+LOOKED_AT = 64
 """Of so many replies of a simulation one gets the last look. It leaves no machine, and a look takes
 as long as ten local steps of a small network; a handler's mistake is found all the same."""
 NPY_HEADER = 256
