@@ -39,8 +39,8 @@ MOST_CHANNELS = 16
 """Of an image: the server makes room for features of each of them."""
 """Of a round: the server counts them off one by one, in the decay of its moving average."""
 BELIEVED_STEPS = 50
-"""Of a round, on the word of a client alone: in 1,600 steps an honest one with Adam came 43 learning
-rates far in each value, which 50 bound.
+"""Of a round, on the word of a client alone: in 1,600 steps an honest one with Adam came 43 rates
+far in each value, which 50 bound.
 """
 BELIEVED_RATIO = 10
 """So many times the steps that others take are believed of a client in any case."""

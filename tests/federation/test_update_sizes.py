@@ -186,4 +186,6 @@ def test_with_the_number_of_images_configured_nobody_can_claim_more(
     run = begin(tmp_path / "run", {**SETTINGS, **EPOCHS, "data.images_per_task": 32})
     start(run, ChangingGrid(run, Claiming(33, 0.0)))
     assert round_lines(run)[0]["accepted"] == ["digit-0", "digit-2"]
-    assert "'digit-1': it has 33 training images, and data.images_per_task" in capsys.readouterr().err
+    assert (
+        "'digit-1': it has 33 training images, and data.images_per_task" in capsys.readouterr().err
+    )

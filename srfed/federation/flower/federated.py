@@ -410,8 +410,8 @@ class Federated:
             these = (
                 "these steps"
                 if taken[client] == claimed
-                else f"{taken[client]} steps, which are believed of the {claimed} that its claim of "
-                f"{accepted[client].plan.examples} images makes (data.images_per_task bounds it)"
+                else f"{taken[client]} steps, which are believed of the {claimed} that its claim "
+                f"of {accepted[client].plan.examples} images makes (data.images_per_task bounds it)"
             )
             self._tell.on_notice(
                 f"round {server_round}: {client}: its update is {1 / factor:.3g} times as long as "

@@ -336,7 +336,9 @@ class Roster:
                 f"-m srfed.deploy sites --run RUN --rebind {client}"
             )
         training, data = self._config.training, self._config.data
-        if data.images_per_task and now[0] > (most := data.images_per_task - data.validation_images):
+        if data.images_per_task and now[0] > (
+            most := data.images_per_task - data.validation_images
+        ):
             raise UserError(
                 f"client {client!r}: it has {now[0]} training images, and data.images_per_task and "
                 f"data.validation_images leave it {most}"
