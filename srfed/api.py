@@ -8,6 +8,7 @@ images = run.sample("digit-3", 64)
 
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -330,7 +331,8 @@ class Run:
             seed: of training and samples.
 
         Returns:
-            The adapted model, opened: its one task is the new one.
+            The adapted model, opened: its one task is the new one. A task whose images hold next to
+            nothing is warned of.
 
         Raises:
             UserError: a value is impossible, the images do not fit, or ``out`` is another
@@ -354,6 +356,8 @@ class Run:
                 raise UserError(f"{name} = {value} is impossible; allowed: {least} or more")
         check_tasks([task])
         trained = self._trained
+        for line in describe_contents(trained.config.data, [task]):
+            warnings.warn(line, stacklevel=2)
         task = fitting_task(trained.shapes, task)
         config = computed_here(trained.config, self._device, cuda=trained.device.type == "cuda")
         evaluation, every = config.evaluation, every or -(-steps // 6)

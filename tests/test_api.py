@@ -277,6 +277,12 @@ def test_a_new_task_is_adapted_to_and_opened(trained: srfed.Run, tmp_path: Path)
         adapted.evaluate(12)
     with pytest.raises(srfed.UserError, match="mode = 'melted' is unknown; allowed: frozen"):
         trained.adapt(task, mode="melted", **settings)
+    black = srfed.Task("newcomer", 0 * loaded.train, 0 * loaded.test)
+    with (
+        pytest.warns(UserWarning, match="images of newcomer: .* are of one value, all"),
+        pytest.raises(srfed.UserError, match="holds another adaptation"),
+    ):
+        trained.adapt(black, **settings)
 
 
 def test_resuming_says_what_it_needs(trained: srfed.Run, tmp_path: Path) -> None:

@@ -16,6 +16,11 @@ PIXELS_AT_ONCE = MOST_AT_ONCE * 48 * 48
 """Of images that are sampled at once, so that large ones take less memory than training does."""
 
 
+def most_at_once(height: int, width: int) -> int:
+    """How many images of this size go through a network at once, where nobody says it."""
+    return max(1, min(MOST_AT_ONCE, PIXELS_AT_ONCE // (height * width)))
+
+
 class SamplingConfig(Section):
     sampler: SamplerName = setting(
         "ddim",
@@ -59,4 +64,4 @@ class SamplingConfig(Section):
 
     def images_at_once(self, height: int, width: int) -> int:
         """How many images of this size are sampled at once."""
-        return self.batch_size or max(1, min(MOST_AT_ONCE, PIXELS_AT_ONCE // (height * width)))
+        return self.batch_size or most_at_once(height, width)
