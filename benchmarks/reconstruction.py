@@ -113,7 +113,7 @@ def _measure(
                     timesteps,
                     steps=way if isinstance(way, int) else None,
                     variance=config.sampling.variance,
-                    batch_size=config.sampling.batch_size,
+                    batch_size=config.sampling.images_at_once(*test.shape[-2:]),
                     seed=config.seed + (way == AGAIN),
                     task=info.client,
                 )

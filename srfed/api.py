@@ -8,12 +8,14 @@ images = run.sample("digit-3", 64)
 
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from srfed.config import RunConfig, load_config, parse_config
+from srfed.data.contents import describe_contents
 from srfed.data.given import given_tasks
 from srfed.data.images import Images
 from srfed.data.stored import check_tasks, store_tasks
@@ -22,6 +24,7 @@ from srfed.environment import surroundings_kept
 from srfed.errors import UserError, optional
 from srfed.files import exists
 from srfed.observer import Observer
+from srfed.records import TaskInfo
 from srfed.runs.checks import check_training, finished
 from srfed.runs.loop import run_rounds
 from srfed.runs.run import TrainedRun, TrainedSite
@@ -81,6 +84,7 @@ def train(
             ``updates.steps``: names, and classes of your own after
             :class:`srfed.federation.updates.UpdateStep`.
         observers: told what happens; what one raises ends the run, with all finished rounds kept.
+            ``on_notice`` says too, when the run begins, which tasks' images hold next to nothing.
         metrics: metrics of your own by name: functions of (real, generated), each uint8 N x H x W x
             C, that return a number. They are called at every evaluation, for each owner and for all
             together, where the images are; they are in metrics.jsonl, curves, table and report.
@@ -115,7 +119,9 @@ def train(
         # Before anything is written.
         OwnMetrics(metrics, config)
     source = None if origin is None else Path(origin)
-    run = _resumed(config, tasks, folder) if resume else _begun(config, tasks, folder, source)
+    run, lines = (
+        _resumed(config, tasks, folder) if resume else _begun(config, tasks, folder, source)
+    )
     if not finished(run):
         from srfed.reporting.curves import Curves
         from srfed.reporting.report import write_report
@@ -126,7 +132,9 @@ def train(
 
             # Only commands ask in this way; what an earlier run has left must not stop this one.
             stop_requested.clear()
-        train_run(run, [Curves(run), *observers], metrics)
+        observers = list(observers)
+        told = _Contents(lines, observers)
+        train_run(run, [Curves(run), *observers, told], metrics)
         write_report(run)
     return Run(run.path)
 
@@ -323,7 +331,8 @@ class Run:
             seed: of training and samples.
 
         Returns:
-            The adapted model, opened: its one task is the new one.
+            The adapted model, opened: its one task is the new one. A task whose images hold next to
+            nothing is warned of.
 
         Raises:
             UserError: a value is impossible, the images do not fit, or ``out`` is another
@@ -347,6 +356,8 @@ class Run:
                 raise UserError(f"{name} = {value} is impossible; allowed: {least} or more")
         check_tasks([task])
         trained = self._trained
+        for line in describe_contents(trained.config.data, [task]):
+            warnings.warn(line, stacklevel=2)
         task = fitting_task(trained.shapes, task)
         config = computed_here(trained.config, self._device, cuda=trained.device.type == "cuda")
         evaluation, every = config.evaluation, every or -(-steps // 6)
@@ -421,6 +432,18 @@ def train_run(
         run_in_process(run, observers, metrics=own)
 
 
+class _Contents(Observer):
+    """Tells other observers, when the run begins, which images hold next to nothing."""
+
+    def __init__(self, lines: Sequence[str], others: Iterable[Observer]) -> None:
+        self._lines, self._others = lines, others
+
+    def on_begin(self, tasks: Sequence[TaskInfo], last_round: int) -> None:
+        for observer in self._others:
+            for line in self._lines:
+                observer.on_notice(line)
+
+
 def _with_own(
     config: RunConfig,
     network: "type[Network] | None",
@@ -456,7 +479,7 @@ def _loadable_name(part: type) -> str:
 
 def _begun(
     config: RunConfig, tasks: Sequence[Task] | None, folder: Path | None, source: Path | None
-) -> RunFolder:
+) -> tuple[RunFolder, list[str]]:
     def start(config: RunConfig, loaded: Sequence[Task]) -> "tuple[Origin, Shared] | None":
         if source is None:
             return None
@@ -465,20 +488,25 @@ def _begun(
         return start_of(source, config, loaded)
 
     if tasks is None:
-        return RunFolder.create(folder, config, start(config, check_training(config)))
+        found = check_training(config)
+        return RunFolder.create(folder, config, start(config, found)), describe_contents(
+            config.data, found
+        )
     check_tasks(tasks)
     with tempfile.TemporaryDirectory() as scratch:
         # Where everything is looked at before the run has a folder.
         store_tasks(Path(scratch) / TASKS_FILE, tasks)
-        loaded = check_training(_of_stored(config, Path(scratch), len(tasks)))
-        origin = start(config, loaded)
+        found = check_training(_of_stored(config, Path(scratch), len(tasks)))
+        origin = start(config, found)
     folder = folder or usual_folder(config).absolute()
     run = RunFolder.create(folder, _of_stored(config, folder, len(tasks)), origin)
     store_tasks(run.path / TASKS_FILE, tasks)
-    return run
+    return run, describe_contents(run.config.data, found)
 
 
-def _resumed(config: RunConfig, tasks: Sequence[Task] | None, folder: Path | None) -> RunFolder:
+def _resumed(
+    config: RunConfig, tasks: Sequence[Task] | None, folder: Path | None
+) -> tuple[RunFolder, list[str]]:
     if folder is None:
         raise UserError("resume needs run_dir, the folder of the run to go on with")
     run = RunFolder.open(folder)
@@ -496,8 +524,8 @@ def _resumed(config: RunConfig, tasks: Sequence[Task] | None, folder: Path | Non
         ):
             raise UserError(f"the tasks are others than those that {folder} was begun with")
     run = run.reconfigure(config)
-    check_training(run.config, run.images if run.started else None)
-    return run
+    found = check_training(run.config, run.images if run.started else None)
+    return run, describe_contents(run.config.data, found)
 
 
 def _of_stored(config: RunConfig, folder: Path, clients: int) -> RunConfig:

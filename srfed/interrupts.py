@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from srfed.errors import UserError
+from srfed.errors import UserError, is_short_of_memory
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What ends a command: Ctrl-C, a service manager or a scheduler, a terminal that closes."""
@@ -74,16 +74,6 @@ def run_command(command: Callable[[], None], minutes: float | None = None) -> in
     finally:
         flushed()
     return 0
-
-
-def is_short_of_memory(error: BaseException) -> bool:
-    """Whether Python, or PyTorch on a processor or a GPU, has got no more memory."""
-    # PyTorch says so in words on a processor, and by a class that is not imported here on a GPU.
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )
 
 
 def status_of(stop: BaseException) -> int:

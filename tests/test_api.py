@@ -124,6 +124,39 @@ def test_observers_are_told_and_what_one_raises_stops_the_run(tmp_path: Path) ->
     assert (again.round, second.told) == (2, [2, "end"]), "a finished run is only opened"
 
 
+class Told(srfed.Observer):
+    """Writes down what it is told in sentences, and stops the run when it has begun."""
+
+    def __init__(self) -> None:
+        self.notices: list[str] = []
+
+    def on_notice(self, text: str) -> None:
+        self.notices.append(text)
+
+    def on_start(self, what: Stage, number: int, *, final: bool = False) -> None:
+        raise KeyboardInterrupt
+
+
+def test_observers_are_told_which_images_hold_next_to_nothing(tmp_path: Path) -> None:
+    tasks = tiny_tasks()
+    black = [srfed.Task(tasks[0].name, tasks[0].train * 0, tasks[0].test * 0), *tasks[1:]]
+    told = Told()
+    for resume in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            srfed.train(
+                tiny_config(TWO), black, observers=[told], run_dir=tmp_path / "run", resume=resume
+            )
+    first, advice = told.notices[:2]
+    assert first.startswith("images of digit-0: ")
+    assert "are of one value, all" in first
+    assert "data.background" in advice
+    assert told.notices[2:] == [first, advice]
+    sound = Told()
+    with pytest.raises(KeyboardInterrupt):
+        srfed.train(tiny_config(TWO), tasks, observers=[sound], run_dir=tmp_path / "sound")
+    assert sound.notices == []
+
+
 def test_a_run_in_another_thread_is_as_one_in_the_main_thread(
     trained: srfed.Run, tmp_path: Path
 ) -> None:
@@ -244,6 +277,12 @@ def test_a_new_task_is_adapted_to_and_opened(trained: srfed.Run, tmp_path: Path)
         adapted.evaluate(12)
     with pytest.raises(srfed.UserError, match="mode = 'melted' is unknown; allowed: frozen"):
         trained.adapt(task, mode="melted", **settings)
+    black = srfed.Task("newcomer", 0 * loaded.train, 0 * loaded.test)
+    with (
+        pytest.warns(UserWarning, match="images of newcomer: .* are of one value, all"),
+        pytest.raises(srfed.UserError, match="holds another adaptation"),
+    ):
+        trained.adapt(black, **settings)
 
 
 def test_resuming_says_what_it_needs(trained: srfed.Run, tmp_path: Path) -> None:

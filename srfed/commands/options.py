@@ -173,7 +173,7 @@ def add_batch_size(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="images sampled at once: fewer take less memory, and the images stay the same; "
-        "default: the run's",
+        "default: the run's, and half as many where memory is short",
     )
 
 

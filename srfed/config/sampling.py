@@ -11,6 +11,16 @@ else:
     SamplerName = SAMPLERS.names
 
 
+MOST_AT_ONCE = 256
+PIXELS_AT_ONCE = MOST_AT_ONCE * 48 * 48
+"""Of images that are sampled at once, so that large ones take less memory than training does."""
+
+
+def most_at_once(height: int, width: int) -> int:
+    """How many images of this size go through a network at once, where nobody says it."""
+    return max(1, min(MOST_AT_ONCE, PIXELS_AT_ONCE // (height * width)))
+
+
 class SamplingConfig(Section):
     sampler: SamplerName = setting(
         "ddim",
@@ -44,4 +54,14 @@ class SamplingConfig(Section):
         "alone: away from what is drawn with zeros for all that is a task's own (model.owned); "
         "0: none, and no second forward pass",
     )
-    batch_size: int = setting(256, ge=1, decides="nothing", description="images sampled at once")
+    batch_size: int | None = setting(
+        None,
+        ge=1,
+        decides="nothing",
+        description="images sampled at once, which decides no image; null: 256 of up to 48 px, and "
+        "of larger ones as many as have so many pixels. Half as many where memory is short",
+    )
+
+    def images_at_once(self, height: int, width: int) -> int:
+        """How many images of this size are sampled at once."""
+        return self.batch_size or most_at_once(height, width)

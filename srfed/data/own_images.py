@@ -4,6 +4,7 @@ labels.
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,20 @@ LATER = ("validation_images", "background", "pages")
 """The settings of ``data`` that decide what an owner's images become; of :data:`LATER` there are
 records from before there was the setting, so a default is not told.
 """
+Write = Callable[[], object]
+"""Writes something into a store."""
 READING = 2
 """Counts up when the same file becomes other images than before."""
 
 
 def load_own_task(
-    config: DataConfig, path: Path, name: str, store: Path | None = None, *, keep: bool = True
+    config: DataConfig,
+    path: Path,
+    name: str,
+    store: Path | None = None,
+    *,
+    keep: bool = True,
+    later: Callable[[Write], object] | None = None,
 ) -> Task:
     """Read an owner's images, as the settings of :data:`SETTINGS` and :data:`LATER` say.
 
@@ -50,6 +59,8 @@ def load_own_task(
             settings, files, sizes and times of change are the same. None keeps and compares
             nothing.
         keep: False compares with what the store has on record, and writes nothing.
+        later: takes each of what is to be written, in order, for whoever writes it when it is known
+            that it may be; None writes at once.
 
     Returns:
         The task; its index is -1, as no data set gives it a place.
@@ -59,8 +70,8 @@ def load_own_task(
             are not those on record.
     """
     records = {} if store is None else read_records(store / RECORD_FILE)
-    known = records.get(_key(config, name))
-    task = _load(config, path, name, known, store if keep else None)
+    known, writes = records.get(_key(config, name)), later or _at_once
+    task = _load(config, path, name, known, store if keep else None, writes)
     now = ImageRecord.of(task)
     if known is not None and (changes := known.differences(now)):
         raise UserError(
@@ -68,8 +79,14 @@ def load_own_task(
             "or accept the change with: python -m srfed.deploy agree"
         )
     if known is None and store is not None and keep:
-        write_records(store / RECORD_FILE, records | {_key(config, name): now})
+        file, key = store / RECORD_FILE, _key(config, name)
+        # Read again: others may have been put on record until it is written.
+        writes(lambda: write_records(file, read_records(file) | {key: now}))
     return task
+
+
+def _at_once(write: Write) -> None:
+    write()
 
 
 def current_images(config: DataConfig, path: Path, name: str, store: Path) -> tuple[Task, str]:
@@ -126,10 +143,15 @@ def describe_own_images(config: DataConfig, path: Path) -> list[str]:
 
 
 def _load(
-    config: DataConfig, path: Path, name: str, known: ImageRecord | None, cache: Path | None
+    config: DataConfig,
+    path: Path,
+    name: str,
+    known: ImageRecord | None,
+    cache: Path | None,
+    writes: Callable[[Write], object] = _at_once,
 ) -> Task:
     try:
-        train, test = _decoded(config, path, name, known, cache)
+        train, test = _decoded(config, path, name, known, cache, writes)
     except OSError as error:
         raise UserError(
             f"data: cannot read {error.filename or path}: {error.strerror or error}"
@@ -139,7 +161,12 @@ def _load(
 
 
 def _decoded(
-    config: DataConfig, path: Path, name: str, known: ImageRecord | None, cache: Path | None
+    config: DataConfig,
+    path: Path,
+    name: str,
+    known: ImageRecord | None,
+    cache: Path | None,
+    writes: Callable[[Write], object],
 ) -> tuple[Images, Images]:
     if not path.exists():
         raise UserError(f"data: {path} does not exist; name a folder of images or an .npz file")
@@ -149,16 +176,22 @@ def _decoded(
     cached = _from_cache(file)
     if cached is not None:
         return cached
-    cached = _read(config, path, name, known)
+    train, test = _read(config, path, name, known)
+    writes(lambda: _write_cache(file, train, test))
+    return train, test
+
+
+def _write_cache(file: Path, train: Images, test: Images) -> None:
+    """Keep decoded images, and drop those that were kept before."""
+    cache = file.parent
     with held(cache / "lock", wait=True):
         # Of a process that was killed while it wrote as much again.
         remove_temporary_files(cache, r"images-.*\.safetensors")
-        arrays = {"train": np.ascontiguousarray(cached[0]), "test": np.ascontiguousarray(cached[1])}
+        arrays = {"train": np.ascontiguousarray(train), "test": np.ascontiguousarray(test)}
         write_bytes(file, safetensors.numpy.save(arrays))
         for old in cache.glob("images-*.safetensors"):
             if old != file:
                 old.unlink(missing_ok=True)
-    return cached
 
 
 def _read(

@@ -13,7 +13,7 @@ from srfed.data.images import Images
 from srfed.diffusion.guidance import guided
 from srfed.diffusion.process import Denoiser, Process
 from srfed.diffusion.sampler import Sampler, drawn_for_each, sample
-from srfed.errors import UserError
+from srfed.errors import UserError, is_short_of_memory
 from srfed.randomness import derive_generator
 
 
@@ -45,7 +45,8 @@ def generate(
     """Generate ``count`` images of one task.
 
     Each image has draws of its own, so it depends on (seed, task, its number) and on the sampler
-    alone: not on how many are asked for, nor on how many are sampled at once.
+    alone: not on how many are asked for, nor on how many are sampled at once, which are half as
+    many from where memory is short.
 
     Args:
         denoiser: E[x_0 | x_t] of (φ, θ_i), on the process's device, in evaluation mode; it is
@@ -67,20 +68,29 @@ def generate(
     record = strip_timesteps(process.timesteps, strip_steps)
     images = [np.empty((0, height, width, channels), np.uint8)]
     strip = images[0]
-    for first in range(0, count, sampling.batch_size):
-        numbers = range(first, min(first + sampling.batch_size, count))
+    first, at_once = 0, sampling.images_at_once(height, width)
+    while first < count:
+        numbers = range(first, min(first + at_once, count))
         draw = drawn_for_each([derive_generator(seed, "samples", task, n) for n in numbers])
-        noise = draw(torch.empty((len(numbers), channels, height, width), device=process.device))
-        sampled = sample(
-            sampler,
-            drawn_with,
-            process,
-            process.start(noise),
-            draw,
-            steps=sampling.steps,
-            clip=sampling.clip,
-            record=record if first == 0 else [],
-        )
+        try:
+            noise = draw(
+                torch.empty((len(numbers), channels, height, width), device=process.device)
+            )
+            sampled = sample(
+                sampler,
+                drawn_with,
+                process,
+                process.start(noise),
+                draw,
+                steps=sampling.steps,
+                clip=sampling.clip,
+                record=record if first == 0 else [],
+            )
+        except (MemoryError, RuntimeError) as error:
+            if len(numbers) == 1 or not is_short_of_memory(error):
+                raise
+            at_once = len(numbers) // 2
+            continue
         if not bool(sampled.images.isfinite().all()):
             raise UserError(
                 f"the model of {task} has diverged: its samples are no numbers; train it with "
@@ -89,6 +99,7 @@ def generate(
         images.append(to_uint8(sampled.images))
         if first == 0 and record:
             strip = np.concatenate([to_uint8(sampled.states[timestep][:1]) for timestep in record])
+        first = numbers.stop
     return Generated(np.concatenate(images), strip)
 
 

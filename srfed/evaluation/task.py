@@ -129,7 +129,7 @@ def ssim_curve(
         timesteps,
         steps=steps,
         variance=config.sampling.variance,
-        batch_size=config.sampling.batch_size,
+        batch_size=config.sampling.images_at_once(*images.shape[1:3]),
         seed=config.seed,
         task=task,
     )

@@ -21,7 +21,9 @@ ASKED_FILE = "asked.json"
 MOST_ANSWERED = 3
 """Different φ's for one round and parent."""
 MOST_QUESTIONS = 10_000
-"""Rounds, evaluations and validations of one run that are kept in mind; more of them are refused.
+QUESTIONS_A_ROUND = 4
+"""Rounds, evaluations and validations of one run that are kept in mind, in all or for each round
+that was agreed to, whichever is more; more of them are refused.
 """
 Answered = dict[str, dict[str, list[str]]]
 """Digests of what came with a question, by question, by lineage."""
@@ -85,7 +87,8 @@ def check_asked(folder: Path, agreement: Agreement, kind: str, question: Questio
     digests = asked.get(question.about, [])
     if question.digest in digests:
         return
-    if len(digests) >= MOST_ANSWERED or len(asked) >= MOST_QUESTIONS:
+    most = max(MOST_QUESTIONS, QUESTIONS_A_ROUND * agreement.at_most.get("federation.rounds", 0))
+    if len(digests) >= MOST_ANSWERED or len(asked) >= most:
         raise not_agreed(
             f"more than {MOST_ANSWERED} answers about one round",
             f"{question.about}: {len(digests)} others were answered",

@@ -6,7 +6,8 @@ believed: the reply must repeat it. Every other number has a range.
 """
 
 import math
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 
 from srfed.config import RunConfig
@@ -37,6 +38,12 @@ MOST_PIXELS = 65_536
 MOST_CHANNELS = 16
 """Of an image: the server makes room for features of each of them."""
 """Of a round: the server counts them off one by one, in the decay of its moving average."""
+BELIEVED_STEPS = 50
+"""Of a round, on the word of a client alone: in 1,600 steps an honest one with Adam came 43 rates
+far in each value, which 50 bound.
+"""
+BELIEVED_RATIO = 10
+"""So many times the steps that others take are believed of a client in any case."""
 LEAST_LOSS = 1e-9
 """Of held-out images; a ratio to it is a number."""
 LARGEST_FEATURE = 1e9
@@ -151,6 +158,28 @@ def validation_numbers(images: Number) -> dict[str, Number]:
     where too few images stand behind it to be told.
     """
     return {"loss": Number(0, LARGEST_LOSS, gaps=True), EXAMPLES: images}
+
+
+def believed_steps(claimed: Mapping[str, int], sure: Collection[str]) -> dict[str, int]:
+    """The steps of a round that decide how far a client may move φ, where they follow from the
+    number of its images, which is its own word.
+
+    More than :data:`BELIEVED_STEPS`, and than :data:`BELIEVED_RATIO` times the others' median, are
+    not believed; a client without others is. So no claim widens the bound of who makes it without
+    end, and none of a few hostile ones narrows that of the others below :data:`BELIEVED_STEPS`.
+
+    Args:
+        claimed: steps by client, as its number of images has them.
+        sure: the clients whose number the server knows by itself.
+    """
+    ordered = sorted(claimed.values())
+    middle = (len(ordered) - 1) // 2
+    believed = dict(claimed)
+    for client in claimed.keys() - set(sure) if len(ordered) > 1 else ():
+        steps = claimed[client]
+        median = ordered[middle + (bisect_left(ordered, steps) <= middle)]
+        believed[client] = min(steps, max(BELIEVED_STEPS, BELIEVED_RATIO * median))
+    return believed
 
 
 @dataclass(frozen=True)

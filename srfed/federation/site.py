@@ -20,7 +20,9 @@ from srfed.data import (
     load_recorded_task,
     task_names,
 )
+from srfed.data.own_images import Write
 from srfed.errors import UserError
+from srfed.federation.keeping import keep
 from srfed.files import append_text, exists, open_to_others
 from srfed.paths import home_folder, user_path
 from srfed.storage.client_store import check_name
@@ -158,20 +160,34 @@ def own_task(config: DataConfig, site: Site) -> Task:
     tasks = _tasks_of(config, site.state_dir)
     if site not in tasks:
         tasks[site] = _own_task(config, site)
-    return tasks[site]
+    task, waiting = tasks[site]
+    if waiting:
+        # With the first message that is answered, whichever that is.
+        keep(lambda: _write(waiting))
+    return task
 
 
 @lru_cache(maxsize=2)
-def _tasks_of(config: DataConfig, state_dir: Path) -> dict[Site, Task]:
-    """The tasks of one run's sites; those of runs before are let go."""
+def _tasks_of(config: DataConfig, state_dir: Path) -> dict[Site, tuple[Task, list[Write]]]:
+    """The tasks of one run's sites, and what of each is to be written yet; those of runs before are
+    let go.
+    """
     return {}
 
 
-def _own_task(config: DataConfig, site: Site) -> Task:
+def _write(waiting: list[Write]) -> None:
+    while waiting:
+        waiting[0]()
+        del waiting[0]
+
+
+def _own_task(config: DataConfig, site: Site) -> tuple[Task, list[Write]]:
     if site.data is None:
         # A simulation's stores lie in its run's folder, beside the record that the server has made.
-        return load_recorded_task(config, site.index, site.state_dir.parent / RECORD_FILE)
-    return load_own_task(config, site.data, site.client, site.folder)
+        return load_recorded_task(config, site.index, site.state_dir.parent / RECORD_FILE), []
+    waiting: list[Write] = []
+    task = load_own_task(config, site.data, site.client, site.folder, later=waiting.append)
+    return task, waiting
 
 
 def _simulated_state_dir(context: Surroundings) -> Path:

@@ -20,7 +20,7 @@ from srfed.config.evaluation import strip_timesteps
 from srfed.data import load_recorded_tasks
 from srfed.errors import UserError
 from srfed.files import list_folder, read_bytes, read_json, write_bytes
-from srfed.records import TaskInfo, ssim_name
+from srfed.records import Colour, TaskInfo, ssim_name
 from srfed.reporting.joining import VERDICTS
 from srfed.reporting.page_plots import page_plots
 from srfed.reporting.pictures import Images, draw_grid
@@ -147,6 +147,7 @@ def _scores(
         return {}
     losses = rounds[-1]["loss_by_client"] if rounds else {}
     compared, audits = comparisons_of(tasks, evaluation), evaluation.get("audits", {})
+    colours = evaluation.get("colours", {})
     recognised, own = evaluation.get("recognised_by_client", {}), evaluation.get("own", {})
     rows = [
         {
@@ -156,6 +157,7 @@ def _scores(
             "score": evaluation["score_by_client"].get(task.client),
             "ssim": evaluation["ssim_by_client"].get(task.client),
             "recognised": recognised.get(task.client),
+            "colour": Colour(**colours[task.client]) if task.client in colours else None,
             "own": [one["by_client"].get(task.client) for one in own.values()],
             "joining": compared.get(task.task),
             "copies": audits.get(task.client, {}).get("fires"),
@@ -169,6 +171,7 @@ def _scores(
         "score": evaluation["score"],
         "ssim": evaluation["ssim"].get(str(evaluation["ssim_timestep"])),
         "recognised": evaluation.get("recognised"),
+        "colour": None,
         "own": [one["all"] for one in own.values()],
         "joining": None,
         "copies": None,
@@ -178,6 +181,7 @@ def _scores(
         "ssim_name": ssim_name(evaluation["ssim_timestep"], evaluation.get("ssim_steps")),
         "words": VERDICTS,
         "with_recognised": bool(recognised),
+        "with_colours": bool(colours),
         "own": list(own),
         "with_joining": bool(compared),
         "with_audits": bool(audits),

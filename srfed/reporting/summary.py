@@ -208,7 +208,13 @@ def _colours_in_words(tasks: Sequence[TaskInfo], evaluation: Mapping[str, Any]) 
         if (known := evaluation.get("colours", {}).get(task.client))
     }
     if not found:
-        return []
+        if "colours" not in evaluation:
+            return []
+        # Two sums of levels a task would be more than the owners of a deployment have agreed to.
+        return [
+            "colour: not compared, as the server has not both samples and held-out images of any "
+            "task (under evaluation.mode = statistics it gets features' statistics alone)"
+        ]
     shown = [f"{name} {one.in_words}" for name, one in list(found.items())[:MOST_NAMED]]
     more = f"; {len(found) - MOST_NAMED} more in metrics.jsonl" * (len(found) > MOST_NAMED)
     differing = [

@@ -146,7 +146,7 @@ def evaluate_run(
         "seed": wanted.seed,
         "samples": wanted.samples,
         "images_per_task": float(np.mean([len(task.train) for task in tasks])),
-        "sampling": wanted.sampling.model_dump(mode="json"),
+        "sampling": wanted.sampling.model_dump(mode="json", exclude={"batch_size"}),
         "network": network.identity,
         "scores": [asdict(score) for score in scored.scores],
         "by_task": scored.by_task,

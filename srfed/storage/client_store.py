@@ -55,7 +55,8 @@ class StoreBounds:
     Attributes:
         lineages: runs.
         bytes: of all attempts of all runs.
-        attempts: of one run; those of an honest one go with its rounds.
+        attempts: of one run; those of an honest one go with its rounds. Of those that nobody ever
+            went on with, as a site's whose answers come too late, half as many stay.
     """
 
     lineages: int = 64
@@ -173,7 +174,8 @@ class ClientStore:
         }
         if question in told:
             raise AskedError(f"the same was asked before, as attempt {told[question]}")
-        if len(manifests) >= self._bounds.attempts:
+        unused = self._never_gone_on_with(manifests, parent, round_number)
+        if len(manifests) - len(unused) >= self._bounds.attempts:
             raise UserError(
                 f"{self.folder} holds {len(manifests)} attempts, and {self._bounds.attempts} are "
                 "the most: remove those that the run does not need"
@@ -250,10 +252,42 @@ class ClientStore:
             for pictures in ("samples", "memorisation"):
                 remove_temporary_files(self._client / pictures)
             write_checkpoint(self.folder / attempt, Checkpoint(groups, manifest))
-            for name in _dispensable(
-                self._manifests(self.folder), attempt, round_number - self._keep
-            ):
+            manifests = self._manifests(self.folder)
+            for name in {
+                *_dispensable(manifests, attempt, round_number - self._keep),
+                *self._never_gone_on_with(manifests, parent, round_number, best),
+            }:
                 remove_checkpoint(self.folder / name)
+
+    def _never_gone_on_with(
+        self,
+        manifests: dict[str, dict[str, Any]],
+        parent: str,
+        round_number: int,
+        best: str = NO_PARENT,
+    ) -> list[str]:
+        """The attempts that go so that a store which is full has room, the earliest first; none
+        where it is not.
+
+        A server that starts a round from ``parent`` has accepted none of an earlier round that
+        started there too, unless it went back: of those from which nothing descends the latest
+        stay, half of what the store may hold. So a client whose answers come too late, in any
+        number of rounds, is not refused for them; and an attempt that was accepted does not go for
+        fewer messages than that.
+        """
+        if len(manifests) < self._bounds.attempts:
+            return []
+        named = {best}
+        for manifest in manifests.values():
+            named |= {str(manifest["parent"]), str(manifest.get("best", NO_PARENT))}
+        unused = sorted(
+            (_round(manifests, name), name)
+            for name, manifest in manifests.items()
+            if manifest["parent"] == parent
+            and name not in named
+            and _round(manifests, name) < round_number
+        )
+        return [name for _, name in unused[: max(0, len(unused) - self._bounds.attempts // 2)]]
 
     @property
     def _present(self) -> Path:

@@ -116,6 +116,18 @@ def test_objectives_give_one_number_for_one_denoiser() -> None:
     assert first == pytest.approx(second, rel=1e-4)
 
 
+def test_large_images_go_through_the_network_a_few_at_once() -> None:
+    objective, asked = made("noise"), list[int]()
+
+    def counted(x: Tensor, times: Tensor) -> Tensor:
+        asked.append(len(x))
+        return 0 * x
+
+    images = np.zeros((9, 96, 96, 1), np.uint8)
+    denoising_losses(counted, objective.process, images, task="a", seed=0)
+    assert asked == [64, 8]
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 1_000])
 def test_batches_do_not_matter(batch_size: int) -> None:
     objective, images = made("velocity"), gaussian_images(6)

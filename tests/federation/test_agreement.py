@@ -27,6 +27,7 @@ from srfed.federation.agreement import (
     Agreement,
     LeastImages,
     SiteResources,
+    not_agreed,
     rules_of,
     samples_of,
     weak_numbers,
@@ -725,13 +726,11 @@ def fresh(tmp_path: Path) -> AgreedSite:
 
 
 def kept(site: AgreedSite) -> dict[str, str]:
-    """Each of the owner's files but the log and the copy of its decoded images, by its hash."""
+    """Each of the owner's files but the log, by its hash."""
     return {
         str(path.relative_to(site.state)): sha256(path.read_bytes()).hexdigest()
         for path in site.state.rglob("*")
-        if path.is_file()
-        and path.name not in ("client.log", "lock")
-        and not path.name.startswith("images-")
+        if path.is_file() and path.name not in ("client.log", "lock")
     }
 
 
@@ -794,6 +793,36 @@ def test_a_reply_that_the_guard_refuses_leaves_every_file_as_it_was(
     assert kept(fresh) == before
     assert fresh.ask(kind, **fields).has_content()
     assert kept(fresh) != before
+
+
+def test_images_are_kept_with_the_first_message_that_is_answered(
+    fresh: AgreedSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for one that the agreement, the handler or the guard refuses, though they were read."""
+    record = fresh.state / CLIENT / RECORD_FILE
+    record.unlink()
+    before = kept(fresh)
+    with monkeypatch.context() as patched:
+        patched.setattr(Agreement, "admit_images", partialmethod(admit_none))
+        assert refusal(fresh.ask(DESCRIBE)) == "not agreed: the images"
+    assert kept(fresh) == before
+    assert "impossible" in refusal(fresh.ask(TRAIN, round=0))
+    with monkeypatch.context() as patched:
+        patched.setattr("srfed.federation.flower.client_app.description_of", lambda _: 7)
+        assert fresh.ask(DESCRIBE).error.code == FAILED
+    assert kept(fresh) == before
+    assert fresh.ask(DESCRIBE).has_content()
+    (copy,) = (fresh.state / CLIENT).glob("images-*.safetensors")
+    assert kept(fresh).keys() - before.keys() == {
+        str(path.relative_to(fresh.state)) for path in (copy, record)
+    }
+    after = kept(fresh)
+    assert fresh.ask(DESCRIBE).has_content()
+    assert kept(fresh) == after
+
+
+def admit_none(*_: Any) -> None:
+    raise not_agreed("the images")
 
 
 def test_a_type_that_flower_would_hand_on_is_refused_before_any_work(site: AgreedSite) -> None:

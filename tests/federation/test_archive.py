@@ -8,17 +8,19 @@ import zipfile
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.cli.build import build_fab_from_disk, build_fab_from_files
 
 from srfed.deployment.deployment import Deployment
-from srfed.federation.flower import client_app, program
+from srfed.federation.flower import client_app, guard, program
 from srfed.federation.flower.archive import ForeignArchiveError, check_archive
 from srfed.federation.flower.in_process import InlineGrid
-from srfed.federation.messages import REFUSED
+from srfed.federation.messages import FAILED, REFUSED
 
 HERE = Path(__file__).parents[2]
 OURS = "srfed.federation.flower.client_app:app"
@@ -120,7 +122,7 @@ def test_any_other_archive_is_refused_in_one_line(what: str) -> None:
 def runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """Flower's module that answers a message, with our parts in it."""
     module = import_module("flwr.supernode.runtime.run_clientapp")
-    for name in ("install_from_fab", "get_load_client_app_fn"):
+    for name in ("install_from_fab", "get_load_client_app_fn", "push_message"):
         monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flower"))
     path = list(sys.path)
@@ -149,8 +151,55 @@ def test_what_answers_is_the_installed_app_or_a_refusal(runner: Any, tmp_path: P
     assert "refused: the app that was handed out: it holds 'thief.py'" in line
 
 
+SECRET = "scan of patient 7"
+
+
+def fails(*_: Any, **__: Any) -> Any:
+    raise RuntimeError(SECRET)
+
+
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [
+        (program, "check_archive"),
+        (type(client_app.app), "__call__"),
+        (guard, "admit"),
+        (import_module(program._RUNNER), "get_project_dir"),
+    ],
+    ids=["before the app", "around the guard", "within it", "in a step of Flower's"],
+)
+def test_whatever_fails_where_the_server_learns_that_it_did_and_the_owner_why(
+    where: Any, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Flower's own program, but for the connection to a SuperNode."""
+    module, sent = import_module(program._RUNNER), list[Message]()
+    node = {"client-id": "a", "data": str(tmp_path / "a.npz"), "state-dir": str(tmp_path)}
+    asked = Message(RecordDict(), 1, "train")
+    come = (
+        asked,
+        Context(0, 1, node, RecordDict(), {}),
+        SimpleNamespace(run_id=1, fab_id="srfed/srfed", fab_version="1.0.0"),
+        SimpleNamespace(content=archive({"pyproject.toml": project()}), hash_str="0" * 64),
+    )
+    for name, part in {
+        "pull_task_input": lambda _: come,
+        "push_message": lambda _client, message, _context: sent.append(message),
+        **dict.fromkeys(("RuntimeHttpClient", "HeartbeatSender"), MagicMock()),
+        **dict.fromkeys(("register_signal_handlers", "flwr_exit", "event"), MagicMock()),
+        **{name: getattr(module, name) for name in ("install_from_fab", "get_load_client_app_fn")},
+    }.items():
+        monkeypatch.setattr(module, name, part)
+    program.replace_parts()
+    monkeypatch.setattr(where, what, fails)
+    module.run_clientapp("127.0.0.1:1", "token", insecure=True)
+    (reply,) = sent
+    assert (reply.error.code, reply.error.reason) == (FAILED, guard.FAILURE)
+    assert SECRET in (tmp_path / "a" / "client.log").read_text()
+
+
 def test_flowers_own_program_does_the_steps_that_are_replaced(runner: Any) -> None:
     """Or an archive would be unpacked by another name, unseen."""
     names = runner.run_clientapp.__code__.co_names
-    assert {"install_from_fab", "get_load_client_app_fn", "pull_task_input"} <= set(names)
+    ours = {"install_from_fab", "get_load_client_app_fn", "push_message"}
+    assert {*ours, "pull_task_input"} <= set(names)
     assert not {"validate_and_install", "load_app", "extractall", "import_module"} & set(names)

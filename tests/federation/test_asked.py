@@ -3,10 +3,17 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
-from srfed.federation.agreement import Agreement
-from srfed.federation.asked import ASKED_FILE, MOST_ANSWERED
+from srfed.federation.agreement import Agreement, RequestRefusedError
+from srfed.federation.asked import (
+    ASKED_FILE,
+    MOST_ANSWERED,
+    MOST_QUESTIONS,
+    Question,
+    check_asked,
+)
 from srfed.federation.flower.packing import read_tensors
 from srfed.federation.messages import DESCRIBE, EVALUATE, STATISTICS, TRAIN
 from support.agreed_site import CLIENT, AgreedSite, refusal
@@ -60,6 +67,22 @@ def test_what_was_refused_is_not_counted_and_training_is_counted_by_itself(tmp_p
     moved(site, -1.0)
     assert refusal(site.ask(TRAIN, attempt="t-4")) == TOO_OFTEN
     assert site.ask(EVALUATE, attempt="e-5").has_content()
+
+
+def test_a_run_of_more_rounds_than_questions_are_kept_in_mind_is_answered_to_its_end(
+    tmp_path: Path,
+) -> None:
+    site = AgreedSite(tmp_path)
+    agreement = Agreement.load(site.state / CLIENT)
+    rounds = MOST_QUESTIONS
+    long = agreement.model_copy(update={"at_most": {"federation.rounds": rounds}})
+    asked = {f"{kind} {k} none": ["digest"] for kind in (TRAIN, EVALUATE) for k in range(rounds)}
+    answered = {"agreed": agreement.agreed, "answered": {"lineage": asked}}
+    (site.state / CLIENT / ASKED_FILE).write_text(json.dumps(answered))
+    question = Question("lineage", f"{EVALUATE} {rounds} none", "digest")
+    check_asked(site.state / CLIENT, long, EVALUATE, question)
+    with pytest.raises(RequestRefusedError):
+        check_asked(site.state / CLIENT, agreement, EVALUATE, question)
 
 
 def test_an_agreement_is_for_as_many_runs_as_its_owner_says(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from srfed.config import load_config, parse_config_json
 from srfed.data import load_tasks
 from srfed.errors import UserError
 from srfed.federation.aggregation import client_weights
-from srfed.federation.bounds import TrainPlan
+from srfed.federation.bounds import BELIEVED_STEPS, TrainPlan, believed_steps
 from srfed.model import build_model, build_objective, build_partition
 from srfed.training.local import LocalTrainer
 from srfed.training.minibatches import MinibatchOrder
@@ -105,6 +105,24 @@ def test_a_client_with_twelve_times_the_images_may_move_twelve_times_as_far_unde
     assert few is not None
     assert many is not None
     assert many.usual == pytest.approx(12 * few.usual)
+
+
+def test_claimed_steps_are_believed_up_to_a_multiple_of_the_others() -> None:
+    # Owners of 400 and 48 images, minibatches of 16: neither is doubted, whoever lies beside them.
+    assert believed_steps({"many": 25, "few": 3}, []) == {"many": 25, "few": 3}
+    assert believed_steps({"many": 25, "few": 3, "liar": 62_500}, []) == {
+        "many": 25,
+        "few": 3,
+        "liar": 10 * 25,
+    }
+    assert believed_steps({"few": 3, "liar": 62_500}, []) == {"few": 3, "liar": BELIEVED_STEPS}
+    # Who claims one image takes nothing from the other.
+    assert believed_steps({"honest": 50, "liar": 1}, [])["honest"] == 50
+    assert believed_steps({"a": 4000, "b": 4000, "liar": 1}, [])["a"] == 4000
+    # What the server knows by itself, and a client that has no others, stand as they are.
+    assert believed_steps({"few": 3, "known": 900}, ["known"]) == {"few": 3, "known": 900}
+    assert believed_steps({"alone": 900}, []) == {"alone": 900}
+    assert believed_steps({}, []) == {}
 
 
 # --- What Adam can do ----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 from srfed.federation.flower.client_app import app as real_app
 from srfed.federation.flower.in_process import InlineGrid
 from srfed.federation.flower.packing import array_record, read_tensors
-from srfed.federation.messages import SHARED, TRAIN
+from srfed.federation.messages import DESCRIBE, EXAMPLES, METRICS, REPLY, SHARED, TRAIN
 from srfed.storage.run_folder import RunFolder
 from support.faults import Tensors
 from support.membership import MIDDLE, ROUNDS, SETTINGS, SOON, ChangingGrid, failure, resume, start
@@ -132,3 +132,60 @@ def test_plain_sgd_is_bounded_by_its_clipping_alone(
     start(run, ChangingGrid(run, enlarging({1: 1000.0})))
     assert round_lines(run)[0]["accepted"] == accepted
     assert ("updates have no bound" in capsys.readouterr().err) == (clip is None)
+
+
+EPOCHS = {
+    "data.images_per_task": None,
+    "federation.rounds": 1,
+    "federation.server_optimizer": "average",
+    "training.local_steps": None,
+    "training.local_epochs": 1,
+    "training.batch_size": 16,
+}
+
+
+class Claiming(ClientApp):
+    """The middle client claims so many images, and moves every value of φ by so much."""
+
+    def __init__(self, images: int, by: float) -> None:
+        super().__init__()
+        self._images, self._by = images, by
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        reply = real_app(message, context)
+        if context.node_config["partition-id"] != MIDDLE:
+            return reply
+        if message.metadata.message_type == DESCRIBE:
+            reply.content.config_records[REPLY]["images"] = self._images
+        if message.metadata.message_type == TRAIN:
+            before = read_tensors(message.content, SHARED)
+            reply.content[SHARED] = array_record({n: t + self._by for n, t in before.items()})
+            numbers = reply.content.metric_records[METRICS]
+            numbers[EXAMPLES], numbers["shared_steps"] = self._images, self._images // 16
+        return reply
+
+
+def test_a_claim_of_a_million_images_widens_no_bound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = begin(tmp_path / "run", {**SETTINGS, **EPOCHS})
+    start(run, ChangingGrid(run, Claiming(10**6, 1.0)))
+    line, rate = round_lines(run)[0], run.config.training.learning_rate
+    # The others take 8 steps, of which ten times as many are believed: as far as in those.
+    factor = line["shortened"]["digit-1"]
+    assert list(line["shortened"]) == ["digit-1"]
+    assert factor == pytest.approx(80 * rate, rel=0.01)
+    assert "believed of the 62500 that its claim of 1000000 images makes" in capsys.readouterr().err
+    # Nor does it make the moving average forget everything.
+    assert server_bits(run)["shared_steps"] < 80
+
+
+def test_with_the_number_of_images_configured_nobody_can_claim_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = begin(tmp_path / "run", {**SETTINGS, **EPOCHS, "data.images_per_task": 32})
+    start(run, ChangingGrid(run, Claiming(33, 0.0)))
+    assert round_lines(run)[0]["accepted"] == ["digit-0", "digit-2"]
+    assert (
+        "'digit-1': it has 33 training images, and data.images_per_task" in capsys.readouterr().err
+    )

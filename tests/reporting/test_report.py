@@ -21,7 +21,7 @@ from srfed.data import load_tasks
 from srfed.federation.flower import server_app
 from srfed.federation.flower.client_app import app as client_app
 from srfed.federation.flower.in_process import InlineGrid
-from srfed.records import Comparison, ResultRound, TaskInfo
+from srfed.records import Colour, Comparison, ResultRound, TaskInfo
 from srfed.reporting.pictures import draw_grid
 from srfed.reporting.report import write_report
 from srfed.reporting.verdicts import verdicts
@@ -262,6 +262,17 @@ def test_every_owner_is_told_whether_joining_paid_and_who_copies(tmp_path: Path)
     assert (copying.tone, copying.word) == ("bad", "yes")
     assert "fires for zebra" in copying.sentences[0]
     assert "No audit of ant" in copying.sentences[1]
+
+
+def test_the_colour_of_samples_stands_beside_that_of_held_out_images(tmp_path: Path) -> None:
+    tasks = [TaskInfo("a", "ant", 9, 9), TaskInfo("b", "bee", 9, 9)]
+    dark, same = (Colour((mean,), (195.0,), 4.0, 4.0, 50, 50) for mean in (165.0, 195.0))
+    said = words(logged(begin(tmp_path / "run"), tasks, colours={"a": dark, "b": same}))
+    assert said.count("165 ± 4, held-out 195 ± 4: 30 levels too dark") == 1
+    assert "not compared" not in said
+    said = words(logged(begin(tmp_path / "statistics"), tasks))
+    assert "colour: not compared, as the server has not both samples and held-out images" in said
+    assert "colour ± spread" not in said
 
 
 # --- In a browser --------------------------------------------------------------------------------

@@ -5,11 +5,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import srfed.federation.flower.client_app as client_app
-from srfed.evaluation.generation import generate
+from srfed.config import SamplingConfig
+from srfed.diffusion.process import Denoiser
+from srfed.evaluation.generation import Generated, generate
 from srfed.interrupts import run_command
 from srfed.model import build_objective
 from srfed.records import TaskInfo
@@ -146,6 +150,53 @@ def test_short_memory_is_a_sentence(error: Exception, capsys: pytest.CaptureFixt
     )
     with pytest.raises(RuntimeError, match="ours"):
         run_command(lambda: (_ for _ in ()).throw(RuntimeError("a defect of ours")))
+
+
+class Short:
+    """A denoiser with memory for so many images."""
+
+    def __init__(self, denoiser: Denoiser, most: int, error: Exception) -> None:
+        self._denoiser, self._most, self._error = denoiser, most, error
+        self.asked: list[int] = []
+
+    def __call__(self, x: Tensor, times: Tensor) -> Tensor:
+        self.asked.append(len(x))
+        if len(x) > self._most:
+            raise self._error
+        return self._denoiser(x, times)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_where_memory_is_short_half_as_many_are_drawn_at_once_and_no_image_changes(
+    error: Exception,
+) -> None:
+    process = build_objective(tiny_config(), torch.device("cpu")).process
+
+    def shrinks(x: Tensor, times: Tensor) -> Tensor:
+        return 0.5 * x
+
+    def drawn(denoiser: Denoiser, batch_size: int | None) -> Generated:
+        sampling = SamplingConfig(steps=2, batch_size=batch_size)
+        return generate(
+            denoiser, process, sampling, count=11, shape=(8, 8, 1), seed=0, task="a", strip_steps=3
+        )
+
+    short = Short(shrinks, 3, error)
+    images, expected = drawn(short, 8), drawn(shrinks, 1)
+    assert np.array_equal(images.images, expected.images)
+    assert np.array_equal(images.strip, expected.strip)
+    assert short.asked == [8, 4, *[2] * 10, 1, 1]
+    with pytest.raises(type(error)):
+        drawn(Short(shrinks, 0, error), None)
+
+
+def test_large_images_are_drawn_a_few_at_once_unless_somebody_says_otherwise() -> None:
+    default = SamplingConfig()
+    assert [default.images_at_once(side, side) for side in (8, 32, 48)] == [256] * 3
+    # At 96 px 256 took 4.0 GB where training took 2.1; 64 take 1.3.
+    assert default.images_at_once(96, 96) == 64
+    assert default.images_at_once(5000, 5000) == 1
+    assert SamplingConfig(batch_size=100).images_at_once(96, 96) == 100
 
 
 def test_a_last_evaluation_that_failed_everywhere_is_not_the_end_of_a_run(

@@ -304,6 +304,44 @@ def test_a_store_has_bounds_and_says_what_to_remove(tmp_path: Path) -> None:
     full.save("a-3", "a-2", 3, client_state(3.0))
 
 
+@pytest.mark.parametrize("accepted", [False, True])
+def test_a_client_whose_answers_all_come_too_late_is_not_refused_for_them(
+    tmp_path: Path, accepted: bool
+) -> None:
+    """Whether it has ever been in time, or joined late and never was."""
+    store = ClientStore(tmp_path, "client", "lineage", 3, StoreBounds(attempts=8))
+    parent = NO_PARENT
+    if accepted:
+        parent = "accepted"
+        store.save(parent, NO_PARENT, 300, client_state(0))
+    for number in range(301, 331):
+        store.check_question(f"late-{number}", parent, number, "question")
+        store.save(f"late-{number}", parent, number, client_state(0), question="question")
+        assert len(attempts_of(store)) <= 8
+        latest = {f"late-{k}" for k in range(max(301, number - 3), number + 1)}
+        assert latest | ({parent} if accepted else set()) <= attempts_of(store)
+    # At last one is in time.
+    store.save("in-time", "late-330", 331, client_state(0))
+    assert store.load("late-330")
+
+
+def test_what_was_gone_on_with_or_is_the_best_or_of_this_round_does_not_go_for_what_was_not(
+    tmp_path: Path,
+) -> None:
+    store = ClientStore(tmp_path, "client", "lineage", 3, StoreBounds(attempts=4))
+    store.save("a", NO_PARENT, 1, client_state(0))
+    store.save("b", NO_PARENT, 2, client_state(0))
+    store.save("of-a", "a", 3, client_state(0), best="b")
+    store.save("c", NO_PARENT, 4, client_state(0))
+    before = attempts_of(store)
+    # Of attempts that nobody went on with there is but one, which is of this round.
+    with pytest.raises(UserError, match="holds 4 attempts, and 4 are the most"):
+        store.check_question("d", NO_PARENT, 4, "question")
+    with pytest.raises(UserError, match="holds 4 attempts, and 4 are the most"):
+        store.check_question("d", "a", 900, "question")
+    assert attempts_of(store) == before
+
+
 def test_a_store_of_before_is_read_where_it_lies_and_moved_when_it_is_written(
     tmp_path: Path,
 ) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from srfed.config.sampling import most_at_once
 from srfed.data import to_model_range
 from srfed.data.images import Images
 from srfed.diffusion.process import Denoiser, Process
@@ -46,7 +47,7 @@ def denoising_losses(
     *,
     task: str,
     seed: int,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> Losses:
     """The squared error of ε̂ = (x_t - signal x̂_0) / noise, mean over the values of each image.
 
@@ -59,7 +60,7 @@ def denoising_losses(
         images: held-out images, uint8 N x H x W x C.
         task: the task's name.
         seed: of the noise; the same for all models that are compared.
-        batch_size: pairs of image and moment at once.
+        batch_size: pairs of image and moment at once; None takes as many as are sampled at once.
 
     Returns:
         float64, N x 8: image by image, at :func:`moments`.
@@ -67,6 +68,8 @@ def denoising_losses(
     Raises:
         ValueError: the images are not uint8 N x H x W x C, or the batch size is below 1.
     """
+    if batch_size is None:
+        batch_size = most_at_once(*images.shape[1:3])
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} is impossible; allowed: 1 or more")
     originals = to_model_range(images)

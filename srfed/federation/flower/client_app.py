@@ -30,7 +30,6 @@ from srfed.federation.comparison import compare, keep_comparison, train_round_al
 from srfed.federation.control import correction, encode_control, kept_control, own_control
 from srfed.federation.flower.admission import Admitted, admit
 from srfed.federation.flower.guard import wire_guard
-from srfed.federation.flower.keeping import keep
 from srfed.federation.flower.outgoing import description_of
 from srfed.federation.flower.packing import (
     description_content,
@@ -40,6 +39,7 @@ from srfed.federation.flower.packing import (
     reply_content,
 )
 from srfed.federation.flower.stacking import StackedApp
+from srfed.federation.keeping import keep
 from srfed.federation.last_look import stays_here
 from srfed.federation.layout import Layout
 from srfed.federation.messages import (

@@ -24,7 +24,7 @@ from srfed.evaluation.references import RealFloor, References, Scores, score_sta
 from srfed.evaluation.report import Exchanged, Recognised, TaskReport, evaluation_record
 from srfed.evaluation.shares import share_of_samples
 from srfed.federation.aggregation import Aggregator, UpdateSum, aggregate
-from srfed.federation.bounds import EvaluatePlan, TrainPlan
+from srfed.federation.bounds import EvaluatePlan, TrainPlan, believed_steps
 from srfed.federation.coming import encode_shared
 from srfed.federation.contract import Contract
 from srfed.federation.control import encode_sent
@@ -201,6 +201,7 @@ class Federated:
         sent = self._sent(number)
         self._sum = self._aggregator(self.config.federation, self._came)
         self._reaches: dict[int, Reach | None] = {}
+        self._believed = self._believed_steps(number)
         screened = self._clients(tell).ask(
             TRAIN,
             requests,
@@ -251,18 +252,34 @@ class Federated:
             return []
         alike: dict[object, list[str]] = {}
         for client in clients:
-            known = self._roster.known[client]
-            plan = TrainPlan.of(
-                self.config,
-                self._partition,
-                client,
-                known.images,
-                self._minibatches(client),
-                number,
-            )
+            plan = self._plan(client, number)
             key = self._roster.shapes[client], plan.images, plan.minibatches
             alike.setdefault(key, []).append(client)
         return [stack for group in alike.values() for stack in shared_out(group, most)]
+
+    def _plan(self, client: str, number: int) -> TrainPlan:
+        """What a client is to do in a round."""
+        return TrainPlan.of(
+            self.config,
+            self._partition,
+            client,
+            self._roster.known[client].images,
+            self._minibatches(client),
+            number,
+        )
+
+    def _believed_steps(self, number: int) -> dict[str, int]:
+        """The steps that bound the updates of a round, by client; empty where the configuration
+        says them, and with them what a client can claim.
+        """
+        if self.config.training.local_epochs is None or self.config.data.images_per_task:
+            return {}
+        known = self._roster.known
+        own = {task.name: len(task.train) for task in self._references}
+        return believed_steps(
+            {client: self._plan(client, number).shared_steps for client in known},
+            [client for client, one in known.items() if one.images <= own.get(client, 0)],
+        )
 
     def _sent(self, number: int) -> dict[str, Shared | Control]:
         """What goes to the clients of a round: φ, and c of control variates; notes what of φ comes
@@ -358,7 +375,8 @@ class Federated:
         weights = mean.weights
         outcome = aggregate(federation, self.state.shared.weights, mean, self.state.optimizer)
         before = self.state.shared
-        steps = round(sum(weights[c] * accepted[c].plan.shared_steps for c in weights))
+        taken = {c: self._believed.get(c, accepted[c].plan.shared_steps) for c in weights}
+        steps = round(sum(weights[c] * taken[c] for c in weights))
         decay = round_decay(training.ema_decay, training.ema_warmup, before.steps, steps)
         average = {name: before.average[name].clone() for name in before.weights}
         update_average(average, outcome.shared, decay)
@@ -388,9 +406,16 @@ class Federated:
         steps_on_it = update_in_words(self.config.updates)
         maker = training.optimizer + (f" ({steps_on_it})" if steps_on_it else "")
         for client, factor in shortened.items():
+            claimed = accepted[client].plan.shared_steps
+            these = (
+                "these steps"
+                if taken[client] == claimed
+                else f"{taken[client]} steps, which are believed of the {claimed} that its claim "
+                f"of {accepted[client].plan.examples} images makes (data.images_per_task bounds it)"
+            )
             self._tell.on_notice(
                 f"round {server_round}: {client}: its update is {1 / factor:.3g} times as long as "
-                f"{maker} usually makes one in these steps; shortened to that"
+                f"{maker} usually makes one in {these}; shortened to that"
             )
         self._tell_untrained(server_round, accepted)
         restarted = [client for client, reply in accepted.items() if reply.restarted]
@@ -444,22 +469,21 @@ class Federated:
 
     def _screen_update(self, reply: Reply, header: ReplyHeader, request: Request) -> TrainReply:
         client = request.client
-        images = self._roster.known[client].images
-        plan = TrainPlan.of(
-            self.config,
-            self._partition,
-            client,
-            images,
-            self._minibatches(client),
-            request.round,
-        )
-        steps = plan.shared_steps
-        if steps not in self._reaches:
-            self._reaches[steps] = reach_of_round(self.config, request.round, steps, self._came)
-        reach = self._reaches[steps]
+        plan = self._plan(client, request.round)
+        reach = self._reach(request.round, plan.shared_steps)
+        usual = self._reach(request.round, self._believed.get(client, plan.shared_steps))
+        if reach is not None and usual is not None:
+            # What another claims of itself may have this one shortened, and never refused.
+            reach = replace(reach, usual=usual.usual, usual_value=usual.usual_value)
         update = screen_train(reply, header, self._contract, plan, reach, self._came)
         self._sum.add(client, update.shared, plan.examples, update.control)
         return replace(update, shared={}, control=Control({}))
+
+    def _reach(self, number: int, steps: int) -> Reach | None:
+        """How far φ can be moved by so many steps of a round."""
+        if steps not in self._reaches:
+            self._reaches[steps] = reach_of_round(self.config, number, steps, self._came)
+        return self._reaches[steps]
 
     def _judge(
         self, server_round: int, screened: Screened[EvaluateReply], final: bool

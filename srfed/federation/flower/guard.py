@@ -18,14 +18,17 @@ from srfed.errors import UserError
 from srfed.federation.agreement import RequestRefusedError
 from srfed.federation.asked import note_asked
 from srfed.federation.flower.admission import admit
-from srfed.federation.flower.keeping import checked_first
 from srfed.federation.flower.outgoing import NotAllowedError, rebuilt
 from srfed.federation.flower.packing import read_request
+from srfed.federation.keeping import checked_first
 from srfed.federation.last_look import looked_after
 from srfed.federation.messages import DESCRIBE, FAILED, LOST_STORE, REFUSED
 from srfed.federation.mods import with_mods
 from srfed.federation.site import Site, deployed_site, is_simulated, site_of
 from srfed.federation.site_log import write_to_log
+
+FAILURE = "failed; the reason is in the client's own log"
+"""All that the server is told of an exception."""
 
 
 def wire_guard(
@@ -35,13 +38,15 @@ def wire_guard(
     is allowed.
     """
     try:
-        admitted = admit(message, context)
-        own = () if admitted.agreement is None else admitted.agreement.mods
-        with looked_after() as states, checked_first() as store:
-            reply: Message = with_mods(own, call_next)(message, context)
-            if reply.has_error():
-                raise NotAllowedError("the handler made an error reply of its own")
-            answer = rebuilt(message, admitted, reply, states)
+        # Images that are read for the first time are kept with the first message that is answered.
+        with checked_first() as store:
+            admitted = admit(message, context)
+            own = () if admitted.agreement is None else admitted.agreement.mods
+            with looked_after() as states:
+                reply: Message = with_mods(own, call_next)(message, context)
+                if reply.has_error():
+                    raise NotAllowedError("the handler made an error reply of its own")
+                answer = rebuilt(message, admitted, reply, states)
             kind, agreement = message.metadata.message_type, admitted.agreement
             if agreement and admitted.question and kind != DESCRIBE:
                 note_asked(admitted.site.folder, agreement, kind, admitted.question)
@@ -80,7 +85,7 @@ class GuardedApp(ClientApp):
 def _failed(message: Message) -> Message:
     # The text of an exception may quote data or paths, so the server learns only that there was
     # one.
-    return Message(Error(FAILED, "failed; the reason is in the client's own log"), reply_to=message)
+    return Message(Error(FAILED, FAILURE), reply_to=message)
 
 
 def _log(message: Message, context: Context, text: str, *, once: bool = False) -> None:

@@ -335,7 +335,14 @@ class Roster:
                 f"{known.images} and {known.test_images} when it joined; if that is meant: python "
                 f"-m srfed.deploy sites --run RUN --rebind {client}"
             )
-        training = self._config.training
+        training, data = self._config.training, self._config.data
+        if data.images_per_task and now[0] > (
+            most := data.images_per_task - data.validation_images
+        ):
+            raise UserError(
+                f"client {client!r}: it has {now[0]} training images, and data.images_per_task and "
+                f"data.validation_images leave it {most}"
+            )
         try:
             order = MinibatchOrder.of(
                 training, description.images, training.batch_size, self._config.seed, client
