@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from srfed.errors import UserError
+from srfed.memory import failure_of_gpu, is_short_of_memory
+from srfed.units import escaped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What ends a command: Ctrl-C, a service manager or a scheduler, a terminal that closes."""
@@ -56,6 +58,13 @@ def run_command(command: Callable[[], None], minutes: float | None = None) -> in
         )
         return status_of(stop)
     except (MemoryError, RuntimeError) as error:
+        if failure := failure_of_gpu(error):
+            tell(
+                f"error: the GPU has failed ({escaped(failure)}); what was stored before is as it "
+                "was, and once there is a sound one, or on another machine, the same command or "
+                "--resume goes on"
+            )
+            return 2
         if not is_short_of_memory(error):
             raise
         tell(
@@ -74,16 +83,6 @@ def run_command(command: Callable[[], None], minutes: float | None = None) -> in
     finally:
         flushed()
     return 0
-
-
-def is_short_of_memory(error: BaseException) -> bool:
-    """Whether Python, or PyTorch on a processor or a GPU, has got no more memory."""
-    # PyTorch says so in words on a processor, and by a class that is not imported here on a GPU.
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )
 
 
 def status_of(stop: BaseException) -> int:

@@ -1,20 +1,21 @@
 """Generating a task's images: noise from named seeds, the reverse process, uint8."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from srfed.config import SamplingConfig
 from srfed.config.choices import SAMPLERS, make
 from srfed.config.evaluation import strip_timesteps
-from srfed.data import to_uint8
-from srfed.data.images import Images
+from srfed.data.images import Images, to_levels
 from srfed.diffusion.guidance import guided
 from srfed.diffusion.process import Denoiser, Process
-from srfed.diffusion.sampler import Sampler, drawn_for_each, sample
+from srfed.diffusion.sampler import Sampled, Sampler, drawn_for_each, sample
 from srfed.errors import UserError
+from srfed.memory import is_short_of_memory
 from srfed.randomness import derive_generator
+from srfed.room import in_words, largest_that_fits
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,19 +60,19 @@ def generate(
         strip_steps: pictures in the strip, evenly spaced from T to 0.
 
     Raises:
-        UserError: the model's weights have diverged.
+        UserError: the model's weights have diverged, or there is not enough memory.
         ValueError: guidance is asked for, and the denoiser has no guide.
     """
-    height, width, channels = shape
     sampler, drawn_with = build_sampler(sampling), guided(denoiser, sampling.guidance)
     record = strip_timesteps(process.timesteps, strip_steps)
-    images = [np.empty((0, height, width, channels), np.uint8)]
-    strip = images[0]
-    for first in range(0, count, sampling.batch_size):
-        numbers = range(first, min(first + sampling.batch_size, count))
+    height, width, channels = shape
+    parts = [torch.empty((0, height, width, channels), dtype=torch.uint8, device=process.device)]
+    strip, finite = parts[0], []
+
+    def draw_images(numbers: Sequence[int]) -> Sampled:
         draw = drawn_for_each([derive_generator(seed, "samples", task, n) for n in numbers])
         noise = draw(torch.empty((len(numbers), channels, height, width), device=process.device))
-        sampled = sample(
+        return sample(
             sampler,
             drawn_with,
             process,
@@ -79,17 +80,45 @@ def generate(
             draw,
             steps=sampling.steps,
             clip=sampling.clip,
-            record=record if first == 0 else [],
+            record=record if 0 in numbers else [],
         )
-        if not bool(sampled.images.isfinite().all()):
+
+    def of_fewer(images: int) -> None:
+        x = torch.zeros((images, channels, height, width), device=process.device)
+        time = process.path(1)[0]
+        with torch.no_grad():
+            drawn_with(x, torch.full((images,), time, dtype=process.time_dtype, device=x.device))
+
+    for first in range(0, count, sampling.batch_size):
+        numbers = range(first, min(first + sampling.batch_size, count))
+        try:
+            sampled = draw_images(numbers)
+        except (MemoryError, RuntimeError) as error:
+            if not is_short_of_memory(error):
+                raise
+            sampled = None
+        # Not in the handler: what was raised holds the tensors that it was raised over.
+        if sampled is None:
+            fits = largest_that_fits(len(numbers), of_fewer)
+            smaller = "" if fits is None else f"sampling.batch_size up to {fits}, "
             raise UserError(
-                f"the model of {task} has diverged: its samples are no numbers; train it with "
-                "a lower training.learning_rate or training.gradient_clip"
+                f"task {task}: there is not enough memory ({process.device}) to sample "
+                f"{len(numbers)} images at once (sampling.batch_size = {sampling.batch_size}); "
+                f"{in_words(fits, 'images')}; allowed: {smaller}smaller images, or a smaller "
+                "network"
             )
-        images.append(to_uint8(sampled.images))
+        finite.append(sampled.images.isfinite().all())
+        parts.append(to_levels(sampled.images))
         if first == 0 and record:
-            strip = np.concatenate([to_uint8(sampled.states[timestep][:1]) for timestep in record])
-    return Generated(np.concatenate(images), strip)
+            strip = torch.cat([to_levels(sampled.states[timestep][:1]) for timestep in record])
+    if finite and not bool(torch.stack(finite).all()):
+        raise UserError(
+            f"the model of {task} has diverged: its samples are no numbers; train it with "
+            "a lower training.learning_rate or training.gradient_clip"
+        )
+    # Once from the device, and not once a batch.
+    levels = torch.cat([*parts, strip]).cpu().numpy()
+    return Generated(levels[:count], levels[count:])
 
 
 def build_sampler(sampling: SamplingConfig) -> Sampler:
