@@ -100,6 +100,7 @@ class LocalTrainer:
     Attributes:
         image_shape: H, W, C of the images.
         task: the task's name.
+        device: where it trains.
 
     Raises:
         UserError: the batch size does not fit the images, or the model's table has no such task.
@@ -121,12 +122,12 @@ class LocalTrainer:
         self._index = task_of_table(model, index)
         self._objective = objective
         self.task = task
-        self._device = next(model.parameters()).device
+        self.device = next(model.parameters()).device
         self._step = step or LocalStep(config, model, partition, objective)
         self._run = run or self.run_alone
         layout = memory_layout(config.resources)
         self.image_shape = tuple(images.shape[1:])
-        self._images = TrainingImages([images], self._device, layout)
+        self._images = TrainingImages([images], self.device, layout)
         training = config.training
         self._order = MinibatchOrder.of(
             training, len(images), training.batch_size, config.seed, task
@@ -186,11 +187,11 @@ class LocalTrainer:
         """The task's place for so many images, for a model with a table of tasks; else empty."""
         if self._index is None:
             return []
-        return [torch.full((count,), self._index, device=self._device)]
+        return [torch.full((count,), self._index, device=self.device)]
 
     def dropout(self, round_number: int, step: int) -> AbstractContextManager[None]:
         """The context that a step's dropout draws in."""
-        return seeded_dropout(self._config, self._device, self.task, round_number, step)
+        return seeded_dropout(self._config, self.device, self.task, round_number, step)
 
 
 def train_owners(config: RunConfig, step: LocalStep, jobs: Sequence[Job]) -> list[LocalResult]:
@@ -329,9 +330,11 @@ def _result(
     *,
     keeps: bool,
 ) -> LocalResult:
+    # From a GPU as one, and not tensor by tensor by whoever writes them.
+    lend = job.lend and job.trainer.device.type == "cpu"
     own, average = (
         {name: tensor.detach() for name, tensor in tensors.items()}
-        if job.lend
+        if lend
         else copies(tensors, by_name=True)
         for tensors in (owner.exclusive.weights, owner.exclusive.average)
     )
@@ -342,10 +345,10 @@ def _result(
             exclusive=Part(
                 Exclusive(own),
                 Exclusive(average),
-                owner.exclusive.export_moments(lend=job.lend),
+                owner.exclusive.export_moments(lend=lend),
                 owner.exclusive.steps,
             ),
-            shared_moments=owner.shared.export_moments(lend=job.lend) if keeps else {},
+            shared_moments=owner.shared.export_moments(lend=lend) if keeps else {},
             minibatches=job.state.minibatches + len(trained),
         ),
         loss=loss,

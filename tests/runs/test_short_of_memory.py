@@ -11,10 +11,8 @@ from flwr.app import Context, Message
 from torch import Tensor, nn
 
 from srfed.config import RunConfig, parse_config
-from srfed.errors import UserError
 from srfed.evaluation.generation import generate
 from srfed.federation.flower.client_app import guarded_app
-from srfed.federation.flower.ray import run_on_ray
 from srfed.federation.messages import FAILED, TRAIN
 from srfed.federation.worker import Worker
 from srfed.flat import copies
@@ -30,13 +28,12 @@ from srfed.storage.run_folder import RunFolder
 from srfed.training.local import Job, LocalTrainer
 from srfed.training.part import ClientState, initial_state
 from srfed.training.step import LocalStep
-from support import short_memory
 from support.agreed_site import CLIENT, AgreedSite
 from support.commands import run_here
 from support.errors import message_of
 from support.local_training import same_bits, some_images
-from support.short_memory import BATCH, LARGE, in_a_process_of_its_own
-from support.tiny_run import CHEAP, all_bits, begin, round_lines, run_in_process, tiny_config
+from support.short_memory import BATCH, in_a_process_of_its_own
+from support.tiny_run import CHEAP, all_bits, round_lines, run_in_process, tiny_config
 
 SAID = (
     rf"there is not enough memory \(cpu\) for a local step of {BATCH} images "
@@ -82,14 +79,6 @@ def test_a_round_that_does_not_fit_is_one_sentence_and_nothing_is_lost(tmp_path:
     assert f"failed: task {CLIENT}: there is not enough memory" in there["log"]
     fitting(there["log"])
     assert "Traceback" not in there["log"]
-
-
-@pytest.mark.slow
-def test_a_client_in_rays_process_says_it_in_its_log(tmp_path: Path) -> None:
-    run = begin(tmp_path / "run", {**LARGE, "resources.backend": "ray"})
-    with pytest.raises(UserError, match="round 1 has 0 accepted updates"):
-        run_on_ray(run, [], short_memory.app)
-    fitting((run.clients / "digit-0" / "client.log").read_text())
 
 
 class Hungry(Network):
