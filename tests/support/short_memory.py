@@ -24,9 +24,9 @@ from support.agreed_site import AgreedSite
 from support.commands import run_here
 from support.tiny_run import CHEAP, all_bits, begin, round_lines, run_in_process
 
-ROOM = 400 * 2**20
-BATCH = 2**13
-"""Of which a step of the tiny network takes twice the room."""
+ROOM = 250 * 2**20
+BATCH = 2**12
+"""Of which a step of the tiny network takes far more than the room."""
 LARGE: dict[str, Any] = {
     **CHEAP,
     "federation.clients": 1,
