@@ -35,6 +35,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--steps", type=int, default=20, help="local steps in a round")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument(
+        "--profile", action="store_true", help="show what takes most of the time, and no speeds"
+    )
     options = parser.parse_args()
     cuda = options.device != "cpu" and torch.cuda.is_available()
     print(torch.cuda.get_device_name() if cuda else "CPU", f"torch {torch.__version__}", flush=True)
@@ -47,6 +50,10 @@ def main() -> None:
                 ]
                 config = _config(name, options.device, options.steps, settings)
                 images = _images(*NETWORKS[name])
+                if options.profile:
+                    print(f"{name}, {', '.join(settings)}", flush=True)
+                    _show_profile(_trainer(config, images, captures=True))
+                    continue
                 speeds = [("steps", _time(_trainer(config, images, captures=False), config))]
                 if cuda:
                     speeds.append(
@@ -93,6 +100,17 @@ def _time(train: Callable[[], LocalResult], config: RunConfig) -> float:
     train()
     results = [train() for _ in range(ROUNDS)]
     return statistics.median(result.images / result.seconds for result in results)
+
+
+def _show_profile(train: Callable[[], LocalResult]) -> None:
+    """The twelve kernels, or on a CPU operations, that a round of steps spends most of its time
+    in.
+    """
+    train()
+    with torch.profiler.profile() as profile:
+        train()
+    key = f"self_{'cuda' if torch.cuda.is_initialized() else 'cpu'}_time_total"
+    print(profile.key_averages().table(sort_by=key, row_limit=12), flush=True)
 
 
 def diffusers_network(model: UNetConfig, channels: int, side: int) -> Any:

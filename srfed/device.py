@@ -28,9 +28,12 @@ def resolve_device(resources: ResourcesConfig) -> torch.device:
         raise UserError(
             "resources.device = cuda, but PyTorch finds no CUDA device here; allowed: auto, cpu"
         )
-    # With its index, because tensors have one and devices are compared.
-    cuda = available and resources.device != "cpu"
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    device = torch.device("cpu")
+    if available and resources.device != "cpu":
+        # With its index, because tensors have one and devices are compared. Who only asks, as the
+        # driver of a Ray run, is not to hold a part of the GPU's memory for having asked.
+        held = torch.cuda.is_initialized()
+        device = torch.device("cuda", torch.cuda.current_device() if held else 0)
     if resources.precision != "float32" and device.type == "cpu":
         raise UserError(
             f"resources.precision = {resources.precision} needs CUDA, and there is none here; "
@@ -142,12 +145,12 @@ class Captured:
 def captured_forward(
     model: Callable[..., Tensor], resources: ResourcesConfig, device: torch.device
 ) -> Captured:
-    """A model's forward pass, captured where there is CUDA, in the run's arithmetic; weights may
-    change in place.
+    """A model's forward pass, captured where there is CUDA, in the run's arithmetic and precision
+    (of 16 bits under autocast); weights may change in place.
     """
 
     def forward(*arguments: Tensor) -> Tensor:
-        with arithmetic(resources, device):
+        with arithmetic(resources, device), autocast(resources, device):
             return model(*arguments)
 
     return Captured(forward, device)

@@ -54,13 +54,3 @@ def optional(module: str, what: str, extra: str) -> Any:
             f"{what} needs {module}, which cannot be loaded ({' '.join(str(error).split())}); pip "
             f'install "srfed[{extra}]" installs it'
         ) from error
-
-
-def is_short_of_memory(error: BaseException) -> bool:
-    """Whether Python, or PyTorch on a processor or a GPU, has got no more memory."""
-    # PyTorch says so in words on a processor, and by a class that is not imported here on a GPU.
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )

@@ -71,6 +71,32 @@ def zeros_in_a_row(shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     return parts(torch.zeros(sum(math.prod(shape) for shape in shapes)), shapes)
 
 
+def sent(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors for a device: what lies on the CPU goes to a GPU in one copy for each type, from
+    pinned memory and without waiting for what is queued there; for a CPU they are as they are.
+    """
+    if device.type == "cpu" or any(tensor.device.type != "cpu" for tensor in tensors):
+        return list(tensors)
+    return sent_as_one(tensors, device)
+
+
+def sent_as_one(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """CPU tensors on a device, those of one type one after another in its memory."""
+    places: dict[torch.dtype, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        places.setdefault(tensor.dtype, []).append(place)
+    found: dict[int, Tensor] = {}
+    for dtype, members in places.items():
+        flat = joined((tensors[place] for place in members), dtype)
+        if device.type == "cuda":
+            flat = flat.pin_memory()
+        there = flat.to(device, non_blocking=True)
+        found.update(
+            zip(members, parts(there, [tensors[place].shape for place in members]), strict=True)
+        )
+    return [found[place] for place in range(len(tensors))]
+
+
 @torch.no_grad()
 def copies(tensors: Mapping[str, Tensor], *, by_name: bool = False) -> dict[str, Tensor]:
     """Contiguous CPU copies, for each type one after another in memory: in this order, or in that
@@ -84,7 +110,7 @@ def copies(tensors: Mapping[str, Tensor], *, by_name: bool = False) -> dict[str,
         originals = [tensors[name].detach() for name in members]
         if originals[0].device.type != "cpu":
             # Once over the bus, and not once a tensor.
-            flat = torch.cat([tensor.reshape(-1) for tensor in originals]).cpu()
+            flat = _brought(torch.cat([tensor.reshape(-1) for tensor in originals]))
             places = parts(flat, [tensor.shape for tensor in originals])
         else:
             flat = torch.empty(sum(tensor.numel() for tensor in originals), dtype=dtype)
@@ -92,3 +118,13 @@ def copies(tensors: Mapping[str, Tensor], *, by_name: bool = False) -> dict[str,
             torch._foreach_copy_(places, originals)
         found.update(zip(members, places, strict=True))
     return {name: found[name] for name in tensors}
+
+
+def _brought(flat: Tensor) -> Tensor:
+    """A device's tensor on the CPU: by way of pinned memory, which is too dear to be kept."""
+    if flat.device.type != "cuda":
+        return flat.cpu()
+    pinned = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+    pinned.copy_(flat, non_blocking=True)
+    torch.cuda.current_stream(flat.device).synchronize()
+    return pinned.clone()

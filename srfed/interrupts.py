@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from srfed.errors import UserError, is_short_of_memory
+from srfed.errors import UserError
+from srfed.memory import failure_of_gpu, is_short_of_memory
+from srfed.units import escaped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What ends a command: Ctrl-C, a service manager or a scheduler, a terminal that closes."""
@@ -56,6 +58,13 @@ def run_command(command: Callable[[], None], minutes: float | None = None) -> in
         )
         return status_of(stop)
     except (MemoryError, RuntimeError) as error:
+        if failure := failure_of_gpu(error):
+            tell(
+                f"error: the GPU has failed ({escaped(failure)}); what was stored before is as it "
+                "was, and once there is a sound one, or on another machine, the same command or "
+                "--resume goes on"
+            )
+            return 2
         if not is_short_of_memory(error):
             raise
         tell(

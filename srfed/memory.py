@@ -1,7 +1,15 @@
-"""What this process and all that it has started take of the machine's memory."""
+"""What this process and all that it has started take of the machine's memory, and whether that was
+too much; and whether a GPU is gone."""
 
 import os
+import re
 from pathlib import Path
+
+_SHORT = re.compile(
+    "can't allocate memory|bad_alloc|_ALLOC_FAILED|CUDA error: out of memory"
+    # oneDNN's compiler, whatever it lacks; what it cannot do at all is a "descriptor".
+    "|could not create a primitive(?! desc)"
+)
 
 
 def memory_of_processes(process: int | None = None, proc: Path = Path("/proc")) -> tuple[int, int]:
@@ -40,3 +48,31 @@ def _bytes_of(entry: Path) -> int:
         except (OSError, ValueError, StopIteration):
             continue
     return 0
+
+
+def is_short_of_memory(error: BaseException) -> bool:
+    """Whether Python, or PyTorch on a processor or a GPU, has got no more memory."""
+    seen: BaseException | None = error
+    while seen is not None:
+        # PyTorch says so in words on a processor, and by a class that is not imported here on a
+        # GPU, whose libraries have words of their own.
+        if (
+            isinstance(seen, MemoryError)
+            or type(seen).__name__ == "OutOfMemoryError"
+            or _SHORT.search(str(seen))
+        ):
+            return True
+        # The end of a capture that ran out of memory says only that the capture has failed.
+        seen = seen.__context__
+    return False
+
+
+def failure_of_gpu(error: BaseException) -> str:
+    """The first line of what CUDA says of a GPU on which nothing can be done any more (it has
+    fallen off its bus, an Xid error, an assertion of a kernel's): the process has to end. Empty
+    where it is no such failure.
+    """
+    lost = type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
+    if not lost or is_short_of_memory(error):
+        return ""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

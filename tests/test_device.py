@@ -2,6 +2,7 @@
 captured.
 """
 
+import re
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from srfed.config import ResourcesConfig, load_config
 from srfed.device import Captured, arithmetic, resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.generation import generate
+from srfed.federation.flower.ray import run_on_ray
 from srfed.federation.flower.ray_start import client_share
+from srfed.flat import copies
 from srfed.model import (
     build_model,
     build_objective,
@@ -26,12 +29,15 @@ from srfed.model import (
     denoiser_of_task,
 )
 from srfed.networks.blocks import SelfAttention
+from srfed.runs.checks import check_simulation
 from srfed.training.local import LocalResult, LocalTrainer
 from srfed.training.optimizer import PartOptimizer
-from srfed.training.part import initial_state
+from srfed.training.part import initial_state, load_tensors
 from srfed.training.step import LocalStep
+from support import short_memory
 from support.errors import message_of
 from support.local_training import run_config
+from support.short_memory import LARGE
 from support.tiny_run import begin, run_in_process, store_of, tiny_config
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -167,6 +173,70 @@ def test_a_run_that_fails_at_its_clients_says_why(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "client.log ends with: " in line
     assert "is damaged" in line.split("client.log ends with: ")[1]
+
+
+@pytest.fixture
+def cuda_that_nobody_may_touch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU is there, and whoever begins to use it fails."""
+
+    def refuse() -> None:
+        raise AssertionError("CUDA is initialised")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", refuse)
+
+
+@pytest.mark.usefixtures("cuda_that_nobody_may_touch")
+def test_who_looks_before_a_run_takes_nothing_of_a_gpu() -> None:
+    config = tiny_config({"resources.device": "auto", "resources.backend": "ray"})
+    assert resolve_device(config.resources) == torch.device("cuda", 0)
+    assert len(check_simulation(config)) == 3
+    with pytest.raises(AssertionError, match="CUDA is initialised"):
+        torch.zeros(1).to(resolve_device(config.resources))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cuda_that_nobody_may_touch")
+def test_rays_driver_holds_no_gpu_and_a_client_that_is_short_of_memory_says_so(
+    tmp_path: Path,
+) -> None:
+    """The clients' processes see none, as the real Ray finds none here."""
+    run = begin(tmp_path / "run", {**LARGE, "resources.backend": "ray", "resources.device": "auto"})
+    with pytest.raises(UserError, match="round 1 has 0 accepted updates"):
+        run_on_ray(run, [], short_memory.app)
+    assert not torch.cuda.is_initialized()
+    log = (run.clients / "digit-0" / "client.log").read_text()
+    assert re.search(r"task digit-0: there is not enough memory .*; [1-9]\d* images fit; ", log)
+
+
+def test_forward_passes_of_an_evaluation_have_the_runs_precision() -> None:
+    """As a CPU's bfloat16 shows: the network's own numbers have 8 bits, and what is made of them
+    is float32 again.
+    """
+    config, here = tiny_config(), torch.device("cpu")
+    model = build_model(config, 1).eval()
+    objective = build_objective(config, here)
+    x, times = torch.randn(4, 1, 8, 8), torch.full((4,), 250)
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        forwards = captured_forwards(model, ResourcesConfig(precision=precision), here)
+        with torch.no_grad():
+            assert forwards.task(x, times).dtype == getattr(torch, precision)
+            found[precision] = denoiser_of_task(objective, model, None, forwards)(x, times)
+    assert found["bfloat16"].dtype == torch.float32
+    assert not torch.equal(found["bfloat16"], found["float32"])
+    assert torch.allclose(found["bfloat16"], found["float32"], rtol=0.05, atol=0.05)
+
+
+@needs_cuda
+def test_parts_go_to_a_gpu_and_come_back_with_their_bits() -> None:
+    weights = {"a": torch.rand(2, 3, 4, 5), "b": torch.rand(7), "step": torch.tensor(3.0)}
+    there = {name: torch.empty_like(tensor, device="cuda") for name, tensor in weights.items()}
+    there["a"] = there["a"].to(memory_format=torch.channels_last)
+    load_tensors(there, weights)
+    found = copies(there)
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+    assert not any(tensor.is_pinned() for tensor in found.values())
 
 
 def test_captured_work_on_a_cpu_is_the_function_itself() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from srfed.federation.layout import check_finite
-from srfed.flat import copies, joined, parts, runs
+from srfed.flat import copies, joined, parts, runs, sent, sent_as_one
 
 
 def test_what_lies_in_a_row_is_taken_as_one_and_shares_its_memory() -> None:
@@ -47,6 +47,22 @@ def test_copies_lie_in_a_row_for_each_type_and_keep_their_order(by_name: bool) -
         assert tensor.data_ptr() != given[name].data_ptr()
     order = ("a", "b") if by_name else ("b", "a")
     assert len(runs(found[name] for name in order)) == len(runs([found["c"], found["d"]])) == 1
+
+
+def test_what_goes_to_a_device_goes_as_one_of_each_type_and_stays_where_it_is_on_a_cpu() -> None:
+    images = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    given = [images, torch.tensor(3), torch.rand(7)[2:5], torch.zeros(0, 4), torch.tensor(4)]
+    here = torch.device("cpu")
+    assert [id(tensor) for tensor in sent(given, here)] == [id(tensor) for tensor in given]
+    found = sent_as_one(given, here)
+    assert [(t.dtype, t.shape) for t in found] == [(t.dtype, t.shape) for t in given]
+    assert all(torch.equal(one, other) for one, other in zip(found, given, strict=True))
+    for places in ((0, 2), (1, 4)):
+        assert len(runs(found[place] for place in places)) == 1
+    # Nothing can be read there, but it is the way that a GPU's copies take.
+    there = sent(given, torch.device("meta"))
+    assert {tensor.device.type for tensor in there} == {"meta"}
+    assert [tensor.shape for tensor in there] == [tensor.shape for tensor in given]
 
 
 def test_parts_are_views() -> None:

@@ -61,16 +61,23 @@ def to_uint8(images: "torch.Tensor") -> Images:
     Raises:
         ValueError: the tensor is not floating point or not four-dimensional, or has a NaN.
     """
-    import torch
-
     if not images.is_floating_point() or images.ndim != 4:
         raise ValueError(
             f"expected float images N x C x H x W, got {images.dtype} {tuple(images.shape)}"
         )
     if images.isnan().any():
         raise ValueError("the images contain NaN")
+    return to_levels(images).cpu().numpy()
+
+
+def to_levels(images: "torch.Tensor") -> "torch.Tensor":
+    """The same of images of which nothing is asked, as a tensor on their device, uint8
+    N x H x W x C; of NaN it makes anything.
+    """
+    import torch
+
     levels = images.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return levels.permute(0, 2, 3, 1).contiguous()
 
 
 def fit_image(

@@ -4,6 +4,8 @@ back.
 
 from dataclasses import dataclass
 
+import torch
+
 from srfed.config import RunConfig
 from srfed.data import to_model_range
 from srfed.data.images import Images
@@ -73,7 +75,9 @@ def evaluate_task(
     )
     judged = test[: config.evaluation.ssim_images]
     timesteps = {config.evaluation.ssim_timestep, *(config.evaluation.ssim_curve if final else ())}
-    found, reason = _audit(config, generated.images, train, test) if final else (None, "")
+    found, reason = (
+        _audit(config, generated.images, train, test, process.device) if final else (None, "")
+    )
     return TaskEvaluation(
         generated,
         ssim_curve(
@@ -93,7 +97,7 @@ def evaluate_task(
 
 
 def _audit(
-    config: RunConfig, generated: Images, train: Images, test: Images
+    config: RunConfig, generated: Images, train: Images, test: Images, device: torch.device
 ) -> tuple[Audit | None, str]:
     """The audit; or why it cannot be made, which is no reason to withhold the samples."""
     quantile = config.evaluation.memorisation_quantile
@@ -102,7 +106,7 @@ def _audit(
     try:
         # Always the network that everybody has: a client of a run that is scored with another need
         # not load that.
-        return audit(generated, train, test, EmbeddedFeatures(), quantile=quantile), ""
+        return audit(generated, train, test, EmbeddedFeatures(device), quantile=quantile), ""
     except UserError as error:
         return None, str(error)
 

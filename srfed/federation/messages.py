@@ -75,6 +75,10 @@ DIED = 102
 """Flower error code in place of a reply whose process died over the request, in a simulation.
 """
 
+GPU_FAILED = 104
+"""Flower error code of a client of a simulation whose process cannot use its GPU any more: the
+round ends.
+"""
 LOST_STORE = 103
 """Flower error code of a client whose store has not the attempt that it is to go on from."""
 RESTARTED = "restarted"

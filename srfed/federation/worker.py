@@ -102,7 +102,12 @@ class Worker:
             self._stacks[len(stacked)] = LocalStep(
                 self.config, self.model, self.partition, self.objective, len(stacked)
             )
-        return train_owners(self.config, self._stacks[len(stacked)], stacked)[: len(jobs)]
+        step = self._stacks[len(stacked)]
+        try:
+            return train_owners(self.config, step, stacked)[: len(jobs)]
+        except UserError:
+            del self._stacks[len(stacked)]
+            raise
 
     @property
     def beginning(self) -> tuple[Shared, ClientState]:

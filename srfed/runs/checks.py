@@ -80,6 +80,8 @@ def check_training(
             _say_on_stderr if allow_changed_images else None,
         )
     check_held_out(config, tasks)
+    import torch
+
     from srfed.device import resolve_device
     from srfed.evaluation.features.load import load_feature_network
     from srfed.evaluation.generation import build_sampler
@@ -87,7 +89,9 @@ def check_training(
     from srfed.training.centralised import centralised_orders
     from srfed.training.minibatches import MinibatchOrder
 
-    device = resolve_device(config.resources)
+    resolve_device(config.resources)
+    # What is only looked at needs no GPU, and the driver of a Ray run is to hold no part of one.
+    device = torch.device("cpu")
     if training.method != "federated":
         check_one_shape(tasks, f"training.method = {training.method}")
         centralised_orders(config, {task.name: len(task.train) for task in tasks})

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from srfed.config import RunConfig
+from srfed.config import RunConfig, TrainingConfig
 from srfed.data import Task
 from srfed.data.images import Images
 from srfed.device import arithmetic, memory_layout, to_device
@@ -22,9 +22,11 @@ from srfed.diffusion.objective import Objective
 from srfed.diffusion.process import Forward
 from srfed.errors import UserError
 from srfed.flat import copies
+from srfed.memory import is_short_of_memory
 from srfed.networks.network import Network
 from srfed.networks.partition import Exclusive, Partition, Shared
 from srfed.randomness import derive_generator
+from srfed.room import in_words, largest_that_fits
 from srfed.training.minibatches import (
     MinibatchOrder,
     TrainingImages,
@@ -111,7 +113,7 @@ class CentralisedTrainer:
         }
         self._orders = centralised_orders(config, {task.name: len(task.train) for task in tasks})
         training = config.training
-        size = training.centralised_batch_size or training.batch_size
+        _, size = _batch_size(training)
         self._steps = len(tasks) * (training.local_steps or 0) * training.batch_size // size
         if training.method == "pooled":
             self._images = {POOL: self._images_of([task.train for task in tasks])}
@@ -130,11 +132,45 @@ class CentralisedTrainer:
         Args:
             round_number: part of the seeds; the place in the rates' schedule.
             state: after the last round.
-        """
-        with arithmetic(self._config.resources, self._device):
-            return self._train(round_number, state)
 
-    def _train(self, round_number: int, state: CentralisedState) -> CentralisedResult:
+        Raises:
+            UserError: there is not enough memory.
+        """
+        try:
+            return self._train(round_number, state, self._steps)
+        except (MemoryError, RuntimeError) as error:
+            if not is_short_of_memory(error):
+                raise
+        # Not in the handler: what was raised holds the tensors that it was raised over.
+        raise UserError(self._too_large(round_number, state))
+
+    def _too_large(self, round_number: int, state: CentralisedState) -> str:
+        """What is said where steps of this size do not fit into memory, and what would."""
+        training = self._config.training
+        key, size = _batch_size(training)
+        together = len(self._names) if training.method == "balanced" else 1
+        whose = f"{', '.join(self._names)}, " if training.method == "balanced" else ""
+        fits = largest_that_fits(
+            size // together, lambda images: self._train(round_number, state, 1, images)
+        )
+        allowed = "" if fits is None else f"training.{key} up to {fits * together}, "
+        each = " of each" if together > 1 else ""
+        return (
+            f"{whose}{training.method}: there is not enough memory ({self._device}) for a step of "
+            f"{size // together} images{each} (training.{key} = {size}); "
+            f"{in_words(fits, 'images')}; allowed: {allowed}smaller images, or a smaller network"
+        )
+
+    def _train(
+        self, round_number: int, state: CentralisedState, steps: int, images: int | None = None
+    ) -> CentralisedResult:
+        """So many steps; each of a share of so many images at most, if that is said."""
+        with arithmetic(self._config.resources, self._device):
+            return self._in_run_arithmetic(round_number, state, steps, images)
+
+    def _in_run_arithmetic(
+        self, round_number: int, state: CentralisedState, steps: int, images: int | None
+    ) -> CentralisedResult:
         self._model.train()
         rates = rates_of_round(self._config, round_number)
         self._shared.begin(state.shared, rates.shared)
@@ -146,9 +182,9 @@ class CentralisedTrainer:
         all_losses = LossMeter(self._objective.process)
         task_losses = {name: LossMeter(self._objective.process) for name in self._images}
         start = time.perf_counter()
-        for step in range(self._steps):
+        for step in range(steps):
             names = self._names_of(round_number, step)
-            shares = [self._share(name, round_number, step, seen[name]) for name in names]
+            shares = [self._share(name, round_number, step, seen[name], images) for name in names]
             found = training_step(self._config, self._objective, self._shared, shares)
             self._shared.count_step()
             for name, share, losses in zip(names, shares, found, strict=True):
@@ -201,8 +237,10 @@ class CentralisedTrainer:
             names = [names[int(torch.randint(len(names), (), generator=generator))]]
         return names
 
-    def _share(self, name: str, round_number: int, step: int, seen: int) -> Share:
-        indices = self._orders[name].indices(seen)
+    def _share(
+        self, name: str, round_number: int, step: int, seen: int, images: int | None
+    ) -> Share:
+        indices = self._orders[name].indices(seen)[:images]
         tasks = self._tasks[name][to_device(indices, self._device)]
         exclusive = self._exclusive[name]
         return Share(
@@ -227,8 +265,7 @@ def centralised_orders(config: RunConfig, images: Mapping[str, int]) -> dict[str
         UserError: a batch size does not fit a task's images.
     """
     training = config.training
-    key = "batch_size" if training.centralised_batch_size is None else "centralised_batch_size"
-    size = training.centralised_batch_size or training.batch_size
+    key, size = _batch_size(training)
     tasks_in_batch = len(images) if training.method == "balanced" else 1
     groups = {POOL: sum(images.values())} if training.method == "pooled" else images
     for name, count in groups.items():
@@ -242,6 +279,13 @@ def centralised_orders(config: RunConfig, images: Mapping[str, int]) -> dict[str
         name: MinibatchOrder.of(training, count, size // tasks_in_batch, config.seed, name)
         for name, count in groups.items()
     }
+
+
+def _batch_size(training: TrainingConfig) -> tuple[str, int]:
+    """How many images a step has, and the setting that says so."""
+    if training.centralised_batch_size is None:
+        return "batch_size", training.batch_size
+    return "centralised_batch_size", training.centralised_batch_size
 
 
 def _parameters(

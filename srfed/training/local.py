@@ -13,10 +13,13 @@ from torch import Tensor
 from srfed.config import RunConfig, TrainingConfig
 from srfed.device import arithmetic, memory_layout
 from srfed.diffusion.objective import Objective
+from srfed.errors import UserError
 from srfed.flat import copies
+from srfed.memory import is_short_of_memory
 from srfed.model import task_of_table
 from srfed.networks.network import Network
 from srfed.networks.partition import Control, Exclusive, Partition, Shared
+from srfed.room import in_words, largest_that_fits
 from srfed.training.minibatches import (
     Minibatch,
     MinibatchOrder,
@@ -58,6 +61,10 @@ class LocalResult:
     gradient: Control = field(default_factory=lambda: Control({}))
 
 
+Plan = list[tuple[tuple[str, ...], Tensor]]
+"""The steps of an owner's round: the parts that each trains, the images that it sees."""
+
+
 class Job(NamedTuple):
     """An owner's round to be trained: whose, and what :meth:`LocalTrainer.train` is told of it."""
 
@@ -92,6 +99,8 @@ class LocalTrainer:
 
     Attributes:
         image_shape: H, W, C of the images.
+        task: the task's name.
+        device: where it trains.
 
     Raises:
         UserError: the batch size does not fit the images, or the model's table has no such task.
@@ -112,13 +121,13 @@ class LocalTrainer:
         self._config = config
         self._index = task_of_table(model, index)
         self._objective = objective
-        self._task = task
-        self._device = next(model.parameters()).device
+        self.task = task
+        self.device = next(model.parameters()).device
         self._step = step or LocalStep(config, model, partition, objective)
         self._run = run or self.run_alone
         layout = memory_layout(config.resources)
         self.image_shape = tuple(images.shape[1:])
-        self._images = TrainingImages([images], self._device, layout)
+        self._images = TrainingImages([images], self.device, layout)
         training = config.training
         self._order = MinibatchOrder.of(
             training, len(images), training.batch_size, config.seed, task
@@ -152,7 +161,7 @@ class LocalTrainer:
         (result,) = train_owners(self._config, self._step, [job])
         return result
 
-    def steps(self, state: ClientState) -> list[tuple[tuple[str, ...], Tensor]]:
+    def steps(self, state: ClientState) -> Plan:
         """The steps of a round from this state: the parts that each trains, and the indices of the
         images that it sees.
         """
@@ -172,17 +181,17 @@ class LocalTrainer:
     def draw(self, indices: Tensor, round_number: int, step: int) -> Minibatch:
         """What a step sees: the images at these indices, with times and noise."""
         images = self._images[indices]
-        return draw_minibatch(self._config, self._objective, images, self._task, round_number, step)
+        return draw_minibatch(self._config, self._objective, images, self.task, round_number, step)
 
     def tasks(self, count: int) -> list[Tensor]:
         """The task's place for so many images, for a model with a table of tasks; else empty."""
         if self._index is None:
             return []
-        return [torch.full((count,), self._index, device=self._device)]
+        return [torch.full((count,), self._index, device=self.device)]
 
     def dropout(self, round_number: int, step: int) -> AbstractContextManager[None]:
         """The context that a step's dropout draws in."""
-        return seeded_dropout(self._config, self._device, self._task, round_number, step)
+        return seeded_dropout(self._config, self.device, self.task, round_number, step)
 
 
 def train_owners(config: RunConfig, step: LocalStep, jobs: Sequence[Job]) -> list[LocalResult]:
@@ -192,17 +201,85 @@ def train_owners(config: RunConfig, step: LocalStep, jobs: Sequence[Job]) -> lis
         config: the run's configuration, of a network without dropout where there are several.
         step: of as many owners.
         jobs: one for each, all of one :attr:`Job.form`.
+
+    Raises:
+        UserError: there is not enough memory. A step of several owners is then given up: it cannot
+            be used again.
     """
+    plans = [job.trainer.steps(job.state) for job in jobs]
+    try:
+        return _train_owners(config, step, jobs, plans)
+    except (MemoryError, RuntimeError) as error:
+        if not is_short_of_memory(error):
+            raise
+    # Not in the handler: what was raised holds the tensors that it was raised over.
+    raise UserError(_too_large(config, step, jobs, plans))
+
+
+def _too_large(
+    config: RunConfig, step: LocalStep, jobs: Sequence[Job], plans: Sequence[Plan]
+) -> str:
+    """What is said where steps of this size do not fit into memory, and what would."""
+    where, step_of = step.device, step
+
+    def trial(owners: int, images: int) -> None:
+        step_of.release()
+        _train_owners(
+            config, step_of, jobs[:owners], [_in_short(plan, images) for plan in plans[:owners]]
+        )
+
+    def of_fewer(owners: int) -> None:
+        nonlocal step_of
+        step_of = step_of.of_fewer(owners)
+        trial(owners, batch)
+
+    batch = max(len(indices) for _, indices in plans[0])
+    training, stack = config.training, config.resources.stack
+    short = f"{_named(jobs)}: there is not enough memory ({where}) for a local step of"
+    images_said = f"{batch} images (training.batch_size = {training.batch_size})"
+    said, remedies = f"{short} {images_said}", "smaller images, or a smaller network"
+    if len(jobs) > 1:
+        said = f"{short} {len(jobs)} tasks at once (resources.stack = {stack}), each {images_said}"
+        owners = largest_that_fits(len(jobs), of_fewer)
+        if owners is not None:
+            most = "1" if owners == 1 else f"up to {owners}"
+            found = in_words(owners, "at once")
+            return f"{said}; {found}; allowed: resources.stack {most}, {remedies}"
+    fits = largest_that_fits(batch, lambda images: trial(1, images))
+    smaller = "" if fits is None else f"training.batch_size up to {fits}, "
+    return f"{said}; {in_words(fits, 'images')}; allowed: {smaller}{remedies}"
+
+
+def _named(jobs: Sequence[Job]) -> str:
+    """Whose rounds these are, in words."""
+    names = list(dict.fromkeys(job.trainer.task for job in jobs))
+    if len(names) == 1:
+        return f"task {names[0]}"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"tasks {', '.join(names[:3])}{more}"
+
+
+def _in_short(plan: Plan, images: int) -> Plan:
+    """One step of each kind, of so many images at most."""
+    # The first of a kind: the last one may be of what a pass has left over.
+    kinds = {parts: (parts, indices[:images]) for parts, indices in reversed(plan)}
+    return list(kinds.values())
+
+
+def _train_owners(
+    config: RunConfig, step: LocalStep, jobs: Sequence[Job], plans: Sequence[Plan]
+) -> list[LocalResult]:
     with arithmetic(config.resources, step.device):
-        return _train_owners(config, step, jobs)
+        return _in_run_arithmetic(config, step, jobs, plans)
 
 
-def _train_owners(config: RunConfig, step: LocalStep, jobs: Sequence[Job]) -> list[LocalResult]:
+def _in_run_arithmetic(
+    config: RunConfig, step: LocalStep, jobs: Sequence[Job], plans: Sequence[Plan]
+) -> list[LocalResult]:
     number, keeps = jobs[0].round_number, config.training.shared_moments == "keep"
     # Of all modules or of none, and there are many.
     if not step.model.training:
         step.model.train()
-    plans = [job.trainer.steps(job.state) for job in jobs]
     trained = [parts for parts, _ in plans[0]]
 
     def drawn(place: int) -> tuple[list[Minibatch], list[Tensor]]:
@@ -255,9 +332,11 @@ def _result(
     *,
     keeps: bool,
 ) -> LocalResult:
+    # From a GPU as one, and not tensor by tensor by whoever writes them.
+    lend = job.lend and job.trainer.device.type == "cpu"
     own, average = (
         {name: tensor.detach() for name, tensor in tensors.items()}
-        if job.lend
+        if lend
         else copies(tensors, by_name=True)
         for tensors in (owner.exclusive.weights, owner.exclusive.average)
     )
@@ -268,10 +347,10 @@ def _result(
             exclusive=Part(
                 Exclusive(own),
                 Exclusive(average),
-                owner.exclusive.export_moments(lend=job.lend),
+                owner.exclusive.export_moments(lend=lend),
                 owner.exclusive.steps,
             ),
-            shared_moments=owner.shared.export_moments(lend=job.lend) if keeps else {},
+            shared_moments=owner.shared.export_moments(lend=lend) if keeps else {},
             minibatches=job.state.minibatches + len(trained),
         ),
         loss=loss,

@@ -11,7 +11,7 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from srfed.config import RunConfig, TrainingConfig
-from srfed.flat import copies, zeros_in_a_row
+from srfed.flat import copies, sent, zeros_in_a_row
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """Adam's state of one tensor, as torch names it."""
@@ -177,7 +177,7 @@ class PartOptimizer:
             elif name in self._buffers:
                 fresh.extend(self._buffers[name].values())
         if there:
-            torch._foreach_copy_(there, given)
+            torch._foreach_copy_(there, sent(given, there[0].device))
         if fresh:
             torch._foreach_zero_(fresh)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from srfed.config import TrainingConfig
-from srfed.flat import copies
+from srfed.flat import copies, sent
 from srfed.networks.network import Network
 from srfed.networks.partition import Exclusive, Partition, Shared
 from srfed.training.ema import step_decay, update_average
@@ -136,8 +136,9 @@ def initial_state(model: Network, partition: Partition) -> ClientState:
 
 @torch.no_grad()
 def load_tensors(target: nn.Module | Mapping[str, Tensor], *parts: Mapping[str, Tensor]) -> None:
-    """Copy tensors in place into a model, or into tensors, by name."""
+    """Copy tensors in place into a model, or into tensors, by name; to a GPU each part as one."""
     places = target.state_dict() if isinstance(target, nn.Module) else target
     for part in parts:
         if part:
-            torch._foreach_copy_([places[name] for name in part], list(part.values()))
+            there = [places[name] for name in part]
+            torch._foreach_copy_(there, sent(list(part.values()), there[0].device))

@@ -13,6 +13,7 @@ from srfed.device import Captured, autocast, batched_attention
 from srfed.diffusion.objective import Objective
 from srfed.diffusion.process import QUARTERS, Forward, Process
 from srfed.errors import UserError
+from srfed.memory import failure_of_gpu, is_short_of_memory
 from srfed.networks.network import Network
 from srfed.networks.partition import Control, Exclusive, Partition, Shared
 from srfed.training.gradient_terms import GradientTerms
@@ -186,6 +187,7 @@ class LocalStep:
         stack: int | None = None,
     ) -> None:
         self._config, self.model, self.objective = config, model, objective
+        self._partition = partition
         parameters = dict(model.named_parameters())
         self.device = next(iter(parameters.values())).device
         if stack is None:
@@ -207,6 +209,21 @@ class LocalStep:
         self._captured: dict[tuple[str, ...], Captured] = {}
         # A captured step of SGD would keep the rate that it was captured with.
         self.captures = self.device.type == "cuda" and config.training.optimizer == "adam"
+
+    def of_fewer(self, owners: int) -> "LocalStep":
+        """The same for so many owners. This one is given up, with what it has taken of the
+        device's memory.
+        """
+        config, model, partition = self._config, self.model, self._partition
+        self.release()
+        self._stacked, self.owners = {}, []
+        return LocalStep(config, model, partition, self.objective, owners if owners > 1 else None)
+
+    def release(self) -> None:
+        """Give back what captured steps have taken of the device's memory; they are captured anew
+        when they are prepared again.
+        """
+        self._captured = {}
 
     def prepare(
         self, parts: tuple[str, ...], batches: Sequence[Minibatch], tasks: Sequence[Tensor]
@@ -283,7 +300,7 @@ class LocalStep:
             try:
                 predicted: Tensor = vmap(network)(self._stacked, *arguments)
             except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError):
+                if is_short_of_memory(error) or failure_of_gpu(error):
                     raise
                 raise UserError(
                     f"model.network {self._config.model.network} cannot be trained with "

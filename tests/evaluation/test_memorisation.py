@@ -27,6 +27,7 @@ from srfed.evaluation.metrics.memorisation import (
     draw_nearest_pairs,
     merge_audits,
     nearest_distances,
+    nearest_on_device,
 )
 from srfed.model import build_model, build_objective, build_partition
 from srfed.training.local import LocalTrainer
@@ -99,6 +100,30 @@ def test_nearest_features_are_scikit_learns(
     distances, indices = nearest_distances(references, references, skip_self=True)
     np.testing.assert_array_equal(indices, neighbours[:, 1])
     np.testing.assert_allclose(distances, expected[:, 1], rtol=1e-9)
+
+
+@pytest.mark.parametrize("block_bytes", [32 * 2**20, 7 * 8 * 5])
+def test_a_device_finds_the_neighbours_that_numpy_finds(
+    block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of equally near images the first, in blocks or not, with or without the image itself."""
+    monkeypatch.setattr(memorisation, "BLOCK_BYTES", block_bytes)
+    rng = np.random.default_rng(2)
+    images = rng.integers(0, 3, (60, 2, 2, 1), dtype=np.uint8)
+    features = rng.normal(size=(50, 5))
+    sets = [(images[:20], images[20:]), (images, images), (features[:9], features[9:])]
+
+    def everywhere(*arguments: Any) -> Any:
+        return nearest_on_device(*arguments, torch.device("cpu"))
+
+    for queries, references in sets:
+        for skip_self in (False, True) if queries is references else (False,):
+            expected = nearest_distances(queries, references, skip_self=skip_self)
+            with monkeypatch.context() as there:
+                there.setattr(memorisation, "_nearest", everywhere)
+                found = nearest_distances(queries, references, skip_self=skip_self)
+            for one, other in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(one, other)
 
 
 def test_equal_images_are_at_distance_zero(network: FeatureNetwork, tasks: list[Task]) -> None:

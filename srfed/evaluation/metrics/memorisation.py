@@ -10,10 +10,12 @@ only numbers leave.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from srfed.data.images import Images
 from srfed.errors import UserError
@@ -155,13 +157,20 @@ def audit(
                 f"the memorisation audit needs at least 1 image of each kind; there is no {name} "
                 "image"
             )
-    pixels, nearest = _compare(generated, training, held_out, quantile)
-    features, _ = _compare(network(generated), network(training), network(held_out), quantile)
+    device = network.device
+    pixels, nearest = _compare(generated, training, held_out, quantile, device)
+    features, _ = _compare(
+        network(generated), network(training), network(held_out), quantile, device
+    )
     return Audit(pixels, features, nearest)
 
 
 def nearest_distances(
-    queries: npt.NDArray[Any], references: npt.NDArray[Any], *, skip_self: bool = False
+    queries: npt.NDArray[Any],
+    references: npt.NDArray[Any],
+    *,
+    skip_self: bool = False,
+    device: torch.device | None = None,
 ) -> tuple[Distances, Indices]:
     """Distance of each query to its nearest reference, by brute force in blocks of bounded memory.
 
@@ -173,6 +182,8 @@ def nearest_distances(
         references: of the same kind, M of them.
         skip_self: queries and references are one and the same, and the nearest *other* one is
             wanted.
+        device: where the nearest are sought, by float64 too, with NumPy where it is a CPU or None;
+            the distances to them are NumPy's in any case.
 
     Returns:
         Distances, float64 (N,): of images in [0, 1], divided by the root of the number of values
@@ -201,12 +212,14 @@ def nearest_distances(
     queries, references = queries.reshape(len(queries), -1), references.reshape(len(references), -1)
     values = queries.shape[1]
     rows = max(1, min(BLOCK_ROWS, BLOCK_BYTES // (8 * values)))
+    on_card = device is not None and device.type != "cpu"
+    seek = partial(nearest_on_device, device=device) if on_card else _nearest
     distances = np.empty(len(queries), np.float64)
     indices = np.empty(len(queries), np.int64)
     for first in range(0, len(queries), rows):
         part = slice(first, first + rows)
         block = queries[part].astype(np.float64)
-        indices[part] = _nearest(block, references, rows, first if skip_self else None)
+        indices[part] = seek(block, references, rows, first if skip_self else None)
         # |x|² - 2 xᵀy + |y|² loses the digits of small distances; the winner's is taken directly.
         distances[part] = np.linalg.norm(block - references[indices[part]], axis=1)
     return (distances / (255 * math.sqrt(values)) if images else distances), indices
@@ -275,10 +288,11 @@ def _compare(
     training: npt.NDArray[Any],
     held_out: npt.NDArray[Any],
     quantile: float,
+    device: torch.device,
 ) -> tuple[Memorisation, tuple[tuple[int, int], ...]]:
-    to_training, neighbours = nearest_distances(generated, training)
-    to_held_out, _ = nearest_distances(generated, held_out)
-    usual = np.sort(nearest_distances(held_out, training)[0])
+    to_training, neighbours = nearest_distances(generated, training, device=device)
+    to_held_out, _ = nearest_distances(generated, held_out, device=device)
+    usual = np.sort(nearest_distances(held_out, training, device=device)[0])
     if not usual[-1]:
         raise UserError(
             f"all {len(held_out)} held-out images are training images too, so they cannot say how "
@@ -330,6 +344,38 @@ def _nearest(block: Distances, references: npt.NDArray[Any], rows: int, own: int
         better = found < best
         best[better], indices[better] = found[better], nearest[better] + first
     return indices
+
+
+def nearest_on_device(
+    block: Distances,
+    references: npt.NDArray[Any],
+    rows: int,
+    own: int | None,
+    device: torch.device | None,
+) -> Indices:
+    """As :func:`_nearest`, by PyTorch on a device: between images the same indices, since sums of
+    whole grey levels are exact; between features the same but where two are equally near to
+    float64's rounding.
+    """
+    there = torch.from_numpy(block).to(device)
+    best = torch.full((len(block),), math.inf, dtype=torch.float64, device=device)
+    indices = torch.zeros(len(block), dtype=torch.int64, device=device)
+    everyone = torch.arange(len(block), device=device)
+    for first in range(0, len(references), rows):
+        others = torch.from_numpy(references[first : first + rows]).to(device).double()
+        squared = (there @ others.T).mul_(-2).add_(others.square().sum(dim=1))
+        if own is not None:
+            columns = own + everyone - first
+            here = (columns >= 0) & (columns < len(others))
+            squared[everyone[here], columns[here]] = math.inf
+        # Of equally near ones torch's argmin may name any.
+        found = squared.amin(dim=1)
+        places = torch.arange(len(others), device=device)
+        nearest = torch.where(squared == found[:, None], places, len(others)).amin(dim=1)
+        better = found < best
+        best = torch.where(better, found, best)
+        indices = torch.where(better, nearest + first, indices)
+    return indices.cpu().numpy()
 
 
 def _from_numbers(numbers: Mapping[str, float], space: str) -> Memorisation:

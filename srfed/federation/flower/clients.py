@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 from srfed.config import RunConfig
 from srfed.errors import UserError
-from srfed.federation.flower.exchange import MOST_DEATHS, Exchange, exchange
+from srfed.federation.flower.exchange import MOST_DEATHS, Exchange, Simulated, exchange
 from srfed.federation.flower.packing import (
     array_record,
     attempt_of,
@@ -22,7 +22,15 @@ from srfed.federation.flower.packing import (
 )
 from srfed.federation.flower.roster import Roster
 from srfed.federation.flower.stacking import Seat, StackingGrid
-from srfed.federation.messages import DIED, LOST_STORE, TRAIN, Reply, ReplyHeader, Request
+from srfed.federation.messages import (
+    DIED,
+    GPU_FAILED,
+    LOST_STORE,
+    TRAIN,
+    Reply,
+    ReplyHeader,
+    Request,
+)
 from srfed.federation.screening import (
     EvaluateReply,
     RefusedError,
@@ -123,7 +131,7 @@ class FlowerClients:
 
         Raises:
             UserError: under ``wait``, a client has not replied, or only failed, in the time there
-                is, or its process has died over and over.
+                is, or its process has died over and over; or a simulated client's GPU has failed.
             StoppedError: the user asked to stop.
         """
         records = {name: array_record(tensors) for name, tensors in arrays.items()}
@@ -149,6 +157,17 @@ class FlowerClients:
             if failure is not None and failure.code == LOST_STORE:
                 # Nothing that the others could wait for: its owner has to do something.
                 return False
+            if (
+                failure is not None
+                and failure.code == GPU_FAILED
+                and isinstance(self._grid, Simulated)
+            ):
+                # Whoever comes after it in its process would fail likewise, and a round without
+                # them would be another one.
+                raise UserError(
+                    f"{what}: {client}: the GPU has failed; nothing of this is kept, and all that "
+                    "was stored before is as it was"
+                )
             died = failure is not None and failure.code == DIED
             if not died and not self._waits:
                 return False

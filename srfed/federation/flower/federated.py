@@ -173,10 +173,13 @@ class Federated:
                 "training.gradient_clip is null: plain SGD can move φ as far as it likes, so "
                 "updates have no bound"
             )
+        # Under Ray the GPUs are the clients', and a context of the driver's would take of their
+        # memory.
+        driver = self._fixed and config.resources.backend == "ray"
         network = load_feature_network(
             config.evaluation.feature_network,
             config.evaluation.inception_weights,
-            resolve_device(config.resources),
+            torch.device("cpu") if driver else resolve_device(config.resources),
         )
         self._evaluation = References(network, {task.name: task.test for task in self._references})
         self._floor = RealFloor(self._evaluation, self._references)

@@ -22,10 +22,11 @@ from srfed.federation.flower.outgoing import NotAllowedError, rebuilt
 from srfed.federation.flower.packing import read_request
 from srfed.federation.keeping import checked_first
 from srfed.federation.last_look import looked_after
-from srfed.federation.messages import DESCRIBE, FAILED, LOST_STORE, REFUSED
+from srfed.federation.messages import DESCRIBE, FAILED, GPU_FAILED, LOST_STORE, REFUSED
 from srfed.federation.mods import with_mods
 from srfed.federation.site import Site, deployed_site, is_simulated, site_of
 from srfed.federation.site_log import write_to_log
+from srfed.memory import failure_of_gpu
 
 FAILURE = "failed; the reason is in the client's own log"
 """All that the server is told of an exception."""
@@ -63,8 +64,10 @@ def wire_guard(
         return Message(Error(code, str(refusal)), reply_to=message)
     except UserError as error:
         _log(message, context, f"failed: {error}")
-    except Exception:
+    except Exception as error:
         _log(message, context, traceback.format_exc())
+        if failure_of_gpu(error) and is_simulated(context):
+            return Message(Error(GPU_FAILED, "its GPU has failed"), reply_to=message)
     return _failed(message)
 
 
