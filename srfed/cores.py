@@ -42,7 +42,7 @@ def check_resources(resources: ResourcesConfig, *, federated: bool = True) -> No
     if (
         federated
         and resources.backend == "ray"
-        and resources.device == "cuda"
+        and (resources.device == "cuda" or resources.precision != "float32")
         and resources.client_gpus == 0
     ):
         raise UserError(

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from srfed.config import ResourcesConfig
 from srfed.errors import UserError
+from srfed.records import Place
 
 WARM_UP_CALLS = 3
 """Before a capture, so that libraries have chosen their algorithms and made their workspaces (CUDA
@@ -40,6 +41,14 @@ def resolve_device(resources: ResourcesConfig) -> torch.device:
             "allowed: float32"
         )
     return device
+
+
+def place_of(resources: ResourcesConfig, device: torch.device) -> Place:
+    """The device and the precision of who trains in this process, which begins to use the GPU for
+    its name.
+    """
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    return Place(f"{device.type}{name}", resources.precision)
 
 
 def memory_layout(resources: ResourcesConfig) -> torch.memory_format:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
+from srfed.records import EvaluationRecord, Place, RoundRecord, TaskInfo
 
 Stage = Literal["round", "evaluation"]
 
@@ -14,6 +14,9 @@ class Observer:
     What a method raises ends the run, between two replies of clients, with all finished rounds on
     disk: that is also how a run is stopped on purpose.
     """
+
+    def on_place(self, place: Place) -> None:
+        """Where the run is about to train; not called where its owners' sites alone know."""
 
     def on_begin(self, tasks: Sequence[TaskInfo], last_round: int) -> None:
         """The run begins, or goes on after ``last_round``, with these tasks, in their order."""
@@ -52,6 +55,10 @@ class Observers(Observer):
 
     def __init__(self, observers: Iterable[Observer]) -> None:
         self._observers = tuple(observers)
+
+    def on_place(self, place: Place) -> None:
+        for observer in self._observers:
+            observer.on_place(place)
 
     def on_begin(self, tasks: Sequence[TaskInfo], last_round: int) -> None:
         for observer in self._observers:

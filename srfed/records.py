@@ -26,6 +26,24 @@ Shape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where weights are trained.
+
+    Attributes:
+        device: "cpu", or "cuda" with the card's name in brackets.
+        precision: of ``resources``.
+    """
+
+    device: str
+    precision: str
+
+    @property
+    def in_words(self) -> str:
+        """Both, as a run's first line has them."""
+        return f"{self.device}, {self.precision}"
+
+
+@dataclass(frozen=True)
 class TaskInfo:
     """A task as the reports show it: its client's id, its name, and how many images it has."""
 

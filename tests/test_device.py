@@ -2,6 +2,7 @@
 captured.
 """
 
+import json
 import re
 from itertools import product
 from pathlib import Path
@@ -9,17 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srfed import simulate
 from srfed.config import ResourcesConfig, load_config
-from srfed.device import Captured, arithmetic, resolve_device
+from srfed.cores import check_resources
+from srfed.device import Captured, arithmetic, place_of, resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.generation import generate
+from srfed.federation.flower import ray_node, ray_start
 from srfed.federation.flower.ray import run_on_ray
 from srfed.federation.flower.ray_start import client_share
+from srfed.federation.measured import CONTEXT, processes_that_fit
 from srfed.flat import copies
 from srfed.model import (
     build_model,
@@ -29,12 +34,13 @@ from srfed.model import (
     denoiser_of_task,
 )
 from srfed.networks.blocks import SelfAttention
+from srfed.reporting.console import Console
 from srfed.runs.checks import check_simulation
 from srfed.training.local import LocalResult, LocalTrainer
 from srfed.training.optimizer import PartOptimizer
 from srfed.training.part import initial_state, load_tensors
 from srfed.training.step import LocalStep
-from support import short_memory
+from support import faked_card, short_memory
 from support.errors import message_of
 from support.local_training import run_config
 from support.short_memory import LARGE
@@ -154,12 +160,92 @@ def test_each_client_gets_an_equal_share_of_the_gpus_that_ray_finds() -> None:
     assert share(1, 16, device="auto", client_cpus=8) == 0.5
     assert share(8, 16, device="cuda") == 1, "a client trains on one GPU"
     assert share(1, 16, device="auto", client_gpus=0.25) == 0.25
+    with pytest.raises(UserError, match=r"bfloat16 needs CUDA, and Ray finds no GPU.*: float32"):
+        share(0, 2, device="auto", precision="bfloat16")
     with pytest.raises(UserError, match=r"client_gpus = 0\.25 is above the 0 GPUs that Ray finds"):
         share(0, 2, device="auto", client_gpus=0.25)
     with pytest.raises(
         UserError, match=r"device = cuda, but Ray finds no GPU here; allowed: auto, cpu"
     ):
         share(0, 2, device="cuda")
+
+
+@pytest.mark.parametrize("asked", [{"device": "cuda"}, {"precision": "bfloat16"}])
+def test_clients_without_a_gpu_are_refused_what_needs_one(asked: dict[str, str]) -> None:
+    no_gpu = {"backend": "ray", "client_gpus": 0, "device": "auto"}
+    check_resources(ResourcesConfig.model_validate(no_gpu))
+    with pytest.raises(UserError, match=r"client_gpus = 0 gives clients under Ray no GPU; allowed"):
+        check_resources(ResourcesConfig.model_validate({**no_gpu, **asked}))
+
+
+def test_a_client_gets_no_less_of_a_gpu_than_it_has_memory_for() -> None:
+    """Of three clients that the cores would run at once."""
+
+    def share(fit: int, gpus: float = 1, **resources: Any) -> float:
+        config = tiny_config(
+            {"resources.device": "auto", **{f"resources.{k}": v for k, v in resources.items()}}
+        )
+        return client_share(config, gpus, 16, fit)
+
+    assert [share(fit) for fit in (1, 2, 3, 80)] == [1, 0.5, 0.3333, 0.3333]
+    assert share(3, gpus=2) == 0.6666, "two GPUs have room for more than there are"
+    assert share(1, client_gpus=0.25) == 0.25, "who says a share has it"
+
+
+def test_memory_of_a_gpu_is_measured_in_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each image of a step takes 1 GiB of a card that is made up."""
+    gib, run, steps = 2**30, LocalStep.run, list[int]()
+
+    def counted(step: LocalStep, parts: Any, batches: Any, tasks: Any) -> Any:
+        steps.append(sum(len(batch.images) for batch in batches))
+        return run(step, parts, batches, tasks)
+
+    def fit(settings: dict[str, Any]) -> int:
+        steps.clear()
+        return processes_that_fit(tiny_config(settings), torch.device("cuda", 0))
+
+    monkeypatch.setattr(LocalStep, "run", counted)
+    monkeypatch.setattr(
+        torch.cuda, "max_memory_reserved", lambda device: max(steps) * gib - CONTEXT
+    )
+    # Of 100 GiB, what the step has taken is not free.
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda device: ((100 - max(steps)) * gib, 100 * gib)
+    )
+    assert fit({"training.batch_size": 10}) == 10
+    assert steps == [10]
+    assert fit({"training.batch_size": 8, "training.local_steps": None, "training.local_epochs": 2})
+    assert steps == [8]
+    assert fit({"training.batch_size": 10, "resources.stack": 2}) == 5
+    assert steps == [20], "one program of two"
+    assert fit({"training.batch_size": 60}) == 1
+
+
+@pytest.mark.slow
+def test_rays_clients_share_a_gpu_by_their_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real Ray counts a GPU that is not there; in its process the card is made up."""
+    begin_ray = ray.init
+    monkeypatch.setattr(ray, "init", lambda **given: begin_ray(**given, num_gpus=1))
+    monkeypatch.setattr(ray_start, "look_at_gpu", faked_card.look_at_gpu)
+    ray_run = {"resources.backend": "ray", "resources.device": "auto"}
+    run = begin(tmp_path / "run", {**ray_run, "resources.cpus": 3})
+    with ray_start.started_ray(run) as (room, _):
+        assert room.gpus == 0.5
+        assert room.place.in_words == "cuda (NVIDIA H200), float32"
+        assert room.now() == 2
+        monkeypatch.setattr(ray_start, "look_at_gpu", ray_node.look_at_gpu)
+        asked = tiny_config({**ray_run, "resources.precision": "bfloat16"})
+        with pytest.raises(UserError, match=r"on Ray's GPU: .*bfloat16 needs CUDA, and there is"):
+            ray_start._look_at_gpu(asked, 0.5, measure=True)
+
+
+def test_where_a_run_trains_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    here = place_of(ResourcesConfig(precision="bfloat16"), torch.device("cuda", 0))
+    assert here.in_words == "cuda (NVIDIA H200), bfloat16"
+    assert place_of(ResourcesConfig(), torch.device("cpu")).in_words == "cpu, float32"
 
 
 def test_a_run_that_fails_at_its_clients_says_why(
@@ -198,13 +284,15 @@ def test_who_looks_before_a_run_takes_nothing_of_a_gpu() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("cuda_that_nobody_may_touch")
 def test_rays_driver_holds_no_gpu_and_a_client_that_is_short_of_memory_says_so(
-    tmp_path: Path,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The clients' processes see none, as the real Ray finds none here."""
     run = begin(tmp_path / "run", {**LARGE, "resources.backend": "ray", "resources.device": "auto"})
     with pytest.raises(UserError, match="round 1 has 0 accepted updates"):
-        run_on_ray(run, [], short_memory.app)
+        run_on_ray(run, [Console(run.config)], short_memory.app)
     assert not torch.cuda.is_initialized()
+    assert capsys.readouterr().out.startswith("trains on cpu, float32\n"), "as its clients do"
+    assert json.loads(run.identity_file.read_text())["device"] == "cpu"
     log = (run.clients / "digit-0" / "client.log").read_text()
     assert re.search(r"task digit-0: there is not enough memory .*; [1-9]\d* images fit; ", log)
 

@@ -39,7 +39,8 @@ class ResourcesConfig(Section):
         ge=0,
         le=8,
         decides="nothing",
-        description="share of a GPU for one client under Ray, e.g. 0.25; null: equal shares",
+        description="share of a GPU for one client under Ray, e.g. 0.25; null: equal shares, "
+        "larger where a step takes more memory",
     )
     precision: Literal["float32", "tf32", "bfloat16"] = setting(
         "float32",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from srfed.config import RunConfig
+from srfed.data.images import Images
 from srfed.device import memory_layout, resolve_device
 from srfed.diffusion.process import Denoiser
 from srfed.errors import UserError
@@ -66,18 +67,22 @@ class Worker:
         """The site's trainer, its images already on the device."""
         if site not in self._trainers:
             task = own_task(self.config.data, site)
-            self._trainers[site] = LocalTrainer(
-                self.config,
-                self.model,
-                self.partition,
-                self.objective,
-                site.client,
-                task.train,
-                site.index,
-                self._step,
-                self._run,
-            )
+            self._trainers[site] = self.new_trainer(site.client, task.train, site.index)
         return self._trainers[site]
+
+    def new_trainer(self, client: str, images: Images, index: int) -> LocalTrainer:
+        """A trainer of a client with these images, which this call puts on the device."""
+        return LocalTrainer(
+            self.config,
+            self.model,
+            self.partition,
+            self.objective,
+            client,
+            images,
+            index,
+            self._step,
+            self._run,
+        )
 
     def _run(self, job: Job) -> LocalResult:
         """Carry out a client's round: by itself, or with those that are answered together with

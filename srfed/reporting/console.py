@@ -15,6 +15,7 @@ from srfed.observer import Observer, Stage
 from srfed.records import (
     LOST_STORE_WORDS,
     EvaluationRecord,
+    Place,
     RoundRecord,
     TaskInfo,
     ValidationRecord,
@@ -56,6 +57,9 @@ class Console(Observer):
         self._stage = self._answered = ""
         self._lost: set[str] = set()
         self._memory = self._processes = self._at_most = 0
+
+    def on_place(self, place: Place) -> None:
+        self._say(f"trains on {place.in_words}")
 
     def on_begin(self, tasks: Sequence[TaskInfo], last_round: int) -> None:
         self._clients = [task.client for task in tasks]

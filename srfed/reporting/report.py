@@ -32,7 +32,7 @@ from srfed.units import bytes_in_words, seconds_in_words
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'"
 """What the page may load: nothing but what it brings along; a script, even of its own, never."""
-IDENTITY = ("lineage", "srfed", "torch", "python", "began")
+IDENTITY = ("lineage", "srfed", "torch", "python", "began", "device", "precision")
 """Of run.json, what is shown."""
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from srfed.data import Task, load_recorded_tasks, record_tasks
 from srfed.data.tasks import check_one_shape
-from srfed.device import memory_layout, resolve_device
+from srfed.device import memory_layout, place_of, resolve_device
 from srfed.diffusion.process import Denoiser
 from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
@@ -32,7 +32,7 @@ from srfed.model import (
 )
 from srfed.networks.partition import Shared
 from srfed.observer import Observer
-from srfed.records import EvaluationRecord, ResultRound, RoundRecord, TaskInfo
+from srfed.records import EvaluationRecord, Place, ResultRound, RoundRecord, TaskInfo
 from srfed.runs.best_round import judge_round, result_of
 from srfed.runs.start import started
 from srfed.storage.checkpoint import check_tensors
@@ -59,6 +59,7 @@ class Centralised:
     def __init__(self, run: RunFolder, metrics: OwnMetrics | None = None) -> None:
         self._run, self._config, self._metrics = run, run.config, metrics
         self.tasks: list[TaskInfo] = []
+        self.place: Place | None = None
 
     def begin(self, found: RunState | None, tell: Observer) -> RunState:
         """Load the images, and the state that was found.
@@ -75,6 +76,7 @@ class Centralised:
             TaskInfo(task.name, task.name, len(task.train), len(task.test)) for task in self._images
         ]
         device, layout = resolve_device(config.resources), memory_layout(config.resources)
+        self.place = place_of(config.resources, device)
         model = build_model(config, self._images[0].train.shape[-1])
         self._partition = build_partition(config, model)
         self._initial = initial_state(model, self._partition)

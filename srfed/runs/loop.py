@@ -38,7 +38,13 @@ def run_rounds(run: RunFolder, trainer: Trainer, observers: Iterable[Observer] =
             if found is None:
                 checkpoints.save(state)
             tasks, lost = log.begin(state.round, trainer.tasks)
+            moved = ""
+            if (place := trainer.place) is not None:
+                moved = run.note_place(place, state.round)
+                tell.on_place(place)
             tell.on_begin(tasks, state.round)
+            if moved:
+                tell.on_notice(moved)
             if lost:
                 tell.on_notice(lost)
             watched = Divergence(config.training, log.rounds())

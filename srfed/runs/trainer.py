@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from srfed.observer import Observer
-from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
+from srfed.records import EvaluationRecord, Place, RoundRecord, TaskInfo
 from srfed.storage.server_checkpoints import RunState
 
 
@@ -14,6 +14,12 @@ class Trainer(Protocol):
     @property
     def tasks(self) -> Sequence[TaskInfo]:
         """The tasks that are there, in the order of display; known once the run has begun."""
+
+    @property
+    def place(self) -> Place | None:
+        """Where it trains, known once the run has begun; None where the owners' sites alone
+        know.
+        """
 
     def begin(self, found: RunState | None, tell: Observer) -> RunState:
         """Meet the owners, and check what was found or make φ_0 where nothing was.

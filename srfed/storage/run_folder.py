@@ -2,7 +2,8 @@
 
 README.txt       who may see what
 config.yaml      the whole configuration
-run.json         lineage, version, when it began, the settings that decide its result
+run.json         lineage, version, when it began, where it trains, the settings that decide its
+                 result
 images.json      fingerprints of the images that it was begun with
 metrics.jsonl    one line a round, one an evaluation: what TensorBoard shows, as numbers
 summary.txt      the table printed at the end
@@ -19,7 +20,7 @@ import math
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +48,7 @@ from srfed.files import (
     write_bytes,
     write_json,
 )
+from srfed.records import Place
 
 if TYPE_CHECKING:
     from srfed.networks.partition import Shared
@@ -69,7 +71,7 @@ LOWERED = (
     "training.gradient_clip",
 )
 """The settings that decide the result and that a resumption may lower."""
-_LOWERED_KEY = "lowered"
+_LOWERED_KEY, _MOVED_KEY = "lowered", "moved"
 _KINDS = {"lineage": str, "fingerprint": str}
 _REMOVED = {"federation.largest_update": 100.0}
 """What settings that are no more were unless somebody set them: old fingerprints are of them too.
@@ -198,6 +200,34 @@ class RunFolder:
             if entry["after"] == round_number
             for name, value in entry["settings"].items()
         }
+
+    def note_place(self, place: Place, after: int) -> str:
+        """Write down where the run trains from now on; for who has it to himself.
+
+        Args:
+            place: where.
+            after: the last round that is done.
+
+        Returns:
+            What changes, in a sentence; empty where nothing does, or nobody wrote down where it
+            trained before.
+        """
+        identity = read_json(self.identity_file, kinds=_KINDS)
+        now = asdict(place)
+        before = {name: str(identity[name]) for name in now if name in identity}
+        if before == now:
+            return ""
+        moved = len(before) == len(now)
+        if moved:
+            entry = {"after": after, "from": before, "to": now}
+            identity[_MOVED_KEY] = [*identity.get(_MOVED_KEY, []), entry]
+        write_json(self.identity_file, {**identity, **now})
+        if not moved:
+            return ""
+        return (
+            f"the run has trained elsewhere: {Place(**before).in_words} -> {place.in_words}; its "
+            "draws stay the same, the rounding of sums does not"
+        )
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 does not do.
 """
 
+import json
 import signal
 import subprocess
 import sys
@@ -112,6 +113,8 @@ def test_a_run_that_was_stopped_and_resumed_has_the_bits_of_one_that_was_not(
     evaluation = [line for line in records(run) if line["kind"] == "evaluation"][-1]
     assert evaluation == [line for line in records(undisturbed) if line["kind"] == "evaluation"][-1]
     assert "Real training images of the same owners" in run.report.read_text()
+    identity = json.loads(run.identity_file.read_text())
+    assert (identity["device"], identity["precision"]) == ("cpu", "float32")
 
 
 def test_a_run_that_was_killed_goes_on_with_the_same_bits(tiny: Path, tmp_path: Path) -> None:

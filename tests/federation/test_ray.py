@@ -25,6 +25,7 @@ from srfed.federation.flower.ray import run_on_ray
 from srfed.federation.flower.ray_grid import Room
 from srfed.federation.flower.ray_node import Wanted, unfit
 from srfed.observer import Observer
+from srfed.records import Place
 from support import killing
 from support.commands import run_here
 from support.tiny_run import (
@@ -317,7 +318,8 @@ def test_each_node_has_room_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
         {"Alive": False, "Resources": {"CPU": 64.0}},
     ]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    assert Room(cpus=1, gpus=0, most=100).now() == 6
-    assert Room(cpus=2, gpus=0, most=100).now() == 2, "not three"
-    assert Room(cpus=1, gpus=0, most=4).now() == 4
-    assert Room(cpus=1, gpus=0.5, most=100).now() == 2
+    cpu = Place("cpu", "float32")
+    assert Room(cpus=1, gpus=0, most=100, place=cpu).now() == 6
+    assert Room(cpus=2, gpus=0, most=100, place=cpu).now() == 2, "not three"
+    assert Room(cpus=1, gpus=0, most=4, place=cpu).now() == 4
+    assert Room(cpus=1, gpus=0.5, most=100, place=cpu).now() == 2

@@ -99,6 +99,7 @@ def test_the_page_has_the_scores_samples_settings_and_commands_of_its_run(run: R
     assert "at timesteps 500, 250, 0" in said
     assert "training.local_steps 2 12" in said, "a setting that is not the default"
     assert f"lineage {run.lineage}" in said
+    assert "device cpu precision float32" in said
     assert "srfed sample --run run --n 64" in said
     assert "finished: round 3 of 3; 3 owners, a federation, simulated" in said
     assert seen.elements.count("svg") == 6

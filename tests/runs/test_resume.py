@@ -322,6 +322,36 @@ def test_a_resumption_that_trains_nothing_says_so(
     assert "is finished already" in capsys.readouterr().out
 
 
+def test_a_resumption_elsewhere_says_what_changes(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a run has no record of, as one of before, is not compared."""
+    file, run = copy / "run.json", RunFolder.open(copy)
+    here, card = {"device": "cpu", "precision": "float32"}, "cuda (NVIDIA H200)"
+    begun = json.loads(file.read_text())
+    assert {**begun, **here} == begun, "written when the run began"
+
+    def gone_on(identity: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
+        file.write_text(json.dumps(identity))
+        shutil.rmtree(copy / "server" / "round-00003")
+        assert simulate.main(["--resume", str(copy)]) == 0
+        said = capsys.readouterr()
+        return said.out, said.err, json.loads(file.read_text())
+
+    bits = all_bits(run)
+    out, err, now = gone_on({**begun, "device": card})
+    assert "\ntrains on cpu, float32\ngoing on after round 2\n" in out
+    (line,) = [line for line in err.splitlines() if "trained elsewhere" in line]
+    assert f"{card}, float32 -> cpu, float32;" in line
+    moved = {"after": 2, "from": {**here, "device": card}, "to": here}
+    assert now == {**begun, "moved": [moved]}
+    for identity, after in ((now, now), ({k: v for k, v in begun.items() if k not in here}, begun)):
+        out, err, found = gone_on(identity)
+        assert "trained elsewhere" not in err
+        assert found == after
+    assert all_bits(run) == bits
+
+
 def test_a_run_whose_last_checkpoint_was_removed_goes_on(
     copy: Path, finished_run: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from srfed.cores import usable_cores
 from srfed.data import Task, load_recorded_tasks, record_tasks
 from srfed.data.images import CHANNELS
 from srfed.data.tasks import ALLOW
-from srfed.device import resolve_device
+from srfed.device import place_of, resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.metrics.colour import colours
@@ -59,7 +59,7 @@ from srfed.model import shared_of
 from srfed.networks.partition import Control, Shared
 from srfed.observer import Observer
 from srfed.randomness import derive_generator
-from srfed.records import EvaluationRecord, RoundRecord, TaskInfo
+from srfed.records import EvaluationRecord, Place, RoundRecord, TaskInfo
 from srfed.runs.best_round import hold_to_owners, judge_round, result_of
 from srfed.runs.start import started
 from srfed.storage.client_store import NO_PARENT
@@ -88,6 +88,7 @@ class Federated:
         fixed: the clients are those of a simulation; one that does not fit is not waited for.
         aggregator: makes the mean update of a round's accepted ones.
         metrics: of one's own, called at every evaluation.
+        place: where simulated clients train that have processes of their own.
     """
 
     def __init__(
@@ -98,9 +99,10 @@ class Federated:
         fixed: bool = False,
         aggregator: Aggregator = UpdateSum,
         metrics: OwnMetrics | None = None,
+        place: Place | None = None,
     ) -> None:
         self._grid, self._run, self._fixed, self._aggregator = grid, run, fixed, aggregator
-        self._metrics = metrics
+        self._metrics, self.place = metrics, place
         self.config = run.config
         self._away: list[str] = []
         self._started = 0.0
@@ -176,10 +178,11 @@ class Federated:
         # Under Ray the GPUs are the clients', and a context of the driver's would take of their
         # memory.
         driver = self._fixed and config.resources.backend == "ray"
+        device = torch.device("cpu") if driver else resolve_device(config.resources)
+        if self._fixed and not driver:
+            self.place = place_of(config.resources, device)
         network = load_feature_network(
-            config.evaluation.feature_network,
-            config.evaluation.inception_weights,
-            torch.device("cpu") if driver else resolve_device(config.resources),
+            config.evaluation.feature_network, config.evaluation.inception_weights, device
         )
         self._evaluation = References(network, {task.name: task.test for task in self._references})
         self._floor = RealFloor(self._evaluation, self._references)

@@ -36,7 +36,8 @@ def run_on_ray(
         try:
             clients = run.config.federation.clients
             grid = RayGrid(client_app, clients, run.clients, room, wanted)
-            run_rounds(run, Federated(grid, run, fixed=True, metrics=metrics), observers)
+            federated = Federated(grid, run, fixed=True, metrics=metrics, place=room.place)
+            run_rounds(run, federated, observers)
         except RayError as error:
             raise UserError(
                 f"the simulation under Ray has ended: {reason_of_death(error)}; {INSTEAD}"

@@ -21,6 +21,7 @@ from srfed.errors import UserError
 from srfed.federation.flower.in_process import InlineGrid
 from srfed.federation.flower.ray_node import Wanted, prepare
 from srfed.federation.messages import DIED
+from srfed.records import Place
 
 MOST_FAILED_STARTS = 3
 """Processes that may die before they are there, one after the other."""
@@ -38,11 +39,13 @@ class Room:
     Attributes:
         cpus, gpus: of one process.
         most: processes, at most.
+        place: where such a process trains.
     """
 
     cpus: int
     gpus: float
     most: int
+    place: Place
 
     def now(self) -> int:
         """For how many processes the nodes that are there have room, each node for itself."""

@@ -1,5 +1,5 @@
-"""What a node of a Ray cluster must be like to work for a run; it is looked at on the node
-itself.
+"""What a node of a Ray cluster must be like to work for a run, and what of its GPU a client takes;
+it is looked at on the node itself.
 """
 
 import json
@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from srfed import __version__
+from srfed.config import RunConfig
+from srfed.errors import UserError
+from srfed.records import Place
 
 SHARED = "; a cluster's nodes need the run's folder under the same path (--run-dir)"
 
@@ -45,6 +48,35 @@ def unfit(wanted: Wanted) -> str:
     if wanted.images and not os.access(wanted.images, os.R_OK):
         return f"it cannot read data.dir = {wanted.images}"
     return ""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a client's process finds on a GPU.
+
+    Attributes:
+        place: where it trains.
+        fit: processes that a GPU has memory for; None where nobody has looked.
+    """
+
+    place: Place
+    fit: int | None = None
+
+
+def look_at_gpu(config: RunConfig, *, measure: bool) -> Seen | str:
+    """Where a client's process trains; under ``measure`` also how many of them a GPU has memory
+    for, from one step of the run's own. In words why it cannot train there at all.
+    """
+    from srfed.device import place_of, resolve_device
+    from srfed.federation.measured import processes_that_fit
+
+    try:
+        device = resolve_device(config.resources)
+        place = place_of(config.resources, device)
+        found = measure and device.type == "cuda"
+        return Seen(place, processes_that_fit(config, device) if found else None)
+    except UserError as error:
+        return str(error)
 
 
 def prepare(wanted: Wanted | None) -> None:

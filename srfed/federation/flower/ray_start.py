@@ -28,9 +28,10 @@ from srfed.cores import usable_cores
 from srfed.environment import surroundings_kept
 from srfed.errors import UserError
 from srfed.federation import report_nothing
-from srfed.federation.flower.ray_grid import INSTEAD, Room, reason_of_death
-from srfed.federation.flower.ray_node import Wanted, unfit
+from srfed.federation.flower.ray_grid import INSTEAD, LONGEST_START, Room, reason_of_death
+from srfed.federation.flower.ray_node import Seen, Wanted, look_at_gpu, unfit
 from srfed.interrupts import SIGNALS, Interrupted
+from srfed.records import Place
 from srfed.storage.run_folder import RunFolder
 from srfed.units import printable
 from srfed.work import COUNTS_VARIABLE
@@ -244,21 +245,48 @@ def _look_at_nodes(what: str, wanted: Wanted) -> None:
 def _room(config: RunConfig, cores: int) -> Room:
     resources = config.resources
     gpus = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
+    share, place = client_share(config, gpus, cores), Place("cpu", resources.precision)
+    if share:
+        # A GPU that a client has to itself needs no measuring.
+        seen = _look_at_gpu(config, share, measure=resources.client_gpus is None and share < 1)
+        share, place = client_share(config, gpus, cores, seen.fit), seen.place
     return Room(
         cpus=resources.client_cpus,
-        gpus=client_share(config, gpus, cores),
+        gpus=share,
         most=max(1, min(config.federation.clients, cores // resources.client_cpus)),
+        place=place,
     )
 
 
-def client_share(config: RunConfig, gpus: float, cores: int) -> float:
+def _look_at_gpu(config: RunConfig, share: float, *, measure: bool) -> Seen:
+    """What a process with this share of a GPU finds there; it ends before the clients' begin.
+
+    Raises:
+        UserError: it cannot train there, or does not come.
+    """
+    as_a_client: Any = ray.remote(
+        num_cpus=config.resources.client_cpus, num_gpus=share, max_calls=1, max_retries=0
+    )
+    try:
+        task = as_a_client(look_at_gpu).remote(config, measure=measure)
+        seen: Seen | str = ray.get(task, timeout=LONGEST_START)
+    except RayError as error:
+        reason = reason_of_death(error)
+        raise UserError(f"a client's process cannot use Ray's GPU: {reason}; {INSTEAD}") from error
+    if isinstance(seen, str):
+        raise UserError(f"a client's process on Ray's GPU: {seen}")
+    return seen
+
+
+def client_share(config: RunConfig, gpus: float, cores: int, fit: int | None = None) -> float:
     """The share of a GPU of each client: what the run says, or equal ones for as many clients as
-    the cores run at once.
+    the cores run at once and GPUs have memory for.
 
     Args:
         config: the run's configuration.
         gpus: GPUs that Ray finds.
         cores: cores for all clients together.
+        fit: clients that one GPU has memory for; None where nobody has looked.
 
     Raises:
         UserError: the run asks for more than there is.
@@ -270,13 +298,22 @@ def client_share(config: RunConfig, gpus: float, cores: int) -> float:
         )
     if resources.device == "cpu":
         return 0.0
-    if resources.device == "cuda" and not gpus:
-        raise UserError("resources.device = cuda, but Ray finds no GPU here; allowed: auto, cpu")
+    if not gpus:
+        if resources.device == "cuda":
+            raise UserError(
+                "resources.device = cuda, but Ray finds no GPU here; allowed: auto, cpu"
+            )
+        if resources.precision != "float32":
+            raise UserError(
+                f"resources.precision = {resources.precision} needs CUDA, and Ray finds no GPU "
+                "here; allowed: float32"
+            )
     if asked is not None:
         return asked
-    # Ray counts shares in ten-thousandths; rounded down, so that all fit.
     at_once = max(1, min(config.federation.clients, cores // resources.client_cpus))
-    return min(1.0, int(10_000 * gpus / at_once) / 10_000)
+    equal = max(gpus / at_once, 1 / fit) if fit else gpus / at_once
+    # Ray counts shares in ten-thousandths; rounded down, so that all fit.
+    return min(1.0, int(10_000 * equal) / 10_000)
 
 
 @contextmanager
