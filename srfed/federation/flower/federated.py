@@ -3,7 +3,7 @@ attempt, wait a bounded time, screen the replies, aggregate, judge.
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -204,7 +204,8 @@ class Federated:
         sent = self._sent(number)
         self._sum = self._aggregator(self.config.federation, self._came)
         self._reaches: dict[int, Reach | None] = {}
-        self._believed = self._believed_steps(number)
+        self._believed = self._believed_of(number, lambda plan: plan.shared_steps)
+        self._believed_minibatches = self._believed_of(number, lambda plan: plan.minibatches)
         screened = self._clients(tell).ask(
             TRAIN,
             requests,
@@ -271,18 +272,25 @@ class Federated:
             number,
         )
 
-    def _believed_steps(self, number: int) -> dict[str, int]:
-        """The steps that bound the updates of a round, by client; empty where the configuration
-        says them, and with them what a client can claim.
+    def _believed_of(self, number: int, steps: Callable[[TrainPlan], int]) -> dict[str, int]:
+        """What of its ``steps`` of a round is believed of each client; empty where the
+        configuration says them, and with them what a client can claim.
         """
         if self.config.training.local_epochs is None or self.config.data.images_per_task:
             return {}
         known = self._roster.known
         own = {task.name: len(task.train) for task in self._references}
         return believed_steps(
-            {client: self._plan(client, number).shared_steps for client in known},
+            {client: steps(self._plan(client, number)) for client in known},
             [client for client, one in known.items() if one.images <= own.get(client, 0)],
         )
+
+    def _believed_images(self, client: str, plan: TrainPlan) -> int:
+        """Images seen in so many of a client's minibatches as are believed."""
+        believed = self._believed_minibatches.get(client, plan.minibatches)
+        if believed == plan.minibatches:
+            return plan.images
+        return round(plan.images * believed / plan.minibatches)
 
     def _sent(self, number: int) -> dict[str, Shared | Control]:
         """What goes to the clients of a round: φ, and c of control variates; notes what of φ comes
@@ -428,7 +436,9 @@ class Federated:
                 "exclusive weights"
             )
         seconds = time.perf_counter() - self._started
-        images = sum(reply.plan.images for reply in accepted.values())
+        images = sum(
+            self._believed_images(client, reply.plan) for client, reply in accepted.items()
+        )
         record = RoundRecord(
             round=server_round,
             loss=sum(weights[c] * accepted[c].loss for c in weights),
