@@ -13,7 +13,7 @@ import torch
 from srfed.config import load_config, parse_config_json
 from srfed.data import load_tasks
 from srfed.errors import UserError
-from srfed.federation.aggregation import client_weights
+from srfed.federation.aggregation import believed_counts, client_weights
 from srfed.federation.bounds import BELIEVED_STEPS, TrainPlan, believed_steps
 from srfed.model import build_model, build_objective, build_partition
 from srfed.training.local import LocalTrainer
@@ -177,6 +177,23 @@ def test_no_client_weighs_more_than_its_cap_and_the_rest_goes_to_the_others() ->
     assert client_weights("examples", {"a": 1, "b": 10**9}, 0.1) == pytest.approx(
         {"a": 0.5, "b": 0.5}
     )
+
+
+def test_images_count_as_many_as_give_their_owner_its_largest_weight() -> None:
+    claims = {"a": 100, "b": 300, "liar": 10**9}
+    assert believed_counts(claims, [], 0.8) == {"a": 100, "b": 300, "liar": 1600}
+    assert believed_counts({**claims, "other": 10**9}, [], 0.4) == {
+        "a": 100,
+        "b": 300,
+        "liar": 800,
+        "other": 800,
+    }
+    # Whose images the server has itself, whoever has no others, and all that are ordinary.
+    assert believed_counts(claims, ["liar"], 0.8) == claims
+    assert believed_counts({"liar": 7}, [], 0.1) == {"liar": 7}
+    assert believed_counts({"a": 1, "b": 1}, [], 0.8) == {"a": 1, "b": 1}
+    ordinary = {"a": 48, "b": 400, "c": 999_999_937}
+    assert believed_counts(ordinary, [], 1.0) == ordinary
 
 
 # --- Texts and settings --------------------------------------------------------------------------

@@ -35,9 +35,11 @@ from srfed.federation.flower.in_process import InlineGrid
 from srfed.federation.flower.packing import array_record, read_tensors, request_content, unpack
 from srfed.federation.flower.server_app import run_federation
 from srfed.federation.messages import (
+    DESCRIBE,
     EVALUATE,
     GENERATED,
     METRICS,
+    REPLY,
     SETS,
     SHARED,
     STATISTICS,
@@ -512,6 +514,64 @@ def test_the_score_is_that_of_the_clients_that_were_not_refused(tmp_path: Path) 
         ):
             assert line[name] == reference[name], name
     assert all_bits(faulty) == all_bits(failed)
+
+
+def claiming(images: int) -> ClientApp:
+    """The middle client says in its description and in its statistics that it holds out so many
+    images, of the mean and covariance of those that it has.
+    """
+
+    class Claiming(ClientApp):
+        def __call__(self, message: Message, context: Context) -> Message:
+            reply = real_app(message, context)
+            if context.node_config["partition-id"] != 1:
+                return reply
+            if message.metadata.message_type == DESCRIBE:
+                reply.content.config_records[REPLY]["test_images"] = images
+            if message.metadata.message_type == EVALUATE:
+                tensors = read_tensors(reply.content, STATISTICS)
+                numbers = reply.content.metric_records[METRICS]
+                scatter = tensors["test.scatter"].numpy()
+                scatter = scatter * (images - 1) / (float(str(numbers["test_count"])) - 1)
+                statistics(test_scatter=scatter)(reply)
+                numbers["test_count"] = float(images)
+            return reply
+
+    return Claiming()
+
+
+def test_a_claim_of_a_billion_images_weighs_no_more_than_the_largest_weight(
+    tmp_path: Path,
+    network: FeatureNetwork,
+    tasks: list[Task],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = {
+        **SETTINGS,
+        **MOMENTS,
+        "federation.rounds": 1,
+        "federation.largest_weight": 0.5,
+        "evaluation.memorisation_quantile": 0,
+    }
+    run = begin(tmp_path / "run", settings)
+    run_in_process(run, claiming(10**9))
+    (line,) = MetricsLog(run.metrics).evaluations()
+    assert (line["refused"], line["missing"]) == ({}, {})
+    features = [network(task.test) for task in tasks]
+    others = len(features[0]) + len(features[2])
+    weights = np.concatenate(
+        [np.full(len(one), others / len(one) if i == 1 else 1.0) for i, one in enumerate(features)]
+    )
+    pooled = np.concatenate(features)
+    reference = np.average(pooled, axis=0, weights=weights)
+    covariance = np.cov(pooled, rowvar=False, aweights=weights, ddof=0)
+    assert line["references"] == 2 * others
+    train = np.concatenate([network(task.train) for task in tasks])
+    real = {"mu": train.mean(axis=0), "sigma": np.cov(train, rowvar=False)}
+    expected = fid_statistics_to_metric(real, {"mu": reference, "sigma": covariance}, verbose=False)
+    assert line["floor"] == pytest.approx(float(expected[KEY_METRIC_FID]), rel=2e-2)
+    said = f"its 1000000000 held-out images count as {others} among the others'"
+    assert said in capsys.readouterr().err
 
 
 # --- Sites with images of their own

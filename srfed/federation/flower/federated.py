@@ -16,6 +16,7 @@ from srfed.data.tasks import ALLOW
 from srfed.device import resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
+from srfed.evaluation.features.statistics import FeatureStatistics
 from srfed.evaluation.metrics.colour import colours
 from srfed.evaluation.metrics.nearest_neighbour import Recogniser
 from srfed.evaluation.metrics.own import OwnMetrics
@@ -23,7 +24,7 @@ from srfed.evaluation.metrics.ssim import ssim_window
 from srfed.evaluation.references import RealFloor, References, Scores, score_statistics
 from srfed.evaluation.report import Exchanged, Recognised, TaskReport, evaluation_record
 from srfed.evaluation.shares import share_of_samples
-from srfed.federation.aggregation import Aggregator, UpdateSum, aggregate
+from srfed.federation.aggregation import Aggregator, UpdateSum, aggregate, believed_counts
 from srfed.federation.bounds import EvaluatePlan, TrainPlan, believed_steps
 from srfed.federation.coming import encode_shared
 from srfed.federation.contract import Contract
@@ -606,6 +607,7 @@ class Federated:
             generated, test, train = (
                 {client: getattr(own, name) for client, own in statistics.items()} for name in SETS
             )
+            test, train = self._believed_statistics(test, train)
             name = self._evaluation.network.score_name
             return score_statistics(name, generated, test), score_statistics(
                 name, train, test
@@ -616,6 +618,32 @@ class Federated:
             if reply.images is not None
         }
         return self._evaluation.score(images), self._floor(images)
+
+    def _believed_statistics(
+        self, test: Mapping[str, FeatureStatistics], train: Mapping[str, FeatureStatistics]
+    ) -> tuple[dict[str, FeatureStatistics], dict[str, FeatureStatistics]]:
+        """Statistics of held-out and of training images, each counted as so many as are believed;
+        says whose are not.
+        """
+        found = []
+        for words, part, own in (
+            ("held-out", test, {task.name: len(task.test) for task in self._references}),
+            ("training", train, {task.name: len(task.train) for task in self._references}),
+        ):
+            claimed = {client: one.count for client, one in part.items()}
+            counts = believed_counts(
+                claimed,
+                [client for client, count in claimed.items() if count <= own.get(client, 0)],
+                self.config.federation.largest_weight,
+            )
+            for client, count in counts.items():
+                if count < claimed[client]:
+                    self._tell.on_notice(
+                        f"evaluation {self.state.round}: {client}: its {claimed[client]} {words} "
+                        f"images count as {count} among the others', by federation.largest_weight"
+                    )
+            found.append({client: one.counted_as(counts[client]) for client, one in part.items()})
+        return found[0], found[1]
 
     def _gather(self) -> None:
         """Wait for the clients that the run begins, or goes on, with."""
