@@ -17,6 +17,7 @@ from srfed.config import parse_config_json
 from srfed.errors import UserError
 from srfed.federation.agreement import RequestRefusedError
 from srfed.federation.asked import note_asked
+from srfed.federation.exits import exits_are_failures
 from srfed.federation.flower.admission import admit
 from srfed.federation.flower.outgoing import NotAllowedError, rebuilt
 from srfed.federation.flower.packing import read_request
@@ -40,7 +41,7 @@ def wire_guard(
     """
     try:
         # Images that are read for the first time are kept with the first message that is answered.
-        with checked_first() as store:
+        with exits_are_failures(), checked_first() as store:
             admitted = admit(message, context)
             own = () if admitted.agreement is None else admitted.agreement.mods
             with looked_after() as states:
@@ -79,7 +80,8 @@ class GuardedApp(ClientApp):
 
     def __call__(self, message: Message, context: Context) -> Message:
         try:
-            return super().__call__(message, context)
+            with exits_are_failures():
+                return super().__call__(message, context)
         except Exception:
             _log(message, context, traceback.format_exc())
             return _failed(message)
