@@ -6,7 +6,6 @@ import signal
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FunctionType
 
 from srfed.federation.together import AbandonedError
 
@@ -25,7 +24,7 @@ def exits_are_failures() -> Iterator[None]:
     """
     # Taken before, as Flower's handlers of signals put others in their place before they exit.
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-    codes = {handler.__code__ for handler in handlers if isinstance(handler, FunctionType)}
+    codes = {getattr(handler, "__code__", None) for handler in handlers}
     try:
         yield
     except (Exception, KeyboardInterrupt, AbandonedError):
