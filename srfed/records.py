@@ -201,7 +201,8 @@ class RoundRecord:
         refused: reason by client, for replies that are not.
         missing: reason by client, for those that were away or did not reply in time.
         shortened: what the updates that were too long were multiplied by, by client.
-        images: training images seen in the round.
+        images: training images seen in the round, as far as owners are believed who say how many
+            they have.
         images_per_second: over the round's wall time, all clients together.
         bytes_up, bytes_down: of this round's messages.
         learning_rate: of φ at the clients.

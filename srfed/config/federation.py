@@ -38,9 +38,9 @@ class FederationConfig(Section):
         0.8,
         gt=0,
         le=1,
-        description="weights `examples`: the largest share that one client may have, since the "
-        "number of its images is its own word; the rest goes to the others. Of n clients each can "
-        "always have 1/n",
+        description="weights `examples`, and scores of `statistics`: the largest share that one "
+        "client may have, since the number of its images is its own word; the rest goes to the "
+        "others. Of n clients each can always have 1/n",
     )
     server_optimizer: Literal["average", "momentum", "adam", "extrapolate"] = setting(
         "extrapolate",

@@ -6,7 +6,7 @@ server needs as much memory for a thousand clients as for ten.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -64,6 +64,29 @@ def client_weights(
         left = 1 - cap * len(capped)
         weights = {c: cap if c in capped else left * examples[c] / others for c in weights}
     return weights
+
+
+def believed_counts(
+    claimed: Mapping[str, int], sure: Collection[str], largest: float
+) -> dict[str, int]:
+    """The numbers of images that weigh the clients' statistics in one score.
+
+    They are what the clients say, but for those that would give one more than its share of the
+    weights by ``examples`` (:func:`client_weights`): it counts as so many that it has just that. So
+    no claim makes the reference of everybody its own.
+
+    Args:
+        claimed: by client, at least 1 each.
+        sure: the clients whose number the server knows by itself.
+        largest: what one client may have.
+    """
+    weights = client_weights("examples", claimed, largest)
+    # Those that are held back have less weight for each image than the others, who have the most.
+    each = max(weights[client] / count for client, count in claimed.items())
+    return {
+        client: count if client in sure else min(count, round(weights[client] / each))
+        for client, count in claimed.items()
+    }
 
 
 class UpdateSum:

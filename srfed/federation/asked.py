@@ -8,6 +8,8 @@ for as many runs as its owner says, one as a rule; and about one round and paren
 was refused is not counted.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -18,6 +20,7 @@ from srfed.federation.messages import DESCRIBE, Request
 from srfed.files import exists, held, read_json, write_json
 
 ASKED_FILE = "asked.json"
+LOCK = "asked.lock"
 MOST_ANSWERED = 3
 """Different φ's for one round and parent."""
 MOST_QUESTIONS = 10_000
@@ -95,15 +98,25 @@ def check_asked(folder: Path, agreement: Agreement, kind: str, question: Questio
         )
 
 
-def note_asked(folder: Path, agreement: Agreement, kind: str, question: Question) -> None:
-    """Keep in mind that a question is answered, before the answer leaves.
+@contextmanager
+def noted_asked(
+    folder: Path, agreement: Agreement, kind: str, question: Question
+) -> Iterator[None]:
+    """Store in the block what lasts of a question, and then keep in mind that it is answered; the
+    answer leaves afterwards.
+
+    After the block, so that a question whose attempt has found no room is not counted. A process
+    that is killed between the two leaves an attempt that nobody refers to, and no answer.
 
     Raises:
-        RequestRefusedError: others were answered meanwhile, and it may not be any more.
+        RequestRefusedError: others were answered meanwhile, and it may not be any more; the block
+            is not entered.
         UserError: it cannot be written.
     """
-    with held(folder / "lock", wait=True):
+    # The store has a lock of its own, which what is in the block takes.
+    with held(folder / LOCK, wait=True):
         check_asked(folder, agreement, kind, question)
+        yield
         answered = _read(folder, agreement)
         digests = answered.setdefault(question.lineage, {}).setdefault(question.about, [])
         if question.digest not in digests:

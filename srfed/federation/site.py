@@ -163,7 +163,7 @@ def own_task(config: DataConfig, site: Site) -> Task:
     task, waiting = tasks[site]
     if waiting:
         # With the first message that is answered, whichever that is.
-        keep(lambda: _write(waiting))
+        keep(lambda: _write(waiting), last=True)
     return task
 
 

@@ -17,6 +17,7 @@ from srfed.evaluation.features.load import FeatureNetwork, load_feature_network
 from srfed.federation.agreement import not_agreed
 from srfed.federation.coming import decode_coming
 from srfed.federation.contract import Contract
+from srfed.federation.exits import exits_are_failures
 from srfed.federation.flower.admission import Admitted
 from srfed.federation.last_look import stays_here
 from srfed.federation.layout import Layout, layout_of
@@ -230,9 +231,10 @@ def train_stacks(jobs: Sequence[tuple[Worker, Job]]) -> list[LocalResult | Excep
         worker = jobs[places[0]][0]
         torch.set_num_threads(worker.config.resources.client_cpus)
         try:
-            found: Sequence[LocalResult | Exception] = worker.run_together(
-                [jobs[place][1] for place in places]
-            )
+            with exits_are_failures():
+                found: Sequence[LocalResult | Exception] = worker.run_together(
+                    [jobs[place][1] for place in places]
+                )
         except Exception as error:
             # It is each owner's answer that was in the stack; the others go on.
             found = [error] * len(places)

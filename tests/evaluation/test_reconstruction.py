@@ -130,3 +130,18 @@ def test_all_timesteps_are_one_batch_unless_that_is_too_large() -> None:
     old = curve(objective.denoiser(counted), objective.process, None)
     assert asked == [5] * sum(TIMESTEPS)
     assert all(abs(old[t] - whole[t]) > 1e-3 for t in (20, 30)), "Algorithm 2 is another way"
+
+
+def test_algorithm_2_gives_the_network_no_more_images_than_it_takes_at_once() -> None:
+    objective = NoisePrediction(linear_schedule(T))
+    asked: list[int] = []
+
+    def counted(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(len(x))
+        return network(x, t)
+
+    whole = curve(objective.denoiser(counted), objective.process, None)
+    asked.clear()
+    parted = curve(objective.denoiser(counted), objective.process, None, batch_size=2)
+    assert asked == [2, 2, 1] * sum(TIMESTEPS)
+    assert parted == whole, "its draws are those of all images, whatever the batch"

@@ -9,6 +9,7 @@ import torch
 from srfed.federation.agreement import Agreement, RequestRefusedError
 from srfed.federation.asked import (
     ASKED_FILE,
+    LOCK,
     MOST_ANSWERED,
     MOST_QUESTIONS,
     Question,
@@ -17,6 +18,8 @@ from srfed.federation.asked import (
 from srfed.federation.flower.packing import read_tensors
 from srfed.federation.messages import DESCRIBE, EVALUATE, STATISTICS, TRAIN
 from support.agreed_site import CLIENT, AgreedSite, refusal
+from support.tiny_run import files_of_at_most
+from support.wire import is_bare_error
 
 TOO_OFTEN = f"not agreed: more than {MOST_ANSWERED} answers about one round"
 
@@ -31,7 +34,7 @@ def files(site: AgreedSite) -> dict[Path, bytes]:
     return {
         path: path.read_bytes()
         for path in site.state.rglob("*")
-        if path.is_file() and path.name != "client.log"
+        if path.is_file() and path.name not in ("client.log", "lock", LOCK)
     }
 
 
@@ -83,6 +86,23 @@ def test_a_run_of_more_rounds_than_questions_are_kept_in_mind_is_answered_to_its
     check_asked(site.state / CLIENT, long, EVALUATE, question)
     with pytest.raises(RequestRefusedError):
         check_asked(site.state / CLIENT, agreement, EVALUATE, question)
+
+
+def test_an_attempt_for_which_there_is_no_room_leaves_each_file_as_it_was(tmp_path: Path) -> None:
+    site = AgreedSite(tmp_path)
+    before = files(site)
+    # The images and what was asked have room, the attempt has none.
+    with files_of_at_most(32_000):
+        assert is_bare_error(site.ask(TRAIN))
+    assert "cannot write" in site.log
+    assert files(site) == before
+    assert site.ask(TRAIN).has_content()
+    after = files(site)
+    added = {path.name: len(after[path]) for path in after.keys() - before.keys()}
+    assert added.pop("state.safetensors") > 32_000
+    assert max(added.values()) < 32_000
+    assert ASKED_FILE in added
+    assert any(name.startswith("images-") for name in added)
 
 
 def test_an_agreement_is_for_as_many_runs_as_its_owner_says(tmp_path: Path) -> None:

@@ -223,20 +223,28 @@ def fails_after(message: Message, context: Context, call_next: Any) -> Message:
     raise RuntimeError(SECRET)
 
 
-@pytest.mark.parametrize("mod", [fails_before, fails_after])
+def exits(message: Message, context: Context, call_next: Any) -> Message:
+    sys.exit(SECRET)
+
+
+@pytest.mark.parametrize(
+    ("mod", "said"),
+    [
+        (fails_before, f"RuntimeError: {SECRET}"),
+        (fails_after, f"RuntimeError: {SECRET}"),
+        (exits, f"srfed.federation.exits.ExitError: SystemExit was raised: {SECRET}"),
+    ],
+)
 def test_a_mod_that_fails_outside_the_guard_leaves_a_line_in_the_sites_log_alone(
-    mod: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mod: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     site = AgreedSite(tmp_path, SETTINGS, client_app=guarded_app([mod]))
     for kind in (DESCRIBE, TRAIN):
         reply = site.ask(kind)
         assert is_bare_error(reply)
         assert reply.error.code == FAILED
-    assert site.log.count(f"RuntimeError: {SECRET}") == 2
-    assert (
-        f"train: RuntimeError: {SECRET} (in {site.state / CLIENT / 'client.log'})"
-        in capsys.readouterr().err
-    )
+    assert site.log.count(said) == 2
+    assert f"train: {said} (in {site.state / CLIENT / 'client.log'})" in capsys.readouterr().err
 
 
 def test_a_mod_around_the_guard_sees_what_leaves(tmp_path: Path) -> None:

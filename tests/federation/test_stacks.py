@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message
 
-from srfed.config import load_config
+from srfed.config import load_config, parse_config
 from srfed.errors import UserError
 from srfed.federation.flower.client_app import guarded_app
 from srfed.federation.flower.exchange import StoppedError
@@ -18,7 +18,16 @@ from srfed.federation.flower.stacking import TRAIN_STACK, shared_out
 from srfed.federation.messages import TRAIN
 from srfed.federation.together import answer_together, trained_in_turn
 from srfed.storage.run_folder import RunFolder
-from support.tiny_run import CHEAP, all_bits, begin, round_lines, run_in_process, run_on_grid
+from support.tiny_run import (
+    CHEAP,
+    CLIENTS,
+    all_bits,
+    begin,
+    round_lines,
+    run_in_process,
+    run_on_grid,
+    tiny_config,
+)
 
 SETTINGS: dict[str, Any] = {
     **CHEAP,
@@ -96,6 +105,30 @@ def test_one_clients_failure_is_not_the_others(tmp_path: Path) -> None:
     assert "no such luck" in (run.clients / "digit-1" / "client.log").read_text()
     log = run.clients / "digit-0" / "client.log"
     assert not log.exists() or "no such luck" not in log.read_text()
+
+
+QUITTING = """
+from own_network import Mixer
+class Quitting(Mixer):
+    def forward(self, x, time, tasks=None):
+        raise SystemExit("the network quits")
+"""
+
+
+def test_a_network_that_exits_fails_its_clients_and_not_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "quitting_network.py").write_text(QUITTING)
+    content = tiny_config({**CHEAP, "resources.stack": 3}).model_dump(mode="json")
+    content["model"] = {"network": "quitting_network:Quitting", "exclusive_stages": 1}
+    run = RunFolder.create(tmp_path / "run", parse_config(content))
+    with pytest.raises(UserError, match="round 1 has 0 accepted updates"):
+        run_in_process(run)
+    for client in CLIENTS:
+        log = (run.clients / client / "client.log").read_text()
+        assert "ExitError: SystemExit was raised: the network quits" in log
 
 
 def test_clients_take_turns_and_each_has_its_own_outcome() -> None:

@@ -542,7 +542,6 @@ def claiming(images: int) -> ClientApp:
 
 def test_a_claim_of_a_billion_images_weighs_no_more_than_the_largest_weight(
     tmp_path: Path,
-    by_moments: Recorded,
     network: FeatureNetwork,
     tasks: list[Task],
     capsys: pytest.CaptureFixture[str],
@@ -555,15 +554,9 @@ def test_a_claim_of_a_billion_images_weighs_no_more_than_the_largest_weight(
         "evaluation.memorisation_quantile": 0,
     }
     run = begin(tmp_path / "run", settings)
-    grid = RecordingGrid(claiming(10**9), 3, run.clients)
-    run_federation(grid, run, fixed=True)
+    run_in_process(run, claiming(10**9))
     (line,) = MetricsLog(run.metrics).evaluations()
     assert (line["refused"], line["missing"]) == ({}, {})
-    replies = Recorded(run, grid).replies(1)
-    generated = [
-        read_tensors(replies[client].content, STATISTICS)["generated.mean"].numpy()
-        for client in CLIENTS
-    ]
     features = [network(task.test) for task in tasks]
     others = len(features[0]) + len(features[2])
     weights = np.concatenate(
@@ -571,15 +564,12 @@ def test_a_claim_of_a_billion_images_weighs_no_more_than_the_largest_weight(
     )
     pooled = np.concatenate(features)
     reference = np.average(pooled, axis=0, weights=weights)
-    # The distance of the means alone is a lower bound of the score, which the claim would change.
-    apart = float(np.square(np.mean(generated, axis=0) - reference).sum())
     covariance = np.cov(pooled, rowvar=False, aweights=weights, ddof=0)
     assert line["references"] == 2 * others
     train = np.concatenate([network(task.train) for task in tasks])
     real = {"mu": train.mean(axis=0), "sigma": np.cov(train, rowvar=False)}
     expected = fid_statistics_to_metric(real, {"mu": reference, "sigma": covariance}, verbose=False)
     assert line["floor"] == pytest.approx(float(expected[KEY_METRIC_FID]), rel=2e-2)
-    assert line["score"] > apart
     said = f"its 1000000000 held-out images count as {others} among the others'"
     assert said in capsys.readouterr().err
 

@@ -7,6 +7,7 @@ import pytest
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from srfed.data import load_tasks
 from srfed.federation.flower.client_app import app as real_app
 from srfed.federation.flower.in_process import InlineGrid
 from srfed.federation.flower.packing import array_record, read_tensors
@@ -178,6 +179,11 @@ def test_a_claim_of_a_million_images_widens_no_bound(
     assert "believed of the 62500 that its claim of 1000000 images makes" in capsys.readouterr().err
     # Nor does it make the moving average forget everything.
     assert server_bits(run)["shared_steps"] < 80
+    # Nor is it on record: as many minibatches of 16 as are believed, and what the others have seen.
+    tasks = load_tasks(run.config.data, 3)
+    others = sum(len(tasks[index].train) // 16 * 16 for index in (0, 2))
+    assert line["images"] == others + 80 * 16
+    assert line["images_per_second"] == pytest.approx(line["images"] / line["seconds"])
 
 
 def test_with_the_number_of_images_configured_nobody_can_claim_more(

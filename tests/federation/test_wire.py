@@ -3,6 +3,7 @@ it.
 """
 
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -43,6 +44,8 @@ from srfed.federation.messages import (
     Request,
 )
 from srfed.federation.site import STATE_DIR_VARIABLE
+from srfed.federation.together import AbandonedError
+from srfed.interrupts import Interrupted
 from srfed.model import build_model, build_partition
 from srfed.storage.checkpoint import read_checkpoint
 from srfed.storage.metrics_log import MetricsLog
@@ -544,6 +547,61 @@ def test_the_text_of_an_exception_stays_at_the_client(
     assert is_bare_error(ask(TRAIN, failing, guarded=True))
     assert SECRET in log_of(tmp_path)
     assert "RuntimeError" in log_of(tmp_path)
+
+
+class Panic(BaseException):
+    """As libraries in Rust raise it."""
+
+
+@pytest.mark.parametrize("raised", [SystemExit, Panic, GeneratorExit])
+def test_what_would_end_the_process_is_a_failure_like_any_other(
+    ask: Callable[..., Message], tmp_path: Path, raised: type[BaseException]
+) -> None:
+    def ending(message: Message, context: Context) -> Message:
+        raise raised(SECRET)
+
+    with pytest.raises(raised):
+        ask(TRAIN, ending, guarded=False)
+    assert is_bare_error(ask(TRAIN, ending, guarded=True))
+    assert f"ExitError: {raised.__name__} was raised: {SECRET}" in log_of(tmp_path)
+    assert "in ending" in log_of(tmp_path), "where it was raised"
+
+
+@pytest.mark.parametrize(
+    "raised", [KeyboardInterrupt(), Interrupted(signal.SIGTERM), AbandonedError()]
+)
+def test_a_process_that_is_to_end_ends(
+    ask: Callable[..., Message], tmp_path: Path, raised: BaseException
+) -> None:
+    def ending(message: Message, context: Context) -> Message:
+        raise raised
+
+    with pytest.raises(type(raised)):
+        ask(TRAIN, ending, guarded=True)
+    assert not (tmp_path / "digit-0" / "client.log").exists()
+
+
+def test_the_exit_of_a_signals_handler_ends_the_process(
+    ask: Callable[..., Message], tmp_path: Path
+) -> None:
+    """Flower's handler puts back the one before it, and exits."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def graceful(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, before)
+        sys.exit(0)
+
+    def stopped(message: Message, context: Context) -> Message:
+        signal.raise_signal(signal.SIGTERM)
+        return client_app.train(message, context)
+
+    signal.signal(signal.SIGTERM, graceful)
+    try:
+        with pytest.raises(SystemExit):
+            ask(TRAIN, stopped, guarded=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not (tmp_path / "digit-0" / "client.log").exists()
 
 
 def test_an_error_reply_of_the_handlers_own_is_replaced(ask: Callable[..., Message]) -> None:

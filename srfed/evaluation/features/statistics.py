@@ -87,6 +87,14 @@ class FeatureStatistics:
         if not definite:
             raise ValueError("scatter is none: it has a negative eigenvalue")
 
+    def counted_as(self, count: int) -> "FeatureStatistics":
+        """Statistics of ``count`` images, at least 2, with the mean and covariance of these; raises
+        UserError where these are of one image.
+        """
+        if count == self.count:
+            return self
+        return FeatureStatistics(count, self.mean, self.covariance * (count - 1))
+
     def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
         """Statistics of both sets together (Chan, Golub and LeVeque 1979, eq. 2.1).
 

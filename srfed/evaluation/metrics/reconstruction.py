@@ -1,6 +1,7 @@
 """SSIM-rec@t*: how well the model brings a test image back from a shallow timestep."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -37,7 +38,7 @@ def ssim_of_reconstructions(
         steps: of deterministic DDIM, at most t*, from all timesteps at once; None runs Algorithm 2
             from one after the other.
         variance: σ_t² of Algorithm 2.
-        batch_size: images that are taken back at once by DDIM, which changes nothing but rounding.
+        batch_size: images that the denoiser is given at once, which changes nothing but rounding.
         seed: the run's seed.
         task: the task's name.
 
@@ -53,11 +54,13 @@ def ssim_of_reconstructions(
         diffused[timestep] = process.add_noise(images, times, noise)
         draws[timestep] = drawn_from(generator)
     if steps is None:
-        ancestral = Ancestral(variance)
+        # The draws of a step are one for all images, and no image has its own: so all are walked
+        # together, and it is the network, which needs the memory, that sees them in batches.
+        ancestral, in_batches = Ancestral(variance), partial(_in_batches, denoiser, batch_size)
         restored = {
             timestep: sample(
                 ancestral,
-                denoiser,
+                in_batches,
                 process,
                 start,
                 draws[timestep],
@@ -80,6 +83,15 @@ def ssim_of_reconstructions(
         timestep: float(ssim(original, (image.clamp(-1, 1) + 1) / 2).mean())
         for timestep, image in restored.items()
     }
+
+
+def _in_batches(denoiser: Denoiser, batch_size: int, x: Tensor, times: Tensor) -> Tensor:
+    """E[x_0 | x_t] of so many images at once."""
+    if len(x) <= batch_size:
+        return denoiser(x, times)
+    parts = zip(x.split(batch_size), times.split(batch_size), strict=True)
+    # A captured pass gives the same memory each time.
+    return torch.cat([denoiser(part, at).clone() for part, at in parts])
 
 
 @torch.no_grad()

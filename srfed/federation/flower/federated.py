@@ -3,7 +3,7 @@ attempt, wait a bounded time, screen the replies, aggregate, judge.
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,6 +16,7 @@ from srfed.data.tasks import ALLOW
 from srfed.device import place_of, resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
+from srfed.evaluation.features.statistics import FeatureStatistics
 from srfed.evaluation.metrics.colour import colours
 from srfed.evaluation.metrics.nearest_neighbour import Recogniser
 from srfed.evaluation.metrics.own import OwnMetrics
@@ -23,7 +24,7 @@ from srfed.evaluation.metrics.ssim import ssim_window
 from srfed.evaluation.references import RealFloor, References, Scores, score_statistics
 from srfed.evaluation.report import Exchanged, Recognised, TaskReport, evaluation_record
 from srfed.evaluation.shares import share_of_samples
-from srfed.federation.aggregation import Aggregator, UpdateSum, aggregate
+from srfed.federation.aggregation import Aggregator, UpdateSum, aggregate, believed_counts
 from srfed.federation.bounds import EvaluatePlan, TrainPlan, believed_steps
 from srfed.federation.coming import encode_shared
 from srfed.federation.contract import Contract
@@ -207,7 +208,8 @@ class Federated:
         sent = self._sent(number)
         self._sum = self._aggregator(self.config.federation, self._came)
         self._reaches: dict[int, Reach | None] = {}
-        self._believed = self._believed_steps(number)
+        self._believed = self._believed_of(number, lambda plan: plan.shared_steps)
+        self._believed_minibatches = self._believed_of(number, lambda plan: plan.minibatches)
         screened = self._clients(tell).ask(
             TRAIN,
             requests,
@@ -274,18 +276,25 @@ class Federated:
             number,
         )
 
-    def _believed_steps(self, number: int) -> dict[str, int]:
-        """The steps that bound the updates of a round, by client; empty where the configuration
-        says them, and with them what a client can claim.
+    def _believed_of(self, number: int, steps: Callable[[TrainPlan], int]) -> dict[str, int]:
+        """What of its ``steps`` of a round is believed of each client; empty where the
+        configuration says them, and with them what a client can claim.
         """
         if self.config.training.local_epochs is None or self.config.data.images_per_task:
             return {}
         known = self._roster.known
         own = {task.name: len(task.train) for task in self._references}
         return believed_steps(
-            {client: self._plan(client, number).shared_steps for client in known},
+            {client: steps(self._plan(client, number)) for client in known},
             [client for client, one in known.items() if one.images <= own.get(client, 0)],
         )
+
+    def _believed_images(self, client: str, plan: TrainPlan) -> int:
+        """Images seen in so many of a client's minibatches as are believed."""
+        believed = self._believed_minibatches.get(client, plan.minibatches)
+        if believed == plan.minibatches:
+            return plan.images
+        return round(plan.images * believed / plan.minibatches)
 
     def _sent(self, number: int) -> dict[str, Shared | Control]:
         """What goes to the clients of a round: φ, and c of control variates; notes what of φ comes
@@ -431,7 +440,9 @@ class Federated:
                 "exclusive weights"
             )
         seconds = time.perf_counter() - self._started
-        images = sum(reply.plan.images for reply in accepted.values())
+        images = sum(
+            self._believed_images(client, reply.plan) for client, reply in accepted.items()
+        )
         record = RoundRecord(
             round=server_round,
             loss=sum(weights[c] * accepted[c].loss for c in weights),
@@ -599,6 +610,7 @@ class Federated:
             generated, test, train = (
                 {client: getattr(own, name) for client, own in statistics.items()} for name in SETS
             )
+            test, train = self._believed_statistics(test, train)
             name = self._evaluation.network.score_name
             return score_statistics(name, generated, test), score_statistics(
                 name, train, test
@@ -609,6 +621,32 @@ class Federated:
             if reply.images is not None
         }
         return self._evaluation.score(images), self._floor(images)
+
+    def _believed_statistics(
+        self, test: Mapping[str, FeatureStatistics], train: Mapping[str, FeatureStatistics]
+    ) -> tuple[dict[str, FeatureStatistics], dict[str, FeatureStatistics]]:
+        """Statistics of held-out and of training images, each counted as so many as are believed;
+        says whose are not.
+        """
+        found = []
+        for words, part, own in (
+            ("held-out", test, {task.name: len(task.test) for task in self._references}),
+            ("training", train, {task.name: len(task.train) for task in self._references}),
+        ):
+            claimed = {client: one.count for client, one in part.items()}
+            counts = believed_counts(
+                claimed,
+                [client for client, count in claimed.items() if count <= own.get(client, 0)],
+                self.config.federation.largest_weight,
+            )
+            for client, count in counts.items():
+                if count < claimed[client]:
+                    self._tell.on_notice(
+                        f"evaluation {self.state.round}: {client}: its {claimed[client]} {words} "
+                        f"images count as {count} among the others', by federation.largest_weight"
+                    )
+            found.append({client: one.counted_as(counts[client]) for client, one in part.items()})
+        return found[0], found[1]
 
     def _gather(self) -> None:
         """Wait for the clients that the run begins, or goes on, with."""

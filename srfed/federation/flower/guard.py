@@ -8,7 +8,7 @@ exception turns the reply into a bare error. The reason goes to the client's own
 
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
@@ -16,7 +16,8 @@ from flwr.clientapp import ClientApp
 from srfed.config import parse_config_json
 from srfed.errors import UserError
 from srfed.federation.agreement import RequestRefusedError
-from srfed.federation.asked import note_asked
+from srfed.federation.asked import noted_asked
+from srfed.federation.exits import exits_are_failures
 from srfed.federation.flower.admission import admit
 from srfed.federation.flower.outgoing import NotAllowedError, rebuilt
 from srfed.federation.flower.packing import read_request
@@ -40,7 +41,7 @@ def wire_guard(
     """
     try:
         # Images that are read for the first time are kept with the first message that is answered.
-        with checked_first() as store:
+        with exits_are_failures(), checked_first() as store:
             admitted = admit(message, context)
             own = () if admitted.agreement is None else admitted.agreement.mods
             with looked_after() as states:
@@ -49,9 +50,11 @@ def wire_guard(
                     raise NotAllowedError("the handler made an error reply of its own")
                 answer = rebuilt(message, admitted, reply, states)
             kind, agreement = message.metadata.message_type, admitted.agreement
+            noted: AbstractContextManager[None] = nullcontext()
             if agreement and admitted.question and kind != DESCRIBE:
-                note_asked(admitted.site.folder, agreement, kind, admitted.question)
-            store()
+                noted = noted_asked(admitted.site.folder, agreement, kind, admitted.question)
+            with noted:
+                store()
         return answer
     except RequestRefusedError as refusal:
         _log(
@@ -79,7 +82,8 @@ class GuardedApp(ClientApp):
 
     def __call__(self, message: Message, context: Context) -> Message:
         try:
-            return super().__call__(message, context)
+            with exits_are_failures():
+                return super().__call__(message, context)
         except Exception:
             _log(message, context, traceback.format_exc())
             return _failed(message)
