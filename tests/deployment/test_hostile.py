@@ -11,9 +11,10 @@ import yaml
 
 from srfed.config import load_config
 from srfed.data import load_tasks
-from srfed.deployment.agree import agree_as_rehearsed
+from srfed.deployment.agree import agree, propose
 from srfed.deployment.deployment import Deployment
 from srfed.deployment.flower import CONNECTION
+from srfed.federation.agreement import LeastImages, SiteResources
 from srfed.federation.flower.program import REFUSAL
 from srfed.federation.messages import REFUSED
 from srfed.storage.metrics_log import MetricsLog
@@ -70,6 +71,7 @@ def train(message, context):
 
 SERVER = '''"""Sends what a file of orders says to every site, and writes down what each one answers."""
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -108,52 +110,70 @@ def main(grid, context):
     sites = {Description.of(unpack(reply).header).client: reply.metadata.src_node_id for reply in replies}
     model = build_model(honest, 1)
     shared = build_partition(honest, model).take_shared(model.state_dict())
-    asked = {}
-    for what, kind, config, fields in orders["requests"]:
-        values = {"client": orders["victim"], "round": 1, "attempt": f"attempt-{len(asked)}", **fields}
-        values.setdefault("lineage", "lineage")
-        content = request_content(Request(json.dumps(config), **values), {SHARED: shared})
-        (identity,) = grid.push_messages([Message(content, sites[orders["victim"]], kind)])
-        asked[identity] = what
     answers = {}
-    while len(answers) < len(asked):
-        for reply in grid.pull_messages([identity for identity, what in asked.items() if what not in answers]):
-            error = [reply.error.code, reply.error.reason] if reply.has_error() else None
-            answers[asked[reply.metadata.reply_to_message_id]] = error or sorted(reply.content)
-        time.sleep(0.2)
+    for what, kind, config, fields in orders["requests"]:
+        values = {"client": orders["victim"], "round": 1, "attempt": f"attempt-{len(answers)}", **fields}
+        values.setdefault("lineage", "lineage")
+        times = values.pop("times", 1)
+        sent = {name: times * tensor for name, tensor in shared.items()}
+        content = request_content(Request(json.dumps(config), **values), {SHARED: sent})
+        (reply,) = grid.send_and_receive([Message(content, sites[orders["victim"]], kind)], timeout=300)
+        if reply.has_error():
+            answers[what] = [reply.error.code, reply.error.reason]
+        else:
+            arrays = reply.content.array_records["arrays"].values()
+            digest = hashlib.sha256(b"".join(array.data for array in arrays)).hexdigest()
+            answers[what] = [*sorted(reply.content), digest]
     Path(orders["answers"]).write_text(json.dumps(answers))
 '''
 
-SITECUSTOMIZE = f'''"""Python runs this at its start: at one site the trainer sends a φ that nobody has trained."""
+SITECUSTOMIZE = f'''"""Python runs this at its start: at one site the trainer sends a φ that nobody has trained, and
+statistics that no images have.
+"""
 
 import os
 import sys
 
 if os.environ.get("SRFED_DEPLOYMENT_PART") == "site {HOSTILE}":
+    import dataclasses
     import importlib.abc
     import importlib.util
 
+    def untrained(module):
+        honest = module.LocalTrainer.train
+
+        def train(*arguments):
+            result = honest(*arguments)
+            return dataclasses.replace(
+                result, shared={{name: tensor + 1000 for name, tensor in result.shared.items()}}
+            )
+
+        module.LocalTrainer.train = train
+
+    def impossible(module):
+        honest = module.FeatureStatistics.of
+
+        def of(*arguments):
+            found = honest(*arguments)
+            scatter = found.scatter.copy()
+            scatter[0, 1] = scatter[1, 0] = 2 * (scatter[0, 0] * scatter[1, 1]) ** 0.5 + 1e-3
+            return dataclasses.replace(found, scatter=scatter)
+
+        module.FeatureStatistics.of = of
+
+    CHANGES = {{"srfed.training.local": untrained, "srfed.evaluation.features.statistics": impossible}}
+
     class Hook(importlib.abc.MetaPathFinder):
         def find_spec(self, name, path, target=None):
-            if name != "srfed.training.local":
+            change = CHANGES.pop(name, None)
+            if change is None:
                 return None
-            sys.meta_path.remove(self)
             spec = importlib.util.find_spec(name)
             run = spec.loader.exec_module
 
             def exec_module(module):
-                import dataclasses
-
                 run(module)
-                honest = module.LocalTrainer.train
-
-                def train(*arguments):
-                    result = honest(*arguments)
-                    return dataclasses.replace(
-                        result, shared={{name: tensor + 1000 for name, tensor in result.shared.items()}}
-                    )
-
-                module.LocalTrainer.train = train
+                change(module)
 
             spec.loader.exec_module = exec_module
             return spec
@@ -233,6 +253,24 @@ REQUESTS: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
         {},
         "",
     ),
+    ("the same again", "train", {}, {"attempt": "attempt-9"}, ""),
+    (
+        "the same again under another name",
+        "train",
+        {},
+        {},
+        "asked otherwise before: the same was asked before, as attempt attempt-9",
+    ),
+    ("a second φ for the round", "train", {}, {"times": 1.01}, ""),
+    ("a third", "train", {}, {"times": 1.02}, ""),
+    (
+        "a fourth",
+        "train",
+        {},
+        {"times": 1.03},
+        "not agreed: more than 3 answers about one round",
+    ),
+    ("a run beside it", "train", {}, {"lineage": "invented"}, "not agreed: another run"),
 ]
 
 
@@ -286,10 +324,22 @@ def test_neither_a_hostile_server_nor_a_hostile_client_gets_further_than_its_own
         for task in load_tasks(tiny_config().data, 2):
             data = tmp_path / f"{task.name}.npz"
             np.savez(data, train_images=task.train, test_images=task.test)
-            agree_as_rehearsed(config, data, state, task.name)
+            agreement = propose(
+                config,
+                data,
+                state,
+                task.name,
+                least=LeastImages(statistics=2, mean=1),
+                resources=SiteResources(device="cpu", threads=1),
+                runs=2,
+            )
+            agree(agreement, config, data, state)
             deployment.add_site(task.name, data, state, wait=False)
         for client in (HONEST, HOSTILE):
             deployment.wait_for_site(client)
+        run = deployment.run(tmp_path / "run", tmp_path / "config.yaml")
+        assert run.wait(480) is not None
+        assert run.result()[0] == "finished:completed", "\n".join(run.lines())
         before = written(tmp_path)
         for app, outcome in {"app": answers, "thief": stolen}.items():
             told = deployment.flwr(
@@ -304,9 +354,6 @@ def test_neither_a_hostile_server_nor_a_hostile_client_gets_further_than_its_own
             assert outcome.exists(), told
         answered = json.loads(answers.read_text())
         after = written(tmp_path)
-        run = deployment.run(tmp_path / "run", tmp_path / "config.yaml")
-        assert run.wait(480) is not None
-        assert run.result()[0] == "finished:completed", "\n".join(run.lines())
 
     log = (state / HONEST / "client.log").read_text()
     for what, _, _, _, words in REQUESTS:
@@ -315,12 +362,18 @@ def test_neither_a_hostile_server_nor_a_hostile_client_gets_further_than_its_own
             assert f"refused: {words}" in log
     assert all(line.isprintable() for line in log.splitlines())
     # What is this machine's own affair is not taken from the server, and so does no harm.
-    assert answered["the site's memory and processes"] == ["arrays", "metrics", "reply"]
-    # Of all these requests one was served: one attempt, where it belongs; nothing else was written
-    # or removed.
-    assert before <= after | {tmp_path / "run"}
-    (attempt,) = [path for path in after - before if path.name == "state.safetensors"]
-    assert attempt.parent.parent == state / HONEST / "lineages" / "lineage"
+    first = answered["the site's memory and processes"]
+    assert first[:-1] == ["arrays", "metrics", "reply"]
+    # The same question has the same answer, to the bit, and adds nothing.
+    assert answered["the same again"] == first
+    others = [answered[what] for what in ("a second φ for the round", "a third")]
+    assert len({first[-1], *(one[-1] for one in others)}) == 3
+    # Of all these requests three φ's were answered: as many attempts, where they belong; nothing
+    # else was written or removed.
+    assert before <= after
+    attempts = [path for path in after - before if path.name == "state.safetensors"]
+    assert len(attempts) == 3
+    assert {path.parent.parent for path in attempts} == {state / HONEST / "lineages" / "lineage"}
     assert all(state in path.parents for path in after - before - {answers, stolen})
     # The app with code of its own was answered for by srfed, and nothing of it unpacked or run.
     assert json.loads(stolen.read_text()) == [[REFUSED, REFUSAL]] * 2
@@ -335,3 +388,7 @@ def test_neither_a_hostile_server_nor_a_hostile_client_gets_further_than_its_own
     assert [line["accepted"] for line in rounds] == [[HONEST], [HONEST]]
     assert all(list(line["refused"]) == [HOSTILE] for line in rounds)
     assert all(np.isfinite(line["loss"]) and line["loss"] < 10 for line in rounds)
+    # Statistics with a negative eigenvalue had been the best score there is.
+    for line in MetricsLog(tmp_path / "run" / "metrics.jsonl").evaluations():
+        assert list(line["refused"]) == [HOSTILE]
+        assert "it has a negative eigenvalue" in line["refused"][HOSTILE]
