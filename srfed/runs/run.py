@@ -154,6 +154,7 @@ class TrainedRun:
                 )
             return placed[at]
         # The name that its owner gave the folder: "red blood_cells" is the task red-blood-cells.
+        # A text that no folder could be called by is refused below, with what there is.
         with suppress(UserError):
             (called,) = slugs([str(wanted)])
             if called in named and not called.isdigit():

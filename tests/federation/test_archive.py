@@ -181,6 +181,8 @@ def test_whatever_fails_where_the_server_learns_that_it_did_and_the_owner_why(
         SimpleNamespace(run_id=1, fab_id="srfed/srfed", fab_version="1.0.0"),
         SimpleNamespace(content=archive({"pyproject.toml": project()}), hash_str="0" * 64),
     )
+    # All that needs a SuperNode or would end this process; over a real one this program runs in
+    # tests/deployment, where none of Flower's own steps can be made to fail.
     for name, part in {
         "pull_task_input": lambda _: come,
         "push_message": lambda _client, message, _context: sent.append(message),

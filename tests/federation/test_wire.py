@@ -50,6 +50,7 @@ from srfed.model import build_model, build_partition
 from srfed.storage.checkpoint import read_checkpoint
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
+from support.agreed_site import AgreedSite
 from support.tiny_run import accepted_attempts, begin, round_lines, run_on_grid, tiny_config
 from support.wire import SECRET, RecordingGrid, is_bare_error, log_of
 
@@ -521,6 +522,24 @@ def test_no_sixteen_bytes_of_what_is_private_leave_under_an_allowed_name(
     assert ask(TRAIN, client_app.train, guarded=False, config=config).has_content()
     assert is_bare_error(ask(TRAIN, leaky, guarded=True, config=config))
     assert "PrivateError: 16 bytes of" in log_of(tmp_path)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_each_reply_of_a_site_is_looked_at_and_not_only_some(tmp_path: Path, number: int) -> None:
+    def leaky(message: Message, context: Context) -> Message:
+        reply = client_app.train(message, context)
+        tensors = read_tensors(reply.content, SHARED)
+        flat = next(t for t in tensors.values() if t.ndim == 4).view(-1)
+        flat[3:7] = torch.from_numpy(PIECES["an image"](tmp_path))
+        reply.content[SHARED] = array_record(tensors)
+        return reply
+
+    app = ClientApp(mods=[wire_guard])
+    app.train()(leaky)
+    site = AgreedSite(tmp_path, client_app=app)
+    assert is_bare_error(site.ask(TRAIN, round=number))
+    assert "PrivateError: 16 bytes of an image" in site.log
+    assert not site.stored
 
 
 def test_images_leave_only_when_the_request_asks_for_samples(ask: Callable[..., Message]) -> None:

@@ -101,11 +101,11 @@ def rebuilt(
 
 
 def _is_looked_at(admitted: Admitted) -> bool:
-    """All that leaves a site is; of a simulation's clients, which have an index, one after another,
-    beginning with the first one's first round.
+    """All that leaves under an owner's agreement is; of a simulation's clients, which have none,
+    one after another, beginning with the first one's first round.
     """
-    site = admitted.site
-    return site.index < 0 or (site.index + admitted.request.round) % LOOKED_AT == 1
+    turn = admitted.site.index + admitted.request.round
+    return admitted.agreement is not None or turn % LOOKED_AT == 1
 
 
 def description_of(admitted: Admitted) -> Description:
