@@ -78,11 +78,15 @@ class References:
 
     def __init__(self, network: FeatureNetwork, references: Mapping[str, Images]) -> None:
         self.network = network
-        self._references = {task: self._statistics(images) for task, images in references.items()}
+        self._images = references
+        self._references: dict[str, FeatureStatistics] = {}
 
     def score(self, samples: Mapping[str, Images]) -> Scores:
         """Score the samples of some or all tasks; the reference is that of the same tasks."""
         own = {task: self._statistics(images) for task, images in samples.items()}
+        # Of ten thousand tasks only some are ever judged.
+        for task in own.keys() - self._references.keys():
+            self._references[task] = self._statistics(self._images[task])
         return score_statistics(
             self.network.score_name, own, {task: self._references[task] for task in own}
         )

@@ -38,7 +38,7 @@ class Recognised(NamedTuple):
 
     Attributes:
         by_client: the share that is given to its own client.
-        real: the same of held-out real images.
+        real: the same of held-out real images of these clients.
     """
 
     by_client: Mapping[str, float]
@@ -46,7 +46,7 @@ class Recognised(NamedTuple):
 
     @classmethod
     def of(cls, recogniser: Recogniser, samples: Mapping[str, Images]) -> "Recognised":
-        return cls(recogniser.shares(samples), recogniser.accuracy)
+        return cls(recogniser.shares(samples), recogniser.accuracy(samples))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from support.tiny_run import begin, tiny_config
 
 @pytest.fixture
 def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("srfed.federation.flower.roster.LOOK_SECONDS", 0.0)
+    for name in ("LOOK_SECONDS", "LOOKS_APART"):
+        monkeypatch.setattr(f"srfed.federation.flower.roster.{name}", 0)
     monkeypatch.setattr("srfed.federation.flower.roster.POLL_SECONDS", 0.01)
     monkeypatch.setattr("srfed.federation.flower.exchange.LONGEST_PAUSE", 0.05)
 

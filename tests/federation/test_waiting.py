@@ -30,7 +30,7 @@ from support.tiny_run import begin, round_lines, tiny_config
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LOOK_SECONDS", "ASK_AGAIN_SECONDS"):
+    for name in ("LOOK_SECONDS", "LOOKS_APART", "ASK_AGAIN_SECONDS"):
         monkeypatch.setattr(f"srfed.federation.flower.roster.{name}", 0.0)
     for room in ("roster", "exchange"):
         monkeypatch.setattr(f"srfed.federation.flower.{room}.TELL_SECONDS", 0.1)

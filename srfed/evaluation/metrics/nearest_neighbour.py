@@ -6,7 +6,7 @@ apart (CIFAR), its verdict on generated ones means nothing; so its accuracy on h
 is always told beside it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -34,16 +34,22 @@ class Recogniser:
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self._tasks = tasks
+        self._shares_of_real: dict[str, float] = {}
 
-    @cached_property
-    def accuracy(self) -> float | None:
-        """The share of the tasks' test images that is given to their own task; None where there is
-        nothing to tell.
+    def accuracy(self, names: Collection[str]) -> float | None:
+        """The share of these tasks' test images that is given to their own task, of all; None where
+        there is nothing to tell.
         """
         if self._judge is None:
             return None
-        images = {task.name: task.test[:MOST_IMAGES] for task in self._tasks if len(task.test)}
-        right = sum(share * len(images[name]) for name, share in self.shares(images).items())
+        images = {
+            task.name: task.test[:MOST_IMAGES]
+            for task in self._tasks
+            if task.name in names and len(task.test)
+        }
+        new = {name: some for name, some in images.items() if name not in self._shares_of_real}
+        self._shares_of_real |= self.shares(new)
+        right = sum(self._shares_of_real[name] * len(some) for name, some in images.items())
         return right / sum(map(len, images.values())) if images else None
 
     def shares(self, samples: Mapping[str, Images]) -> dict[str, float]:

@@ -41,6 +41,8 @@ from srfed.units import printable, seconds_in_words
 
 LOOK_SECONDS = 1.0
 """Least time between two looks at who is connected."""
+LOOKS_APART = 10
+"""And least time in what a look takes: with ten thousand clients that is long."""
 ASK_AGAIN_SECONDS = 30.0
 """A refused node that stays is asked again after this time: its owner may have mended it."""
 TELL_SECONDS = 60.0
@@ -118,7 +120,7 @@ class Roster:
         self._doubted: set[int] = set()
         self._deaths: dict[int, int] = {}
         self._connected: frozenset[int] = frozenset()
-        self._looked = float("-inf")
+        self._next_look = float("-inf")
 
     @property
     def members(self) -> dict[str, Member]:
@@ -170,8 +172,7 @@ class Roster:
         somebody has; never waits for anybody.
         """
         now = time.monotonic()
-        if now - self._looked >= LOOK_SECONDS:
-            self._looked = now
+        if now >= self._next_look:
             self._nodes = {node.node_id: node for node in self._grid.get_nodes()}
             self._connected = frozenset(self._nodes)
             # One key that somebody registered shows that nodes here have keys of their own.
@@ -181,6 +182,7 @@ class Roster:
                 node: why for node, why in self._refused.items() if node in self._connected
             }
             known = {member.node for member in self._members.values()} | set(self._asked.values())
+            self._next_look = now + max(LOOK_SECONDS, LOOKS_APART * (time.monotonic() - now))
             for node in sorted(self._connected - (known - self._doubted)):
                 if node in self._refused and now - self._refused[node][0] < ASK_AGAIN_SECONDS:
                     continue
