@@ -102,6 +102,8 @@ def _own(run: RunFolder, folder: str) -> tuple[Room, None]:
     os.environ.pop(TOKEN_FILE, None)
     # Thirty seconds, Ray's own limit, are not enough where the cores have much else to do.
     os.environ.setdefault("RAY_raylet_start_wait_time_s", START_SECONDS)
+    # Ray would begin with a process for each core, none of which has the clients' environment.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     _read_token_anew()
     try:
         # Ray lets everybody write into its folder, but nobody else gets as far as that.
