@@ -10,6 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import betabinom
 from sklearn.neighbors import NearestNeighbors
 
 from srfed.config import DataConfig, parse_config
@@ -199,6 +202,16 @@ def test_fresh_images_exceed_the_tolerance_once_in_a_thousand(
     noise = 5 * np.sqrt(1e-3 / draws)
     assert (shares > tolerance).mean() <= 1e-3 + noise
     assert (shares > tolerance - 1 / generated).mean() >= 1e-3 - noise
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.data())
+@settings(max_examples=200, deadline=None)
+def test_the_tolerance_is_of_the_beta_binomial_distribution(
+    generated: int, held_out: int, data: st.DataObject
+) -> None:
+    rank = data.draw(st.integers(1, held_out))
+    expected = betabinom.isf(1e-3, generated, rank, held_out - rank + 1)
+    assert chance_tolerance(generated, held_out, rank) * generated == pytest.approx(expected)
 
 
 def test_too_few_images_can_show_nothing() -> None:

@@ -4,10 +4,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from sklearn.neighbors import NearestNeighbors
 
 from srfed.data import Task
 from srfed.data.images import Images
-from srfed.evaluation.metrics.nearest_neighbour import MOST_IMAGES, Recogniser
+from srfed.evaluation.metrics import nearest_neighbour
+from srfed.evaluation.metrics.nearest_neighbour import BLOCK, MOST_IMAGES, Recogniser, nearest
 from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import RunFolder
 from support.images import random_images
@@ -62,6 +64,21 @@ def test_accuracy_is_over_the_test_images_of_those_who_are_judged(names: list[st
     assert len(right) == (13 if "dark" in names else 5)
     assert recogniser.accuracy(names) == pytest.approx(np.mean(right))
     assert recogniser.accuracy(["untested"]) is None
+
+
+@pytest.mark.parametrize("block", [BLOCK, 7, 2])
+def test_the_three_nearest_are_scikit_learns(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearest_neighbour, "BLOCK", block)
+    draws = np.random.default_rng(0)
+    queries, references = (draws.integers(0, 256, (n, 12), dtype=np.uint8) for n in (50, 90))
+    judge = NearestNeighbors(n_neighbors=3, algorithm="brute").fit(references.astype(np.float64))
+    expected = judge.kneighbors(queries.astype(np.float64), return_distance=False)
+    np.testing.assert_array_equal(nearest(queries, references), expected)
+
+    few = draws.integers(0, 2, (60, 3), dtype=np.uint8)
+    distances = np.square(few[:, None].astype(int) - few[None].astype(int)).sum(axis=2)
+    expected = distances.argsort(axis=1, kind="stable")[:, :3]
+    np.testing.assert_array_equal(nearest(few, few), expected)
 
 
 def test_images_after_the_first_do_not_count() -> None:

@@ -158,19 +158,6 @@ def test_a_ray_run_stopped_by_sigterm_goes_on_in_process_with_the_same_bits(
 # --- One process --------------------------------------------------------------------------------
 
 
-def test_a_process_that_only_trains_does_not_wait_for_scikit_learn() -> None:
-    code = """
-import sys
-from srfed.config import DataConfig
-from srfed.data import load_tasks
-from srfed.federation.flower import client_app, federated
-load_tasks(DataConfig(), 2)
-print(sorted({"sklearn", "scipy", "pandas"} & set(sys.modules)))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
-    assert done.stdout == "[]\n", done.stderr
-
-
 class LastFirstGrid(InlineGrid):
     """The last client that was asked answers first."""
 

@@ -276,11 +276,24 @@ def chance_tolerance(generated: int, held_out: int, rank: int) -> float:
     distribution of n draws with a = rank and b = m - rank + 1, whatever the distances' own
     distribution; ties only make it less.
     """
-    # scipy.stats takes a second to import, and a deployed client starts a process for every
-    # message.
-    from scipy.stats import betabinom
+    other = held_out - rank + 1
+    above, below = 1.0, 0
+    while below < generated:
+        above -= math.exp(
+            math.lgamma(generated + 1)
+            - math.lgamma(below + 1)
+            - math.lgamma(generated - below + 1)
+            + _log_beta(below + rank, generated - below + other)
+            - _log_beta(rank, other)
+        )
+        if above <= FALSE_ALARM:
+            break
+        below += 1
+    return below / generated
 
-    return float(betabinom.isf(FALSE_ALARM, generated, rank, held_out - rank + 1)) / generated
+
+def _log_beta(first: int, second: int) -> float:
+    return math.lgamma(first) + math.lgamma(second) - math.lgamma(first + second)
 
 
 def _compare(

@@ -8,7 +8,6 @@ is always told beside it.
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +16,11 @@ from srfed.data import Task
 from srfed.data.images import Images, fit_images
 from srfed.records import Shape
 
-if TYPE_CHECKING:
-    pass
-
 NEIGHBOURS = 3
 MOST_IMAGES = 500
 """Of each task, that a run's evaluations judge by: the first."""
+BLOCK = 1024
+"""Images whose distances to as many others are taken at a time."""
 
 
 class Recogniser:
@@ -124,15 +122,10 @@ class _Judge:
     """
 
     def __init__(self, classes: Sequence[tuple[str, Images]], shape: Shape | None) -> None:
-        # Imported by who judges: it takes a quarter of a run's start.
-        from sklearn.neighbors import NearestNeighbors
-
         self._shape = shape
         names = [name for name, images in classes for _ in images]
         self._names, self._class_of = np.unique(names, return_inverse=True)
-        self._neighbours: NearestNeighbors = NearestNeighbors(n_neighbors=NEIGHBOURS).fit(
-            np.concatenate([_flat(images, shape) for _, images in classes])
-        )
+        self._known = np.concatenate([_flat(images, shape) for _, images in classes])
 
     def verdicts(self, samples: Mapping[str, Images]) -> dict[str, NDArray[np.str_]]:
         """The names that each entry's images are given."""
@@ -140,7 +133,7 @@ class _Judge:
             return {name: np.empty(0, np.str_) for name in samples}
         # All at once: a search for each of ten thousand tasks would take longer than the searching.
         flat = np.concatenate([_flat(images, self._shape) for images in samples.values()])
-        found = self._neighbours.kneighbors(flat, return_distance=False)
+        found = nearest(flat, self._known)
         least, middle, most = np.sort(self._class_of[found], axis=1).T
         verdicts = self._names[np.where(middle == most, middle, least)]
         borders = np.cumsum([len(images) for images in samples.values()])[:-1]
@@ -150,4 +143,40 @@ class _Judge:
 def _flat(images: Images, shape: Shape | None) -> np.ndarray:
     if shape is not None:
         images = fit_images(images, shape[0], 1 if shape[2] == 1 else None)
-    return images.reshape(len(images), -1).astype(np.float32)
+    return images.reshape(len(images), -1)
+
+
+def nearest(queries: Images, references: Images) -> NDArray[np.int64]:
+    """Indices of the three references that are nearest to each query, the nearest first, and of
+    equally near ones the first; by brute force in blocks of bounded memory.
+
+    Args:
+        queries: uint8 N x D; sums of whole grey levels are exact in float64.
+        references: uint8 M x D, M at least 3.
+
+    Returns:
+        int64 N x 3.
+    """
+    parts = [
+        _nearest_of_block(queries[first : first + BLOCK].astype(np.float64), references)
+        for first in range(0, len(queries), BLOCK)
+    ]
+    return np.concatenate(parts)
+
+
+def _nearest_of_block(block: NDArray[np.float64], references: Images) -> NDArray[np.int64]:
+    rows = np.arange(len(block))[:, None]
+    best = np.empty((len(block), 0))
+    indices = np.empty((len(block), 0), np.int64)
+    for first in range(0, len(references), BLOCK):
+        others = references[first : first + BLOCK].astype(np.float64)
+        # |x|² is the same for every reference.
+        squared = np.square(others).sum(axis=1) - 2 * (block @ others.T)
+        for _ in range(min(NEIGHBOURS, len(others))):
+            place = squared.argmin(axis=1)[:, None]
+            best = np.concatenate([best, squared[rows, place]], axis=1)
+            indices = np.concatenate([indices, place + first], axis=1)
+            squared[rows, place] = np.inf
+        order = best.argsort(axis=1, kind="stable")[:, :NEIGHBOURS]
+        best, indices = best[rows, order], indices[rows, order]
+    return indices
