@@ -1,5 +1,6 @@
 """Where and how a run computes: its device, its arithmetic, and work captured as CUDA graphs."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -62,6 +63,15 @@ def autocast(resources: ResourcesConfig, device: torch.device) -> AbstractContex
         return nullcontext()
     # No cache of cast weights: each is used once a pass, and a captured pass must cast them anew.
     return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+
+
+def most_in_a_program(device: str, channels: int) -> int:
+    """How many owners' networks go through one program, at most, for images of so many channels.
+
+    A CPU's library sums a convolution otherwise where the owners' images have eight channels
+    together, or more: an owner's bits would depend on who else is there.
+    """
+    return sys.maxsize if device.startswith("cuda") else max(2, 7 // channels)
 
 
 def batched_attention(device: torch.device) -> AbstractContextManager[None]:
