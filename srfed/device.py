@@ -44,6 +44,23 @@ def resolve_device(resources: ResourcesConfig) -> torch.device:
     return device
 
 
+def gpus_here() -> int:
+    """How many GPUs this process may use; to ask takes nothing of their memory."""
+    return torch.cuda.device_count()
+
+
+def check_share_of_gpu(resources: ResourcesConfig) -> None:
+    """Raise UserError where clients under a Ray of the run's own are to have more GPUs than there
+    are.
+    """
+    asked, here = resources.client_gpus, gpus_here()
+    if resources.backend == "ray" and resources.ray_address is None and (asked or 0) > here:
+        raise UserError(
+            f"resources.client_gpus = {asked} is above the {here} GPUs that PyTorch finds here; "
+            "allowed: null" + (", or at most 1" if here else ", 0")
+        )
+
+
 def place_of(resources: ResourcesConfig, device: torch.device) -> Place:
     """The device and the precision of who trains in this process, which begins to use the GPU for
     its name.
