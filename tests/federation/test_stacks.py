@@ -14,6 +14,7 @@ from srfed.errors import UserError
 from srfed.federation.flower.client_app import guarded_app
 from srfed.federation.flower.exchange import StoppedError
 from srfed.federation.flower.in_process import InlineGrid
+from srfed.federation.flower.ray import run_on_ray
 from srfed.federation.flower.stacking import PARTITIONS, shared_out
 from srfed.federation.messages import EVALUATE, TRAIN
 from srfed.federation.together import answer_together, done_in_turn
@@ -124,6 +125,23 @@ def test_more_owners_than_a_cpu_adds_up_alike_are_more_programs(
     assert all_bits(runs[0]) == all_bits(runs[1])
     first, second = (records(run)[-1] for run in runs)
     assert first == second
+
+
+@pytest.mark.slow
+def test_stacks_in_rays_processes_have_the_bits_of_those_in_one(tmp_path: Path) -> None:
+    """Two processes share five owners out otherwise than one does, pictures included."""
+    few = {"federation.rounds": 1, "federation.clients": 5, "evaluation.samples": 20}
+    settings = {**CHEAP, **few, "model.exclusive_stages": 1}
+    inline = run_in_process(begin(tmp_path / "inline", {**settings, "resources.stack": 5}))
+    ray = {"resources.backend": "ray", "resources.cpus": 2, "resources.stack": 2}
+    several = begin(tmp_path / "ray", {**settings, **ray})
+    run_on_ray(several)
+    assert all_bits(several) == all_bits(inline)
+    one, other = (records(run)[-1] for run in (inline, several))
+    # A request has its run's settings in it, in words of another length.
+    assert one.pop("bytes_down") != other.pop("bytes_down")
+    assert one["kind"] == "evaluation"
+    assert one == other
 
 
 def test_an_evaluation_asks_stacks_and_one_clients_failure_is_not_the_others(
