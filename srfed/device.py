@@ -1,5 +1,6 @@
 """Where and how a run computes: its device, its arithmetic, and work captured as CUDA graphs."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -43,6 +44,23 @@ def resolve_device(resources: ResourcesConfig) -> torch.device:
     return device
 
 
+def gpus_here() -> int:
+    """How many GPUs this process may use; to ask takes nothing of their memory."""
+    return torch.cuda.device_count()
+
+
+def check_share_of_gpu(resources: ResourcesConfig) -> None:
+    """Raise UserError where clients under a Ray of the run's own are to have more GPUs than there
+    are.
+    """
+    asked, here = resources.client_gpus, gpus_here()
+    if resources.backend == "ray" and resources.ray_address is None and (asked or 0) > here:
+        raise UserError(
+            f"resources.client_gpus = {asked} is above the {here} GPUs that PyTorch finds here; "
+            "allowed: null" + (", or at most 1" if here else ", 0")
+        )
+
+
 def place_of(resources: ResourcesConfig, device: torch.device) -> Place:
     """The device and the precision of who trains in this process, which begins to use the GPU for
     its name.
@@ -62,6 +80,15 @@ def autocast(resources: ResourcesConfig, device: torch.device) -> AbstractContex
         return nullcontext()
     # No cache of cast weights: each is used once a pass, and a captured pass must cast them anew.
     return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+
+
+def most_in_a_program(device: str, channels: int) -> int:
+    """How many owners' networks go through one program, at most, for images of so many channels.
+
+    A CPU's library sums a convolution otherwise where the owners' images have eight channels
+    together, or more: an owner's bits would depend on who else is there.
+    """
+    return sys.maxsize if device.startswith("cuda") else max(2, 7 // channels)
 
 
 def batched_attention(device: torch.device) -> AbstractContextManager[None]:

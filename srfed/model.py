@@ -2,21 +2,22 @@
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 
 from srfed.config import OwnNetworkConfig, ResourcesConfig, RunConfig
 from srfed.config.choices import NETWORKS, OBJECTIVES, chosen, constants, make
-from srfed.device import captured_forward
+from srfed.device import batched_attention, captured_forward
 from srfed.diffusion.guidance import TaskDenoiser
 from srfed.diffusion.objective import Objective
 from srfed.diffusion.process import Denoiser
 from srfed.diffusion.schedule import build_schedule
 from srfed.errors import UserError
+from srfed.memory import failure_of_gpu, is_short_of_memory
 from srfed.networks.initialise import initialise
 from srfed.networks.network import Network
 from srfed.networks.partition import Partition, Shared, divide
@@ -163,11 +164,82 @@ def forwards_of(model: Network) -> Forwards:
 
 def captured_forwards(model: Network, resources: ResourcesConfig, device: torch.device) -> Forwards:
     """The same, each captured where there is CUDA (:func:`~srfed.device.captured_forward`)."""
-    task, nobody = forwards_of(model)
+    return _captured(forwards_of(model), resources, device)
+
+
+def _captured(forwards: Forwards, resources: ResourcesConfig, device: torch.device) -> Forwards:
+    task, nobody = forwards
     return Forwards(
         captured_forward(task, resources, device),
         None if nobody is None else captured_forward(nobody, resources, device),
     )
+
+
+def stacked_forward(
+    config: RunConfig, model: Network, weights: Mapping[str, Tensor]
+) -> Callable[..., Tensor]:
+    """The forward passes of several owners' networks as one: of arguments with as many images of
+    each, one owner's after the other's.
+
+    Args:
+        config: the run's configuration.
+        model: one of these networks.
+        weights: of all its parameters, with the owner as first dimension.
+
+    Returns:
+        A function that raises UserError where the network cannot be stacked.
+    """
+    first = next(iter(weights.values()))
+
+    def of_one(own: dict[str, Tensor], *arguments: Tensor) -> Tensor:
+        predicted: Tensor = functional_call(model, own, arguments)
+        return predicted
+
+    def forward(*arguments: Tensor) -> Tensor:
+        each = (tensor.unflatten(0, (len(first), -1)) for tensor in arguments)
+        try:
+            with batched_attention(first.device):
+                predicted: Tensor = vmap(of_one)(dict(weights), *each)
+        except RuntimeError as error:
+            if is_short_of_memory(error) or failure_of_gpu(error):
+                raise
+            raise UserError(
+                f"model.network {config.model.network} cannot be trained with "
+                f"resources.stack {config.resources.stack}, as torch.func.vmap says: "
+                f"{' '.join(str(error).split())[:200]}; allowed: auto, 1"
+            ) from error
+        return predicted.flatten(0, 1)
+
+    return forward
+
+
+class StackedModel:
+    """The networks of several owners that are asked together, captured where there is CUDA.
+
+    Args:
+        config: the run's configuration.
+        model: a network of the run's shape, on the device, in evaluation mode whenever this is
+            called.
+        owners: how many.
+
+    Attributes:
+        owners: for each its weights by name, to be overwritten.
+        forwards: as :func:`forwards_of`, of all of them.
+    """
+
+    def __init__(self, config: RunConfig, model: Network, owners: int) -> None:
+        parameters, owned = dict(model.named_parameters()), divide(model, "none").owned
+        device = next(iter(parameters.values())).device
+        weights, zeros = (
+            {name: torch.zeros(owners, *parameters[name].shape, device=device) for name in names}
+            for names in (parameters, owned)
+        )
+        self.owners = [
+            {name: tensor[place] for name, tensor in weights.items()} for place in range(owners)
+        ]
+        task = stacked_forward(config, model, weights)
+        nobody = stacked_forward(config, model, {**weights, **zeros}) if owned else None
+        self.forwards = _captured(Forwards(task, nobody), config.resources, device)
 
 
 def denoiser_of_task(
@@ -186,18 +258,26 @@ def denoiser_of_task(
     Raises:
         UserError: the model has a table, and no such task in it.
     """
-    position = task_of_table(model, task)
+    return denoiser_of_tasks(objective, model, [task], forwards or forwards_of(model))
+
+
+def denoiser_of_tasks(
+    objective: Objective, model: Network, tasks: Sequence[int | None], forwards: Forwards
+) -> Denoiser:
+    """The same of several tasks: of as many images of each, one task's after the other's."""
+    places = [task_of_table(model, task) for task in tasks]
+    rows = None if places[0] is None else torch.tensor(places, device=objective.process.device)
 
     def denoiser(forward: Callable[..., Tensor]) -> Denoiser:
         def counted(x: Tensor, times: Tensor) -> Tensor:
             count_passes(len(x))
-            if position is None:
+            if rows is None:
                 return forward(x, times)
-            return forward(x, times, torch.full_like(times, position, dtype=torch.long))
+            return forward(x, times, rows[:, None].expand(-1, len(x) // len(rows)).flatten())
 
         return objective.denoiser(counted)
 
-    own, nobody = forwards or forwards_of(model)
+    own, nobody = forwards
     return denoiser(own) if nobody is None else TaskDenoiser(denoiser(own), denoiser(nobody))
 
 

@@ -3,10 +3,14 @@
 Minutes and memory are estimates, from two steps of the run's own network on this machine.
 """
 
+import multiprocessing
 import resource
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +19,7 @@ from srfed.config import RunConfig, UNetConfig, parse_config
 from srfed.cores import usable_cores
 from srfed.data import Task
 from srfed.device import memory_layout, resolve_device
+from srfed.errors import UserError
 from srfed.evaluation.metrics.denoising_loss import MOMENTS
 from srfed.federation.contract import Contract
 from srfed.federation.layout import value_bytes
@@ -166,7 +171,7 @@ def _measured(config: RunConfig, tasks: Sequence[Task]) -> Plan:
         sum(weights[name].numel() for name in names)
         for names in (partition.shared, partition.exclusive)
     )
-    per_image, device_memory = _seconds_per_image(config, largest)
+    timed = _timed(config, largest, aside=resources.backend == "ray" and device.type == "cuda")
     steps = [
         sum(
             count
@@ -187,14 +192,14 @@ def _measured(config: RunConfig, tasks: Sequence[Task]) -> Plan:
     if resources.backend == "ray" and device.type == "cpu":
         cores = resources.cpus or usable_cores()
         at_once = max(1, min(clients, cores // resources.client_cpus))
-    per_pass = per_image / STEP_TO_PASS / at_once
+    per_pass = timed.seconds / STEP_TO_PASS / at_once
     between = (federation.rounds - 1) // config.evaluation.every if config.evaluation.every else 0
     passes = (
         between * evaluation_passes(config, federation.clients, final=False)
         + evaluation_passes(config, federation.clients, final=True)
         + (between + 1) * comparison_passes(config, [len(task.test) for task in tasks])
     )
-    seconds = a_round * training.batch_size * per_image / at_once
+    seconds = a_round * training.batch_size * timed.seconds / at_once
     models = 1 if federation.compare == "none" else 2
     validated = sum(map(config.validation_due, range(1, federation.rounds + 1)))
     # The models alone look at their owners' images after every round.
@@ -213,16 +218,46 @@ def _measured(config: RunConfig, tasks: Sequence[Task]) -> Plan:
         + passes * per_pass
         + (between + 1) * BESIDE_PASSES
         + PAGE,
-        memory=processes * _peak(),
-        device_memory=device_memory * at_once,
+        memory=processes * timed.memory,
+        device_memory=timed.device_memory * at_once,
         bytes_down=sum(map(value_bytes, contract.training_request.values())),
         bytes_up=sum(map(value_bytes, {**contract.update, **contract.control}.values())),
         where=f"{device.type}, {at_once} owner{'s' * (at_once > 1)} at once",
     )
 
 
-def _seconds_per_image(config: RunConfig, task: Task) -> tuple[float, float]:
-    """Seconds of a training step for each of its images, and bytes on the GPU at peak."""
+class Timed(NamedTuple):
+    """What steps of a run have taken.
+
+    Attributes:
+        seconds: of a training step for each of its images.
+        memory: bytes that the process has had at most.
+        device_memory: bytes on the GPU at peak; 0 without one.
+    """
+
+    seconds: float
+    memory: float
+    device_memory: float
+
+
+def _timed(config: RunConfig, task: Task, *, aside: bool) -> Timed:
+    """Time the run's steps with a task; ``aside`` in a process of its own, as the driver of a Ray
+    run is to hold no part of a GPU's memory.
+    """
+    if not aside:
+        return _steps_timed(config, task)
+    spawned = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(1, mp_context=spawned) as process:
+            return process.submit(_steps_timed, config, task).result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "the process that timed a few steps on the GPU has ended before they were done; "
+            "allowed: --set resources.device=cpu, or srfed simulate, which times none"
+        ) from error
+
+
+def _steps_timed(config: RunConfig, task: Task) -> Timed:
     timed = _with(config, "training", local_steps=TIMED_STEPS, local_epochs=None)
     device = resolve_device(config.resources)
     layout = memory_layout(config.resources)
@@ -249,7 +284,7 @@ def _seconds_per_image(config: RunConfig, task: Task) -> tuple[float, float]:
     finally:
         torch.set_num_threads(threads)
     memory = float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0.0
-    return result.seconds / result.images, memory
+    return Timed(result.seconds / result.images, _peak(), memory)
 
 
 def _peak() -> float:

@@ -1,5 +1,7 @@
 """Quantities as people read them, and what anybody may have written as people may see it."""
 
+from collections.abc import Sequence
+
 LONGEST_SENTENCE = 2000
 """Characters of a sentence of ours with what it quotes."""
 _MOST_LINES = 500
@@ -26,6 +28,15 @@ def seconds_in_words(seconds: float) -> str:
         return f"{minutes}m{rest:02d}s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m"
+
+
+def tasks_in_words(names: Sequence[str]) -> str:
+    """["a"] -> "task a", ["a", "b", "c", "d"] -> "tasks a, b, c and 1 more"; each is named once."""
+    different = list(dict.fromkeys(names))
+    if len(different) == 1:
+        return f"task {different[0]}"
+    more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+    return f"tasks {', '.join(different[:3])}{more}"
 
 
 def printable(text: str, longest: int = 200) -> str:

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srfed import simulate
-from srfed.config import ResourcesConfig, load_config
+from srfed.config import ResourcesConfig, load_config, parse_config
 from srfed.cores import check_resources
+from srfed.data import load_tasks
 from srfed.device import Captured, arithmetic, place_of, resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.generation import generate
@@ -34,6 +34,7 @@ from srfed.model import (
     denoiser_of_task,
 )
 from srfed.networks.blocks import SelfAttention
+from srfed.plan import plan_run
 from srfed.reporting.console import Console
 from srfed.runs.checks import check_simulation
 from srfed.training.local import LocalResult, LocalTrainer
@@ -170,6 +171,67 @@ def test_each_client_gets_an_equal_share_of_the_gpus_that_ray_finds() -> None:
         share(0, 2, device="cuda")
 
 
+def test_a_share_of_a_gpu_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for share in ("-0.1", "1.5", "nan"):
+        said = message_of(
+            lambda share=share: load_config(None, [f"resources.client_gpus={share}"])  # type: ignore[misc]
+        )
+        assert f"resources.client_gpus = {share}" in said or share == "nan"
+        assert said.endswith("allowed: number | null, ≥ 0, ≤ 1")
+        assert "\n" not in said
+    ray_run = {"resources.backend": "ray", "resources.device": "auto"}
+    config = tiny_config({**ray_run, "resources.client_gpus": 0.25})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(
+        UserError, match=r"client_gpus = 0\.25 is above the 0 GPUs that PyTorch.*: null, 0$"
+    ):
+        check_simulation(config)
+    elsewhere = {"resources.ray_address": "host:6379", "resources.client_gpus": 0.25}
+    for settings in ({"resources.client_gpus": 0}, {"resources.client_gpus": None}, elsewhere):
+        check_simulation(tiny_config({**ray_run, **settings}))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    check_simulation(config)
+
+
+BLURRED = """
+import torch.nn.functional as F
+from own_network import Mixer
+class Blurred(Mixer):
+    def forward(self, x, time, tasks=None):
+        small = F.avg_pool2d(super().forward(x, time, tasks), 2)
+        return F.interpolate(small, size=x.shape[-2:], mode="bilinear")
+"""
+
+
+def test_what_no_gpu_repeats_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "blurred_network.py").write_text(BLURRED)
+
+    def check(network: str, **resources: Any) -> None:
+        given = {f"resources.{key}": value for key, value in resources.items()}
+        content = tiny_config({"resources.device": "auto", **given}).model_dump(mode="json")
+        content["model"] = {"network": network, "exclusive_stages": 1}
+        check_simulation(parse_config(content))
+
+    blurred, mixer = "blurred_network:Blurred", "own_network:Mixer"
+    check(blurred)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check(mixer)
+    check(blurred, deterministic=False)
+    check(blurred, device="cpu")
+    said = message_of(lambda: check(blurred))
+    assert said == (
+        f"resources.deterministic true: model.network {blurred} takes "
+        "upsample_bilinear2d_backward, which no GPU repeats bit by bit; allowed: false, device "
+        "cpu, or another operation in its place"
+    )
+
+
 @pytest.mark.parametrize("asked", [{"device": "cuda"}, {"precision": "bfloat16"}])
 def test_clients_without_a_gpu_are_refused_what_needs_one(asked: dict[str, str]) -> None:
     no_gpu = {"backend": "ray", "client_gpus": 0, "device": "auto"}
@@ -225,9 +287,8 @@ def test_memory_of_a_gpu_is_measured_in_one_step(monkeypatch: pytest.MonkeyPatch
 def test_rays_clients_share_a_gpu_by_their_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The real Ray counts a GPU that is not there; in its process the card is made up."""
-    begin_ray = ray.init
-    monkeypatch.setattr(ray, "init", lambda **given: begin_ray(**given, num_gpus=1))
+    """The real Ray is told of a GPU that is not there; in its process the card is made up."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(ray_start, "look_at_gpu", faked_card.look_at_gpu)
     ray_run = {"resources.backend": "ray", "resources.device": "auto"}
     run = begin(tmp_path / "run", {**ray_run, "resources.cpus": 3})
@@ -239,6 +300,12 @@ def test_rays_clients_share_a_gpu_by_their_memory(
         asked = tiny_config({**ray_run, "resources.precision": "bfloat16"})
         with pytest.raises(UserError, match=r"on Ray's GPU: .*bfloat16 needs CUDA, and there is"):
             ray_start._look_at_gpu(asked, 0.5, measure=True)
+        # A client alone on a GPU is not measured, a stack is, as it may be too large.
+        monkeypatch.setattr(ray_start, "look_at_gpu", lambda _, measure: f"measured: {measure}")
+        for stack in (1, 2):
+            alone = tiny_config({**ray_run, "resources.cpus": 1, "resources.stack": stack})
+            with pytest.raises(UserError, match=f"on Ray's GPU: measured: {stack == 2}"):
+                ray_start._room(alone, 1)
 
 
 def test_where_a_run_trains_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,6 +346,20 @@ def test_who_looks_before_a_run_takes_nothing_of_a_gpu() -> None:
     assert len(check_simulation(config)) == 3
     with pytest.raises(AssertionError, match="CUDA is initialised"):
         torch.zeros(1).to(resolve_device(config.resources))
+
+
+@pytest.mark.usefixtures("cuda_that_nobody_may_touch")
+def test_a_plan_of_a_ray_run_takes_its_steps_in_a_process_of_its_own() -> None:
+    """Which finds no GPU; in this one's process there is one that it may not touch."""
+    ray_run = tiny_config({"resources.device": "auto", "resources.backend": "ray"})
+    tasks = load_tasks(ray_run.data, 3)
+    plan = plan_run(ray_run, tasks)
+    assert plan.where == "cuda, 1 owner at once"
+    assert plan.seconds_per_round > 0
+    assert plan.memory > 0
+    inline = tiny_config({"resources.device": "auto"})
+    with pytest.raises(AssertionError, match="CUDA is initialised"):
+        plan_run(inline, tasks)
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ class ResourcesConfig(Section):
     client_gpus: float | None = setting(
         None,
         ge=0,
-        le=8,
+        le=1,
         decides="nothing",
         description="share of a GPU for one client under Ray, e.g. 0.25; null: equal shares, "
         "larger where a step takes more memory",

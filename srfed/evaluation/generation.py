@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from srfed.config import SamplingConfig
 from srfed.config.choices import SAMPLERS, make
 from srfed.config.evaluation import strip_timesteps
 from srfed.data.images import Images, to_levels
+from srfed.device import most_in_a_program
 from srfed.diffusion.guidance import guided
 from srfed.diffusion.process import Denoiser, Process
 from srfed.diffusion.sampler import Sampled, Sampler, drawn_for_each, sample
@@ -17,6 +19,7 @@ from srfed.errors import UserError
 from srfed.memory import is_short_of_memory
 from srfed.randomness import derive_generator
 from srfed.room import aside
+from srfed.units import tasks_in_words
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +34,29 @@ class Generated:
 
     images: Images
     strip: Images
+
+
+CPU_IMAGES = 16
+"""Of one owner at once, up to which it pays on a CPU to sample owners together."""
+
+
+def owners_at_once(
+    sampling: SamplingConfig, device: str, *, count: int, shape: tuple[int, ...]
+) -> int:
+    """How many owners generate so many images each as one program, at most: as many as sample
+    together what one may sample at once. 1: each by itself.
+
+    Args:
+        sampling: the run's settings.
+        device: "cpu", or what begins with "cuda".
+        count: images of each owner.
+        shape: H, W, C of one image.
+    """
+    height, width, channels = shape
+    if device == "cpu" and count > CPU_IMAGES:
+        return 1
+    most = sampling.images_at_once(height, width) // max(1, count)
+    return max(1, min(most, most_in_a_program(device, channels)))
 
 
 def generate(
@@ -65,15 +91,58 @@ def generate(
         UserError: the model's weights have diverged, or there is not enough memory.
         ValueError: guidance is asked for, and the denoiser has no guide.
     """
+    (generated,) = generate_together(
+        denoiser,
+        process,
+        sampling,
+        count=count,
+        shape=shape,
+        seed=seed,
+        tasks=[task],
+        strip_steps=strip_steps,
+    )
+    if isinstance(generated, UserError):
+        raise generated
+    return generated
+
+
+def generate_together(
+    denoiser: Denoiser,
+    process: Process,
+    sampling: SamplingConfig,
+    *,
+    count: int,
+    shape: tuple[int, ...],
+    seed: int,
+    tasks: Sequence[str],
+    strip_steps: int = 0,
+) -> list[Generated | UserError]:
+    """Generate ``count`` images of each of several tasks; otherwise as :func:`generate`.
+
+    Args:
+        denoiser: E[x_0 | x_t] of all of them, of as many images of each, one task's after the
+            other's.
+
+    Returns:
+        Those of each task; the error where its model has diverged, which is not the others'.
+    """
     sampler, drawn_with = build_sampler(sampling), guided(denoiser, sampling.guidance)
     record = strip_timesteps(process.timesteps, strip_steps)
     height, width, channels = shape
-    parts = [torch.empty((0, height, width, channels), dtype=torch.uint8, device=process.device)]
-    strip, finite = parts[0], []
+    empty = (len(tasks), 0, height, width, channels)
+    # Tasks x images, from here on.
+    parts = [torch.empty(empty, dtype=torch.uint8, device=process.device)]
+    strip, finite = parts[0], [torch.ones(len(tasks), dtype=torch.bool, device=process.device)]
+
+    def of_each(images: Tensor) -> Tensor:
+        return torch.unflatten(images, 0, (len(tasks), -1))
 
     def draw_images(numbers: Sequence[int]) -> Sampled:
-        draw = drawn_for_each([derive_generator(seed, "samples", task, n) for n in numbers])
-        noise = draw(torch.empty((len(numbers), channels, height, width), device=process.device))
+        draw = drawn_for_each(
+            [derive_generator(seed, "samples", task, n) for task in tasks for n in numbers]
+        )
+        batch = (len(tasks) * len(numbers), channels, height, width)
+        noise = draw(torch.empty(batch, device=process.device))
         return sample(
             sampler,
             drawn_with,
@@ -100,23 +169,30 @@ def generate(
             short, at_once = True, len(numbers) // 2
             if not at_once:
                 raise UserError(
-                    f"task {task}: there is not enough memory ({process.device}) to sample one "
-                    f"image of {height} x {width}; allowed: smaller images, or a smaller network"
+                    f"{tasks_in_words(tasks)}: there is not enough memory ({process.device}) to "
+                    f"sample one image of {height} x {width}"
+                    + (" of each" if len(tasks) > 1 else "")
+                    + "; allowed: smaller images, or a smaller network"
                 )
             continue
-        finite.append(sampled.images.isfinite().all())
-        parts.append(to_levels(sampled.images))
+        finite.append(of_each(sampled.images).isfinite().flatten(1).all(dim=1))
+        parts.append(of_each(to_levels(sampled.images)))
         if first == 0 and record:
-            strip = torch.cat([to_levels(sampled.states[timestep][:1]) for timestep in record])
+            states = [of_each(sampled.states[timestep])[:, 0] for timestep in record]
+            strip = torch.stack([to_levels(state) for state in states], dim=1)
         first = numbers.stop
-    if finite and not bool(torch.stack(finite).all()):
-        raise UserError(
+    # Once from the device, and not once a batch.
+    levels = torch.cat([*parts, strip], dim=1).cpu().numpy()
+    sound = torch.stack(finite).all(dim=0).tolist()
+    return [
+        Generated(images[:count], images[count:])
+        if whole
+        else UserError(
             f"the model of {task} has diverged: its samples are no numbers; train it with "
             "a lower training.learning_rate or training.gradient_clip"
         )
-    # Once from the device, and not once a batch.
-    levels = torch.cat([*parts, strip]).cpu().numpy()
-    return Generated(levels[:count], levels[count:])
+        for task, images, whole in zip(tasks, levels, sound, strict=True)
+    ]
 
 
 def build_sampler(sampling: SamplingConfig) -> Sampler:

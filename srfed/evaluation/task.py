@@ -40,6 +40,30 @@ class TaskEvaluation:
     no_audit: str
 
 
+def generate_share(
+    denoiser: Denoiser,
+    process: Process,
+    config: RunConfig,
+    *,
+    task: str,
+    shape: tuple[int, ...],
+    samples: int,
+) -> Generated:
+    """A task's share of the run's samples, of this shape; raises as
+    :func:`~srfed.evaluation.generation.generate`.
+    """
+    return generate(
+        denoiser,
+        process,
+        config.sampling,
+        count=samples,
+        shape=shape,
+        seed=config.seed,
+        task=task,
+        strip_steps=config.evaluation.strip_steps,
+    )
+
+
 def evaluate_task(
     denoiser: Denoiser,
     process: Process,
@@ -48,10 +72,10 @@ def evaluate_task(
     task: str,
     train: Images,
     test: Images,
-    samples: int,
+    generated: Generated,
     final: bool,
 ) -> TaskEvaluation:
-    """Generate a task's share of the samples, and measure SSIM-rec on its own test images.
+    """Measure SSIM-rec on a task's own test images, and how close its samples come to its images.
 
     Args:
         denoiser: E[x_0 | x_t] of (φ, θ_i), averaged, in evaluation mode.
@@ -60,19 +84,9 @@ def evaluate_task(
         task: the task's name, part of every seed.
         train: the task's training images, uint8 N x H x W x C.
         test: held-out images, likewise; N may be 0.
-        samples: images to generate.
+        generated: its share of the samples.
         final: measure the whole SSIM-rec curve, not only t*, and audit for memorisation.
     """
-    generated = generate(
-        denoiser,
-        process,
-        config.sampling,
-        count=samples,
-        shape=test.shape[1:],
-        seed=config.seed,
-        task=task,
-        strip_steps=config.evaluation.strip_steps,
-    )
     judged = test[: config.evaluation.ssim_images]
     timesteps = {config.evaluation.ssim_timestep, *(config.evaluation.ssim_curve if final else ())}
     found, reason = (

@@ -1,10 +1,10 @@
-"""Several clients' requests answered in one process at once, so that what they train is trained as
+"""Several clients' requests answered in one process at once, so that what they train, or sample, is
 one program.
 
 Each client is answered by itself, as if there were no other, in a thread of its own, and only one
-thread runs at a time. Where a client comes to train it waits until every other one has come so far,
-or has ended; then all their rounds are trained in the thread that asked. So nothing that a client
-does before and after knows of stacks, and its failure is its own.
+thread runs at a time. Where a client comes to train or to sample it waits until every other one has
+come so far, or has ended; then the jobs of all are done in the thread that asked. So nothing that a
+client does before and after knows of stacks, and its failure is its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ class _Client(Generic[Answer]):
         self.outcome: Answer | BaseException
 
     def go_on(self, given: object = None) -> None:
-        """Let it run until it wants something trained, or ends; ``given`` is what it has waited
+        """Let it run until it wants a job done, or ends; ``given`` is what it has waited
         for, an exception where that failed.
         """
         self._given = given
@@ -87,9 +87,9 @@ def waits_in_turn() -> bool:
     return _at_work.get() is not None
 
 
-def trained_in_turn(job: Job) -> object:
-    """What comes of a job, by a client that is answered together with others; raises what its
-    training raised.
+def done_in_turn(job: Job) -> object:
+    """What comes of a job, by a client that is answered together with others; raises what the job
+    raised.
     """
     client = _at_work.get()
     assert client is not None
@@ -97,14 +97,14 @@ def trained_in_turn(job: Job) -> object:
 
 
 def answer_together(
-    answers: Sequence[Callable[[], Answer]], train: Callable[[list[Job]], Sequence[Result]]
+    answers: Sequence[Callable[[], Answer]], do: Callable[[list[Job]], Sequence[Result]]
 ) -> list[Answer | BaseException]:
     """Answer several clients.
 
     Args:
-        answers: what makes each one's answer, which calls :func:`trained_in_turn`, any number of
+        answers: what makes each one's answer, which calls :func:`done_in_turn`, any number of
             times.
-        train: (jobs) -> what comes of each, or the exception that it failed with.
+        do: (jobs) -> what comes of each, or the exception that it failed with.
 
     Returns:
         Each one's answer, or what it raised.
@@ -114,7 +114,7 @@ def answer_together(
         for client in clients:
             client.go_on()
         while waiting := [client for client in clients if not client.ended]:
-            results = train([client.waits_for for client in waiting])  # type: ignore[misc]
+            results = do([client.waits_for for client in waiting])  # type: ignore[misc]
             for client, result in zip(waiting, results, strict=True):
                 client.go_on(result)
     except BaseException:

@@ -4,6 +4,7 @@ process.
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from srfed.device import memory_layout, resolve_device
 from srfed.diffusion.process import Denoiser
 from srfed.errors import UserError
 from srfed.evaluation.features.load import FeatureNetwork, load_feature_network
+from srfed.evaluation.generation import Generated, generate_together, owners_at_once
+from srfed.evaluation.task import generate_share
 from srfed.federation.agreement import not_agreed
 from srfed.federation.coming import decode_coming
 from srfed.federation.contract import Contract
@@ -23,21 +26,50 @@ from srfed.federation.last_look import stays_here
 from srfed.federation.layout import Layout, layout_of
 from srfed.federation.messages import Request
 from srfed.federation.site import Site, own_task
-from srfed.federation.together import trained_in_turn, waits_in_turn
+from srfed.federation.together import done_in_turn, waits_in_turn
 from srfed.flat import copies
 from srfed.model import (
+    StackedModel,
     build_model,
     build_objective,
     build_partition,
     captured_forwards,
     denoiser_of_task,
+    denoiser_of_tasks,
 )
-from srfed.networks.partition import Shared
+from srfed.networks.partition import Exclusive, Shared
 from srfed.storage.checkpoint import check_tensors
 from srfed.storage.client_store import NO_PARENT, ClientStore
 from srfed.training.local import Job, LocalResult, LocalTrainer, train_owners
-from srfed.training.part import ClientState, initial_state
+from srfed.training.part import ClientState, initial_state, load_tensors
 from srfed.training.step import LocalStep
+
+
+class Drawing(NamedTuple):
+    """An owner's samples that are to be generated.
+
+    Attributes:
+        site: whose.
+        shared, exclusive: the weights to generate with.
+        samples: how many images.
+        shape: H, W, C of one image.
+    """
+
+    site: Site
+    shared: Shared
+    exclusive: Exclusive
+    samples: int
+    shape: tuple[int, ...]
+
+    @property
+    def form(self) -> tuple[int, tuple[int, ...]]:
+        """Equal for owners whose samples can be generated together."""
+        return self.samples, self.shape
+
+
+Done = LocalResult | Generated | Exception
+"""What comes of a job: of a :class:`~srfed.training.local.Job`, of a :class:`Drawing`, of either
+one that fails."""
 
 
 class Worker:
@@ -60,7 +92,8 @@ class Worker:
         self.model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
         self.objective = build_objective(config, self.device)
         self._step = LocalStep(config, self.model, self.partition, self.objective)
-        self._stacks: dict[int, LocalStep] = {}
+        self._steps_of_stacks: dict[int, LocalStep] = {}
+        self._stacked_models: dict[int, StackedModel] = {}
         self._forwards = captured_forwards(self.model, config.resources, self.device)
         self._trainers: dict[Site, LocalTrainer] = {}
 
@@ -91,9 +124,56 @@ class Worker:
         """
         if not waits_in_turn():
             return job.trainer.run_alone(job)
-        result = trained_in_turn((self, job))
+        result = done_in_turn((self, job))
         assert isinstance(result, LocalResult)
         return result
+
+    def generate(self, drawing: Drawing) -> Generated:
+        """A client's samples: by themselves, or with those of whoever is answered together with it;
+        they spoil the model's weights.
+        """
+        if not waits_in_turn():
+            return self._generate_alone(drawing)
+        result = done_in_turn((self, drawing))
+        assert isinstance(result, Generated)
+        return result
+
+    def _generate_alone(self, drawing: Drawing) -> Generated:
+        load_tensors(self.model, drawing.shared, drawing.exclusive)
+        return generate_share(
+            self.denoiser(drawing.site),
+            self.objective.process,
+            self.config,
+            task=drawing.site.client,
+            shape=drawing.shape,
+            samples=drawing.samples,
+        )
+
+    def generate_together(self, drawings: Sequence[Drawing]) -> Sequence[Done]:
+        """The samples of drawings of one :meth:`form_of`, as one program. A single one is put
+        beside itself, as in :meth:`run_together`.
+        """
+        first = drawings[0]
+        if not self._stacks(first):
+            return [self._generate_alone(one) for one in drawings]
+        stacked = [*drawings, *drawings][: max(2, len(drawings))]
+        if len(stacked) not in self._stacked_models:
+            self._stacked_models[len(stacked)] = StackedModel(self.config, self.model, len(stacked))
+        models = self._stacked_models[len(stacked)]
+        for weights, one in zip(models.owners, stacked, strict=True):
+            load_tensors(weights, one.shared, one.exclusive)
+        self.model.eval()
+        places = [one.site.index for one in stacked]
+        return generate_together(
+            denoiser_of_tasks(self.objective, self.model, places, models.forwards),
+            self.objective.process,
+            self.config.sampling,
+            count=first.samples,
+            shape=first.shape,
+            seed=self.config.seed,
+            tasks=[one.site.client for one in stacked],
+            strip_steps=self.config.evaluation.strip_steps,
+        )[: len(drawings)]
 
     def run_together(self, jobs: Sequence[Job]) -> list[LocalResult]:
         """Carry out rounds of one :attr:`~srfed.training.local.Job.form` as one program.
@@ -104,16 +184,27 @@ class Worker:
         # What is lent would change with the next stack, which comes before the first is written.
         kept = [job._replace(lend=False) for job in jobs]
         stacked = [*kept, *kept][: max(2, len(kept))]
-        if len(stacked) not in self._stacks:
-            self._stacks[len(stacked)] = LocalStep(
+        if len(stacked) not in self._steps_of_stacks:
+            self._steps_of_stacks[len(stacked)] = LocalStep(
                 self.config, self.model, self.partition, self.objective, len(stacked)
             )
-        step = self._stacks[len(stacked)]
+        step = self._steps_of_stacks[len(stacked)]
         try:
             return train_owners(self.config, step, stacked)[: len(jobs)]
         except UserError:
-            del self._stacks[len(stacked)]
+            del self._steps_of_stacks[len(stacked)]
             raise
+
+    def form_of(self, job: Job | Drawing) -> object:
+        """Equal for jobs that are done as one program."""
+        if isinstance(job, Drawing) and not self._stacks(job):
+            return job.site
+        return type(job), job.form
+
+    def _stacks(self, drawing: Drawing) -> bool:
+        """Whether such samples are generated as one program with others' where there are any."""
+        sampling, (count, shape) = self.config.sampling, drawing.form
+        return owners_at_once(sampling, self.device.type, count=count, shape=shape) > 1
 
     @property
     def beginning(self) -> tuple[Shared, ClientState]:
@@ -217,23 +308,25 @@ def features_for(admitted: Admitted) -> FeatureNetwork:
     return network
 
 
-def train_stacks(jobs: Sequence[tuple[Worker, Job]]) -> list[LocalResult | Exception]:
-    """Carry out the rounds of clients that are answered together, those of one form as one program.
+def do_together(jobs: Sequence[tuple[Worker, Job | Drawing]]) -> list[Done]:
+    """Do the jobs of clients that are answered together, those of one form as one program.
 
     Returns:
-        What comes of each, or the exception with which its program has failed.
+        What comes of each; the exception with which its program has failed, if it has.
     """
     forms: dict[object, list[int]] = {}
     for place, (worker, job) in enumerate(jobs):
-        forms.setdefault((worker, job.form), []).append(place)
-    results: dict[int, LocalResult | Exception] = {}
+        forms.setdefault((worker, worker.form_of(job)), []).append(place)
+    results: dict[int, Done] = {}
     for places in forms.values():
-        worker = jobs[places[0]][0]
+        worker, members = jobs[places[0]][0], [jobs[place][1] for place in places]
+        rounds = [job for job in members if isinstance(job, Job)]
+        drawings = [job for job in members if isinstance(job, Drawing)]
         torch.set_num_threads(worker.config.resources.client_cpus)
         try:
             with exits_are_failures():
-                found: Sequence[LocalResult | Exception] = worker.run_together(
-                    [jobs[place][1] for place in places]
+                found: Sequence[Done] = (
+                    worker.run_together(rounds) if rounds else worker.generate_together(drawings)
                 )
         except Exception as error:
             # It is each owner's answer that was in the stack; the others go on.

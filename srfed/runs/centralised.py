@@ -21,7 +21,7 @@ from srfed.evaluation.metrics.own import OwnMetrics
 from srfed.evaluation.references import RealFloor, References
 from srfed.evaluation.report import Recognised, TaskReport, evaluation_record
 from srfed.evaluation.shares import share_of_samples
-from srfed.evaluation.task import evaluate_task
+from srfed.evaluation.task import evaluate_task, generate_share
 from srfed.flat import copies
 from srfed.model import (
     build_model,
@@ -256,14 +256,22 @@ class Centralised:
         )
         reports, images = {}, {}
         for place, task in enumerate(self._images):
+            denoiser, process = self._denoiser(place, own), self._objective.process
             evaluated = evaluate_task(
-                self._denoiser(place, own),
-                self._objective.process,
+                denoiser,
+                process,
                 self._config,
                 task=task.name,
                 train=task.train,
                 test=task.test,
-                samples=share,
+                generated=generate_share(
+                    denoiser,
+                    process,
+                    self._config,
+                    task=task.name,
+                    shape=task.shape,
+                    samples=share,
+                ),
                 final=final,
             )
             if evaluated.no_audit:

@@ -82,14 +82,17 @@ def check_training(
     check_held_out(config, tasks)
     import torch
 
-    from srfed.device import resolve_device
+    from srfed.device import check_share_of_gpu, resolve_device
     from srfed.evaluation.features.load import load_feature_network
     from srfed.evaluation.generation import build_sampler
     from srfed.model import build_objective, shared_of
+    from srfed.runs.repeatable import check_repeatable
     from srfed.training.centralised import centralised_orders
     from srfed.training.minibatches import MinibatchOrder
 
-    resolve_device(config.resources)
+    where = resolve_device(config.resources)
+    if training.method == "federated":
+        check_share_of_gpu(config.resources)
     # What is only looked at needs no GPU, and the driver of a Ray run is to hold no part of one.
     device = torch.device("cpu")
     if training.method != "federated":
@@ -101,7 +104,9 @@ def check_training(
                 training, len(task.train), training.batch_size, config.seed, task.name
             )
     shared_of(config, sorted({task.shape[-1] for task in tasks}))
-    build_objective(config, device)
+    objective = build_objective(config, device)
+    for shape in sorted({task.shape for task in tasks}):
+        check_repeatable(config, objective, shape, where)
     build_sampler(config.sampling)
     for step in config.updates.steps:
         make(UPDATE_STEPS, step, config.updates)

@@ -30,6 +30,7 @@ from srfed.training.minibatches import (
 from srfed.training.optimizer import rates_of_round
 from srfed.training.part import ClientState, Part
 from srfed.training.step import LocalStep, LossMeter, Owner
+from srfed.units import tasks_in_words
 from srfed.work import STEP_TO_PASS, count_passes
 
 
@@ -235,7 +236,8 @@ def _too_large(
 
     batch = max(len(indices) for _, indices in plans[0])
     training, stack = config.training, config.resources.stack
-    short = f"{_named(jobs)}: there is not enough memory ({where}) for a local step of"
+    named = tasks_in_words([job.trainer.task for job in jobs])
+    short = f"{named}: there is not enough memory ({where}) for a local step of"
     images_said = f"{batch} images (training.batch_size = {training.batch_size})"
     said, remedies = f"{short} {images_said}", "smaller images, or a smaller network"
     if len(jobs) > 1:
@@ -248,15 +250,6 @@ def _too_large(
     fits = largest_that_fits(batch, lambda images: trial(1, images))
     smaller = "" if fits is None else f"training.batch_size up to {fits}, "
     return f"{said}; {in_words(fits, 'images')}; allowed: {smaller}{remedies}"
-
-
-def _named(jobs: Sequence[Job]) -> str:
-    """Whose rounds these are, in words."""
-    names = list(dict.fromkeys(job.trainer.task for job in jobs))
-    if len(names) == 1:
-        return f"task {names[0]}"
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"tasks {', '.join(names[:3])}{more}"
 
 
 def _in_short(plan: Plan, images: int) -> Plan:

@@ -6,14 +6,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 
 from srfed.config import RunConfig, TrainingConfig
-from srfed.device import Captured, autocast, batched_attention
+from srfed.device import Captured, autocast
 from srfed.diffusion.objective import Objective
 from srfed.diffusion.process import QUARTERS, Forward, Process
-from srfed.errors import UserError
-from srfed.memory import failure_of_gpu, is_short_of_memory
+from srfed.model import stacked_forward
 from srfed.networks.network import Network
 from srfed.networks.partition import Control, Exclusive, Partition, Shared
 from srfed.training.gradient_terms import GradientTerms
@@ -290,27 +288,9 @@ class LocalStep:
         trained = {name for part in parts for name in self.owners[0].parts[part].weights}
         for name, tensor in self._stacked.items():
             tensor.requires_grad_(name in trained)
-
-        def network(weights: dict[str, Tensor], *arguments: Tensor) -> Tensor:
-            predicted: Tensor = functional_call(self.model, weights, arguments)
-            return predicted
-
-        def forward(x: Tensor, t: Tensor) -> Tensor:
-            arguments = (tensor.unflatten(0, (count, -1)) for tensor in (x, t, *tasks))
-            try:
-                predicted: Tensor = vmap(network)(self._stacked, *arguments)
-            except RuntimeError as error:
-                if is_short_of_memory(error) or failure_of_gpu(error):
-                    raise
-                raise UserError(
-                    f"model.network {self._config.model.network} cannot be trained with "
-                    f"resources.stack {self._config.resources.stack}, as torch.func.vmap says: "
-                    f"{' '.join(str(error).split())[:200]}; allowed: auto, 1"
-                ) from error
-            return predicted.flatten(0, 1)
-
-        with autocast(self._config.resources, self.device), batched_attention(self.device):
-            losses = self.objective.loss(forward, *batch)
+        forward = stacked_forward(self._config, self.model, self._stacked)
+        with autocast(self._config.resources, self.device):
+            losses = self.objective.loss(lambda x, t: forward(x, t, *tasks), *batch)
         # No owner's weights are in another's loss, so the gradient of the sum is each one's own.
         leaves = [tensor for tensor in self._stacked.values() if tensor.requires_grad]
         total = losses.unflatten(0, (count, -1)).mean(dim=1).sum()

@@ -198,7 +198,7 @@ def test_the_time_of_a_plan_has_the_evaluations_and_the_page_in_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At 0.3 s an image of a step: 0.1 s a pass."""
-    monkeypatch.setattr(plan, "_seconds_per_image", lambda config, task: (0.3, 0.0))
+    monkeypatch.setattr(plan, "_steps_timed", lambda config, task: plan.Timed(0.3, 0.0, 0.0))
     changes = {
         "federation.rounds": 6,
         "federation.clients_per_round": 2,

@@ -24,7 +24,7 @@ from srfed.diffusion.schedule import linear_schedule
 from srfed.evaluation.features.load import FeatureNetwork
 from srfed.evaluation.generation import generate
 from srfed.evaluation.shares import share_of_samples
-from srfed.evaluation.task import evaluate_task
+from srfed.evaluation.task import evaluate_task, generate_share
 from srfed.federation.flower.client_app import app
 from srfed.federation.flower.packing import read_tensors
 from srfed.federation.messages import EVALUATE, GENERATED, REPLY
@@ -186,15 +186,18 @@ def test_reconstructions_are_not_guided() -> None:
         config = tiny_config(settings)
         objective = build_objective(config, torch.device("cpu"))
         images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
+        denoiser = denoiser_of_task(objective, perturbed(config), None)
         found.append(
             evaluate_task(
-                denoiser_of_task(objective, perturbed(config), None),
+                denoiser,
                 objective.process,
                 config,
                 task="t",
                 train=images,
                 test=images,
-                samples=2,
+                generated=generate_share(
+                    denoiser, objective.process, config, task="t", shape=(8, 8, 1), samples=2
+                ),
                 final=True,
             )
         )

@@ -307,7 +307,7 @@ def test_what_is_this_machines_affair_is_not_the_servers(tmp_path: Path) -> None
     try:
         changes = {
             "resources.client_cpus": 100_000,
-            "resources.client_gpus": 8.0,
+            "resources.client_gpus": 1.0,
             "resources.device": "auto",
             "evaluation.inception_weights": "/dev/zero",
             "data.dir": "/etc",

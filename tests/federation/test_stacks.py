@@ -4,7 +4,7 @@ failure is one client's.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from flwr.app import Context, Message
@@ -14,15 +14,17 @@ from srfed.errors import UserError
 from srfed.federation.flower.client_app import guarded_app
 from srfed.federation.flower.exchange import StoppedError
 from srfed.federation.flower.in_process import InlineGrid
-from srfed.federation.flower.stacking import TRAIN_STACK, shared_out
-from srfed.federation.messages import TRAIN
-from srfed.federation.together import answer_together, trained_in_turn
+from srfed.federation.flower.ray import run_on_ray
+from srfed.federation.flower.stacking import PARTITIONS, shared_out
+from srfed.federation.messages import EVALUATE, TRAIN
+from srfed.federation.together import answer_together, done_in_turn
 from srfed.storage.run_folder import RunFolder
 from support.tiny_run import (
     CHEAP,
     CLIENTS,
     all_bits,
     begin,
+    records,
     round_lines,
     run_in_process,
     run_on_grid,
@@ -48,19 +50,31 @@ class StoppingGrid(InlineGrid):
 
     def _run_client(self, message: Message) -> Message:
         reply = super()._run_client(message)
-        if message.metadata.message_type == TRAIN_STACK and message.metadata.group_id == "2":
+        if message.metadata.message_type == "train.stack" and message.metadata.group_id == "2":
             raise StoppedError
         return reply
 
 
-def failing(times: int) -> Callable[..., Message]:
-    """A mod that makes so many of the middle client's rounds fail once they are trained."""
+class RecordingGrid(InlineGrid):
+    """Keeps what kinds of messages came, each with its clients' places."""
+
+    asked: ClassVar[list[tuple[str, list[int]]]] = []
+
+    def _run_client(self, message: Message) -> Message:
+        places = message.content.config_records.get(PARTITIONS, {}).get(PARTITIONS, [])
+        assert isinstance(places, list)
+        self.asked.append((message.metadata.message_type, [int(str(place)) for place in places]))
+        return super()._run_client(message)
+
+
+def failing(times: int, kind: str = TRAIN) -> Callable[..., Message]:
+    """A mod that makes so many of the middle client's answers fail once they are made."""
     left = [None] * times
 
     def mod(message: Message, context: Context, call_next: Callable[..., Message]) -> Message:
         reply = call_next(message, context)
         middle = context.node_config["partition-id"] == MIDDLE
-        if message.metadata.message_type == TRAIN and middle and left:
+        if message.metadata.message_type == kind and middle and left:
             left.pop()
             raise RuntimeError("no such luck")
         return reply
@@ -94,6 +108,61 @@ def test_a_stack_is_not_one_by_one_to_the_bit_and_is_so_to_rounding(
     (one, *_), (other, *_) = round_lines(alone), round_lines(whole)
     assert one["loss_by_client"] == pytest.approx(other["loss_by_client"], rel=1e-5)
     assert one["loss_by_client"] != other["loss_by_client"]
+
+
+def test_more_owners_than_a_cpu_adds_up_alike_are_more_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From eight owners on the first convolution of grey images would have other bits."""
+    monkeypatch.setattr(RecordingGrid, "asked", [])
+    few = {"evaluation.samples": 18, "evaluation.samples_between": 18}
+    cheap = {**CHEAP, **few, "federation.rounds": 1, "federation.clients": 9}
+    runs = [begin(tmp_path / f"{n}", {**cheap, "resources.stack": n}) for n in (3, 9)]
+    for run in runs:
+        run_on_grid(run, RecordingGrid)
+    trained = [places for kind, places in RecordingGrid.asked if kind == "train.stack"]
+    assert trained == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [0, 1, 2, 3], [4, 5, 6, 7, 8]]
+    assert all_bits(runs[0]) == all_bits(runs[1])
+    first, second = (records(run)[-1] for run in runs)
+    assert first == second
+
+
+@pytest.mark.slow
+def test_stacks_in_rays_processes_have_the_bits_of_those_in_one(tmp_path: Path) -> None:
+    """Two processes share five owners out otherwise than one does, pictures included."""
+    few = {"federation.rounds": 1, "federation.clients": 5, "evaluation.samples": 20}
+    settings = {**CHEAP, **few, "model.exclusive_stages": 1}
+    inline = run_in_process(begin(tmp_path / "inline", {**settings, "resources.stack": 5}))
+    ray = {"resources.backend": "ray", "resources.cpus": 2, "resources.stack": 2}
+    several = begin(tmp_path / "ray", {**settings, **ray})
+    run_on_ray(several)
+    assert all_bits(several) == all_bits(inline)
+    one, other = (records(run)[-1] for run in (inline, several))
+    # A request has its run's settings in it, in words of another length.
+    assert one.pop("bytes_down") != other.pop("bytes_down")
+    assert one["kind"] == "evaluation"
+    assert one == other
+
+
+def test_an_evaluation_asks_stacks_and_one_clients_failure_is_not_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RecordingGrid, "asked", [])
+    settings = {**CHEAP, "federation.rounds": 1, "evaluation.samples": 18}
+    alone = begin(tmp_path / "alone", settings)
+    whole = begin(tmp_path / "whole", {**settings, "resources.stack": 3})
+    short = begin(tmp_path / "short", {**settings, "resources.stack": 3})
+    run_on_grid(alone, InlineGrid)
+    run_on_grid(whole, RecordingGrid)
+    assert RecordingGrid.asked[-1] == ("evaluate.stack", [0, 1, 2])
+    run_on_grid(short, InlineGrid, guarded_app([failing(1, EVALUATE)]))
+    one, other, less = (records(run)[-1] for run in (alone, whole, short))
+    assert less["refused"].keys() == {"digit-1"}
+    assert "no such luck" in (short.clients / "digit-1" / "client.log").read_text()
+    for client, score in less["score_by_client"].items():
+        assert score == other["score_by_client"][client]
+    # Other bits of φ too, so pictures may be off by more than a level.
+    assert one["score"] == pytest.approx(other["score"], rel=0.02)
 
 
 def test_one_clients_failure_is_not_the_others(tmp_path: Path) -> None:
@@ -139,7 +208,7 @@ def test_clients_take_turns_and_each_has_its_own_outcome() -> None:
         def answer() -> str:
             if name == "before":
                 raise ValueError(name)
-            got = [trained_in_turn(f"{name}{k}") for k in range(times)]
+            got = [done_in_turn(f"{name}{k}") for k in range(times)]
             order.append(name)
             if name == "after":
                 raise ValueError(name)
@@ -166,7 +235,7 @@ def test_when_training_is_interrupted_nobody_is_left_waiting() -> None:
 
     def answer() -> None:
         try:
-            trained_in_turn(None)
+            done_in_turn(None)
         except BaseException as error:
             ended.append(error)
             raise

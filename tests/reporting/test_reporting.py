@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from srfed.diffusion.guidance import TaskDenoiser
 from srfed.errors import DamagedError, UserError
-from srfed.evaluation.task import evaluate_task
+from srfed.evaluation.task import evaluate_task, generate_share
 from srfed.federation.flower.in_process import run_in_process as run_observed
 from srfed.memory import memory_of_processes
 from srfed.model import build_objective
@@ -563,14 +563,23 @@ def test_the_passes_of_an_evaluation_are_those_that_the_network_is_asked_for(
         asked += len(x)
         return torch.zeros_like(x)
 
+    evaluation, both = config.evaluation, TaskDenoiser(denoiser, denoiser)
+    process = build_objective(config, torch.device("cpu")).process
     evaluate_task(
-        TaskDenoiser(denoiser, denoiser),
-        build_objective(config, torch.device("cpu")).process,
+        both,
+        process,
         config,
         task="t",
         train=images,
         test=images[:5],
-        samples=config.evaluation.samples if final else config.evaluation.samples_between,
+        generated=generate_share(
+            both,
+            process,
+            config,
+            task="t",
+            shape=(8, 8, 1),
+            samples=evaluation.samples if final else evaluation.samples_between,
+        ),
         final=final,
     )
     assert asked == evaluation_passes(config, 1, final=final) > 0

@@ -60,7 +60,7 @@ from srfed.federation.messages import (
 )
 from srfed.federation.site_log import write_to_log
 from srfed.federation.updates import Delta, Memory, difference, encode_update
-from srfed.federation.worker import Worker, features_for, worker_for
+from srfed.federation.worker import Drawing, Worker, features_for, worker_for
 from srfed.networks.partition import Control, Shared
 from srfed.reporting.pictures import draw_grid, write_png
 from srfed.storage.client_store import NO_PARENT, AskedError, ClientStore
@@ -224,6 +224,9 @@ def evaluate(message: Message, context: Context) -> Message:
         )
     # What the client has kept of its model alone is that of its last attempt, whatever is judged.
     compared = compare(worker, admitted, (shared, exclusive), state)
+    generated = worker.generate(
+        Drawing(site, shared, exclusive, request.samples, task.test.shape[1:])
+    )
     load_tensors(worker.model, shared, exclusive)
     evaluated = evaluate_task(
         worker.denoiser(site),
@@ -232,10 +235,10 @@ def evaluate(message: Message, context: Context) -> Message:
         task=client,
         train=task.train,
         test=task.test,
-        samples=request.samples,
+        generated=generated,
         final=request.final,
     )
-    generated, metrics = evaluated.generated, _ssim_metrics(evaluated)
+    metrics = _ssim_metrics(evaluated)
     if evaluated.audit is not None:
         metrics |= audit_metrics(evaluated.audit)
         pairs = draw_nearest_pairs(evaluated.audit, generated.images, task.train)

@@ -126,7 +126,7 @@ class FlowerClients:
             what: the exchange, in words.
             screen: the reply of a client, if it can be accepted; raises RefusedError.
             away: clients that are not asked because they are not there.
-            stacks: simulated clients that are to be trained together, if any; then every client of
+            stacks: simulated clients that are to be asked together, if any; then every client of
                 the requests is in one.
 
         Raises:

@@ -13,10 +13,11 @@ from srfed.cores import usable_cores
 from srfed.data import Task, load_recorded_tasks, record_tasks
 from srfed.data.images import CHANNELS
 from srfed.data.tasks import ALLOW
-from srfed.device import place_of, resolve_device
+from srfed.device import most_in_a_program, place_of, resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.features.statistics import FeatureStatistics
+from srfed.evaluation.generation import owners_at_once
 from srfed.evaluation.metrics.colour import colours
 from srfed.evaluation.metrics.nearest_neighbour import Recogniser
 from srfed.evaluation.metrics.own import OwnMetrics
@@ -202,7 +203,7 @@ class Federated:
         self._tell, number = tell, state.round + 1
         self._started = time.perf_counter()
         chosen = self._choose(number)
-        stacks = self._stacks(chosen, number)
+        stacks = self._trained_together(chosen, number)
         ordered = [client for stack in stacks for client in stack] or chosen
         requests = [self._request(client, number) for client in ordered]
         sent = self._sent(number)
@@ -241,29 +242,57 @@ class Federated:
         share = share_of_samples(
             settings.samples if final else settings.samples_between, self.config.evaluated_clients
         )
+
+        def together(client: str) -> int:
+            shape = self._roster.shapes[client]
+            return owners_at_once(self.config.sampling, self._device, count=share, shape=shape)
+
+        stacks = self._stacks(clients, self._roster.shapes.__getitem__, together)
+        ordered = [client for stack in stacks for client in stack] or clients
         screened = self._clients(tell).ask(
             EVALUATE,
-            [self._request(client, number, share, final) for client in clients],
+            [self._request(client, number, share, final) for client in ordered],
             {SHARED: self._average_judged(final)},
             f"evaluation {number}",
             self._screen_evaluation,
             away=self._away,
+            stacks=stacks,
         )
         return self._judge(number, screened, final)
 
-    def _stacks(self, clients: Sequence[str], number: int) -> list[list[str]]:
-        """The simulated clients that train together: of a round like each other's, in the order of
-        their ids. Empty where each trains by itself.
+    def _trained_together(self, clients: Sequence[str], number: int) -> list[list[str]]:
+        """The simulated clients that train together: of a round like each other's."""
+
+        def form(client: str) -> object:
+            plan = self._plan(client, number)
+            return self._roster.shapes[client], plan.images, plan.minibatches
+
+        def most(client: str) -> int:
+            return most_in_a_program(self._device, self._roster.shapes[client][-1])
+
+        return self._stacks(clients, form, most)
+
+    def _stacks(
+        self, clients: Sequence[str], form: Callable[[str], object], most: Callable[[str], int]
+    ) -> list[list[str]]:
+        """The simulated clients that are asked together: of one form, in the order of their ids, so
+        many at most as the configuration and the form allow. Empty where each is asked by itself.
         """
-        most, members = self.config.resources.owners_stacked, self._roster.members
-        if most == 1 or any(members[client].description.index < 0 for client in clients):
+        asked, members = self.config.resources.owners_stacked, self._roster.members
+        if asked == 1 or any(members[client].description.index < 0 for client in clients):
             return []
         alike: dict[object, list[str]] = {}
         for client in clients:
-            plan = self._plan(client, number)
-            key = self._roster.shapes[client], plan.images, plan.minibatches
-            alike.setdefault(key, []).append(client)
-        return [stack for group in alike.values() for stack in shared_out(group, most)]
+            alike.setdefault(form(client), []).append(client)
+        at_once = {key: min(asked, most(group[0])) for key, group in alike.items()}
+        if set(at_once.values()) == {1}:
+            return []
+        return [stack for key, group in alike.items() for stack in shared_out(group, at_once[key])]
+
+    @property
+    def _device(self) -> str:
+        """Where simulated clients train, "cpu" or "cuda" with the card's name."""
+        return "cpu" if self.place is None else self.place.device
 
     def _plan(self, client: str, number: int) -> TrainPlan:
         """What a client is to do in a round."""

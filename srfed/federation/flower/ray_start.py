@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from srfed import __version__
 from srfed.config import RunConfig
 from srfed.cores import usable_cores
+from srfed.device import gpus_here
 from srfed.environment import surroundings_kept
 from srfed.errors import UserError
 from srfed.federation import report_nothing
@@ -108,7 +109,15 @@ def _own(run: RunFolder, folder: str) -> tuple[Room, None]:
     try:
         # Ray lets everybody write into its folder, but nobody else gets as far as that.
         place = os.path.join(folder, "r")
-        _init(run, address="local", num_cpus=cores, include_dashboard=False, _temp_dir=place)
+        _init(
+            run,
+            address="local",
+            num_cpus=cores,
+            # Ray looks for GPUs in ways of its own, and may find another number than PyTorch.
+            num_gpus=gpus_here(),
+            include_dashboard=False,
+            _temp_dir=place,
+        )
     except Exception as error:
         # Ray raises what its parts raise: OSError, ValueError, ConnectionError, RuntimeError and
         # its own.
@@ -249,8 +258,10 @@ def _room(config: RunConfig, cores: int) -> Room:
     gpus = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
     share, place = client_share(config, gpus, cores), Place("cpu", resources.precision)
     if share:
-        # A GPU that a client has to itself needs no measuring.
-        seen = _look_at_gpu(config, share, measure=resources.client_gpus is None and share < 1)
+        # A GPU that a client has to itself needs no measuring; a stack may be too large for it.
+        alone = share == 1 and resources.owners_stacked == 1
+        measure = resources.client_gpus is None and not alone
+        seen = _look_at_gpu(config, share, measure=measure)
         share, place = client_share(config, gpus, cores, seen.fit), seen.place
     return Room(
         cpus=resources.client_cpus,

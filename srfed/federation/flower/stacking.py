@@ -1,5 +1,5 @@
-"""Stacks over any Flower grid: one message asks several simulated clients to train a round, and
-they are answered together (:mod:`srfed.federation.together`).
+"""Stacks over any Flower grid: one message asks several simulated clients to train a round, or for
+samples, and they are answered together (:mod:`srfed.federation.together`).
 
 It goes to the first of them, and holds what all are sent once, and each one's own request. A
 deployed site refuses it as a kind of request that it does not know.
@@ -18,12 +18,13 @@ from flwr.serverapp import Grid
 
 from srfed.federation.flower.exchange import Simulated
 from srfed.federation.flower.guard import GuardedApp
-from srfed.federation.messages import REQUEST, TRAIN
+from srfed.federation.messages import EVALUATE, REQUEST, TRAIN
 from srfed.federation.site import is_simulated
 from srfed.federation.together import answer_together
-from srfed.federation.worker import train_stacks
+from srfed.federation.worker import do_together
 
-TRAIN_STACK = "train.stack"
+STACKS = {f"{kind}.stack": kind for kind in (TRAIN, EVALUATE)}
+"""Kinds of messages to a stack, and of what each client in it is asked."""
 PARTITIONS = "partitions"
 """Record of the clients' places among the simulation's, in the order of their requests."""
 ERROR = "error"
@@ -52,7 +53,7 @@ class StackingGrid:
 
     Args:
         grid: where the clients are.
-        stacks: the clients that are trained together.
+        stacks: the clients that are asked together.
     """
 
     def __init__(self, grid: Grid, stacks: Iterable[Sequence[Seat]]) -> None:
@@ -128,14 +129,14 @@ class StackedApp(GuardedApp):
     """A guarded app that answers the clients of a stack together, each through all its mods."""
 
     def __call__(self, message: Message, context: Context) -> Message:
-        if message.metadata.message_type != TRAIN_STACK or not is_simulated(context):
+        if message.metadata.message_type not in STACKS or not is_simulated(context):
             return super().__call__(message, context)
         answer = super().__call__
         answers: list[Callable[[], Message]] = [
             lambda asked=asked, own=own: answer(asked, own)  # type: ignore[misc]
             for asked, own in _members(message, context)
         ]
-        replies = answer_together(answers, train_stacks)
+        replies = answer_together(answers, do_together)
         return Message(_collected(replies), reply_to=message)
 
 
@@ -151,7 +152,7 @@ def _put_together(messages: Sequence[Message], partitions: Sequence[int]) -> Mes
     return Message(
         content,
         metadata.dst_node_id,
-        TRAIN_STACK,
+        f"{metadata.message_type}.stack",
         ttl=metadata.ttl,
         group_id=metadata.group_id,
     )
@@ -164,7 +165,7 @@ def _members(message: Message, context: Context) -> list[tuple[Message, Context]
     assert isinstance(partitions, list)
     for place, partition in enumerate(partitions):
         metadata = copy.copy(message.metadata)
-        metadata.message_type = TRAIN
+        metadata.message_type = STACKS[message.metadata.message_type]
         own = RecordDict({REQUEST: content[_numbered(place, REQUEST)]})
         for name, record in content.array_records.items():
             own[name] = record
