@@ -261,7 +261,7 @@ class EvaluationRecord:
         recognised, recognised_by_client: share of the samples that a nearest-neighbour judge on
             real images gives to their own client, mean over clients and for each; empty where the
             server does not have the images of two.
-        recognised_real: the same share of held-out real images.
+        recognised_real: the same share of held-out real images of the judged owners.
         own: what metrics of one's own say, by name.
         colours: of samples and held-out images, by client, where the server has both.
         result: whose weights it has judged, at the end under ``federation.result: best``; None

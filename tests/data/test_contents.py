@@ -125,8 +125,7 @@ def test_owners_of_two_pictures_run_together_and_one_image_has_no_score_of_its_o
     (evaluation,) = MetricsLog(tmp_path / "run" / "metrics.jsonl").evaluations()
     assert set(evaluation["score_by_client"]) == {"more"}
     assert evaluation["references"] == 5
-    network = EmbeddedFeatures()
-    together = References(network, {task.name: task.test for task in tasks})
+    together = References(EmbeddedFeatures(), {task.name: task.test for task in tasks})
     generated = {name: random_images(2, 8, 8, 1, seed=20) for name in ("owner-0", "more")}
     assert set(together.score(generated).per_task) == {"more"}
     assert run.tasks

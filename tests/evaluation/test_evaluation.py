@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
+from srfed.data.images import Images
 from srfed.errors import UserError
 from srfed.evaluation.features import embedded
 from srfed.evaluation.features import inception_file as weights
@@ -27,6 +28,8 @@ from srfed.evaluation.features.statistics import FeatureStatistics, merge_statis
 from srfed.evaluation.features.statistics_file import load_statistics, save_statistics
 from srfed.evaluation.metrics.frechet import frechet_distance
 from srfed.evaluation.metrics.ssim import ssim, ssim_window
+from srfed.evaluation.references import References
+from support.images import random_images
 
 Array = npt.NDArray[Any]
 
@@ -509,3 +512,20 @@ def test_damaged_statistics_files_are_refused(network: FeatureNetwork, tmp_path:
             load_statistics(path, network)
     with pytest.raises(UserError, match="cannot read"):
         load_statistics(tmp_path / "absent", network)
+
+
+def test_features_of_real_images_are_made_of_judged_owners_only_and_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network, seen = embedded.EmbeddedFeatures(), list[int]()
+    features = embedded.EmbeddedFeatures.__call__
+
+    def counted(self: embedded.EmbeddedFeatures, images: Images) -> Any:
+        seen.append(len(images))
+        return features(self, images)
+
+    monkeypatch.setattr(embedded.EmbeddedFeatures, "__call__", counted)
+    references = References(network, {f"{n}": random_images(n, 8, 8, 1) for n in (3, 4, 5)})
+    samples = {"4": random_images(2, 8, 8, 1, seed=1)}
+    assert references.score(samples) == references.score(samples)
+    assert seen == [2, 4, 2]

@@ -6,10 +6,13 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flwr.app import Message
 
+from srfed.federation.flower import roster
+from srfed.federation.flower.roster import Expected
 from srfed.federation.messages import DESCRIBE, REPLY
 from srfed.federation.site import Site
 from srfed.federation.site_log import write_to_log
@@ -108,6 +111,46 @@ def test_a_round_that_waits_names_the_sites_that_have_not_answered(
         r"round 2: waiting for (.* and )?digit-2 \(not connected: start that site\)", said
     )
     assert len(round_lines(run)) == 3
+
+
+class Clock:
+    """Stands still but for what a grid takes."""
+
+    def __init__(self) -> None:
+        self.now = self.worked = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def thread_time(self) -> float:
+        return self.worked
+
+
+@pytest.mark.parametrize(("works", "later"), [(0.0, 1.0), (0.02, 1.0), (3.0, 30.0)])
+def test_a_look_that_takes_much_work_is_taken_seldom_and_one_that_only_waits_is_not(
+    works: float, later: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, looks = Clock(), []
+
+    class SlowGrid(ChangingGrid):
+        def get_nodes(self) -> Any:
+            looks.append(clock.now)
+            # A SuperLink that does not answer for a minute.
+            clock.now, clock.worked = clock.now + 60, clock.worked + works
+            return []
+
+    monkeypatch.setattr(roster, "time", clock)
+    for name, value in (("LOOK_SECONDS", 1.0), ("LOOKS_APART", 10)):
+        monkeypatch.setattr(roster, name, value)
+    run = begin(tmp_path / "run", SETTINGS)
+    others = roster.Roster(
+        SlowGrid(run), run.config, run.lineage, Expected("", None), lambda _: None, lambda _: None
+    )
+    others.look()
+    for after in (later - 0.5, later + 0.5):
+        clock.now = after
+        others.look()
+    assert looks == [0.0, later + 0.5]
 
 
 # --- The site's own log --------------------------------------------------------------------------
