@@ -48,7 +48,7 @@ def aside(work: Callable[[], Result]) -> Result:
     What oneDNN's compiler could not do once for want of memory, it refuses ever after to the thread
     that asked.
     """
-    _release()
+    release()
     results: list[Result] = []
     failures: list[BaseException] = []
     threads = torch.get_num_threads()
@@ -78,7 +78,7 @@ def _halves(asked: int) -> Iterator[int]:
         yield asked
 
 
-def _release() -> None:
+def release() -> None:
     """Give back what nobody holds any more."""
     gc.collect()
     if torch.cuda.is_initialized():

@@ -21,6 +21,7 @@ from srfed.data import load_tasks
 from srfed.device import Captured, arithmetic, place_of, resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.generation import generate
+from srfed.federation import measured
 from srfed.federation.flower import ray_node, ray_start
 from srfed.federation.flower.ray import run_on_ray
 from srfed.federation.flower.ray_start import client_share
@@ -267,6 +268,7 @@ def test_memory_of_a_gpu_is_measured_in_one_step(monkeypatch: pytest.MonkeyPatch
         return processes_that_fit(tiny_config(settings), torch.device("cuda", 0))
 
     monkeypatch.setattr(LocalStep, "run", counted)
+    monkeypatch.setattr(measured, "take_one_step", faked_card.on_the_cpu)
     monkeypatch.setattr(
         torch.cuda, "max_memory_reserved", lambda device: max(steps) * gib - CONTEXT
     )
@@ -302,8 +304,9 @@ def test_rays_clients_share_a_gpu_by_their_memory(
             ray_start._look_at_gpu(asked, 0.5, measure=True)
         # A client alone on a GPU is not measured, a stack is, as it may be too large.
         monkeypatch.setattr(ray_start, "look_at_gpu", lambda _, measure: f"measured: {measure}")
-        for stack in (1, 2):
-            alone = tiny_config({**ray_run, "resources.cpus": 1, "resources.stack": stack})
+        for stack, share in ((1, None), (2, None), (1, 0.5), (2, 0.5)):
+            own = {"resources.stack": stack, "resources.client_gpus": share}
+            alone = tiny_config({**ray_run, "resources.cpus": 1, **own})
             with pytest.raises(UserError, match=f"on Ray's GPU: measured: {stack == 2}"):
                 ray_start._room(alone, 1)
 

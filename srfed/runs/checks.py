@@ -14,6 +14,8 @@ from srfed.storage.metrics_log import MetricsLog
 from srfed.storage.run_folder import LOCK, RunFolder
 
 if TYPE_CHECKING:
+    import torch
+
     from srfed.data import Task
 
 
@@ -110,6 +112,8 @@ def check_training(
     build_sampler(config.sampling)
     for step in config.updates.steps:
         make(UPDATE_STEPS, step, config.updates)
+    if where.type == "cuda" and config.resources.backend == "inline":
+        _try_stack(config, tasks, where)
     load_feature_network(
         config.evaluation.feature_network, config.evaluation.inception_weights, device
     )
@@ -151,6 +155,17 @@ def check_held_out(config: RunConfig, tasks: Sequence["Task"]) -> None:
                     "leaves 2, more images, or a split of your own"
                     + (", or evaluation.mode=samples" if each else "")
                 )
+
+
+def _try_stack(config: RunConfig, tasks: Sequence["Task"], device: "torch.device") -> None:
+    """Raise UserError where a stack is too large for the memory of the GPU that it trains on."""
+    from srfed.room import release
+    from srfed.training.one_step import take_one_step
+
+    if config.resources.owners_stacked == 1:
+        return
+    take_one_step(config, tasks, device)
+    release()
 
 
 def finished(run: RunFolder) -> bool:

@@ -10,6 +10,7 @@ import torch
 from flwr.app import Context, Message
 from torch import Tensor, nn
 
+from srfed import device
 from srfed.config import RunConfig, parse_config
 from srfed.federation.flower.client_app import guarded_app
 from srfed.federation.messages import FAILED, TRAIN
@@ -22,17 +23,20 @@ from srfed.networks.network import Network
 from srfed.networks.partition import Shared
 from srfed.room import largest_that_fits
 from srfed.runs.centralised import Centralised
+from srfed.runs.checks import check_training
 from srfed.runs.loop import run_rounds
 from srfed.storage.run_folder import RunFolder
+from srfed.training import one_step
 from srfed.training.local import Job, LocalTrainer
 from srfed.training.part import ClientState, initial_state
 from srfed.training.step import LocalStep
+from support import faked_card
 from support.agreed_site import CLIENT, AgreedSite
 from support.commands import run_here
 from support.errors import message_of
 from support.local_training import same_bits, some_images
 from support.short_memory import BATCH, in_a_process_of_its_own
-from support.tiny_run import CHEAP, all_bits, round_lines, run_in_process, tiny_config
+from support.tiny_run import CHEAP, all_bits, begin, round_lines, run_in_process, tiny_config
 
 SAID = (
     rf"there is not enough memory \(cpu\) for a local step of {BATCH} images "
@@ -214,6 +218,35 @@ def test_of_a_stack_it_is_said_how_many_fit_at_once(monkeypatch: pytest.MonkeyPa
     assert len(worker.run_together(jobs[:2])) == 2
     monkeypatch.setattr(LocalStep, "_step_together", step_together)
     assert len(worker.run_together(jobs)) == 4
+
+
+def test_a_stack_that_a_gpu_has_no_memory_for_is_refused_before_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The card is made up; one step of the run's own is taken on the CPU instead."""
+    step_together, taken = LocalStep._step_together, list[int]()
+
+    def of_two_at_most(step: LocalStep, *arguments: Any) -> Tensor:
+        taken.append(len(step.owners))
+        if len(step.owners) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return step_together(step, *arguments)
+
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(LocalStep, "_step_together", of_two_at_most)
+    monkeypatch.setattr(device, "resolve_device", lambda resources: card)
+    monkeypatch.setattr(one_step, "take_one_step", faked_card.on_the_cpu)
+    run = begin(tmp_path / "of two", {**CHEAP, "resources.stack": 2, "training.local_steps": 5})
+    check_training(run.config)
+    assert taken == [2], "one step"
+    settings = tmp_path / "run.yaml"
+    settings.write_text(tiny_config({**CHEAP, "resources.stack": 3}).to_yaml())
+    said = run_here("simulate", "--config", settings, "--run-dir", tmp_path / "run")
+    assert said.returncode == 2
+    (line,) = said.stderr.splitlines()
+    assert "local step of 3 tasks at once (resources.stack = 3)" in line
+    assert "; 1 at once fit; allowed: resources.stack 1, " in line
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("method", ["balanced", "one_task"])

@@ -258,9 +258,9 @@ def _room(config: RunConfig, cores: int) -> Room:
     gpus = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
     share, place = client_share(config, gpus, cores), Place("cpu", resources.precision)
     if share:
-        # A GPU that a client has to itself needs no measuring; a stack may be too large for it.
-        alone = share == 1 and resources.owners_stacked == 1
-        measure = resources.client_gpus is None and not alone
+        # A GPU that a client has to itself needs no measuring; a stack may be too large for any.
+        open_share = resources.client_gpus is None and share < 1
+        measure = open_share or resources.owners_stacked > 1
         seen = _look_at_gpu(config, share, measure=measure)
         share, place = client_share(config, gpus, cores, seen.fit), seen.place
     return Room(
