@@ -54,7 +54,8 @@ def row_of(cell: Cell, outcome: Mapping[str, Any]) -> dict[str, Any]:
         "local_steps": config.training.local_steps,
         "learning_rate": config.training.learning_rate,
         "own_learning_rate": config.training.exclusive_learning_rate,
-        "control_variates": getattr(config.training, "control_variates", False),
+        "control_variates": config.training.control_variates,
+        "server_optimizer": config.federation.server_optimizer,
         "best_round": _digits(mean(owner["round"] for owner in owners)),
         **{
             name: _digits(mean(owner[name] for owner in owners))
@@ -217,7 +218,13 @@ def describe(asked: Sequence[Cell], seeds: Sequence[Mapping[str, dict[str, Any]]
         )
     waited = asked[0].judging.patience
     patience = f", or until none is the best for {waited} rounds" if waited else ""
-    control = any(getattr(cell.config.training, "control_variates", False) for cell in asked)
+    joined = [cell.config.federation for cell in asked if cell.config.training.control_variates]
+    method = (
+        f"together has control variates, and the server's step momentum "
+        f"{joined[0].server_momentum:g}"
+        if joined
+        else "together was not asked for"
+    )
     own = ", ".join(
         f"{cell.side} {cell.config.training.exclusive_learning_rate:g}"
         for cell in asked[: len(_sides(asked))]
@@ -232,7 +239,7 @@ def describe(asked: Sequence[Cell], seeds: Sequence[Mapping[str, dict[str, Any]]
         f"{some['recognised_real']:.2f}; {some['samples']} samples an owner; copies: distance to "
         "training images over that of held-out ones. The interval is over held-out images, not "
         f"over trainings. φ learns at a rate of {config.training.learning_rate:g}, θ_i at: {own}; "
-        f"together has {'' if control else 'no '}control variates.",
+        f"{method}.",
     ]
     return "\n".join(lines) + "\n"
 

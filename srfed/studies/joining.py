@@ -3,7 +3,8 @@ number of steps on four sides.
 
 alone       each owner trains a network of its own
 paper       the outermost stage is each owner's own, k = 1
-together    everything is shared but each owner's small parts, which learn faster
+together    everything is shared but each owner's small parts, which learn faster; the server's step
+            has momentum
 pooled      one party has all images, and the same small parts for each owner
 
 Every network is judged at its own best round by images that are set aside for that, and then once
@@ -17,7 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from srfed.config import RunConfig, TrainingConfig
+from srfed.config import RunConfig
 from srfed.files import exists, read_json
 from srfed.studies.cases import Job, change
 from srfed.studies.judged import OUTCOME_FILE, Judging
@@ -26,6 +27,8 @@ ALONE, PAPER, JOINED, POOLED = SIDES = ("alone", "paper", "together", "pooled")
 OWN_RATES: Mapping[str, float] = {ALONE: 1, PAPER: 1, JOINED: 10, POOLED: 10}
 """The rate of θ_i over that of φ, unless somebody says otherwise."""
 RATE = 3e-3
+SERVER_MOMENTUM = 0.5
+"""On the side together: a step of the server goes on into the next rounds, twice as far in all."""
 COMMON: Mapping[str, Any] = {
     "data__image_size": 14,
     "data__channels": 1,
@@ -103,7 +106,13 @@ def side_settings(
     settings: dict[str, dict[str, Any]] = {
         ALONE: {"model__exclusive_stages": "all"},
         PAPER: {"model__exclusive_stages": 1},
-        JOINED: small,
+        JOINED: {
+            **small,
+            "federation__server_optimizer": "momentum",
+            "federation__server_momentum": SERVER_MOMENTUM,
+            # Without them the owners drift apart during a round.
+            "training__control_variates": True,
+        },
         POOLED: {
             **small,
             "training__method": "balanced",
@@ -111,11 +120,7 @@ def side_settings(
             "resources__stack": "auto",
         },
     }
-    chosen = {**settings[side], "training__exclusive_learning_rate": rate * own_rate}
-    # Not every version has them; without them the owners drift apart during a round.
-    if side == JOINED and "control_variates" in TrainingConfig.model_fields:
-        chosen["training__control_variates"] = True
-    return chosen
+    return {**settings[side], "training__exclusive_learning_rate": rate * own_rate}
 
 
 def cells(

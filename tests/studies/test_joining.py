@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from simulations import joining as command
-from srfed.config import RunConfig, TrainingConfig
+from srfed.config import RunConfig, load_config
+from srfed.config.presets import preset_file
 from srfed.data import Task, load_tasks
 from srfed.errors import UserError
 from srfed.evaluation.metrics.denoising_loss import MOMENTS, mean_loss, paired_ratio
@@ -41,7 +42,7 @@ from srfed.studies.gains import (
     row_of,
     worth_of_images,
 )
-from srfed.studies.joining import OWN_RATES, SIDES, Cell, alone_with, cells
+from srfed.studies.joining import COMMON, OWN_RATES, SIDES, Cell, alone_with, cells
 from srfed.studies.judged import train_judged
 from srfed.studies.owners import SETS
 from support.images import random_images, save
@@ -50,6 +51,9 @@ from support.tiny_study import tiny_base
 OWNERS = ("digit-0", "digit-1", "digit-2")
 ASKED = {"every": 1, "samples": 4, "test_images": 6}
 CLOCK = {"core_seconds"}
+
+
+HOW_LONG = "training.decay_rounds"
 
 
 def tiny_cells(rounds: int = 2) -> dict[str, Cell]:
@@ -76,15 +80,31 @@ def test_the_sides_differ_in_what_is_shared_and_in_nothing_else() -> None:
         "training.centralised_batch_size",
         "training.exclusive_learning_rate",
         "training.control_variates",
+        "federation.server_optimizer",
+        "federation.server_momentum",
     }
     assert differing <= allowed
     rates = {side: found[side]["training.exclusive_learning_rate"] for side in SIDES}
     assert rates == pytest.approx({"alone": 3e-3, "paper": 3e-3, "together": 3e-2, "pooled": 3e-2})
     assert found["pooled"]["training.centralised_batch_size"] == 3 * 8
     assert found["together"]["training.learning_rate"] == 3e-3
-    has_control = "control_variates" in TrainingConfig.model_fields
-    assert found["together"].get("training.control_variates", False) is has_control
-    assert not found["paper"].get("training.control_variates", False)
+    assert [side for side in SIDES if found[side]["training.control_variates"]] == ["together"]
+    served = {side: found[side]["federation.server_optimizer"] for side in SIDES}
+    assert served == {side: "momentum" if side == "together" else "average" for side in SIDES}
+
+
+def test_the_preset_is_the_side_that_the_study_calls_together() -> None:
+    """But for the images, how long it takes, and what decides nothing."""
+    base = change(RunConfig(), **COMMON)
+    (cell,) = cells("digits", base, ASKED, [0], OWN_RATES, ["together"])
+    there = cell.config.settings()
+    here = load_config(preset_file("few_images")).settings()
+    for name in here:
+        section = name.split(".")[0]
+        if section in ("model", "diffusion", "training", "updates") and name != HOW_LONG:
+            assert here[name] == there[name], name
+    for name in ("optimizer", "momentum", "learning_rate"):
+        assert here[f"federation.server_{name}"] == there[f"federation.server_{name}"]
 
 
 # --- Best rounds ---
