@@ -101,8 +101,8 @@ def _write_state(checkpoint: Checkpoint, file: BinaryIO) -> None:
         for name, tensor in sorted(tensors.items()):
             dtype = _dtype_name(tensor)
             by_dtype.setdefault(dtype, []).append(tensor)
-            entries.append([group, name, dtype, list(tensor.shape)])
-    layout = json.dumps(entries, separators=(",", ":"))
+            entries.append((group, name, dtype, tensor.shape))
+    layout = _layout_of(tuple(entries))
     arrays, begin = {}, 0
     for dtype, code in _DTYPES.items():
         if dtype in by_dtype:
@@ -125,6 +125,12 @@ def _write_state(checkpoint: Checkpoint, file: BinaryIO) -> None:
     file.write(sha256.encode())
     file.flush()
     _verified.add(_stamp(file), sha256)
+
+
+@lru_cache(maxsize=64)
+def _layout_of(entries: tuple[tuple[str, str, str, tuple[int, ...]], ...]) -> str:
+    """A run's states have few layouts."""
+    return json.dumps(entries, separators=(",", ":"))
 
 
 def read_checkpoint(folder: Path, kinds: Mapping[str, type] | None = None) -> Checkpoint:

@@ -9,6 +9,7 @@ format 3 the manifest and a SHA-256 of the whole file stood in a file beside it;
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,8 +47,8 @@ class Header:
         size: where the arrays begin.
     """
 
-    arrays: dict[str, Any]
-    about: dict[str, str]
+    arrays: Mapping[str, Any]
+    about: Mapping[str, str]
     size: int
 
 
@@ -59,13 +60,19 @@ def read_header(path: Path, file: BinaryIO) -> Header:
         size = int.from_bytes(file.read(8), "little")
         if not 2 <= size <= LONGEST_HEADER:
             raise ValueError(f"its header would be {size} bytes long")
-        arrays = json.loads(file.read(size))
-        about = arrays.pop(ABOUT, {})
-        if not all(isinstance(text, str) for text in about.values()):
-            raise ValueError("its header has something other than texts")
-        return Header(arrays, about, 8 + size)
+        return _header_in(file.read(size))
     except (ValueError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{path} is damaged: {error}") from error
+
+
+@lru_cache(maxsize=64)
+def _header_in(content: bytes) -> Header:
+    """What a client's message makes of its store reads the same few headers a dozen times."""
+    arrays = json.loads(content)
+    about = arrays.pop(ABOUT, {})
+    if not all(isinstance(text, str) for text in about.values()):
+        raise ValueError("its header has something other than texts")
+    return Header(arrays, about, 8 + len(content))
 
 
 def header_bytes(arrays: Mapping[str, Any], about: Mapping[str, str]) -> bytes:
