@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--steps", type=int, default=20, help="local steps in a round")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--side", type=int, help="pixels of an image; default: the network's own")
     parser.add_argument(
         "--profile", action="store_true", help="show what takes most of the time, and no speeds"
     )
@@ -49,7 +50,9 @@ def main() -> None:
                     f"resources.channels_last={channels_last}".lower(),
                 ]
                 config = _config(name, options.device, options.steps, settings)
-                images = _images(*NETWORKS[name])
+                channels, own_side = NETWORKS[name]
+                side = options.side or own_side
+                images = _images(channels, side)
                 if options.profile:
                     print(f"{name}, {', '.join(settings)}", flush=True)
                     _show_profile(_trainer(config, images, captures=True))
@@ -61,7 +64,7 @@ def main() -> None:
                     )
                 speeds.append(("diffusers", _diffusers(config, images)))
                 shown = ", ".join(f"{label} {speed:,.0f}" for label, speed in speeds)
-                side, layout = NETWORKS[name][1], "NHWC" if channels_last else "NCHW"
+                layout = "NHWC" if channels_last else "NCHW"
                 print(
                     f"{name} {side} px, batches of {config.training.batch_size}, {precision} "
                     f"{layout}: {shown} images/s"

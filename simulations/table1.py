@@ -203,12 +203,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", metavar="WORDS", help="methods whose names hold any of these words"
     )
+    parser.add_argument(
+        "--feature-network",
+        choices=("embedded", "inception"),
+        help="what scores are of; default: the preset's (inception needs its weights)",
+    )
     add_options(parser)
     options = parser.parse_args(arguments)
     return run_command(lambda: _table(options), options.minutes)
 
 
-def configuration(dataset: str, preset: str, data_dir: str | None, device: str) -> RunConfig:
+def configuration(
+    dataset: str,
+    preset: str,
+    data_dir: str | None,
+    device: str,
+    feature_network: str | None = None,
+) -> RunConfig:
     """The configuration of the federated SR-DDPM: the data set's own file, with the preset's
     settings.
 
@@ -224,6 +235,8 @@ def configuration(dataset: str, preset: str, data_dir: str | None, device: str) 
         settings["federation__clients"] = own.federation.clients
     if data_dir is not None:
         settings["data__dir"] = str(absolute_path(data_dir))
+    if feature_network is not None:
+        settings["evaluation__feature_network"] = feature_network
     # Everything is scored afterwards, by the same code for every method.
     scored_later = {
         "evaluation__every": 0,
@@ -240,7 +253,9 @@ def configuration(dataset: str, preset: str, data_dir: str | None, device: str) 
 
 
 def _table(options: argparse.Namespace) -> None:
-    config = configuration(options.dataset, options.preset, options.data_dir, options.device)
+    config = configuration(
+        options.dataset, options.preset, options.data_dir, options.device, options.feature_network
+    )
     preset = PRESETS[options.preset][options.dataset]
     listed = choose(methods(config), options.only)
     cases = [

@@ -18,6 +18,9 @@ WARM_UP_CALLS = 3
 semantics).
 """
 
+ATTENTION_BLOCK = 64
+"""Keys that a fused kernel for attention takes at once, at least (PyTorch's CUDA sources)."""
+
 
 def resolve_device(resources: ResourcesConfig) -> torch.device:
     """The device of ``resources.device``.
@@ -42,6 +45,17 @@ def resolve_device(resources: ResourcesConfig) -> torch.device:
             "allowed: float32"
         )
     return device
+
+
+def device_of_clients(resources: ResourcesConfig) -> torch.device:
+    """Where simulated clients train, as far as this machine can tell: for a share of no GPU, and
+    for the nodes of somebody's cluster, which say so themselves, the CPU. Raises UserError as
+    :func:`resolve_device`.
+    """
+    elsewhere = resources.ray_address is not None
+    if elsewhere or (resources.backend == "ray" and resources.client_gpus == 0):
+        return torch.device("cpu")
+    return resolve_device(resources)
 
 
 def gpus_here() -> int:
@@ -96,6 +110,16 @@ def batched_attention(device: torch.device) -> AbstractContextManager[None]:
     fused kernel torch would call it owner by owner, and warn.
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
+def repeatable_attention(tokens: int, device: torch.device) -> AbstractContextManager[None]:
+    """The context in which attention over so many tokens repeats itself bit by bit, where
+    :func:`arithmetic` asks for that: a GPU's fused kernels share a gradient's sums out over the
+    keys as soon as these are more than one block of theirs, and add them up in any order.
+    """
+    if device.type == "cuda" and torch.backends.cudnn.deterministic and tokens > ATTENTION_BLOCK:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 @contextmanager

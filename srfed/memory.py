@@ -9,7 +9,11 @@ _SHORT = re.compile(
     "can't allocate memory|bad_alloc|_ALLOC_FAILED|CUDA error: out of memory"
     # oneDNN's compiler, whatever it lacks; what it cannot do at all is a "descriptor".
     "|could not create a primitive(?! desc)"
+    # cuDNN tries one algorithm after another, and says only that none of them went; cuBLAS, that
+    # there was no room for its workspace.
+    "|unable to find an engine to execute this computation|CUBLAS_STATUS_NOT_INITIALIZED"
 )
+_LOST = re.compile("CUDA error|_STATUS_(EXECUTION_FAILED|MAPPING_ERROR)")
 
 
 def memory_of_processes(process: int | None = None, proc: Path = Path("/proc")) -> tuple[int, int]:
@@ -72,7 +76,7 @@ def failure_of_gpu(error: BaseException) -> str:
     fallen off its bus, an Xid error, an assertion of a kernel's): the process has to end. Empty
     where it is no such failure.
     """
-    lost = type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
+    lost = type(error).__name__ == "AcceleratorError" or _LOST.search(str(error))
     if not lost or is_short_of_memory(error):
         return ""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

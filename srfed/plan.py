@@ -18,7 +18,7 @@ import torch
 from srfed.config import RunConfig, UNetConfig, parse_config
 from srfed.cores import usable_cores
 from srfed.data import Task
-from srfed.device import memory_layout, resolve_device
+from srfed.device import device_of_clients, memory_layout
 from srfed.errors import UserError
 from srfed.evaluation.metrics.denoising_loss import MOMENTS
 from srfed.federation.contract import Contract
@@ -161,7 +161,7 @@ def _with(config: RunConfig, section: str, **settings: object) -> RunConfig:
 
 def _measured(config: RunConfig, tasks: Sequence[Task]) -> Plan:
     federation, training, resources = config.federation, config.training, config.resources
-    device = resolve_device(resources)
+    device = device_of_clients(resources)
     largest = max(tasks, key=lambda task: int(np.prod(task.shape)))
     model = build_model(config, largest.shape[-1])
     partition = build_partition(config, model)
@@ -259,7 +259,7 @@ def _timed(config: RunConfig, task: Task, *, aside: bool) -> Timed:
 
 def _steps_timed(config: RunConfig, task: Task) -> Timed:
     timed = _with(config, "training", local_steps=TIMED_STEPS, local_epochs=None)
-    device = resolve_device(config.resources)
+    device = device_of_clients(config.resources)
     layout = memory_layout(config.resources)
     model = build_model(timed, task.shape[-1])
     partition = build_partition(timed, model)

@@ -18,7 +18,15 @@ from srfed import simulate
 from srfed.config import ResourcesConfig, load_config, parse_config
 from srfed.cores import check_resources
 from srfed.data import load_tasks
-from srfed.device import Captured, arithmetic, place_of, resolve_device
+from srfed.device import (
+    ATTENTION_BLOCK,
+    Captured,
+    arithmetic,
+    device_of_clients,
+    place_of,
+    repeatable_attention,
+    resolve_device,
+)
 from srfed.errors import UserError
 from srfed.evaluation.generation import generate
 from srfed.federation import measured
@@ -35,16 +43,17 @@ from srfed.model import (
     denoiser_of_task,
 )
 from srfed.networks.blocks import SelfAttention
+from srfed.networks.partition import Shared
 from srfed.plan import plan_run
 from srfed.reporting.console import Console
 from srfed.runs.checks import check_simulation
-from srfed.training.local import LocalResult, LocalTrainer
+from srfed.training.local import Job, LocalResult, LocalTrainer, train_owners
 from srfed.training.optimizer import PartOptimizer
 from srfed.training.part import initial_state, load_tensors
 from srfed.training.step import LocalStep
 from support import faked_card, short_memory
 from support.errors import message_of
-from support.local_training import run_config
+from support.local_training import run_config, some_images
 from support.short_memory import LARGE
 from support.tiny_run import begin, run_in_process, store_of, tiny_config
 
@@ -241,6 +250,25 @@ def test_clients_without_a_gpu_are_refused_what_needs_one(asked: dict[str, str])
         check_resources(ResourcesConfig.model_validate({**no_gpu, **asked}))
 
 
+def test_where_clients_train_is_no_matter_of_a_card_that_they_do_not_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A cluster's nodes say themselves what they have, whatever its driver has."""
+
+    def device(**resources: Any) -> str:
+        return device_of_clients(ResourcesConfig.model_validate(resources)).type
+
+    cluster = {"backend": "ray", "ray_address": "auto"}
+    assert device(**cluster, device="cuda", precision="bfloat16") == "cpu"
+    with pytest.raises(UserError, match="no CUDA device here"):
+        device(backend="ray", device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device(backend="ray") == "cuda"
+    assert device(backend="ray", client_gpus=0) == "cpu"
+    assert device(backend="inline", client_gpus=0) == "cuda"
+    assert device(**cluster) == "cpu"
+
+
 def test_a_client_gets_no_less_of_a_gpu_than_it_has_memory_for() -> None:
     """Of three clients that the cores would run at once."""
 
@@ -251,7 +279,8 @@ def test_a_client_gets_no_less_of_a_gpu_than_it_has_memory_for() -> None:
         return client_share(config, gpus, 16, fit)
 
     assert [share(fit) for fit in (1, 2, 3, 80)] == [1, 0.5, 0.3333, 0.3333]
-    assert share(3, gpus=2) == 0.6666, "two GPUs have room for more than there are"
+    assert share(3, gpus=2) == 0.5, "two on one GPU and one on the other: none is on both"
+    assert share(80, gpus=5) == 1
     assert share(1, client_gpus=0.25) == 0.25, "who says a share has it"
 
 
@@ -483,6 +512,89 @@ def test_a_captured_step_has_the_bits_of_the_step(name: str) -> None:
     )
     assert torch.equal(all_tensors(captured), all_tensors(plain))
     assert captured.loss == plain.loss
+
+
+def of_three(
+    device: str, changes: dict[str, Any], *, stacked: bool, captures: bool = True
+) -> list[LocalResult]:
+    """A round of three owners with images of their own."""
+    config = tiny_config({**changes, "resources.device": device, "resources.stack": 3})
+    here = resolve_device(config.resources)
+    model = build_model(config, 1)
+    partition = build_partition(config, model)
+    shared = copies(partition.take_shared(model.state_dict()))
+    state = initial_state(model, partition)
+    model, objective = model.to(here), build_objective(config, here)
+    alone = LocalStep(config, model, partition, objective)
+    jobs = [
+        Job(
+            LocalTrainer(
+                config, model, partition, objective, f"digit-{k}", some_images(20, k), k, alone
+            ),
+            1,
+            Shared(shared),
+            state,
+        )
+        for k in range(3)
+    ]
+    if not stacked:
+        return [job.trainer.run_alone(job) for job in jobs]
+    together = LocalStep(config, model, partition, objective, 3)
+    together.captures = together.captures and captures
+    return train_owners(config, together, jobs)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", ["as it is", "control variates", "bfloat16", "channels last"])
+def test_a_captured_stack_has_the_bits_of_the_stack(name: str) -> None:
+    captured, plain = (
+        of_three("cuda", SETTINGS[name], stacked=True, captures=captures)
+        for captures in (True, False)
+    )
+    for one, other in zip(captured, plain, strict=True):
+        assert torch.equal(all_tensors(one), all_tensors(other))
+
+
+@needs_cuda
+def test_owners_of_a_stack_on_a_gpu_have_what_they_have_by_themselves() -> None:
+    together, one_by_one = (of_three("cuda", {}, stacked=stacked) for stacked in (True, False))
+    on_a_cpu = of_three("cpu", {}, stacked=True)
+    for one, other, third in zip(together, one_by_one, on_a_cpu, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-4)
+        assert one.loss == pytest.approx(third.loss, rel=1e-4)
+
+
+@needs_cuda
+def test_attention_over_many_tokens_repeats_its_gradients() -> None:
+    torch.manual_seed(0)
+    attention = SelfAttention(64, 32, 8).cuda()
+    torch.nn.init.normal_(attention.project.weight)
+    x = torch.randn(32, 64, 24, 24, device="cuda", requires_grad=True)
+
+    def gradient() -> Tensor:
+        with arithmetic(ResourcesConfig(), x.device):
+            (found,) = torch.autograd.grad(attention(x).square().sum(), x)
+        return found
+
+    first = gradient()
+    assert all(torch.equal(gradient(), first) for _ in range(5))
+
+
+def test_attention_that_is_to_repeat_itself_does_without_fused_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    card, fused = torch.device("cuda", 0), torch.backends.cuda.flash_sdp_enabled
+    assert fused()
+    for repeats, tokens, device, expected in (
+        (True, ATTENTION_BLOCK + 1, card, False),
+        (True, ATTENTION_BLOCK, card, True),
+        (False, 4096, card, True),
+        (True, 4096, torch.device("cpu"), True),
+    ):
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", repeats)
+        with repeatable_attention(tokens, device):
+            assert fused() is expected
+            assert torch.backends.cuda.math_sdp_enabled()
 
 
 @needs_cuda

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from srfed.device import repeatable_attention
+
 
 def sinusoidal_embedding(timesteps: Tensor, dimension: int) -> Tensor:
     """Embed timesteps as sines and cosines of geometrically spaced frequencies (Vaswani et al.,
@@ -121,7 +123,8 @@ class SelfAttention(nn.Module):
             .clone(memory_format=torch.contiguous_format)
             .unbind(dim=1)
         )
-        attended = F.scaled_dot_product_attention(query, key, value)
+        with repeatable_attention(height * width, x.device):
+            attended = F.scaled_dot_product_attention(query, key, value)
         return x + self.project(attended.transpose(-1, -2).reshape(count, channels, height, width))
 
 

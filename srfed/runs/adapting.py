@@ -33,7 +33,7 @@ from srfed.evaluation.generation import generate
 from srfed.evaluation.metrics.denoising_loss import denoising_losses, mean_loss
 from srfed.evaluation.metrics.frechet import frechet_distance
 from srfed.files import exists, held, list_folder, read_json, try_output, write_bytes, write_json
-from srfed.model import build_model, build_objective, denoiser_of_task
+from srfed.model import build_model, build_objective, captured_forwards, denoiser_of_task
 from srfed.records import Shape
 from srfed.storage.site_model import MODELS, save_site_model
 from srfed.training.adaptation import Adapted, Mode, adapt
@@ -206,7 +206,8 @@ def score_adaptation(
     device = resolve_device(config.resources)
     model = build_model(config, task.train.shape[-1]).to(device).eval()
     objective = build_objective(config, device)
-    denoiser = denoiser_of_task(objective, model, None)
+    forwards = captured_forwards(model, config.resources, device)
+    denoiser = denoiser_of_task(objective, model, None, forwards)
     held_out = FeatureStatistics.of(network(task.test))
     floor = frechet_distance(FeatureStatistics.of(network(task.train)), held_out)
     for adapted in adapt(

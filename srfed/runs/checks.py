@@ -84,7 +84,7 @@ def check_training(
     check_held_out(config, tasks)
     import torch
 
-    from srfed.device import check_share_of_gpu, resolve_device
+    from srfed.device import check_share_of_gpu, device_of_clients, resolve_device
     from srfed.evaluation.features.load import load_feature_network
     from srfed.evaluation.generation import build_sampler
     from srfed.model import build_objective, shared_of
@@ -92,9 +92,11 @@ def check_training(
     from srfed.training.centralised import centralised_orders
     from srfed.training.minibatches import MinibatchOrder
 
-    where = resolve_device(config.resources)
     if training.method == "federated":
+        where = device_of_clients(config.resources)
         check_share_of_gpu(config.resources)
+    else:
+        where = resolve_device(config.resources)
     # What is only looked at needs no GPU, and the driver of a Ray run is to hold no part of one.
     device = torch.device("cpu")
     if training.method != "federated":

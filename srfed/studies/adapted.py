@@ -26,7 +26,7 @@ from srfed.evaluation.metrics.denoising_loss import denoising_losses, mean_loss
 from srfed.evaluation.metrics.nearest_neighbour import accuracy_on_real_images, class_agreement
 from srfed.files import write_json
 from srfed.interrupts import run_command
-from srfed.model import build_model, build_objective, denoiser_of_task
+from srfed.model import build_model, build_objective, captured_forwards, denoiser_of_task
 from srfed.networks.partition import Shared
 from srfed.storage.checkpoint import read_arrays, write_arrays
 from srfed.storage.run_folder import RunFolder
@@ -86,7 +86,8 @@ def adapt_and_judge(
     device = resolve_device(config.resources)
     network = build_model(config, task.shape[-1]).to(device).eval()
     objective = build_objective(config, device)
-    denoiser = denoiser_of_task(objective, network, None)
+    forwards = captured_forwards(network, config.resources, device)
+    denoiser = denoiser_of_task(objective, network, None, forwards)
     best: Adapted | None = None
     history: dict[int, float] = {}
     # Of the process, as several share the machine's cores.

@@ -41,7 +41,13 @@ from srfed.evaluation.metrics.nearest_neighbour import accuracy_on_real_images, 
 from srfed.evaluation.task import ssim_curve
 from srfed.files import write_json
 from srfed.interrupts import run_command
-from srfed.model import build_model, build_objective, build_partition, denoiser_of_task
+from srfed.model import (
+    build_model,
+    build_objective,
+    build_partition,
+    captured_forwards,
+    denoiser_of_task,
+)
 from srfed.observer import Observer
 from srfed.records import RoundRecord
 from srfed.reporting.curves import shown_on_terminal
@@ -111,6 +117,7 @@ def judge(run: RunFolder, tasks: Sequence[Task], judging: Judging) -> dict[str, 
     network = build_model(config, tasks[0].shape[-1])
     partition = build_partition(config, network)
     network.to(device).eval()
+    forwards = captured_forwards(network, config.resources, device)
     features = load_feature_network(
         config.evaluation.feature_network, config.evaluation.inception_weights, device
     )
@@ -131,7 +138,7 @@ def judge(run: RunFolder, tasks: Sequence[Task], judging: Judging) -> dict[str, 
             task.name, task.train, task.test[: judging.test_images], task.index, task.validation
         )
         samples[task.name], owners[task.name] = scores_of(
-            denoiser_of_task(objective, network, place),
+            denoiser_of_task(objective, network, place, forwards),
             objective.process,
             config,
             shown,

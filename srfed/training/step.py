@@ -249,10 +249,11 @@ class LocalStep:
             (N,) losses of each owner, eq. (7), on the device.
         """
         arguments = _joined(batches, tasks)
-        self._set_trained(parts)
-        losses = (
-            self._of(parts)(*arguments).clone() if self.captures else self._step(parts, *arguments)
-        )
+        if self.captures:
+            losses = self._of(parts)(*arguments).clone()
+        else:
+            self._set_trained(parts)
+            losses = self._step(parts, *arguments)
         for owner in self.owners:
             for part in parts:
                 owner.parts[part].count_step(captured=self.captures)

@@ -29,8 +29,9 @@ from srfed.federation.aggregation import client_weights
 from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.partition import Partition
 from srfed.networks.unet import UNet
-from srfed.training.local import LocalResult, LocalTrainer
+from srfed.training.local import Job, LocalResult, LocalTrainer, train_owners
 from srfed.training.part import ClientState, Part
+from srfed.training.step import LocalStep
 from support.aggregation import aggregated
 from support.centralised import leaves
 
@@ -111,16 +112,37 @@ class Federation:
             n: tensors[n] + 0.05 * torch.randn(tensors[n].shape, generator=generator) for n in names
         }
 
-    def round(self, number: int, weights: str = "uniform") -> None:
-        """One round in process: every client from the same φ, then the server."""
-        self.results = {
-            name: trainer.train(number, self.shared, self.states[name])
-            for name, trainer in self.trainers.items()
-        }
+    def round(self, number: int, weights: str = "uniform", *, stacked: bool = False) -> None:
+        """One round in process: every client from the same φ, by itself or all as one program;
+        then the server.
+        """
+        train = self._together if stacked else self._one_by_one
+        self.results = train(number)
         self.states = {name: result.state for name, result in self.results.items()}
         updates = {name: result.shared for name, result in self.results.items()}
         p = client_weights(weights, self.examples)  # type: ignore[arg-type]
         self.shared = aggregated(self.config.federation, self.shared, updates, p, {}).shared
+
+    def _one_by_one(self, number: int) -> dict[str, LocalResult]:
+        return {
+            name: trainer.train(number, self.shared, self.states[name])
+            for name, trainer in self.trainers.items()
+        }
+
+    def _together(self, number: int) -> dict[str, LocalResult]:
+        """Of one step, whose draws come to one objective, a client's after the other's."""
+        together = next(iter(self.recorders.values()))
+        count = len(self.trainers)
+        step = LocalStep(self.config, self.model, self.partition, together, count)
+        jobs = [
+            Job(trainer, number, self.shared, self.states[name])
+            for name, trainer in self.trainers.items()
+        ]
+        results = train_owners(self.config, step, jobs)
+        (drawn,) = together.draws
+        for place, recorder in enumerate(self.recorders.values()):
+            recorder.draws = [tuple(tensor.chunk(count)[place] for tensor in drawn)]  # type: ignore[list-item]
+        return dict(zip(self.trainers, results, strict=True))
 
 
 def ddpm_losses(
@@ -167,13 +189,14 @@ def assert_moved(
     ("stages", "owned"),
     [(1, []), (2, []), (4, []), ("io", []), (1, ["film"]), ("none", ["vector", "film"])],
 )
+@pytest.mark.parametrize("stacked", [False, True])
 def test_one_local_sgd_step_is_one_centralised_step_on_the_union_batch(
-    stages: Any, owned: list[str]
+    stages: Any, owned: list[str], stacked: bool
 ) -> None:
     config = run_config(stages, owned, optimizer="sgd", local_steps=1, batch_size=4)
     federation = Federation(config, [5, 7, 9])
     start_shared, start_states = federation.shared, federation.states
-    federation.round(1)
+    federation.round(1, stacked=stacked)
 
     tasks = list(federation.trainers)
     shared = leaves(start_shared)

@@ -323,3 +323,5 @@ def test_each_node_has_room_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Room(cpus=2, gpus=0, most=100, place=cpu).now() == 2, "not three"
     assert Room(cpus=1, gpus=0, most=4, place=cpu).now() == 4
     assert Room(cpus=1, gpus=0.5, most=100, place=cpu).now() == 2
+    nodes[1]["Resources"]["GPU"] = 2.0
+    assert Room(cpus=1, gpus=0.6666, most=100, place=cpu).now() == 3, "one on each GPU"

@@ -11,6 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from srfed.config import ResourcesConfig
+from srfed.device import arithmetic
+
 
 class FeatureNetwork(ABC):
     """A frozen network whose features a Fréchet distance compares.
@@ -58,7 +61,8 @@ class FeatureNetwork(ABC):
             raise ValueError(f"need uint8 images N x H x W x C, got {images.dtype} {images.shape}")
         self._check_channels(images.shape[3])
         features = np.empty((len(images), self.dimension_of(images.shape[3])), dtype=np.float64)
-        with torch.inference_mode():
+        # Whatever a run trains in, scores are of one arithmetic.
+        with torch.inference_mode(), arithmetic(ResourcesConfig(), self.device):
             for start in range(0, len(images), self.batch_size):
                 batch = torch.from_numpy(images[start : start + self.batch_size].copy())
                 batch = batch.to(self.device).permute(0, 3, 1, 2).contiguous()

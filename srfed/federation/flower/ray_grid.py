@@ -55,8 +55,10 @@ class Room:
     def _on_node(self, node: dict[str, Any]) -> int:
         there = node["Resources"] if node["Alive"] else {}
         count = int(there.get("CPU", 0.0) / self.cpus)
-        # A tiny share would otherwise lose a client to rounding.
-        return min(count, int(there.get("GPU", 0.0) / self.gpus + 1e-9)) if self.gpus else count
+        if not self.gpus:
+            return count
+        # A share is of one GPU, never of two; a tiny one would lose a client to rounding.
+        return min(count, int(there.get("GPU", 0.0)) * int(1 / self.gpus + 1e-9))
 
 
 class RayGrid(InlineGrid):

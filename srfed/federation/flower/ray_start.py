@@ -6,6 +6,7 @@ its processes and nowhere else, and a cluster that asks for none is refused.
 """
 
 import logging
+import math
 import os
 import secrets
 import signal
@@ -321,12 +322,14 @@ def client_share(config: RunConfig, gpus: float, cores: int, fit: int | None = N
                 f"resources.precision = {resources.precision} needs CUDA, and Ray finds no GPU "
                 "here; allowed: float32"
             )
-    if asked is not None:
-        return asked
+    if asked is not None or not gpus:
+        return asked or 0.0
     at_once = max(1, min(config.federation.clients, cores // resources.client_cpus))
-    equal = max(gpus / at_once, 1 / fit) if fit else gpus / at_once
+    # A share is of one GPU, never of two.
+    on_each = math.ceil(at_once / gpus)
+    equal = 1 / min(on_each, fit or on_each)
     # Ray counts shares in ten-thousandths; rounded down, so that all fit.
-    return min(1.0, int(10_000 * equal) / 10_000)
+    return int(10_000 * equal) / 10_000
 
 
 @contextmanager
