@@ -47,9 +47,10 @@ from srfed.networks.partition import Shared
 from srfed.plan import plan_run
 from srfed.reporting.console import Console
 from srfed.runs.checks import check_simulation
+from srfed.training.centralised import CentralisedState, CentralisedTrainer
 from srfed.training.local import Job, LocalResult, LocalTrainer, train_owners
 from srfed.training.optimizer import PartOptimizer
-from srfed.training.part import initial_state, load_tensors
+from srfed.training.part import Part, initial_state, load_tensors
 from srfed.training.step import LocalStep
 from support import faked_card, short_memory
 from support.errors import message_of
@@ -562,6 +563,39 @@ def test_owners_of_a_stack_on_a_gpu_have_what_they_have_by_themselves() -> None:
     for one, other, third in zip(together, one_by_one, on_a_cpu, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-4)
         assert one.loss == pytest.approx(third.loss, rel=1e-4)
+
+
+@needs_cuda
+@pytest.mark.parametrize("method", ["pooled", "balanced"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_captured_centralised_step_has_the_bits_of_the_step(method: str, dropout: float) -> None:
+    config = tiny_config(
+        {
+            "training.method": method,
+            "training.minibatches": "ragged",
+            "training.centralised_batch_size": 6,
+            "model.exclusive_stages": "none" if method == "pooled" else 2,
+            "model.dropout": dropout,
+            "resources.device": "cuda",
+        }
+    )
+    tasks = load_tasks(config.data, config.federation.clients)
+    here = resolve_device(config.resources)
+    found = []
+    for captures in (True, False):
+        model = build_model(config, 1)
+        partition = build_partition(config, model)
+        shared = Shared(copies(partition.take_shared(model.state_dict())))
+        begin_from = CentralisedState(
+            Part(shared, Shared(copies(shared))),
+            {task.name: initial_state(model, partition) for task in tasks},
+        )
+        objective = build_objective(config, here)
+        trainer = CentralisedTrainer(config, model.to(here), partition, objective, tasks)
+        trainer.captures = trainer.captures and captures
+        state = trainer.train(2, trainer.train(1, begin_from).state).state
+        found.append(torch.cat([tensor.flatten() for tensor in state.shared.weights.values()]))
+    assert torch.equal(*found)
 
 
 @needs_cuda

@@ -8,6 +8,7 @@ task alike. A round has as many images as a federated one, so that equal rounds 
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch.func import functional_call
 from srfed.config import RunConfig, TrainingConfig
 from srfed.data import Task
 from srfed.data.images import Images
-from srfed.device import arithmetic, memory_layout, to_device
+from srfed.device import Captured, arithmetic, memory_layout, to_device
 from srfed.diffusion.objective import Objective
 from srfed.diffusion.process import Forward
 from srfed.errors import UserError
@@ -28,6 +29,7 @@ from srfed.networks.partition import Exclusive, Partition, Shared
 from srfed.randomness import derive_generator
 from srfed.room import in_words, largest_that_fits
 from srfed.training.minibatches import (
+    Minibatch,
     MinibatchOrder,
     TrainingImages,
     draw_minibatch,
@@ -81,6 +83,10 @@ class CentralisedTrainer:
         objective: what the model learns to predict, on the same device.
         tasks: all tasks, in order.
 
+    Attributes:
+        captures: whether steps are captured as a CUDA graph, and so have to be prepared. Under
+            ``one_task`` each task would have a graph of its own, and its memory.
+
     Raises:
         UserError: a batch size does not fit a task's images.
     """
@@ -113,6 +119,15 @@ class CentralisedTrainer:
         }
         self._orders = centralised_orders(config, {task.name: len(task.train) for task in tasks})
         training = config.training
+        # Under dropout each share of a step draws in a context of its own.
+        several_draw = training.method == "balanced" and config.model.draws
+        self.captures = (
+            self._device.type == "cuda"
+            and training.optimizer == "adam"
+            and training.method != "one_task"
+            and not several_draw
+        )
+        self._captured = Captured(self._step, self._device)
         _, size = _batch_size(training)
         self._steps = len(tasks) * (training.local_steps or 0) * training.batch_size // size
         if training.method == "pooled":
@@ -150,6 +165,8 @@ class CentralisedTrainer:
         key, size = _batch_size(training)
         together = len(self._names) if training.method == "balanced" else 1
         whose = f"{', '.join(self._names)}, " if training.method == "balanced" else ""
+        # With what it has taken of the device's memory.
+        self._captured = Captured(self._step, self._device)
         fits = largest_that_fits(
             size // together, lambda images: self._train(round_number, state, 1, images)
         )
@@ -172,25 +189,25 @@ class CentralisedTrainer:
         self, round_number: int, state: CentralisedState, steps: int, images: int | None
     ) -> CentralisedResult:
         self._model.train()
+        if self.captures:
+            self._prepare(round_number, state, steps, images)
         rates = rates_of_round(self._config, round_number)
         self._shared.begin(state.shared, rates.shared)
         for name, own in state.tasks.items():
             self._exclusive[name].begin(own.exclusive, rates.exclusive, rates.owned)
-        # Minibatches of each order so far; a pool's are the optimizer's steps.
-        seen = {name: own.minibatches for name, own in state.tasks.items()}
-        seen[POOL] = state.shared.steps
+        seen = _seen(state)
         all_losses = LossMeter(self._objective.process)
         task_losses = {name: LossMeter(self._objective.process) for name in self._images}
         start = time.perf_counter()
         for step in range(steps):
             names = self._names_of(round_number, step)
-            shares = [self._share(name, round_number, step, seen[name], images) for name in names]
-            found = training_step(self._config, self._objective, self._shared, shares)
-            self._shared.count_step()
-            for name, share, losses in zip(names, shares, found, strict=True):
-                share.exclusive.count_step()
-                all_losses.add(losses, share.batch.times)
-                task_losses[name].add(losses, share.batch.times)
+            drawn = [self._draw(name, round_number, step, seen[name], images) for name in names]
+            found = self._losses(names, drawn, round_number, step)
+            self._shared.count_step(captured=self.captures)
+            for name, (batch, _), losses in zip(names, drawn, found, strict=True):
+                self._exclusive[name].count_step(captured=self.captures)
+                all_losses.add(losses, batch.times)
+                task_losses[name].add(losses, batch.times)
                 seen[name] += 1
                 count_passes(STEP_TO_PASS * len(losses))
         loss, loss_by_quarter, _ = all_losses.read()
@@ -237,24 +254,86 @@ class CentralisedTrainer:
             names = [names[int(torch.randint(len(names), (), generator=generator))]]
         return names
 
-    def _share(
+    def _draw(
         self, name: str, round_number: int, step: int, seen: int, images: int | None
-    ) -> Share:
+    ) -> tuple[Minibatch, Tensor]:
+        """What a share of a step sees, and whose images these are."""
         indices = self._orders[name].indices(seen)[:images]
-        tasks = self._tasks[name][to_device(indices, self._device)]
-        exclusive = self._exclusive[name]
-        return Share(
-            self._forward({**self._shared.weights, **exclusive.weights}, tasks),
-            exclusive,
-            draw_minibatch(
-                self._config, self._objective, self._images[name][indices], name, round_number, step
-            ),
-            seeded_dropout(self._config, self._device, name, round_number, step),
+        batch = draw_minibatch(
+            self._config, self._objective, self._images[name][indices], name, round_number, step
         )
+        return batch, self._tasks[name][to_device(indices, self._device)]
+
+    def _losses(
+        self,
+        names: Sequence[str],
+        drawn: Sequence[tuple[Minibatch, Tensor]],
+        round_number: int,
+        step: int,
+    ) -> Sequence[Tensor]:
+        """Take a step; the losses of each share."""
+        drawings = [
+            seeded_dropout(self._config, self._device, n, round_number, step) for n in names
+        ]
+        if not self.captures:
+            shares = [
+                self._share(name, batch, tasks, drawing)
+                for name, (batch, tasks), drawing in zip(names, drawn, drawings, strict=True)
+            ]
+            return training_step(self._config, self._objective, self._shared, shares)
+        # Of a pool, or of shares that draw nothing.
+        with drawings[0]:
+            losses = self._captured(*_flat(drawn)).clone()
+        found: tuple[Tensor, ...] = losses.split([len(batch.images) for batch, _ in drawn])
+        return found
+
+    def _prepare(
+        self, round_number: int, state: CentralisedState, steps: int, images: int | None
+    ) -> None:
+        """Capture a step for each shape of a round's minibatches; spoils weights and moments."""
+        seen, found = _seen(state), set()
+        one_size = self._config.training.minibatches != "ragged"
+        for step in range(min(steps, 1) if one_size else steps):
+            names = self._names_of(round_number, step)
+            sizes = tuple(len(self._orders[name].indices(seen[name])[:images]) for name in names)
+            if sizes not in found:
+                found.add(sizes)
+                drawn = [self._draw(name, round_number, step, seen[name], images) for name in names]
+                self._captured.prepare(*_flat(drawn))
+            for name in names:
+                seen[name] += 1
+
+    def _step(self, *tensors: Tensor) -> Tensor:
+        """A step of all shares: of the images, times, noise and tasks of one after the other."""
+        shares = [
+            self._share(name, Minibatch(*tensors[place : place + 3]), tensors[place + 3])
+            for name, place in zip(self._images, range(0, len(tensors), 4), strict=True)
+        ]
+        return torch.cat(training_step(self._config, self._objective, self._shared, shares))
+
+    def _share(
+        self,
+        name: str,
+        batch: Minibatch,
+        tasks: Tensor,
+        drawing: AbstractContextManager[None] | None = None,
+    ) -> Share:
+        exclusive = self._exclusive[name]
+        forward = self._forward({**self._shared.weights, **exclusive.weights}, tasks)
+        return Share(forward, exclusive, batch, drawing or nullcontext())
 
     def _forward(self, weights: Mapping[str, Tensor], tasks: Tensor) -> Forward:
         further = (tasks,) if self._model.tasks else ()
         return lambda x, times: functional_call(self._model, dict(weights), (x, times, *further))
+
+
+def _seen(state: CentralisedState) -> dict[str, int]:
+    """Minibatches of each order so far; a pool's are the optimizer's steps."""
+    return {name: own.minibatches for name, own in state.tasks.items()} | {POOL: state.shared.steps}
+
+
+def _flat(drawn: Sequence[tuple[Minibatch, Tensor]]) -> list[Tensor]:
+    return [tensor for batch, tasks in drawn for tensor in (*batch, tasks)]
 
 
 def centralised_orders(config: RunConfig, images: Mapping[str, int]) -> dict[str, MinibatchOrder]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from srfed.data import Task
+from srfed.device import Captured
 from srfed.errors import UserError
 from support.centralised import (
     METHODS,
@@ -370,3 +371,55 @@ def test_a_batch_above_the_images_is_refused_unless_batches_may_run_on(
     )
     trained.train(1)
     assert trained.results[0].images == 24
+
+
+# --- On a GPU ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["pooled", "balanced"])
+@pytest.mark.parametrize("minibatches", ["ragged", "continued"])
+def test_what_a_gpu_captures_is_the_step_itself(
+    method: str, minibatches: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as a CPU goes, where captured work is a call: every shape is prepared, which trains,
+    before the round begins from its own weights.
+    """
+    prepared: set[Any] = set()
+
+    def prepare(work: Captured, *tensors: Tensor) -> None:
+        work._function(*tensors)
+        prepared.add(tuple(tensor.shape for tensor in tensors))
+
+    def call(work: Captured, *tensors: Tensor) -> Tensor:
+        assert tuple(tensor.shape for tensor in tensors) in prepared
+        return work._function(*tensors)
+
+    monkeypatch.setattr(Captured, "prepare", prepare)
+    monkeypatch.setattr(Captured, "__call__", call)
+    config = run_config(
+        method,
+        "none" if method == "pooled" else 2,
+        optimizer="adam",
+        local_steps=3,
+        batch_size=6,
+        minibatches=minibatches,
+    )
+    plain, captured = central(config, 7, 9, 9), central(config, 7, 9, 9)
+    assert not plain.trainer.captures
+    captured.trainer.captures = True
+    plain.train(1, 2)
+    captured.train(1, 2)
+    assert len(prepared) > (minibatches == "ragged")
+    assert [one.loss for one in captured.results] == [one.loss for one in plain.results]
+    for one, other in (
+        (captured.state.shared, plain.state.shared),
+        *(
+            (captured.state.tasks[name].exclusive, plain.state.tasks[name].exclusive)
+            for name in plain.state.tasks
+        ),
+    ):
+        assert same_bits(one.weights, other.weights)
+        assert same_bits(one.average, other.average)
+        assert same_bits(one.moments, other.moments)
+        assert one.steps == other.steps
+    assert_moved(plain.start.shared.weights, plain.state.shared.weights)
