@@ -21,6 +21,7 @@ from srfed.networks.network import Network
 from srfed.networks.partition import Partition, Shared, divide
 from srfed.training.local import LocalTrainer
 from srfed.training.part import ClientState, initial_state, load_tensors
+from srfed.training.step import LocalStep
 
 Mode = Literal["frozen", "thawed", "scratch"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -172,6 +173,8 @@ def _chunks(
     model.to(device)
     objective = build_objective(config, device)
     every = config.training.local_steps or steps
+    # What was captured of it serves every chunk.
+    step = LocalStep(config, model, trained, objective)
     for chunk, first in enumerate(range(0, steps, every), start=1):
         count = min(every, steps - first)
         training = config.training.model_copy(update={"local_steps": count})
@@ -182,6 +185,7 @@ def _chunks(
             objective,
             task,
             images,
+            step=step,
         )
         result = trainer.train(chunk, shared, state)
         state = result.state
