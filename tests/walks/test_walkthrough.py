@@ -482,7 +482,7 @@ def test_the_walkthrough_works_word_for_word_and_nobody_but_the_superlink_is_con
             assert (site.root / "var" / "lib" / "srfed" / "grid.png").stat().st_size > 0
 
         # The certificate is another one by now; the sites have done nothing, and answer.
-        (resume,) = (block for block in blocks() if block.until == "round  3/50")
+        (resume,) = (block for block in blocks() if block.until == "round  3/20")
         assert "going on after round" in coordinator.do_until(
             resume.commands, "going on after round"
         )
