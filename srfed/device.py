@@ -18,9 +18,6 @@ WARM_UP_CALLS = 3
 semantics).
 """
 
-ATTENTION_BLOCK = 64
-"""Keys that a fused kernel for attention takes at once, at least (PyTorch's CUDA sources)."""
-
 
 def resolve_device(resources: ResourcesConfig) -> torch.device:
     """The device of ``resources.device``.
@@ -110,16 +107,6 @@ def batched_attention(device: torch.device) -> AbstractContextManager[None]:
     fused kernel torch would call it owner by owner, and warn.
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-
-
-def repeatable_attention(tokens: int, device: torch.device) -> AbstractContextManager[None]:
-    """The context in which attention over so many tokens repeats itself bit by bit, where
-    :func:`arithmetic` asks for that: a GPU's fused kernels share a gradient's sums out over the
-    keys as soon as these are more than one block of theirs, and add them up in any order.
-    """
-    if device.type == "cuda" and torch.backends.cudnn.deterministic and tokens > ATTENTION_BLOCK:
-        return sdpa_kernel(SDPBackend.MATH)
-    return nullcontext()
 
 
 @contextmanager

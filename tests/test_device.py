@@ -19,12 +19,10 @@ from srfed.config import ResourcesConfig, load_config, parse_config
 from srfed.cores import check_resources
 from srfed.data import load_tasks
 from srfed.device import (
-    ATTENTION_BLOCK,
     Captured,
     arithmetic,
     device_of_clients,
     place_of,
-    repeatable_attention,
     resolve_device,
 )
 from srfed.errors import UserError
@@ -42,7 +40,7 @@ from srfed.model import (
     captured_forwards,
     denoiser_of_task,
 )
-from srfed.networks.blocks import SelfAttention
+from srfed.networks.blocks import ATTENTION_BLOCK, SelfAttention, repeatable_attention
 from srfed.networks.partition import Shared
 from srfed.plan import plan_run
 from srfed.reporting.console import Console

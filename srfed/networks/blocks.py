@@ -1,12 +1,15 @@
 """The UNet's parts: timestep embedding, residual block, self-attention, down- and upsampling."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from srfed.device import repeatable_attention
+ATTENTION_BLOCK = 64
+"""Keys that a fused kernel for attention takes at once, at least (PyTorch's CUDA sources)."""
 
 
 def sinusoidal_embedding(timesteps: Tensor, dimension: int) -> Tensor:
@@ -95,6 +98,16 @@ class ResidualBlock(nn.Module):
         scale, shift = condition[:, :, None, None].chunk(2, dim=1)
         hidden = self.norm_out(hidden) * (1 + scale) + shift
         return self.shortcut(x) + self.conv_out(self.dropout(F.silu(hidden)))
+
+
+def repeatable_attention(tokens: int, device: torch.device) -> AbstractContextManager[None]:
+    """The context in which attention over so many tokens repeats itself bit by bit, where
+    the run asks for that: a GPU's fused kernels share a gradient's sums out over the
+    keys as soon as these are more than one block of theirs, and add them up in any order.
+    """
+    if device.type == "cuda" and torch.backends.cudnn.deterministic and tokens > ATTENTION_BLOCK:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 class SelfAttention(nn.Module):
