@@ -26,6 +26,7 @@ from srfed.device import (
     resolve_device,
 )
 from srfed.errors import UserError
+from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.generation import generate
 from srfed.federation import measured
 from srfed.federation.flower import ray_node, ray_start
@@ -594,6 +595,17 @@ def test_a_captured_centralised_step_has_the_bits_of_the_step(method: str, dropo
         state = trainer.train(2, trainer.train(1, begin_from).state).state
         found.append(torch.cat([tensor.flatten() for tensor in state.shared.weights.values()]))
     assert torch.equal(*found)
+
+
+@needs_cuda
+def test_features_have_one_arithmetic_whatever_a_run_trains_in() -> None:
+    network = load_feature_network("embedded", "", torch.device("cuda"))
+    images = some_images(8)
+    with arithmetic(ResourcesConfig(precision="tf32"), torch.device("cuda")):
+        within = network(images)
+    assert np.array_equal(within, network(images))
+    on_a_cpu = load_feature_network("embedded", "", torch.device("cpu"))(images)
+    assert np.allclose(within, on_a_cpu, rtol=1e-4, atol=1e-4)
 
 
 @needs_cuda
