@@ -205,7 +205,7 @@ def captured_forward(
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on the device; from the CPU to a GPU without waiting for what is queued there."""
-    if device.type == "cpu":
+    if tensor.device == device:
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
 

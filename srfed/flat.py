@@ -120,6 +120,41 @@ def copies(tensors: Mapping[str, Tensor], *, by_name: bool = False) -> dict[str,
     return {name: found[name] for name in tensors}
 
 
+def copies_of_groups(
+    *groups: Mapping[str, Mapping[str, Tensor]],
+) -> dict[str, dict[str, Tensor]]:
+    """:func:`copies` of several groups of tensors, those from a device as one.
+
+    Args:
+        groups: groups by name, in their own order; then those whose tensors are to lie in the order
+            of their names.
+    """
+    ordered = {
+        name: sorted(tensors) if place else list(tensors)
+        for place, some in enumerate(groups)
+        for name, tensors in some.items()
+    }
+    given = {name: tensors for some in groups for name, tensors in some.items()}
+    first = next((t for tensors in given.values() for t in tensors.values()), None)
+    if first is None or first.device.type == "cpu":
+        return {
+            name: copies(tensors, by_name=place > 0)
+            for place, some in enumerate(groups)
+            for name, tensors in some.items()
+        }
+    together = copies(
+        {
+            f"{name} {member}": given[name][member]
+            for name, members in ordered.items()
+            for member in members
+        }
+    )
+    return {
+        name: {member: together[f"{name} {member}"] for member in tensors}
+        for name, tensors in given.items()
+    }
+
+
 def _brought(flat: Tensor) -> Tensor:
     """A device's tensor on the CPU: by way of pinned memory, which is too dear to be kept."""
     if flat.device.type != "cuda":

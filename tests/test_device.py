@@ -4,6 +4,7 @@ captured.
 
 import json
 import re
+from copy import deepcopy
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from srfed import simulate
 from srfed.config import ResourcesConfig, load_config, parse_config
 from srfed.cores import check_resources
-from srfed.data import load_tasks
+from srfed.data import load_tasks, to_model_range
 from srfed.device import (
     Captured,
     arithmetic,
@@ -48,6 +49,7 @@ from srfed.reporting.console import Console
 from srfed.runs.checks import check_simulation
 from srfed.training.centralised import CentralisedState, CentralisedTrainer
 from srfed.training.local import Job, LocalResult, LocalTrainer, train_owners
+from srfed.training.minibatches import draw_minibatch
 from srfed.training.optimizer import PartOptimizer
 from srfed.training.part import Part, initial_state, load_tensors
 from srfed.training.step import LocalStep
@@ -288,9 +290,9 @@ def test_memory_of_a_gpu_is_measured_in_one_step(monkeypatch: pytest.MonkeyPatch
     """Each image of a step takes 1 GiB of a card that is made up."""
     gib, run, steps = 2**30, LocalStep.run, list[int]()
 
-    def counted(step: LocalStep, parts: Any, batches: Any, tasks: Any) -> Any:
-        steps.append(sum(len(batch.images) for batch in batches))
-        return run(step, parts, batches, tasks)
+    def counted(step: LocalStep, parts: Any, batch: Any, *tasks: Any) -> Any:
+        steps.append(len(batch.images))
+        return run(step, parts, batch, *tasks)
 
     def fit(settings: dict[str, Any]) -> int:
         steps.clear()
@@ -515,7 +517,12 @@ def test_a_captured_step_has_the_bits_of_the_step(name: str) -> None:
 
 
 def of_three(
-    device: str, changes: dict[str, Any], *, stacked: bool, captures: bool = True
+    device: str,
+    changes: dict[str, Any],
+    *,
+    stacked: bool,
+    captures: bool = True,
+    as_one: bool | None = None,
 ) -> list[LocalResult]:
     """A round of three owners with images of their own."""
     config = tiny_config({**changes, "resources.device": device, "resources.stack": 3})
@@ -539,7 +546,7 @@ def of_three(
     ]
     if not stacked:
         return [job.trainer.run_alone(job) for job in jobs]
-    together = LocalStep(config, model, partition, objective, 3)
+    together = LocalStep(config, model, partition, objective, 3, as_one)
     together.captures = together.captures and captures
     return train_owners(config, together, jobs)
 
@@ -553,6 +560,46 @@ def test_a_captured_stack_has_the_bits_of_the_stack(name: str) -> None:
     )
     for one, other in zip(captured, plain, strict=True):
         assert torch.equal(all_tensors(one), all_tensors(other))
+
+
+@pytest.mark.parametrize("prediction", ["noise", "velocity", "edm"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_losses_and_gradients_are_those_of_float64_on_a_cpu(device: str, prediction: str) -> None:
+    config = tiny_config({"diffusion.prediction": prediction, "resources.device": device})
+    here, generator = resolve_device(config.resources), torch.Generator().manual_seed(0)
+    model = build_model(config, 1)
+    with torch.no_grad():
+        # What starts at zero would hide what lies before it.
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    exact = deepcopy(model).double()
+    # Sines and cosines of times are float32 anywhere.
+    exact.timestep.expand.register_forward_pre_hook(lambda _, given: (given[0].double(),))  # type: ignore[union-attr]
+    drawn = draw_minibatch(
+        config, build_objective(config, here), to_model_range(some_images(6)), "digit-0", 1, 0
+    )
+    found = []
+    for network, dtype, where in (
+        (model.to(here), torch.float32, here),
+        (exact, torch.float64, torch.device("cpu")),
+    ):
+        objective = build_objective(config, where)
+        images, times, noise = drawn
+        batch = (images.to(where, dtype), times.to(where), noise.to(where, dtype))
+        with arithmetic(config.resources, where):
+            losses = objective.loss(network, *batch)
+            losses.mean().backward()
+        gradients = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
+        found.append([tensor.detach().cpu().double() for tensor in (losses, torch.cat(gradients))])
+    for got, expected in zip(*found, strict=True):
+        assert float((got - expected).norm() / expected.norm()) < 1e-5
+
+
+@needs_cuda
+def test_owners_who_step_as_one_have_what_each_has_who_steps_by_itself() -> None:
+    found = [of_three("cuda", {}, stacked=True, as_one=as_one) for as_one in (True, False)]
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(all_tensors(one), all_tensors(other), atol=1e-5)
 
 
 @needs_cuda

@@ -57,7 +57,9 @@ class ResourcesConfig(Section):
         "small networks and batches, with other last bits than 1, the same for every number above "
         "1 on a CPU; auto is 1",
     )
-    channels_last: bool = setting(False, description="NHWC memory layout, faster on recent GPUs")
+    channels_last: bool = setting(
+        False, description="NHWC memory layout, faster on recent GPUs; not of a stack's weights"
+    )
 
     @property
     def owners_stacked(self) -> int:

@@ -1,6 +1,6 @@
 """Generating a task's images: noise from named seeds, the reverse process, uint8."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -69,6 +69,7 @@ def generate(
     seed: int,
     task: str,
     strip_steps: int = 0,
+    give_back: Callable[[], None] | None = None,
 ) -> Generated:
     """Generate ``count`` images of one task.
 
@@ -86,6 +87,8 @@ def generate(
         seed: the run's seed, or another for other images.
         task: the task's name.
         strip_steps: pictures in the strip, evenly spaced from T to 0.
+        give_back: called where memory is short, before fewer are sampled at once: gives back what
+            else was taken of it.
 
     Raises:
         UserError: the model's weights have diverged, or there is not enough memory.
@@ -100,6 +103,7 @@ def generate(
         seed=seed,
         tasks=[task],
         strip_steps=strip_steps,
+        give_back=give_back,
     )
     if isinstance(generated, UserError):
         raise generated
@@ -116,6 +120,7 @@ def generate_together(
     seed: int,
     tasks: Sequence[str],
     strip_steps: int = 0,
+    give_back: Callable[[], None] | None = None,
 ) -> list[Generated | UserError]:
     """Generate ``count`` images of each of several tasks; otherwise as :func:`generate`.
 
@@ -166,7 +171,12 @@ def generate_together(
             sampled = None
         # Not in the handler: what was raised holds the tensors that it was raised over.
         if sampled is None:
-            short, at_once = True, len(numbers) // 2
+            short = True
+            if give_back is not None:
+                give_back()
+                give_back = None
+                continue
+            at_once = len(numbers) // 2
             if not at_once:
                 raise UserError(
                     f"{tasks_in_words(tasks)}: there is not enough memory ({process.device}) to "

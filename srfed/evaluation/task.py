@@ -2,6 +2,7 @@
 back.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,8 +49,9 @@ def generate_share(
     task: str,
     shape: tuple[int, ...],
     samples: int,
+    give_back: Callable[[], None] | None = None,
 ) -> Generated:
-    """A task's share of the run's samples, of this shape; raises as
+    """A task's share of the run's samples, of this shape; ``give_back`` and what is raised as of
     :func:`~srfed.evaluation.generation.generate`.
     """
     return generate(
@@ -61,6 +63,7 @@ def generate_share(
         seed=config.seed,
         task=task,
         strip_steps=config.evaluation.strip_steps,
+        give_back=give_back,
     )
 
 

@@ -3,7 +3,7 @@ process.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -91,9 +91,10 @@ class Worker:
         layout = memory_layout(config.resources)
         self.model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
         self.objective = build_objective(config, self.device)
-        self._step = LocalStep(config, self.model, self.partition, self.objective)
-        self._steps_of_stacks: dict[int, LocalStep] = {}
-        self._stacked_models: dict[int, StackedModel] = {}
+        self._step = self._new_step(None)
+        # Stacks of two sizes: a whole one, and what is left over of the owners.
+        self._step_of_stack = lru_cache(maxsize=2)(self._new_step)
+        self._stacked_models = lru_cache(maxsize=2)(partial(StackedModel, config, self.model))
         self._forwards = captured_forwards(self.model, config.resources, self.device)
         self._trainers: dict[Site, LocalTrainer] = {}
 
@@ -147,7 +148,13 @@ class Worker:
             task=drawing.site.client,
             shape=drawing.shape,
             samples=drawing.samples,
+            give_back=self._release_training,
         )
+
+    def _release_training(self) -> None:
+        """Give back what training has taken of the device's memory beside the model."""
+        self._step.release()
+        self._step_of_stack.cache_clear()
 
     def generate_together(self, drawings: Sequence[Drawing]) -> Sequence[Done]:
         """The samples of drawings of one :meth:`form_of`, as one program. A single one is put
@@ -157,9 +164,7 @@ class Worker:
         if not self._stacks(first):
             return [self._generate_alone(one) for one in drawings]
         stacked = [*drawings, *drawings][: max(2, len(drawings))]
-        if len(stacked) not in self._stacked_models:
-            self._stacked_models[len(stacked)] = StackedModel(self.config, self.model, len(stacked))
-        models = self._stacked_models[len(stacked)]
+        models = self._stacked_models(len(stacked))
         for weights, one in zip(models.owners, stacked, strict=True):
             load_tensors(weights, one.shared, one.exclusive)
         self.model.eval()
@@ -173,6 +178,7 @@ class Worker:
             seed=self.config.seed,
             tasks=[one.site.client for one in stacked],
             strip_steps=self.config.evaluation.strip_steps,
+            give_back=self._release_training,
         )[: len(drawings)]
 
     def run_together(self, jobs: Sequence[Job]) -> list[LocalResult]:
@@ -184,16 +190,15 @@ class Worker:
         # What is lent would change with the next stack, which comes before the first is written.
         kept = [job._replace(lend=False) for job in jobs]
         stacked = [*kept, *kept][: max(2, len(kept))]
-        if len(stacked) not in self._steps_of_stacks:
-            self._steps_of_stacks[len(stacked)] = LocalStep(
-                self.config, self.model, self.partition, self.objective, len(stacked)
-            )
-        step = self._steps_of_stacks[len(stacked)]
         try:
+            step = self._step_of_stack(len(stacked))
             return train_owners(self.config, step, stacked)[: len(jobs)]
         except UserError:
-            del self._steps_of_stacks[len(stacked)]
+            self._step_of_stack.cache_clear()
             raise
+
+    def _new_step(self, stack: int | None) -> LocalStep:
+        return LocalStep(self.config, self.model, self.partition, self.objective, stack)
 
     def form_of(self, job: Job | Drawing) -> object:
         """Equal for jobs that are done as one program."""

@@ -1,5 +1,6 @@
 """What a run says on the terminal."""
 
+import select
 import sys
 import threading
 import time
@@ -40,8 +41,9 @@ class Console(Observer):
     On a terminal a bar below them shows how much of the round or evaluation at hand is done, the
     time left and the memory. Elsewhere rounds have a line a minute at most, besides the first, the
     last and those in which somebody was absent; and a line says how far the run is where nothing
-    was said for a minute. The last line says what the run took. A thread of its own looks on; it
-    touches nothing of the run.
+    was said for a minute. A pipe that nobody reads any more is noticed at the end of every round.
+    The last line says what the run took. A thread of its own looks on; it touches nothing of the
+    run.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -103,6 +105,8 @@ class Console(Observer):
             self._pace.end_round(record)
             left = self._pace.seconds_left()
         if not self._tells(record):
+            if _nobody_reads_output():
+                raise BrokenPipeError
             return
         self._told_round = time.monotonic()
         absent = {*record.refused, *record.missing}
@@ -272,6 +276,19 @@ class Console(Observer):
             return ""
         many = f" in {self._processes} processes" if self._processes > 1 else ""
         return f"  memory at most about {bytes_in_words(self._at_most)}{many}"
+
+
+def _nobody_reads_output() -> bool:
+    """Whether standard output is a pipe whose reader has gone; to write to it is not needed."""
+    if not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (AttributeError, OSError, ValueError):
+        # There is no standard output, or it is closed, or something in place of it.
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _time_in_words(seconds: float | None) -> str:

@@ -20,16 +20,37 @@ class GradientTerms:
     Args:
         training: the run's settings.
         weights: φ.
+        within: whose they are a part of, and its place there; see :meth:`of_owner`.
     """
 
-    def __init__(self, training: TrainingConfig, weights: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        training: TrainingConfig,
+        weights: Mapping[str, nn.Parameter],
+        within: "tuple[GradientTerms, int] | None" = None,
+    ) -> None:
+        self._training = training
         self._weights, self._strength = weights, training.proximal
-        self._anchor, self._correction, self._sum = (
-            {name: torch.zeros_like(p, requires_grad=False) for name, p in weights.items()}
-            if wanted
-            else {}
-            for wanted in (training.proximal, training.control_variates, training.control_variates)
-        )
+        if within is None:
+            wanted = (training.proximal, training.control_variates, training.control_variates)
+            self._tensors = [
+                {name: torch.zeros_like(p, requires_grad=False) for name, p in weights.items()}
+                if one
+                else {}
+                for one in wanted
+            ]
+        else:
+            whole, place = within
+            self._tensors = [
+                {name: tensor[place] for name, tensor in some.items()} for some in whole._tensors
+            ]
+        self._anchor, self._correction, self._sum = self._tensors
+
+    def of_owner(self, place: int, weights: Mapping[str, nn.Parameter]) -> "GradientTerms":
+        """Those of one owner, where the first dimension of all is the owner; φ of that owner are
+        these weights, and what either does to its terms is done to both.
+        """
+        return GradientTerms(self._training, weights, (self, place))
 
     @torch.no_grad()
     def begin(self, correction: Control | None = None) -> None:
@@ -39,8 +60,8 @@ class GradientTerms:
             correction: c - c_i, under ``training.control_variates``; None stands for zeros.
         """
         load_tensors(self._anchor, {name: self._weights[name] for name in self._anchor})
-        for tensor in (*self._correction.values(), *self._sum.values()):
-            tensor.zero_()
+        if self._sum:
+            torch._foreach_zero_([*self._correction.values(), *self._sum.values()])
         load_tensors(self._correction, correction or {})
 
     @torch.no_grad()
@@ -70,4 +91,7 @@ class GradientTerms:
         """The mean over so many steps of the gradients as they were clipped, without c - c_i; empty
         without control variates.
         """
-        return {name: total / steps for name, total in self._sum.items()}
+        if not self._sum:
+            return {}
+        means = torch._foreach_div(list(self._sum.values()), steps)
+        return dict(zip(self._sum, means, strict=True))

@@ -1,7 +1,7 @@
 """One client's local training: θ_i and φ on the client's own images, for one round."""
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -11,25 +11,27 @@ import torch
 from torch import Tensor
 
 from srfed.config import RunConfig, TrainingConfig
-from srfed.device import arithmetic, memory_layout
+from srfed.device import arithmetic, memory_layout, to_device
 from srfed.diffusion.objective import Objective
 from srfed.errors import UserError
-from srfed.flat import copies
+from srfed.flat import copies_of_groups
 from srfed.memory import is_short_of_memory
 from srfed.model import task_of_table
 from srfed.networks.network import Network
 from srfed.networks.partition import Control, Exclusive, Partition, Shared
 from srfed.room import in_words, largest_that_fits
 from srfed.training.minibatches import (
+    Draws,
     Minibatch,
     MinibatchOrder,
     TrainingImages,
-    draw_minibatch,
+    draw_for,
     seeded_dropout,
+    with_draws,
 )
 from srfed.training.optimizer import rates_of_round
 from srfed.training.part import ClientState, Part
-from srfed.training.step import LocalStep, LossMeter, Owner
+from srfed.training.step import Beginning, LocalStep, LossMeter, Owner
 from srfed.units import tasks_in_words
 from srfed.work import STEP_TO_PASS, count_passes
 
@@ -179,16 +181,19 @@ class LocalTrainer:
             for step, trained in enumerate(parts)
         ]
 
-    def draw(self, indices: Tensor, round_number: int, step: int) -> Minibatch:
-        """What a step sees: the images at these indices, with times and noise."""
-        images = self._images[indices]
-        return draw_minibatch(self._config, self._objective, images, self.task, round_number, step)
+    def images(self, plan: Plan) -> Iterator[Tensor]:
+        """What each step of a plan sees, N x C x H x W on the device."""
+        for indices in self._images.places([indices for _, indices in plan]):
+            yield self._images[indices]
 
-    def tasks(self, count: int) -> list[Tensor]:
-        """The task's place for so many images, for a model with a table of tasks; else empty."""
-        if self._index is None:
-            return []
-        return [torch.full((count,), self._index, device=self.device)]
+    def draw(self, shape: Sequence[int], round_number: int, step: int) -> Draws:
+        """What a step draws for images of this shape."""
+        return draw_for(self._config, self._objective, shape, self.task, round_number, step)
+
+    @property
+    def place(self) -> int | None:
+        """The task's place, for a model with a table of tasks; else None."""
+        return self._index
 
     def dropout(self, round_number: int, step: int) -> AbstractContextManager[None]:
         """The context that a step's dropout draws in."""
@@ -273,39 +278,29 @@ def _in_run_arithmetic(
     # Of all modules or of none, and there are many.
     if not step.model.training:
         step.model.train()
-    trained = [parts for parts, _ in plans[0]]
-
-    def drawn(place: int) -> tuple[list[Minibatch], list[Tensor]]:
-        batches = [
-            job.trainer.draw(plan[place][1], number, place)
-            for job, plan in zip(jobs, plans, strict=True)
-        ]
-        pairs = zip(jobs, batches, strict=True)
-        return batches, [t for job, batch in pairs for t in job.trainer.tasks(len(batch.images))]
-
-    if step.captures:
-        sizes = [(parts, len(indices)) for parts, indices in plans[0]]
-        for place, size in enumerate(sizes):
-            if size not in sizes[:place]:
-                step.prepare(trained[place], *drawn(place))
-    for owner, job in zip(step.owners, jobs, strict=True):
-        # φ's moving average is the server's.
-        owner.begin(
+    beginnings = [
+        Beginning(
+            # φ's moving average is the server's.
             Part(job.shared, Shared({}), job.state.shared_moments if keeps else {}),
             job.state.exclusive,
             rates_of_round(config, number),
             job.correction,
         )
+        for job in jobs
+    ]
+    step.begin(beginnings)
+    if step.captures and _prepare(step, jobs, plans):
+        step.begin(beginnings)
     meters = [LossMeter(step.objective.process) for _ in jobs]
+    trained = [parts for parts, _ in plans[0]]
     start = time.perf_counter()
-    for place, parts in enumerate(trained):
-        batches, tasks = drawn(place)
+    for place, drawn in enumerate(_drawn(jobs, plans, step.device)):
         # In a stack nothing draws.
         alone = jobs[0].trainer.dropout(number, place) if len(jobs) == 1 else nullcontext()
         with alone:
-            found = step.run(parts, batches, tasks)
-        for meter, losses, batch in zip(meters, found, batches, strict=True):
-            meter.add(losses, batch.times)
+            found = step.run(trained[place], drawn.batch, *drawn.tasks)
+        for meter, losses, times in zip(meters, found, drawn.times, strict=True):
+            meter.add(losses, times)
             count_passes(STEP_TO_PASS * len(losses))
     if step.device.type == "cuda":
         torch.cuda.synchronize(step.device)
@@ -314,6 +309,45 @@ def _in_run_arithmetic(
         _result(owner, job, meter, trained, seconds, keeps=keeps)
         for owner, job, meter in zip(step.owners, jobs, meters, strict=True)
     ]
+
+
+class _Drawn(NamedTuple):
+    """What a step of several owners is given: their minibatch, the places of its images' tasks if
+    the model has a table of them, and each owner's times, on the CPU.
+    """
+
+    batch: Minibatch
+    tasks: list[Tensor]
+    times: list[Tensor]
+
+
+def _drawn(jobs: Sequence[Job], plans: Sequence[Plan], device: torch.device) -> Iterator[_Drawn]:
+    """Step by step, what it is given."""
+    trainers, number = [job.trainer for job in jobs], jobs[0].round_number
+    of_owners = [trainer.images(plan) for trainer, plan in zip(trainers, plans, strict=True)]
+    for step, images in enumerate(zip(*of_owners, strict=True)):
+        draws = [
+            trainer.draw(one.shape, number, step)
+            for trainer, one in zip(trainers, images, strict=True)
+        ]
+        tasks = []
+        if trainers[0].place is not None:
+            rows = [t.place for t, one in zip(trainers, images, strict=True) for _ in one]
+            tasks = [to_device(torch.tensor(rows), device)]
+        yield _Drawn(with_draws(images, draws), tasks, [drawn.times for drawn in draws])
+
+
+def _prepare(step: LocalStep, jobs: Sequence[Job], plans: Sequence[Plan]) -> bool:
+    """Capture what has not been captured yet of these steps; whether there was anything."""
+    height, width, channels = jobs[0].trainer.image_shape
+    captured = False
+    for place, (parts, indices) in enumerate(plans[0]):
+        if step.is_prepared(parts, (len(indices), channels, height, width)):
+            continue
+        drawn = next(_drawn(jobs, [plan[place : place + 1] for plan in plans], step.device))
+        step.prepare(parts, drawn.batch, *drawn.tasks)
+        captured = True
+    return captured
 
 
 def _result(
@@ -325,25 +359,34 @@ def _result(
     *,
     keeps: bool,
 ) -> LocalResult:
-    # From a GPU as one, and not tensor by tensor by whoever writes them.
     lend = job.lend and job.trainer.device.type == "cpu"
-    own, average = (
-        {name: tensor.detach() for name, tensor in tensors.items()}
-        if lend
-        else copies(tensors, by_name=True)
-        for tensors in (owner.exclusive.weights, owner.exclusive.average)
-    )
+    # What is stored is in the order of its names.
+    stored: dict[str, Mapping[str, Tensor]] = {
+        "own": owner.exclusive.weights,
+        "average": owner.exclusive.average,
+        "own moments": owner.exclusive.moments,
+        "moments": owner.shared.moments if keeps else {},
+    }
+    sent: dict[str, Mapping[str, Tensor]] = {
+        "shared": owner.shared.weights,
+        "gradient": owner.terms.mean_gradient(len(trained)),
+    }
+    if lend:
+        kept = {group: _detached(tensors) for group, tensors in stored.items()}
+        brought = copies_of_groups(sent)
+    else:
+        kept = brought = copies_of_groups(sent, stored)
     loss, loss_by_quarter, images_by_quarter = meter.read()
     return LocalResult(
-        shared=Shared(copies(owner.shared.weights)),
+        shared=Shared(brought["shared"]),
         state=ClientState(
             exclusive=Part(
-                Exclusive(own),
-                Exclusive(average),
-                owner.exclusive.export_moments(lend=lend),
+                Exclusive(kept["own"]),
+                Exclusive(kept["average"]),
+                kept["own moments"],
                 owner.exclusive.steps,
             ),
-            shared_moments=owner.shared.export_moments(lend=lend) if keeps else {},
+            shared_moments=kept["moments"],
             minibatches=job.state.minibatches + len(trained),
         ),
         loss=loss,
@@ -352,8 +395,12 @@ def _result(
         shared_steps=sum("shared" in parts for parts in trained),
         images=meter.images,
         seconds=seconds,
-        gradient=Control(copies(owner.terms.mean_gradient(len(trained)))),
+        gradient=Control(brought["gradient"]),
     )
+
+
+def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def phases(

@@ -17,6 +17,7 @@ from srfed.data.mapped import is_mapped
 from srfed.device import to_device
 from srfed.diffusion.objective import Objective
 from srfed.errors import UserError
+from srfed.flat import sent
 from srfed.randomness import derive_generator, derive_seed
 
 
@@ -57,8 +58,15 @@ class TrainingImages:
             )
         )
 
+    def places(self, indices: Sequence[Tensor]) -> list[Tensor]:
+        """Indices of several minibatches, on the CPU, as those are had fastest by them: on the
+        images' device, in one copy.
+        """
+        return list(indices) if self._ready is None else sent(indices, self._device)
+
     def _steps_see(self, images: Images) -> Tensor:
-        return to_model_range(images).to(self._device).contiguous(memory_format=self._layout)
+        there = to_device(to_model_range(images), self._device)
+        return there.contiguous(memory_format=self._layout)
 
 
 class MinibatchOrder:
@@ -147,21 +155,61 @@ class Minibatch(NamedTuple):
     noise: Tensor
 
 
+class Draws(NamedTuple):
+    """What a step draws for its images, on the CPU: times (N,), noise as the images, and which of
+    them are mirrored, bool N x 1 x 1 x 1; None: none.
+    """
+
+    times: Tensor
+    noise: Tensor
+    mirrored: Tensor | None
+
+
+def draw_for(
+    config: RunConfig,
+    objective: Objective,
+    shape: Sequence[int],
+    task: str,
+    round_number: int,
+    step: int,
+) -> Draws:
+    """The draws for images of this shape, N x C x H x W (lines 3 to 5 of Algorithm 1).
+
+    By the CPU's generator, whose draws are the same wherever the images are.
+    """
+    generator = derive_generator(config.seed, "training", task, round_number, step)
+    mirrored = None
+    if config.data.horizontal_flip:
+        mirrored = torch.rand(shape[0], 1, 1, 1, generator=generator) < 0.5
+    times = objective.draw_times(shape[0], generator)
+    return Draws(times, torch.randn(tuple(shape), generator=generator), mirrored)
+
+
+def with_draws(images: Sequence[Tensor], draws: Sequence[Draws]) -> Minibatch:
+    """Images of one task, or of several, one after the other, with what was drawn for them, which
+    goes to their device as one.
+    """
+
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+    whole = joined(images)
+    mirrored = [drawn.mirrored for drawn in draws if drawn.mirrored is not None]
+    if mirrored:
+        whole = torch.where(to_device(joined(mirrored), whole.device), whole.flip(-1), whole)
+    times, noise = (
+        to_device(joined(tensors), whole.device)
+        for tensors in ([drawn.times for drawn in draws], [drawn.noise for drawn in draws])
+    )
+    return Minibatch(whole, times, noise)
+
+
 def draw_minibatch(
     config: RunConfig, objective: Objective, images: Tensor, task: str, round_number: int, step: int
 ) -> Minibatch:
-    """Times and noise for images, which are mirrored where the run asks for it (lines 3 to 5 of
-    Algorithm 1).
-    """
-    device = images.device
-    # On the CPU, whose generator gives the same draws wherever the images are.
-    generator = derive_generator(config.seed, "training", task, round_number, step)
-    if config.data.horizontal_flip:
-        mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
-        images = torch.where(to_device(mirrored, device), images.flip(-1), images)
-    times = objective.draw_times(len(images), generator)
-    noise = torch.randn(images.shape, generator=generator)
-    return Minibatch(images, to_device(times, device), to_device(noise, device))
+    """Images of one task with their draws, see :func:`draw_for`."""
+    drawn = draw_for(config, objective, images.shape, task, round_number, step)
+    return with_draws([images], [drawn])
 
 
 @contextmanager

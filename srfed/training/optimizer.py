@@ -101,12 +101,23 @@ class PartOptimizer:
     Adam's moments stay where they are in memory, so that a captured step goes on working after
     :meth:`begin`.
 
+    Several owners' parameters may be given with the owner as first dimension; each owner then has
+    an optimizer of its own over its part of them, :meth:`of_owner`, which is to begin a round, and
+    a step of all is one step here, where :attr:`history` is everybody's.
+
     Args:
         config: says which of the two.
         parameters: the part by name; may be empty.
         learning_rate, moments: see :meth:`begin`.
         owned: names of the parameters that may have a rate of their own.
         owned_rate: see :meth:`begin`.
+        owners: how many are the first dimension; None: these are one owner's.
+
+    Attributes:
+        owners: the same.
+        started: the parameters that have moments.
+        history: equal for owners whose parameters have all had the same number of steps when they
+            began; empty for anybody else.
 
     Raises:
         KeyError: ``moments`` has a parameter's "exp_avg" without the others.
@@ -121,7 +132,9 @@ class PartOptimizer:
         *,
         owned: Collection[str] = (),
         owned_rate: float | None = None,
+        owners: int | None = None,
     ) -> None:
+        self._config, self._owned, self.owners = config, owned, owners
         self._kind = config.optimizer
         self._parameters = dict(parameters)
         self._groups = [
@@ -129,7 +142,9 @@ class PartOptimizer:
             for apart in (False, True)
         ]
         self._buffers: dict[str, dict[str, Tensor]] = {}
-        self._started: set[str] = set()
+        self._whole: tuple[PartOptimizer, int] | None = None
+        self.started: set[str] = set()
+        self.history: tuple[object, ...] = ()
         device = next(
             (parameter.device for parameter in self._parameters.values()), torch.device("cpu")
         )
@@ -140,6 +155,16 @@ class PartOptimizer:
             else None
         )
         self.begin(learning_rate, moments, owned_rate)
+
+    def of_owner(self, place: int, parameters: Mapping[str, nn.Parameter]) -> "PartOptimizer":
+        """The optimizer of one of the owners, whose parameters these are; its moments are this
+        one's.
+        """
+        one = PartOptimizer(self._config, parameters, 0.0, owned=self._owned)
+        one._whole = self, place
+        # All that are trained at once are in one round, and so at its rates.
+        one._captured_rates = self._captured_rates
+        return one
 
     def begin(
         self,
@@ -162,14 +187,20 @@ class PartOptimizer:
         if self._captured_rates is not None:
             for held, rate in zip(self._captured_rates, self._rates, strict=True):
                 held.fill_(rate)
-        self._started = {
+        self.started = {
             name for name in self._parameters if moments and f"exp_avg.{name}" in moments
         }
+        if self._whole is not None:
+            self._whole[0]._rates = self._rates
+            if self._whole[0]._buffers and not self._buffers:
+                # Who has stepped as one has moments there, and has not asked for them yet.
+                self._buffers = self._of_whole()
+            self.history = self._begins(moments or {})
         there: list[Tensor] = []
         given: list[Tensor] = []
         fresh: list[Tensor] = []
         for name in self._parameters:
-            if name in self._started:
+            if name in self.started:
                 assert moments is not None
                 for key, buffer in self._buffer(name).items():
                     there.append(buffer)
@@ -213,7 +244,9 @@ class PartOptimizer:
                 maximize=False,
             )
             return
-        averages, squares, steps = ([self._buffer(name)[key] for name in names] for key in MOMENTS)
+        averages, squares, counts = ([self._buffer(name)[key] for name in names] for key in MOMENTS)
+        # Everybody's are equal.
+        steps = counts if self.owners is None else [count[0] for count in counts]
         adam(
             parameters,
             gradients,
@@ -230,34 +263,53 @@ class PartOptimizer:
             amsgrad=False,
             maximize=False,
         )
+        if self.owners is not None:
+            torch._foreach_add_([count[1:] for count in counts], 1)
         self.mark_started(names)
 
     def mark_started(self, names: Iterable[str]) -> None:
         """Say that these parameters have had a step, which a captured step cannot say for
         itself.
         """
-        self._started.update(names)
+        self.started.update(names)
 
-    def export_moments(self, *, lend: bool = False) -> dict[str, Tensor]:
-        """Adam's moments as contiguous CPU tensors of their own, or ``lend`` as they are in memory,
-        where the next step changes them; empty for SGD.
+    @property
+    def moments(self) -> dict[str, Tensor]:
+        """Adam's moments as they are in memory, where the next step changes them; empty for SGD.
 
         "exp_avg.<parameter>" and "exp_avg_sq.<parameter>" have the parameter's shape,
         "step.<parameter>" has none; all three are missing for a parameter that never had a
         gradient.
         """
-        moments = {
-            f"{key}.{name}": self._buffers[name][key]
+        return {
+            f"{key}.{name}": self._buffer(name)[key]
             for key in MOMENTS
             for name in self._parameters
-            if name in self._started
+            if name in self.started
         }
-        return moments if lend else copies(moments, by_name=True)
+
+    def export_moments(self) -> dict[str, Tensor]:
+        """The moments as contiguous CPU tensors of their own."""
+        return copies(self.moments, by_name=True)
+
+    def _begins(self, moments: Mapping[str, Tensor]) -> tuple[object, ...]:
+        names = [name for name in self._parameters if name in self.started]
+        counts = torch.stack([moments[f"step.{name}"] for name in names]) if names else None
+        return (*names, *([] if counts is None else counts.tolist()))
 
     def _buffer(self, name: str) -> dict[str, Tensor]:
         if not self._buffers:
-            self._buffers = _fresh_states(self._parameters)
+            self._buffers = self._of_whole() or _fresh_states(self._parameters, self.owners)
         return self._buffers[name]
+
+    def _of_whole(self) -> dict[str, dict[str, Tensor]]:
+        if self._whole is None:
+            return {}
+        whole, place = self._whole
+        return {
+            name: {key: whole._buffer(name)[key][place] for key in MOMENTS}
+            for name in self._parameters
+        }
 
 
 def learning_rate_factor(config: RunConfig, round_number: int) -> float:
@@ -296,13 +348,16 @@ def rates_of_round(config: RunConfig, round_number: int) -> Rates:
     )
 
 
-def _fresh_states(parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
+def _fresh_states(
+    parameters: Mapping[str, nn.Parameter], owners: int | None
+) -> dict[str, dict[str, Tensor]]:
+    counted = () if owners is None else (owners,)
     if all(p.is_contiguous() and p.device.type == "cpu" for p in parameters.values()):
         # One after another in the order in which they are stored, and so written as one.
         names = sorted(parameters)
         shapes = [parameters[name].shape for name in names]
         moments = [zeros_in_a_row(shapes) for _ in range(2)]
-        columns = [*moments, zeros_in_a_row([()] * len(names))]
+        columns = [*moments, zeros_in_a_row([counted] * len(names))]
         rows = zip(*columns, strict=True)
         return {
             name: dict(zip(MOMENTS, row, strict=True))
@@ -314,7 +369,7 @@ def _fresh_states(parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str,
         name: {
             "exp_avg": torch.zeros_like(parameter, requires_grad=False),
             "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-            "step": torch.zeros((), device=parameter.device),
+            "step": torch.zeros(counted, device=parameter.device),
         }
         for name, parameter in parameters.items()
     }

@@ -1,6 +1,6 @@
 """One side of a model, φ or θ_i: between rounds, and while it is trained."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -56,10 +56,15 @@ class LivePart:
     """One side while it is trained. Its tensors stay where they are in memory, whatever part it
     goes on from, so that a captured step goes on working.
 
+    That of several owners at once has their weights with the owner as first dimension, and each
+    owner's is a part of it, :meth:`of_owner`: that begins, and is read; a step may be taken by each
+    owner, or by all as one where their :attr:`history` is the same.
+
     Args:
         training: the run's settings.
         weights: parameters by name; may be empty.
         owned: names of those that may be trained at a rate of their own.
+        owners: how many are the first dimension; None: these are one owner's.
 
     Attributes:
         weights: the same.
@@ -72,12 +77,26 @@ class LivePart:
         training: TrainingConfig,
         weights: Mapping[str, nn.Parameter],
         owned: Collection[str] = (),
+        owners: int | None = None,
     ) -> None:
-        self._decay, self._warmup = training.ema_decay, training.ema_warmup
+        self._training = training
         self.weights = dict(weights)
         self.average: dict[str, Tensor] = {}
         self.steps = 0
-        self._optimizer = PartOptimizer(training, self.weights, 0.0, owned=owned)
+        self._whole: tuple[LivePart, int] | None = None
+        self._optimizer = PartOptimizer(training, self.weights, 0.0, owned=owned, owners=owners)
+
+    def of_owner(self, place: int) -> "LivePart":
+        """That of one of the owners; what either does to it is done to both."""
+        one = LivePart(self._training, parameters_of_owner(self.weights, place))
+        one._whole = self, place
+        one._optimizer = self._optimizer.of_owner(place, one.weights)
+        return one
+
+    @property
+    def history(self) -> tuple[object, ...]:
+        """Equal for owners of a stack who can take their steps as one."""
+        return self.steps, *self.average, *self._optimizer.history
 
     @torch.no_grad()
     def begin(self, part: Part[Side], rate: float, owned_rate: float | None = None) -> None:
@@ -90,10 +109,7 @@ class LivePart:
         """
         load_tensors(self.weights, part.weights)
         if self.average.keys() != part.average.keys():
-            self.average = {
-                name: torch.empty_like(self.weights[name], requires_grad=False)
-                for name in part.average
-            }
+            self.average = {name: self._place_of_average(name) for name in part.average}
         load_tensors(self.average, part.average)
         self.steps = part.steps
         self._optimizer.begin(rate, part.moments, owned_rate)
@@ -118,14 +134,46 @@ class LivePart:
         """
         if captured:
             self._optimizer.mark_started(self.weights)
-        update_average(
-            self.average, self.weights, step_decay(self._decay, self._warmup, self.steps)
-        )
+        self._take_average(self.average, self.steps)
         self.steps += 1
 
-    def export_moments(self, *, lend: bool = False) -> dict[str, Tensor]:
-        """Adam's moments; see :meth:`PartOptimizer.export_moments`."""
-        return self._optimizer.export_moments(lend=lend)
+    def count_step_of(self, owners: Sequence["LivePart"]) -> None:
+        """Say that there has been a step of all these owners as one, by this part, and take
+        everybody's weights into everybody's average.
+        """
+        first = owners[0]
+        self._take_average({name: self.average[name] for name in first.average}, first.steps)
+        for owner in owners:
+            owner._optimizer.mark_started(self._optimizer.started)
+            owner.steps += 1
+
+    def _take_average(self, average: Mapping[str, Tensor], steps: int) -> None:
+        decay = step_decay(self._training.ema_decay, self._training.ema_warmup, steps)
+        update_average(average, self.weights, decay)
+
+    def _place_of_average(self, name: str) -> Tensor:
+        if self._whole is None:
+            return torch.empty_like(self.weights[name], requires_grad=False)
+        whole, place = self._whole
+        if name not in whole.average:
+            whole.average[name] = whole._place_of_average(name)
+        return whole.average[name][place]
+
+    @property
+    def moments(self) -> dict[str, Tensor]:
+        """Adam's moments where they are; see :attr:`PartOptimizer.moments`."""
+        return self._optimizer.moments
+
+    def export_moments(self) -> dict[str, Tensor]:
+        """Copies of Adam's moments on the CPU."""
+        return self._optimizer.export_moments()
+
+
+def parameters_of_owner(weights: Mapping[str, Tensor], place: int) -> dict[str, nn.Parameter]:
+    """One owner's parameters, of weights with the owner as first dimension, whose memory they
+    share.
+    """
+    return {name: nn.Parameter(tensor.detach()[place]) for name, tensor in weights.items()}
 
 
 def initial_state(model: Network, partition: Partition) -> ClientState:

@@ -1,7 +1,8 @@
 """One optimizer step, of one task or of several at once, and what it says of its losses."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -81,10 +82,16 @@ def training_step(
     return found
 
 
+Clip = Callable[[Sequence[Tensor], float], object]
+"""(weights, the longest that their gradients may be together) -> None."""
+CLIP_ONE: Clip = partial(nn.utils.clip_grad_norm_, foreach=True)
+
+
 def _descend(
     training: TrainingConfig,
     shared: LivePart,
     exclusive: Sequence[LivePart],
+    clip: Clip = CLIP_ONE,
     *,
     clip_together: bool,
     terms: GradientTerms | None,
@@ -103,39 +110,74 @@ def _descend(
             else [list(part.weights.values()) for part in parts]
         )
         for group in groups:
-            nn.utils.clip_grad_norm_(group, training.gradient_clip, foreach=True)
+            clip(group, training.gradient_clip)
     if terms is not None:
         terms.after_clipping()
     for part in parts:
         part.step()
 
 
+def clip_each_owner(weights: Sequence[Tensor], most: float) -> None:
+    """Clip the gradients of weights with the owner as first dimension, each owner's by its own
+    norm, as :func:`torch.nn.utils.clip_grad_norm_` clips one's.
+    """
+    gradients = [tensor.grad for tensor in weights if tensor.grad is not None]
+    if not gradients:
+        return
+    norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
+    factors = (most / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factors.view(-1, *[1] * (gradient.dim() - 1)))
+
+
 class Owner:
     """One owner's side of a step: its φ and θ_i while they are trained, and what is added to φ's
-    gradient.
+    gradient; or that of several owners, of whom each has a part of it.
 
     Args:
-        training: the run's settings.
-        parameters: the network's, by name, or the owner's own of the same shapes.
-        partition: the run's partition of them.
-
-    Attributes:
         shared, exclusive: φ and θ_i.
         terms: what is added to φ's gradient.
+
+    Attributes:
+        shared, exclusive, terms: the same.
+        parts: φ and θ_i by name.
     """
 
-    def __init__(
-        self,
+    def __init__(self, shared: LivePart, exclusive: LivePart, terms: GradientTerms) -> None:
+        self.shared, self.exclusive, self.terms = shared, exclusive, terms
+        self.parts = {"shared": shared, "exclusive": exclusive}
+
+    @classmethod
+    def of(
+        cls,
         training: TrainingConfig,
         parameters: Mapping[str, nn.Parameter],
         partition: Partition,
-    ) -> None:
-        self.shared, self.exclusive = (
-            LivePart(training, {name: parameters[name] for name in names}, partition.owned)
+        owners: int | None = None,
+    ) -> "Owner":
+        """That of the network's parameters; or of those of so many owners, of the same shapes but
+        for a first dimension that is the owner.
+        """
+        shared, exclusive = (
+            LivePart(training, {name: parameters[name] for name in names}, partition.owned, owners)
             for names in (partition.shared, partition.exclusive)
         )
-        self.parts = {"shared": self.shared, "exclusive": self.exclusive}
-        self.terms = GradientTerms(training, self.shared.weights)
+        return cls(shared, exclusive, GradientTerms(training, shared.weights))
+
+    def of_owner(self, place: int) -> "Owner":
+        """That of one of the owners; what is done to it is done to this one's part of it."""
+        shared, exclusive = self.shared.of_owner(place), self.exclusive.of_owner(place)
+        return Owner(shared, exclusive, self.terms.of_owner(place, shared.weights))
+
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """All of them by name."""
+        return {**self.shared.weights, **self.exclusive.weights}
+
+    @property
+    def history(self) -> tuple[object, ...]:
+        """Equal for owners of a stack who can take their steps as one."""
+        return self.shared.history, self.exclusive.history
 
     @torch.no_grad()
     def begin(
@@ -153,14 +195,24 @@ class Owner:
         self.terms.begin(correction)
 
 
+class Beginning(NamedTuple):
+    """What an owner's round begins with; see :meth:`Owner.begin`."""
+
+    shared: Part[Shared]
+    exclusive: Part[Exclusive]
+    rates: Rates
+    correction: Control | None = None
+
+
 class LocalStep:
     """A client's training step on a network's own parameters, or that of several clients at once on
     weights with the owner as first dimension; captured as a CUDA graph where there is CUDA.
 
     One for each model, whichever clients train it: weights and moments are overwritten in place
-    between clients. In a stack the owners go through the network together, and only there: each has
-    its own clipping, optimizer and averages. Its sums are of another order than those of one owner
-    by itself, and so are its last bits; on a CPU they do not depend on who else is in the stack.
+    between clients. In a stack the owners go through the network together; each has clipping,
+    moments and averages of its own, whether its step is taken by itself or with everybody's as one.
+    Its sums are of another order than those of one owner by itself, and so are its last bits; on a
+    CPU they do not depend on who else is in the stack.
 
     Args:
         config: the run's configuration.
@@ -169,6 +221,10 @@ class LocalStep:
         objective: what the model learns to predict, on the same device.
         stack: how many owners are trained at once, at least 2; None: one, on the model's own
             parameters.
+        as_one: whether the owners of a stack take their steps as one where they have taken as many
+            before; None: on a GPU, where the kernels of each would be many and small. A CPU's Adam
+            rounds the last values of a tensor otherwise, and with them an owner's bits would depend
+            on who else is there.
 
     Attributes:
         model, objective, device: the same, and where they are.
@@ -183,28 +239,25 @@ class LocalStep:
         partition: Partition,
         objective: Objective,
         stack: int | None = None,
+        as_one: bool | None = None,
     ) -> None:
         self._config, self.model, self.objective = config, model, objective
-        self._partition = partition
+        self._partition, self._as_one = partition, as_one
         parameters = dict(model.named_parameters())
         self.device = next(iter(parameters.values())).device
+        self._everybody: Owner | None = None
         if stack is None:
-            self._stacked: dict[str, Tensor] = {}
-            self.owners = [Owner(config.training, parameters, partition)]
+            self.owners = [Owner.of(config.training, parameters, partition)]
         else:
-            self._stacked = {
-                name: torch.empty(stack, *parameter.shape, device=self.device)
+            stacked = {
+                name: nn.Parameter(torch.empty(stack, *parameter.shape, device=self.device))
                 for name, parameter in parameters.items()
             }
-            self.owners = [
-                Owner(
-                    config.training,
-                    {name: nn.Parameter(tensor[place]) for name, tensor in self._stacked.items()},
-                    partition,
-                )
-                for place in range(stack)
-            ]
-        self._captured: dict[tuple[str, ...], Captured] = {}
+            self._everybody = Owner.of(config.training, stacked, partition, stack)
+            self.owners = [self._everybody.of_owner(place) for place in range(stack)]
+        self._moves_as_one = False
+        self._captured: dict[tuple[object, ...], Captured] = {}
+        self._prepared: set[object] = set()
         # A captured step of SGD would keep the rate that it was captured with.
         self.captures = self.device.type == "cuda" and config.training.optimizer == "adam"
 
@@ -214,49 +267,65 @@ class LocalStep:
         """
         config, model, partition = self._config, self.model, self._partition
         self.release()
-        self._stacked, self.owners = {}, []
-        return LocalStep(config, model, partition, self.objective, owners if owners > 1 else None)
+        self._everybody, self.owners = None, []
+        stack = owners if owners > 1 else None
+        return LocalStep(config, model, partition, self.objective, stack, self._as_one)
 
     def release(self) -> None:
         """Give back what captured steps have taken of the device's memory; they are captured anew
         when they are prepared again.
         """
         self._captured = {}
+        self._prepared.clear()
 
-    def prepare(
-        self, parts: tuple[str, ...], batches: Sequence[Minibatch], tasks: Sequence[Tensor]
-    ) -> None:
-        """Capture the step for minibatches of this shape, if not done yet; it spoils the weights
-        and the moments.
+    def begin(self, beginnings: Sequence[Beginning]) -> None:
+        """Begin a round of each owner."""
+        for owner, beginning in zip(self.owners, beginnings, strict=True):
+            owner.begin(*beginning)
+        if self._everybody is not None:
+            wanted = self.device.type == "cuda" if self._as_one is None else self._as_one
+            self._moves_as_one = wanted and len({owner.history for owner in self.owners}) == 1
 
-        To be called before :meth:`Owner.begin`, where ``captures`` is true.
+    def is_prepared(self, parts: tuple[str, ...], shape: tuple[int, ...]) -> bool:
+        """Whether there is nothing to be captured for steps of these parts on minibatches of this
+        shape of each owner, by owners as they have begun.
+        """
+        return not self.captures or (parts, shape, self._moves_as_one) in self._prepared
+
+    def prepare(self, parts: tuple[str, ...], batch: Minibatch, *tasks: Tensor) -> None:
+        """Capture the step for minibatches like this, of all owners; it spoils the weights and the
+        moments, so that the round has to begin again.
         """
         self._set_trained(parts)
-        self._of(parts).prepare(*_joined(batches, tasks))
+        self._of(parts).prepare(*batch, *tasks)
+        images = batch.images
+        shape = (len(images) // len(self.owners), *images.shape[1:])
+        self._prepared.add((parts, shape, self._moves_as_one))
 
-    def run(
-        self, parts: tuple[str, ...], batches: Sequence[Minibatch], tasks: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def run(self, parts: tuple[str, ...], batch: Minibatch, *tasks: Tensor) -> list[Tensor]:
         """Train these parts on a minibatch of each owner, all of one size.
 
         Args:
             parts: which of φ and θ_i.
-            batches: in the order of ``owners``.
-            tasks: the places of each batch's tasks, for a network with a table of them; otherwise
-                empty.
+            batch: one owner's after the other's, in the order of ``owners``.
+            tasks: the places of the images' tasks, for a network with a table of them.
 
         Returns:
             (N,) losses of each owner, eq. (7), on the device.
         """
-        arguments = _joined(batches, tasks)
         if self.captures:
-            losses = self._of(parts)(*arguments).clone()
+            losses = self._of(parts)(*batch, *tasks).clone()
         else:
             self._set_trained(parts)
-            losses = self._step(parts, *arguments)
-        for owner in self.owners:
-            for part in parts:
-                owner.parts[part].count_step(captured=self.captures)
+            losses = self._step(parts, *batch, *tasks)
+        for part in parts:
+            of_owners = [owner.parts[part] for owner in self.owners]
+            if self._moves_as_one:
+                assert self._everybody is not None
+                self._everybody.parts[part].count_step_of(of_owners)
+            else:
+                for one in of_owners:
+                    one.count_step(captured=self.captures)
         return list(losses.chunk(len(self.owners)))
 
     def _step(
@@ -268,8 +337,8 @@ class LocalStep:
         *tasks: Tensor,
     ) -> Tensor:
         batch = Minibatch(images, times, noise)
-        if self._stacked:
-            return self._step_together(parts, batch, *tasks)
+        if self._everybody is not None:
+            return self._step_together(self._everybody, parts, batch, *tasks)
         forward = (lambda x, t: self.model(x, t, *tasks)) if tasks else self.model
         (owner,) = self.owners
         share = Share(forward, owner.exclusive, batch)
@@ -283,59 +352,65 @@ class LocalStep:
         )
         return losses
 
-    def _step_together(self, parts: tuple[str, ...], batch: Minibatch, *tasks: Tensor) -> Tensor:
-        """One forward and one backward pass for all owners, then each one's own step."""
-        count = len(self.owners)
-        trained = {name for part in parts for name in self.owners[0].parts[part].weights}
-        for name, tensor in self._stacked.items():
+    def _step_together(
+        self, everybody: Owner, parts: tuple[str, ...], batch: Minibatch, *tasks: Tensor
+    ) -> Tensor:
+        """One forward and one backward pass for all owners, then each one's step."""
+        count, stacked = len(self.owners), everybody.weights
+        trained = [name for part in parts for name in everybody.parts[part].weights]
+        for name, tensor in stacked.items():
             tensor.requires_grad_(name in trained)
-        forward = stacked_forward(self._config, self.model, self._stacked)
+        forward = stacked_forward(self._config, self.model, stacked)
         with autocast(self._config.resources, self.device):
             losses = self.objective.loss(lambda x, t: forward(x, t, *tasks), *batch)
         # No owner's weights are in another's loss, so the gradient of the sum is each one's own.
-        leaves = [tensor for tensor in self._stacked.values() if tensor.requires_grad]
         total = losses.unflatten(0, (count, -1)).mean(dim=1).sum()
+        found = torch.autograd.grad(total, [stacked[name] for name in trained], allow_unused=True)
         # In the weights' own layout: the fused optimizer pairs elements by their place in memory.
-        gradients = [
-            (None,) * count if gradient is None else gradient.contiguous().unbind()
-            for gradient in torch.autograd.grad(total, leaves, allow_unused=True)
-        ]
-        names = [name for name in self._stacked if name in trained]
+        gradients = {
+            name: gradient.contiguous()
+            for name, gradient in zip(trained, found, strict=True)
+            if gradient is not None
+        }
+        if self._moves_as_one:
+            self._move(parts, everybody, gradients, clip_each_owner)
+            return losses.detach()
+        of_owners = {name: gradient.unbind() for name, gradient in gradients.items()}
         for place, owner in enumerate(self.owners):
-            weights = {**owner.shared.weights, **owner.exclusive.weights}
-            owner.shared.clear_gradients()
-            owner.exclusive.clear_gradients()
-            for name, of_owners in zip(names, gradients, strict=True):
-                weights[name].grad = of_owners[place]
-            _descend(
-                self._config.training,
-                owner.shared,
-                [owner.exclusive],
-                clip_together=True,
-                terms=owner.terms if "shared" in parts else None,
-            )
+            self._move(parts, owner, {name: each[place] for name, each in of_owners.items()})
         return losses.detach()
 
+    def _move(
+        self,
+        parts: tuple[str, ...],
+        owner: Owner,
+        gradients: Mapping[str, Tensor],
+        clip: Clip = CLIP_ONE,
+    ) -> None:
+        for name, weight in owner.weights.items():
+            weight.grad = gradients.get(name)
+        _descend(
+            self._config.training,
+            owner.shared,
+            [owner.exclusive],
+            clip,
+            clip_together=True,
+            terms=owner.terms if "shared" in parts else None,
+        )
+
     def _of(self, parts: tuple[str, ...]) -> Captured:
-        if parts not in self._captured:
-            self._captured[parts] = Captured(
+        form = (parts, self._moves_as_one)
+        if form not in self._captured:
+            self._captured[form] = Captured(
                 lambda *tensors: self._step(parts, *tensors), self.device
             )
-        return self._captured[parts]
+        return self._captured[form]
 
     def _set_trained(self, parts: Collection[str]) -> None:
         for owner in self.owners:
             for name, part in owner.parts.items():
                 for parameter in part.weights.values():
                     parameter.requires_grad_(name in parts)
-
-
-def _joined(batches: Sequence[Minibatch], tasks: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The owners' minibatches as one; one owner's as it is."""
-    if len(batches) == 1:
-        return (*batches[0], *tasks)
-    columns = [list(column) for column in zip(*batches, strict=True)]
-    return tuple(torch.cat(column) for column in [*columns, *([list(tasks)] if tasks else [])])
 
 
 class LossMeter:

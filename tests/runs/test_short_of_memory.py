@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Context, Message
@@ -14,13 +15,15 @@ from srfed import device
 from srfed.config import RunConfig, parse_config
 from srfed.federation.flower.client_app import guarded_app
 from srfed.federation.messages import FAILED, TRAIN
-from srfed.federation.worker import Worker
+from srfed.federation.site import Site
+from srfed.federation.worker import Drawing, Worker
 from srfed.flat import copies
 from srfed.interrupts import run_command
 from srfed.memory import failure_of_gpu, is_short_of_memory
 from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.network import Network
 from srfed.networks.partition import Shared
+from srfed.networks.unet import UNet
 from srfed.room import largest_that_fits
 from srfed.runs.centralised import Centralised
 from srfed.runs.checks import check_training
@@ -218,6 +221,30 @@ def test_of_a_stack_it_is_said_how_many_fit_at_once(monkeypatch: pytest.MonkeyPa
     assert len(worker.run_together(jobs[:2])) == 2
     monkeypatch.setattr(LocalStep, "_step_together", step_together)
     assert len(worker.run_together(jobs)) == 4
+
+
+def test_sampling_has_what_training_has_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before fewer images are sampled at once."""
+    config = tiny_config({**CHEAP, "sampling.steps": 2})
+    worker, forward, sizes = Worker(config, 1), UNet.forward, list[int]()
+    site = Site(client="digit-0", index=0, state_dir=Path())
+    drawing = Drawing(
+        site, worker.beginning[0], worker.beginning[1].exclusive.weights, 6, (8, 8, 1)
+    )
+    whole = worker.generate(drawing)
+    released = list[bool]()
+
+    def short(network: UNet, x: Tensor, times: Tensor) -> Tensor:
+        sizes.append(len(x))
+        if not released:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(network, x, times)
+
+    monkeypatch.setattr(UNet, "forward", short)
+    monkeypatch.setattr(LocalStep, "release", lambda step: released.append(True))
+    assert np.array_equal(worker.generate(drawing).images, whole.images)
+    assert released == [True]
+    assert set(sizes) == {6}
 
 
 def test_a_stack_that_a_gpu_has_no_memory_for_is_refused_before_a_run(

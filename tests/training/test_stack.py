@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from srfed.device import Captured
 from srfed.errors import UserError
 from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.partition import Control, Shared
 from srfed.training.local import Job, LocalResult, LocalTrainer, train_owners
+from srfed.training.optimizer import PartOptimizer
 from srfed.training.part import initial_state
 from srfed.training.step import LocalStep
 from support.local_training import Tensors, assert_close, same_bits, some_images
@@ -87,11 +89,11 @@ class Owners:
                 )
             )
 
-    def step(self, stack: int | None) -> LocalStep:
-        return LocalStep(self.config, self.model, self.partition, self.objective, stack)
+    def step(self, stack: int | None, as_one: bool | None = None) -> LocalStep:
+        return LocalStep(self.config, self.model, self.partition, self.objective, stack, as_one)
 
-    def together(self, jobs: Sequence[Job]) -> list[LocalResult]:
-        return train_owners(self.config, self.step(len(jobs)), jobs)
+    def together(self, jobs: Sequence[Job], as_one: bool | None = None) -> list[LocalResult]:
+        return train_owners(self.config, self.step(len(jobs), as_one), jobs)
 
 
 def following(jobs: Sequence[Job], results: Sequence[LocalResult]) -> list[Job]:
@@ -115,13 +117,14 @@ def tensors_of(result: LocalResult) -> Tensors:
     return {f"{g} {name}": t for g, members in groups.items() for name, t in members.items()}
 
 
+@pytest.mark.parametrize("as_one", [False, True])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_each_owner_has_what_it_has_by_itself(name: str) -> None:
+def test_each_owner_has_what_it_has_by_itself(name: str, as_one: bool) -> None:
     owners = Owners(SETTINGS[name])
     alone = together = owners.jobs
     for _ in range(2):
         by_itself = [job.trainer.run_alone(job) for job in alone]
-        stacked = owners.together(together)
+        stacked = owners.together(together, as_one)
         for one, other in zip(by_itself, stacked, strict=True):
             assert_close(tensors_of(other), tensors_of(one), atol=3e-6)
             assert other.loss == pytest.approx(one.loss, rel=1e-5)
@@ -154,6 +157,69 @@ def test_adams_moments_are_each_owners_and_the_bits_do_not_depend_on_the_stack()
             assert same_bits(tensors_of(result), whole[place])
     steps = [int(t) for name, t in whole[0].items() if name.startswith("moments step.")]
     assert set(steps) == {2}
+
+
+def counted_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many owners' parameters each optimizer's step has moved, from now on."""
+    moved, step = list[int](), PartOptimizer.step
+
+    def counted(optimizer: PartOptimizer) -> None:
+        moved.append(1 if optimizer.owners is None else optimizer.owners)
+        step(optimizer)
+
+    monkeypatch.setattr(PartOptimizer, "step", counted)
+    return moved
+
+
+def test_owners_step_as_one_where_they_have_stepped_as_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With what Adam remembers; where one has had a round more, each by itself, to the bit."""
+    adam = {"training.optimizer": "adam", "training.local_steps": 1, "training.gradient_clip": 0.05}
+    owners = Owners({**SETTINGS["control variates, owned parts"], **adam})
+    jobs, moved = owners.jobs, counted_steps(monkeypatch)
+    for _ in range(2):
+        moved.clear()
+        apart = owners.together(jobs, as_one=False)
+        assert moved == 6 * [1]
+        moved.clear()
+        as_one = owners.together(jobs, as_one=True)
+        assert moved == 2 * [3]
+        for one, other in zip(as_one, apart, strict=True):
+            assert_close(tensors_of(one), tensors_of(other), atol=1e-6)
+        jobs = following(jobs, apart)
+    mixed = [jobs[0], *[job._replace(round_number=2) for job in owners.jobs[1:]]]
+    mixed = [job._replace(round_number=2) for job in mixed]
+    moved.clear()
+    pairs = zip(owners.together(mixed, True), owners.together(mixed, False), strict=True)
+    assert moved == 12 * [1]
+    for one, other in pairs:
+        assert same_bits(tensors_of(one), tensors_of(other))
+
+
+@pytest.mark.parametrize("as_one", [False, True])
+def test_a_step_is_captured_before_a_round_and_spoils_nothing_of_it(
+    monkeypatch: pytest.MonkeyPatch, as_one: bool
+) -> None:
+    """The capture is made up: as a card's, it takes steps with whatever is there."""
+    adam = {"training.optimizer": "adam", "training.minibatches": "ragged"}
+    owners = Owners({**SETTINGS["control variates, owned parts"], **adam})
+    jobs = [job._replace(trainer=owners.jobs[0].trainer) for job in owners.jobs]
+    plain = owners.together(jobs, as_one)
+    captured: list[tuple[int, ...]] = []
+
+    def prepare(work: Captured, *arguments: Tensor) -> None:
+        captured.append(tuple(arguments[0].shape))
+        work(*arguments)
+
+    monkeypatch.setattr(Captured, "prepare", prepare)
+    step = owners.step(3, as_one)
+    step.captures = True
+    for _ in range(2):
+        for one, other in zip(train_owners(owners.config, step, jobs), plain, strict=True):
+            assert same_bits(tensors_of(one), tensors_of(other))
+    # Of five images in batches of four: four of each owner and one, once and for all.
+    assert captured == [(12, 1, 8, 8), (3, 1, 8, 8)]
 
 
 def test_owners_of_other_shapes_or_numbers_of_steps_are_told_apart() -> None:
