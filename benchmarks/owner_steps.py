@@ -9,8 +9,11 @@ Ray each client has an equal share of the GPU.
 """
 
 import argparse
+import gc
 import statistics
+import subprocess
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +47,53 @@ def main() -> None:
             if way == "stacked" and owners == 1:
                 continue
             config = _config(options, owners, way)
-            speed = _owner_steps_per_second(config, owners, options.side)
-            print(f"{owners:>5} owners, {way:<10}: {speed:>9,.1f} owner-steps/s{_memory(way)}")
+            with MemoryOfGpu() as memory:
+                speed = _owner_steps_per_second(config, owners, options.side)
+            print(f"{owners:>5} owners, {way:<10}: {speed:>9,.1f} owner-steps/s{memory.in_words}")
+
+
+class MemoryOfGpu:
+    """What all processes together take of the GPUs at most, while it is entered, beyond what was
+    taken before; asked of the driver twice a second, which holds nothing of a GPU itself.
+
+    Attributes:
+        in_words: as a line goes on; empty where there is no GPU.
+    """
+
+    def __init__(self) -> None:
+        self.in_words = ""
+        self._over = threading.Event()
+        self._most = 0
+
+    def __enter__(self) -> "MemoryOfGpu":
+        if torch.cuda.is_initialized():
+            # What earlier rows have left.
+            gc.collect()
+            torch.cuda.empty_cache()
+        self._before = _taken()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        if self._before is not None:
+            self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._before is not None:
+            self._watcher.join()
+            self.in_words = f", {bytes_in_words(self._most - self._before)} of the GPU"
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.5):
+            self._most = max(self._most, _taken() or 0)
+
+
+def _taken() -> int | None:
+    """Bytes taken of all GPUs; None where there is none."""
+    if torch.cuda.device_count() == 0:
+        return None
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return 2**20 * sum(map(int, said.split()))
 
 
 class _Rounds(Observer):
@@ -89,8 +137,6 @@ def _owner_steps_per_second(config: RunConfig, owners: int, side: int) -> float:
         Task(f"owner-{number:05d}", _noise(draws, IMAGES, side), _noise(draws, TEST_IMAGES, side))
         for number in range(owners)
     ]
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
         srfed.train(config, tasks, observers=[rounds], run_dir=Path(folder, "run"))
     return owners * STEPS / statistics.median(rounds.seconds[1:])
@@ -98,13 +144,6 @@ def _owner_steps_per_second(config: RunConfig, owners: int, side: int) -> float:
 
 def _noise(draws: np.random.Generator, count: int, side: int) -> np.ndarray:
     return draws.integers(0, 256, (count, side, side, 1), dtype=np.uint8)
-
-
-def _memory(way: str) -> str:
-    """Of this process on the GPU, at peak."""
-    if way == "ray" or not torch.cuda.is_initialized():
-        return ""
-    return f", {bytes_in_words(torch.cuda.max_memory_reserved())} of the GPU"
 
 
 if __name__ == "__main__":
