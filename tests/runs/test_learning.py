@@ -17,8 +17,8 @@ from srfed.storage.run_folder import RunFolder
 @pytest.mark.slow
 def test_samples_belong_to_their_tasks(tmp_path: Path) -> None:
     overrides = [
-        "federation={clients: 3, rounds: 14}",
-        "evaluation={every: 7, samples: 150, samples_between: 150, ssim_images: 0}",
+        "federation={clients: 3, rounds: 8}",
+        "evaluation={every: 4, samples: 90, samples_between: 90, ssim_images: 0}",
         "sampling.steps=25",
     ]
     config = load_config(None, overrides)
