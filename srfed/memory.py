@@ -7,8 +7,9 @@ from pathlib import Path
 
 _SHORT = re.compile(
     "can't allocate memory|bad_alloc|_ALLOC_FAILED|CUDA error: out of memory"
-    # oneDNN's compiler, whatever it lacks; what it cannot do at all is a "descriptor".
-    "|could not create a primitive(?! desc)"
+    # oneDNN's compiler and what it has compiled, whatever they lack; what cannot be done at all is
+    # a "descriptor".
+    "|could not (create|execute) a primitive(?! desc)"
     # cuDNN tries one algorithm after another, and says only that none of them went; cuBLAS, that
     # there was no room for its workspace.
     "|unable to find an engine to execute this computation|CUBLAS_STATUS_NOT_INITIALIZED"

@@ -351,6 +351,8 @@ def test_what_is_short_of_memory_and_what_is_a_failed_gpu() -> None:
         MemoryError(),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("could not create a primitive"),
+        RuntimeError("could not execute a primitive"),
         RuntimeError("GET was unable to find an engine to execute this computation"),
         RuntimeError(
             "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
@@ -365,7 +367,8 @@ def test_what_is_short_of_memory_and_what_is_a_failed_gpu() -> None:
         RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
     ]
     assert all(failure_of_gpu(error) and not is_short_of_memory(error) for error in gone)
-    for error in (RuntimeError("shape mismatch"), ValueError("CUDA is not here")):
+    impossible = RuntimeError("could not create a primitive descriptor for a convolution")
+    for error in (impossible, RuntimeError("shape mismatch"), ValueError("CUDA is not here")):
         assert not is_short_of_memory(error)
         assert not failure_of_gpu(error)
 

@@ -3,10 +3,9 @@ that is replaced when it dies.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ import ray
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
-from flwr.simulation.ray_transport.ray_actor import ClientAppActor
 from ray.exceptions import RayError, RayTaskError
 
 from srfed.errors import UserError
 from srfed.federation.flower.in_process import InlineGrid
-from srfed.federation.flower.ray_node import Wanted, prepare
+from srfed.federation.flower.ray_node import ClientProcess, Wanted
 from srfed.federation.messages import DIED
 from srfed.records import Place
 
@@ -62,7 +60,7 @@ class Room:
 
 
 class RayGrid(InlineGrid):
-    """A Flower grid whose nodes are clients in Flower's Ray actors.
+    """A Flower grid whose nodes are clients in Ray's processes.
 
     A message waits until somebody pulls its reply and a process is free. Where a process dies over
     a message, the reply is an error of code :data:`srfed.federation.messages.DIED`, and another
@@ -89,7 +87,7 @@ class RayGrid(InlineGrid):
     ) -> None:
         super().__init__(client_app, nodes, state_dir)
         self._room, self._wanted = room, wanted
-        self._app = ray.put(lambda: client_app)
+        self._app = ray.put(client_app)
         self._starting: dict[Any, Any] = {}
         self._idle: list[Any] = []
         self._working: dict[Any, tuple[Any, Message]] = {}
@@ -134,7 +132,7 @@ class RayGrid(InlineGrid):
 
     def _start(self, actor: Any, message: Message) -> None:
         context = self._contexts[message.metadata.dst_node_id]
-        task = actor.run.remote(self._app, message, str(message.metadata.dst_node_id), context)
+        task = actor.answer.remote(self._app, message, context)
         self._working[task] = actor, message
 
     def _collect(self) -> None:
@@ -164,7 +162,7 @@ class RayGrid(InlineGrid):
         reply: Message
         context: Context
         try:
-            _, reply, context = ray.get(task)
+            reply, context = ray.get(task)
         except RayTaskError as error:
             # As Flower answers for an app that raises.
             reply = _error(message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error))
@@ -190,12 +188,9 @@ class RayGrid(InlineGrid):
             if self.at_once:
                 return
             raise UserError(f"Ray cannot start a client's process: {self._last_failure}; {INSTEAD}")
-        options = ClientAppActor.options(  # type: ignore[attr-defined]
-            num_cpus=self._room.cpus, num_gpus=self._room.gpus
-        )
-        first: Callable[[], None] = partial(prepare, self._wanted)
+        process: Any = ray.remote(num_cpus=self._room.cpus, num_gpus=self._room.gpus)(ClientProcess)
         for _ in range(self._room.now() - self.at_once):
-            actor = options.remote(on_actor_init_fn=first)
+            actor = process.remote(self._wanted)
             self._starting[actor.__ray_ready__.remote()] = actor
 
     def _check_alive(self) -> None:

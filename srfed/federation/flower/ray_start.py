@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,21 +104,21 @@ def _own(run: RunFolder, folder: str) -> tuple[Room, None]:
     os.environ.pop(TOKEN_FILE, None)
     # Thirty seconds, Ray's own limit, are not enough where the cores have much else to do.
     os.environ.setdefault("RAY_raylet_start_wait_time_s", START_SECONDS)
-    # Ray would begin with a process for each core, none of which has the clients' environment.
-    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     _read_token_anew()
     try:
         # Ray lets everybody write into its folder, but nobody else gets as far as that.
         place = os.path.join(folder, "r")
-        _init(
-            run,
-            address="local",
-            num_cpus=cores,
-            # Ray looks for GPUs in ways of its own, and may find another number than PyTorch.
-            num_gpus=gpus_here(),
-            include_dashboard=False,
-            _temp_dir=place,
-        )
+        # What it starts inherits this one's; an environment that is asked for would be prepared by
+        # a process of Ray's that takes seconds to be there.
+        with _environment(_of_processes(run)):
+            _init(
+                address="local",
+                num_cpus=cores,
+                # Ray looks for GPUs in ways of its own, and may find another number than PyTorch.
+                num_gpus=gpus_here(),
+                include_dashboard=False,
+                _temp_dir=place,
+            )
     except Exception as error:
         # Ray raises what its parts raise: OSError, ValueError, ConnectionError, RuntimeError and
         # its own.
@@ -158,7 +158,7 @@ def _joined(run: RunFolder, named: str) -> tuple[Room, Wanted]:
             f"with, in {TOKEN} (or {TOKEN_FILE})"
         )
     try:
-        _init(run, address=address)
+        _init(address=address, runtime_env={"env_vars": _of_processes(run)})
     except Exception as error:
         # As where Ray is started: it raises what its parts raise.
         raise UserError(f"{what}: {_first_reason(error)}") from error
@@ -174,10 +174,34 @@ def _joined(run: RunFolder, named: str) -> tuple[Room, Wanted]:
     return _room(run.config, min(resources.cpus or cores, cores)), wanted
 
 
-def _init(run: RunFolder, **arguments: Any) -> None:
-    """``ray.init`` with what both kinds of Ray have in common; raises what it raises."""
+def _of_processes(run: RunFolder) -> dict[str, str]:
+    """Variables of the processes that clients answer in."""
     # Ray's processes do not inherit what Python has put on its path since it started.
     path = os.pathsep.join([*sys.path, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {
+        "PYTHONPATH": path,
+        COUNTS_VARIABLE: os.environ.get(COUNTS_VARIABLE, ""),
+        # Each would start its own pool of threads for all cores before the first message arrives.
+        "OMP_NUM_THREADS": str(run.config.resources.client_cpus),
+    }
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ |= variables
+    try:
+        yield
+    finally:
+        for name in variables:
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]
+
+
+def _init(**arguments: Any) -> None:
+    """``ray.init`` with what both kinds of Ray have in common; raises what it raises."""
     # Ray takes SIGTERM for itself, and aborts; a signal is to stop the run between two replies.
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     main_thread = threading.current_thread() is threading.main_thread()
@@ -185,15 +209,6 @@ def _init(run: RunFolder, **arguments: Any) -> None:
         ray.init(
             log_to_driver=False,
             logging_level=logging.CRITICAL,
-            runtime_env={
-                "env_vars": {
-                    "PYTHONPATH": path,
-                    COUNTS_VARIABLE: os.environ.get(COUNTS_VARIABLE, ""),
-                    # Each actor would start its own pool of threads for all cores before the first
-                    # message arrives.
-                    "OMP_NUM_THREADS": str(run.config.resources.client_cpus),
-                }
-            },
             **arguments,
         )
     except SystemExit:
