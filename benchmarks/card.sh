@@ -39,7 +39,7 @@ row steps-digits-mnist 120 python -m benchmarks.local_steps --device cuda --netw
 row steps-paper 120 python -m benchmarks.local_steps --device cuda --networks mnist_paper
 row resumed 90 bash -c resumed
 row owners-10 120 python -m benchmarks.owner_steps --owners 1 10 --device cuda --ways "one by one" stacked
-row owners-100 120 python -m benchmarks.owner_steps --owners 100 --rounds 3 --device cuda --ways stacked
+row owners-100 120 python -m benchmarks.owner_steps --owners 100 --rounds 3 --device cuda --ways stacked "ray stacked"
 row profile 45 python -m benchmarks.local_steps --device cuda --networks mnist_paper --profile
 row pictures 45 python -m srfed sample --run "$out/whole" --n 1000 --steps 50 --batch-size 500 --device cuda \
     --npz "$out/pictures.npz"
