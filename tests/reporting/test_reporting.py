@@ -775,6 +775,23 @@ def test_off_a_terminal_rounds_that_go_well_have_a_line_a_minute_at_most(
     assert told_rounds(monkeypatch, Terminal()) == [str(number) for number in range(1, 11)]
 
 
+def test_a_pipe_that_nobody_reads_is_noticed_after_a_round_without_a_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as pipe:
+        clock = Clock(monkeypatch)
+        monkeypatch.setattr(sys, "stdout", pipe)
+        console = Console(tiny_config({"federation.rounds": 10, "evaluation.every": 0}))
+        for number in (1, 2):
+            clock.go_on(2.0, 48)
+            console.on_round(round_record(number))
+        assert os.read(reader, 1000).decode().count("\n") == 1, "the second has no line"
+        os.close(reader)
+        with pytest.raises(BrokenPipeError):
+            console.on_round(round_record(3))
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
