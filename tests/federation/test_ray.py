@@ -2,6 +2,7 @@
 start.
 """
 
+import json
 import os
 import re
 import secrets
@@ -26,7 +27,7 @@ from srfed.federation.flower.ray_grid import Room
 from srfed.federation.flower.ray_node import Wanted, unfit
 from srfed.observer import Observer
 from srfed.records import Place
-from support import killing
+from support import killing, surroundings
 from support.commands import run_here
 from support.tiny_run import (
     CHEAP,
@@ -163,6 +164,24 @@ def test_a_node_and_a_process_that_are_killed_change_no_bit(
 
 
 # --- A Ray of the run's own -----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_its_processes_have_the_clients_surroundings_from_their_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what the command is surrounded by stays as it is."""
+    monkeypatch.setenv(surroundings.FOLDER, str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    settings = {**CHEAP, "federation.rounds": 1, "resources.backend": "ray"}
+    run_on_ray(begin(tmp_path / "run", settings), client_app=surroundings.app)
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    told = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    assert told
+    for process in told:
+        assert process["threads"] == "1"
+        assert process["counts"]
+        assert not process["simulation"]
 
 
 class Stranger(Observer):
