@@ -50,6 +50,8 @@ def row_of(cell: Cell, outcome: Mapping[str, Any]) -> dict[str, Any]:
         "asked_rounds": config.federation.rounds,
         "owners": len(owners),
         "images_per_owner": outcome["images_per_owner"],
+        "image_size": config.data.image_size,
+        "channels": config.data.channels,
         "rounds": outcome["rounds"],
         "local_steps": config.training.local_steps,
         "learning_rate": config.training.learning_rate,

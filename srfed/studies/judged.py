@@ -37,7 +37,7 @@ from srfed.evaluation.metrics.denoising_loss import denoising_losses, loss_by_ba
 from srfed.evaluation.metrics.frechet import frechet_distance
 from srfed.evaluation.metrics.kernel import kernel_distance
 from srfed.evaluation.metrics.memorisation import audit
-from srfed.evaluation.metrics.nearest_neighbour import accuracy_on_real_images, class_agreement
+from srfed.evaluation.metrics.nearest_neighbour import accuracy_on_real_images, judged_as
 from srfed.evaluation.task import ssim_curve
 from srfed.files import write_json
 from srfed.interrupts import run_command
@@ -64,6 +64,7 @@ from srfed.studies.best_rounds import (
     has_passed,
     read_history,
 )
+from srfed.studies.owners import kind_of, kinds_of
 from srfed.training.part import load_tensors
 
 OUTCOME_FILE, SAMPLES_FILE = "judged.json", "judged.safetensors"
@@ -149,8 +150,9 @@ def judge(run: RunFolder, tasks: Sequence[Task], judging: Judging) -> dict[str, 
         owners[task.name] |= {"round": number, "validation": history[number][task.name]}
         judged.append(shown)
     write_arrays(run.path / SAMPLES_FILE, samples)
-    for name, share in class_agreement(judged, samples).items():
-        owners[name]["recognised"] = share
+    kinds = kinds_of(judged)
+    for name, shares in judged_as(kinds, samples).items():
+        owners[name]["recognised"] = shares[kind_of(name)]
     sums, rounds = totals(MetricsLog(run.metrics)), MetricsLog(run.metrics).rounds()
     return {
         **asdict(judging),
@@ -158,7 +160,7 @@ def judge(run: RunFolder, tasks: Sequence[Task], judging: Judging) -> dict[str, 
         "seed": config.seed,
         "images_per_owner": mean(len(task.train) for task in tasks),
         "owners": owners,
-        "recognised_real": accuracy_on_real_images(judged),
+        "recognised_real": accuracy_on_real_images(kinds),
         "score_name": features.score_name,
         "history": {str(n): mean(losses.values()) for n, losses in sorted(history.items())},
         "asked_rounds": config.federation.rounds,

@@ -55,6 +55,8 @@ PLANS: Mapping[str, Plan] = {
     "mnist": Plan(8, 2, FEW),
     "fashion_mnist": Plan(8, 2, FEW),
     "blood_cells": Plan(2, 1, FEW),
+    # After three owners of each kind, one of each; of the rarest there are 32 images an owner.
+    "blood_labs": Plan(9, 3, (5, 10, 20)),
     "digits": Plan(8, 2, FEW),
 }
 

@@ -1,18 +1,27 @@
 """The sets of owners that a study of joining trains on: what the data settings are for each."""
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from srfed.config import RunConfig
+from srfed.data import Task, load_tasks
+from srfed.data.images import Images
 from srfed.data.npz import Arrays, read_arrays
 from srfed.data.record import fingerprints
 from srfed.errors import UserError
 from srfed.files import write_bytes
+from srfed.studies.cases import change
 
 OMNIGLOT = "omniglot_8_alphabets.npz"
+KINDS, LABS = 3, 4
+"""Of blood cells, and owners of each kind."""
+LAB = "-lab"
+LAB_TEST_IMAGES = 100
+"""Of each kind, for all its owners."""
 _ARRAYS = [
     *(f"{split}_{what}" for split in ("train", "test") for what in ("images", "labels")),
     "train_characters",
@@ -80,7 +89,53 @@ def _alphabets(data: Path | None, pool: Path, owners: int) -> dict[str, Any]:
 
 
 def _blood_cells(data: Path | None, pool: Path, owners: int) -> dict[str, Any]:
-    return {"data__dataset": "folder", "data__dir": str(_needed(data, "blood_cells"))}
+    folder = _needed(data, "blood_cells")
+    return {"data__dataset": "folder", "data__dir": str(folder), "data__channels": 3}
+
+
+def _blood_labs(data: Path | None, pool: Path, owners: int) -> dict[str, Any]:
+    """Each kind of blood cells is cut for LABS owners, none with an image of another's; one owner
+    of each kind comes after the other.
+    """
+    whole = change(RunConfig(), **_blood_cells(data, pool, owners))
+    kinds = load_tasks(whole.data, KINDS)
+    made: Arrays = {
+        "label_names": np.array(
+            [f"{kind.name}{LAB}{lab}" for lab in range(LABS) for kind in kinds][:owners]
+        )
+    }
+    parts: dict[str, list[Images]] = {"train": [], "test": []}
+    for number in range(owners):
+        lab, kind = divmod(number, KINDS)
+        images = np.concatenate([kinds[kind].train, kinds[kind].test])
+        images = images[np.argsort(fingerprints(images), kind="stable")]
+        parts["train"].append(images[:-LAB_TEST_IMAGES][lab::LABS])
+        parts["test"].append(images[-LAB_TEST_IMAGES:][lab::LABS])
+    for split, of_owners in parts.items():
+        made[f"{split}_images"] = np.concatenate(of_owners)
+        made[f"{split}_labels"] = np.repeat(np.arange(owners), [len(some) for some in of_owners])
+    return _prepared(pool / "sets" / f"blood-labs-{owners}.npz", made) | {"data__channels": 3}
+
+
+def kind_of(owner: str) -> str:
+    """What an owner's images are of: images do not tell which of several owners of a kind."""
+    return owner.partition(LAB)[0]
+
+
+def kinds_of(tasks: Sequence[Task]) -> list[Task]:
+    """The images of all owners of each kind together, in the order of the first owners."""
+    members: dict[str, list[Task]] = {}
+    for task in tasks:
+        members.setdefault(kind_of(task.name), []).append(task)
+    return [
+        Task(
+            kind,
+            *(np.concatenate([getattr(task, part) for task in some]) for part in ("train", "test")),
+            some[0].index,
+            np.concatenate([task.validation for task in some]),
+        )
+        for kind, some in members.items()
+    ]
 
 
 def _torchvision(dataset: str, folder: str) -> Callable[[Path | None, Path, int], dict[str, Any]]:
@@ -117,5 +172,6 @@ SETS: Mapping[str, OwnerSet] = {
     "mnist": OwnerSet(10, 10, 20, 32, _torchvision("mnist", "MNIST")),
     "fashion_mnist": OwnerSet(10, 10, 20, 32, _torchvision("fashion_mnist", "FashionMNIST")),
     "blood_cells": OwnerSet(3, 3, 20, 32, _blood_cells),
+    "blood_labs": OwnerSet(KINDS * LABS, KINDS * LABS, 20, 12, _blood_labs),
     "digits": OwnerSet(10, 10, 20, 32, _digits),
 }
