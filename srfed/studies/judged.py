@@ -151,8 +151,8 @@ def judge(run: RunFolder, tasks: Sequence[Task], judging: Judging) -> dict[str, 
         judged.append(shown)
     write_arrays(run.path / SAMPLES_FILE, samples)
     kinds = kinds_of(judged)
-    for name, shares in judged_as(kinds, samples).items():
-        owners[name]["recognised"] = shares[kind_of(name)]
+    for name, share in recognised(kinds, samples).items():
+        owners[name]["recognised"] = share
     sums, rounds = totals(MetricsLog(run.metrics)), MetricsLog(run.metrics).rounds()
     return {
         **asdict(judging),
@@ -172,6 +172,11 @@ def judge(run: RunFolder, tasks: Sequence[Task], judging: Judging) -> dict[str, 
             for part, names in (("shared", partition.shared), ("exclusive", partition.exclusive))
         },
     }
+
+
+def recognised(kinds: Sequence[Task], samples: Mapping[str, Images]) -> dict[str, float]:
+    """The share of each owner's samples, uint8 N x H x W x C, that real images give to its kind."""
+    return {name: shares[kind_of(name)] for name, shares in judged_as(kinds, samples).items()}
 
 
 def scores_of(

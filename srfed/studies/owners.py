@@ -130,9 +130,10 @@ def kinds_of(tasks: Sequence[Task]) -> list[Task]:
     return [
         Task(
             kind,
-            *(np.concatenate([getattr(task, part) for task in some]) for part in ("train", "test")),
-            some[0].index,
-            np.concatenate([task.validation for task in some]),
+            train=np.concatenate([task.train for task in some]),
+            test=np.concatenate([task.test for task in some]),
+            index=some[0].index,
+            validation=np.concatenate([task.validation for task in some]),
         )
         for kind, some in members.items()
     ]

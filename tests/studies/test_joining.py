@@ -43,8 +43,8 @@ from srfed.studies.gains import (
     worth_of_images,
 )
 from srfed.studies.joining import COMMON, OWN_RATES, SIDES, Cell, alone_with, cells
-from srfed.studies.judged import train_judged
-from srfed.studies.owners import SETS
+from srfed.studies.judged import recognised, train_judged
+from srfed.studies.owners import LAB_TEST_IMAGES, SETS, kinds_of
 from support.images import random_images, save
 from support.tiny_study import tiny_base
 
@@ -435,8 +435,52 @@ def test_blood_cells_are_a_folder(tmp_path: Path) -> None:
             pixels = random_images(12, 12, 3, seed=number + len(kind))
             save(tmp_path / "blood_cells" / kind / f"{number}.png", pixels)
     settings = SETS["blood_cells"].settings(tmp_path, tmp_path / "pool", 3)
-    config = change(RunConfig(), data__image_size=8, data__channels=1, **settings)
-    assert [task.name for task in load_tasks(config.data, 3)] == ["platelet", "red", "white"]
+    config = change(RunConfig(), data__image_size=8, **settings)
+    tasks = load_tasks(config.data, 3)
+    assert [task.name for task in tasks] == ["platelet", "red", "white"]
+    assert {task.shape for task in tasks} == {(8, 8, 3)}, "their colours are what they are dyed for"
+
+
+def test_each_lab_has_blood_cells_that_no_other_has(tmp_path: Path) -> None:
+    kinds = ("platelets", "red", "white")
+    for place, kind in enumerate(kinds):
+        for number in range(LAB_TEST_IMAGES + 20):
+            pixels = random_images(6, 6, 3, seed=1000 * place + number)
+            pixels[..., 0] = place
+            save(tmp_path / "blood_cells" / kind / f"{number}.png", pixels)
+    settings = SETS["blood_labs"].settings(tmp_path, tmp_path / "pool", 5)
+    tasks = load_tasks(change(RunConfig(), **settings).data, 5)
+    assert [task.name for task in tasks] == [
+        *(f"{kind}-lab0" for kind in kinds),
+        "platelets-lab1",
+        "red-lab1",
+    ]
+    shown = set()
+    for task, kind in zip(tasks, (0, 1, 2, 0, 1), strict=True):
+        assert (len(task.train), len(task.test)) == (5, 25)
+        assert (np.concatenate([task.train, task.test])[..., 0] == kind).all()
+        shown |= {image.tobytes() for image in (*task.train, *task.test)}
+    assert len(shown) == 5 * 30
+
+
+def test_samples_are_recognised_by_their_kind_not_by_whose_of_the_kind_they_are() -> None:
+    def owner(name: str, level: int) -> Task:
+        return Task(name, train=np.full((4, 6, 6, 1), level, np.uint8), test=some(level + 1))
+
+    def some(level: int) -> np.ndarray:
+        return np.full((3, 6, 6, 1), level, np.uint8)
+
+    tasks = [owner("red-lab0", 10), owner("white-lab0", 200)]
+    tasks += [owner("red-lab1", 60), owner("white-lab1", 250)]
+    kinds = kinds_of(tasks)
+    assert [(kind.name, len(kind.train), len(kind.test)) for kind in kinds] == [
+        ("red", 8, 6),
+        ("white", 8, 6),
+    ]
+    samples = {"red-lab0": some(60), "white-lab0": some(250), "white-lab1": some(10)}
+    assert recognised(kinds, samples) == {"red-lab0": 1, "white-lab0": 1, "white-lab1": 0}
+    single = [owner("red", 10), owner("white", 200)]
+    assert [kind.name for kind in kinds_of(single)] == ["red", "white"]
 
 
 # --- The command ---
