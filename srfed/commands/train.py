@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from srfed.commands.sweep import train_many
 from srfed.config import RunConfig
 from srfed.config.model import exclusive_in_words
 from srfed.errors import UserError
+from srfed.federation.flower.ray_head import begin_ahead, begun_ahead
 from srfed.files import write_bytes
 from srfed.interrupts import run_command, status_of, stopping_gently, tell
 from srfed.paths import relative
@@ -90,9 +92,15 @@ def simulate(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", metavar="NAME", help="ray or inline (resources.backend)")
     options = parser.parse_args(arguments)
     further = {"resources.backend": options.backend}
-    return run_command(
-        lambda: train_by_command(SIMULATE, options, further, check_simulation, _simulate)
-    )
+    # Of several runs, and of none, no Ray is begun before it is needed.
+    one = not options.print_config and options.seeds is None and not options.sweep
+
+    def train() -> None:
+        with begun_ahead():
+            check = partial(check_simulation, meanwhile=begin_ahead if one else None)
+            train_by_command(SIMULATE, options, further, check, _simulate)
+
+    return run_command(train)
 
 
 def centralise(arguments: Sequence[str] | None = None) -> int:

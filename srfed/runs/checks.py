@@ -1,7 +1,7 @@
 """What is looked at before a run begins, so that nothing fails later; and whether it has ended."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,14 +20,21 @@ if TYPE_CHECKING:
 
 
 def check_simulation(
-    config: RunConfig, record: Path | None = None, *, allow_changed_images: bool = False
+    config: RunConfig,
+    record: Path | None = None,
+    *,
+    allow_changed_images: bool = False,
+    meanwhile: Callable[[RunConfig], None] | None = None,
 ) -> list["Task"]:
     """As :func:`check_training`, of a federation, and say which images hold next to nothing; raises
     UserError for a centralised method.
     """
     if config.training.method != "federated":
         raise UserError(f"training.method = {config.training.method} is for srfed centralise")
-    return _told(config, check_training(config, record, allow_changed_images=allow_changed_images))
+    tasks = check_training(
+        config, record, allow_changed_images=allow_changed_images, meanwhile=meanwhile
+    )
+    return _told(config, tasks)
 
 
 def check_centralised(
@@ -45,7 +52,11 @@ def check_centralised(
 
 
 def check_training(
-    config: RunConfig, record: Path | None = None, *, allow_changed_images: bool = False
+    config: RunConfig,
+    record: Path | None = None,
+    *,
+    allow_changed_images: bool = False,
+    meanwhile: Callable[[RunConfig], None] | None = None,
 ) -> list["Task"]:
     """Look for everything that would fail later, before anything is written or started.
 
@@ -53,6 +64,8 @@ def check_training(
         config: the run's configuration.
         record: of the images that the run was begun with; None for a new run.
         allow_changed_images: put other images on record, and say so, instead of refusing them.
+        meanwhile: begins what can start while PyTorch is imported, when settings and images are
+            known to be right.
 
     Returns:
         The tasks.
@@ -82,6 +95,8 @@ def check_training(
             _say_on_stderr if allow_changed_images else None,
         )
     check_held_out(config, tasks)
+    if meanwhile is not None:
+        meanwhile(config)
     import torch
 
     from srfed.device import check_share_of_gpu, device_of_clients, resolve_device

@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -20,8 +22,9 @@ import pytest
 import ray
 
 from srfed import __version__
+from srfed.config import load_config
 from srfed.errors import UserError
-from srfed.federation.flower import ray_start
+from srfed.federation.flower import ray_head, ray_start
 from srfed.federation.flower.ray import run_on_ray
 from srfed.federation.flower.ray_grid import Room
 from srfed.federation.flower.ray_node import Wanted, unfit
@@ -182,6 +185,114 @@ def test_its_processes_have_the_clients_surroundings_from_their_parent(
         assert process["threads"] == "1"
         assert process["counts"]
         assert not process["simulation"]
+
+
+HEAD = "from srfed.federation.flower import ray_head\n"
+
+
+def test_it_begins_before_the_command_imports_pytorch_or_ray(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom srfed.errors import UserError\n" + HEAD + "def begins(*_):\n"
+        '    raise UserError(f\'Ray too; loaded: {[m for m in ("torch", "ray", "flwr") '
+        "if m in sys.modules]}')\n"
+        "ray_head.RayHead = begins\n"
+        "from srfed.simulate import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    config = write_tiny_yaml(tmp_path / "tiny.yaml")
+    begun = [sys.executable, "-c", program, "--config", str(config), "--run-dir", "run"]
+
+    def said(*arguments: str) -> str:
+        done = subprocess.run(
+            [*begun, *arguments], capture_output=True, text=True, cwd=tmp_path, timeout=120
+        )
+        return done.stderr
+
+    ray = ("--backend", "ray")
+    assert said(*ray) == "error: Ray too; loaded: []\n"
+    for nothing in (
+        (*ray, "--print-config"),
+        (*ray, "--set", "data.images_per_task=0"),
+        (*ray, "--set", "federation.clients=11"),
+    ):
+        assert "Ray too" not in said(*nothing), nothing
+
+
+@pytest.mark.slow
+def test_a_run_takes_the_ray_that_was_begun_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[ray_head.RayHead] = []
+
+    class Counted(ray_head.RayHead):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            begun.append(self)
+
+    monkeypatch.setattr(ray_head, "RayHead", Counted)
+    config = write_tiny_yaml(tmp_path / "tiny.yaml")
+    words = ["--config", config, "--backend", "ray", "--run-dir", tmp_path / "run"]
+    done = run_here("simulate", *words, "--set", "federation.rounds=1")
+    assert done.returncode == 0, done.stderr
+    (head,) = begun
+    assert not with_in_environment(head.token)
+    assert head.token not in os.environ.values()
+    own = load_config(config, ["resources.backend=ray", "resources.client_cpus=1"])
+    with ray_head.begun_ahead():
+        ray_head.begin_ahead(own)
+        other = load_config(config, ["resources.backend=ray", "resources.client_cpus=2"])
+        with ray_head.head_for(other, 0) as another:
+            assert another is begun[2], "that of another run has other threads"
+    assert len(begun) == 3
+
+
+def gone(trace: str, folder: Path) -> bool:
+    """Whether no process has the trace in its environment and nothing is left in the folder; waits
+    a while for it.
+    """
+    deadline = time.monotonic() + 60
+    while with_in_environment(trace) or list(folder.iterdir()):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["refused", "killed"])
+def test_no_ray_outlives_its_command(how: str, tmp_path: Path) -> None:
+    """A Ray that was begun for a run that is refused then, and that of a run that is killed."""
+    # Sockets have short names.
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))
+    config = write_tiny_yaml(tmp_path / "tiny.yaml")
+    wrong = ["--set", "model.exclusive_stages=[nothing]"] if how == "refused" else []
+    words = ["--config", str(config), "--backend", "ray", "--run-dir", str(tmp_path / "run")]
+    with subprocess.Popen(
+        [sys.executable, "-m", "srfed.simulate", *words, *wrong],
+        env={**os.environ, "RAY_TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as command:
+        assert command.stdout is not None
+        assert command.stderr is not None
+        if how == "killed":
+            assert any("round 1" in line for line in command.stdout)
+            assert len(with_in_environment(str(folder))) > 3
+            command.kill()
+        else:
+            assert "nothing" in command.stderr.read()
+    assert gone(str(folder), folder)
+    folder.rmdir()
+
+
+def test_a_ray_whose_process_ends_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert simulated(tmp_path).startswith(
+        "error: Ray cannot start: the process that starts it has ended (1); resources.backend = "
+    )
 
 
 class Stranger(Observer):

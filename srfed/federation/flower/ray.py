@@ -10,7 +10,8 @@ from srfed.evaluation.metrics.own import OwnMetrics
 from srfed.federation.flower.client_app import app as own_client_app
 from srfed.federation.flower.federated import Federated
 from srfed.federation.flower.in_process import identity_kept
-from srfed.federation.flower.ray_grid import INSTEAD, RayGrid, reason_of_death
+from srfed.federation.flower.ray_grid import RayGrid, reason_of_death
+from srfed.federation.flower.ray_head import INSTEAD
 from srfed.federation.flower.ray_start import started_ray
 from srfed.observer import Observer
 from srfed.runs.loop import run_rounds

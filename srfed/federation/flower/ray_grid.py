@@ -2,6 +2,7 @@
 that is replaced when it dies.
 """
 
+import os
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -17,9 +18,11 @@ from ray.exceptions import RayError, RayTaskError
 
 from srfed.errors import UserError
 from srfed.federation.flower.in_process import InlineGrid
+from srfed.federation.flower.ray_head import INSTEAD
 from srfed.federation.flower.ray_node import ClientProcess, Wanted
 from srfed.federation.messages import DIED
 from srfed.records import Place
+from srfed.work import COUNTS_VARIABLE
 
 MOST_FAILED_STARTS = 3
 """Processes that may die before they are there, one after the other."""
@@ -27,7 +30,6 @@ LONGEST_START = 300.0
 """Seconds without a process that is there or at work."""
 LOOK_SECONDS = 5.0
 """Time between two looks at how many processes there is room for; nodes come and go."""
-INSTEAD = "resources.backend = inline (--backend inline) does without Ray"
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ class RayGrid(InlineGrid):
             raise UserError(f"Ray cannot start a client's process: {self._last_failure}; {INSTEAD}")
         process: Any = ray.remote(num_cpus=self._room.cpus, num_gpus=self._room.gpus)(ClientProcess)
         for _ in range(self._room.now() - self.at_once):
-            actor = process.remote(self._wanted)
+            actor = process.remote(self._wanted, os.environ.get(COUNTS_VARIABLE, ""))
             self._starting[actor.__ray_ready__.remote()] = actor
 
     def _check_alive(self) -> None:

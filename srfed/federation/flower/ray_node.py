@@ -12,6 +12,7 @@ from srfed import __version__
 from srfed.config import RunConfig
 from srfed.errors import UserError
 from srfed.records import Place
+from srfed.work import COUNTS_VARIABLE
 
 if TYPE_CHECKING:
     from flwr.app import Context, Message
@@ -93,14 +94,16 @@ class ClientProcess:
     Args:
         wanted: of a cluster's node, which may have joined since the run began; None on the run's
             own machine.
+        counts: the folder of the run's counts of work; empty where there is none.
 
     Raises:
         RuntimeError: the node is not fit.
     """
 
-    def __init__(self, wanted: Wanted | None) -> None:
+    def __init__(self, wanted: Wanted | None, counts: str) -> None:
         if wanted is not None and (reason := unfit(wanted)):
             raise RuntimeError(reason)
+        os.environ[COUNTS_VARIABLE] = counts
         # What it will need, while the server is still getting ready.
         import srfed.federation.flower.client_app  # noqa: F401
 

@@ -11,12 +11,10 @@ import os
 import secrets
 import signal
 import socket
-import sys
-import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ray
@@ -25,18 +23,27 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from srfed import __version__
 from srfed.config import RunConfig
-from srfed.cores import usable_cores
 from srfed.device import gpus_here
 from srfed.environment import surroundings_kept
 from srfed.errors import UserError
 from srfed.federation import report_nothing
-from srfed.federation.flower.ray_grid import INSTEAD, LONGEST_START, Room, reason_of_death
+from srfed.federation.flower.ray_grid import LONGEST_START, Room, reason_of_death
+from srfed.federation.flower.ray_head import (
+    INSTEAD,
+    MODE,
+    TOKEN,
+    TOKEN_FILE,
+    RayHead,
+    cores_for,
+    first_reason,
+    head_for,
+    variables_of_processes,
+)
 from srfed.federation.flower.ray_node import Seen, Wanted, look_at_gpu, unfit
 from srfed.interrupts import SIGNALS, Interrupted
 from srfed.records import Place
 from srfed.storage.run_folder import RunFolder
 from srfed.units import printable
-from srfed.work import COUNTS_VARIABLE
 
 try:
     from ray._raylet import (  # type: ignore[attr-defined]
@@ -49,10 +56,7 @@ try:
 except ImportError:
     HAS_TOKENS = False
 
-MODE, TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
-TOKEN_FILE = "RAY_AUTH_TOKEN_PATH"
 CONNECT_SECONDS = 10.0
-START_SECONDS = "200"
 NODE_SECONDS = 120.0
 """Time for all nodes to say what they are like."""
 
@@ -79,53 +83,40 @@ def started_ray(run: RunFolder) -> Iterator[tuple[Room, Wanted | None]]:
         raise UserError(
             f"Ray cannot start: it runs in this process already (ray.shutdown() ends it); {INSTEAD}"
         )
-    address = run.config.resources.ray_address
+    config = run.config
+    address = config.resources.ray_address
     try:
-        with surroundings_kept(), _quiet(), _folder() as folder:
+        with surroundings_kept(), _quiet(), ExitStack() as stack:
             # What a run before this one has put back.
             report_nothing()
             # Ray announces a change of what clients without a GPU see; here they are to see none.
             warnings.filterwarnings(
                 "ignore", message=".*accelerator visible devices", category=FutureWarning
             )
+            own = None
+            if address is None:
+                own = stack.enter_context(head_for(config, gpus_here()))
             try:
-                yield _own(run, folder) if address is None else _joined(run, address)
+                yield _own(config, own) if own else _joined(run, str(address))
             finally:
                 ray.shutdown()
     finally:
         _read_token_anew()
 
 
-def _own(run: RunFolder, folder: str) -> tuple[Room, None]:
-    """Start a Ray for this run alone."""
-    resources, clients = run.config.resources, run.config.federation.clients
-    cores = min(resources.cpus or usable_cores(), clients * resources.client_cpus)
-    os.environ |= {MODE: "token", TOKEN: secrets.token_hex(32)}
+def _own(config: RunConfig, head: RayHead) -> tuple[Room, None]:
+    """Join the Ray that has been started for this run alone."""
+    address = head.address()
+    os.environ |= {MODE: "token", TOKEN: head.token}
     os.environ.pop(TOKEN_FILE, None)
-    # Thirty seconds, Ray's own limit, are not enough where the cores have much else to do.
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", START_SECONDS)
     _read_token_anew()
     try:
-        # Ray lets everybody write into its folder, but nobody else gets as far as that.
-        place = os.path.join(folder, "r")
-        # What it starts inherits this one's; an environment that is asked for would be prepared by
-        # a process of Ray's that takes seconds to be there.
-        with _environment(_of_processes(run)):
-            _init(
-                address="local",
-                num_cpus=cores,
-                # Ray looks for GPUs in ways of its own, and may find another number than PyTorch.
-                num_gpus=gpus_here(),
-                include_dashboard=False,
-                _temp_dir=place,
-            )
+        _init(address=address)
     except Exception as error:
         # Ray raises what its parts raise: OSError, ValueError, ConnectionError, RuntimeError and
         # its own.
-        reason = _first_reason(error)
-        shorter = "; name a shorter folder in TMPDIR" if "AF_UNIX path length" in reason else ""
-        raise UserError(f"Ray cannot start: {reason}{shorter}; {INSTEAD}") from error
-    return _room(run.config, cores), None
+        raise UserError(f"Ray cannot start: {first_reason(error)}; {INSTEAD}") from error
+    return _room(config, cores_for(config)), None
 
 
 def _joined(run: RunFolder, named: str) -> tuple[Room, Wanted]:
@@ -134,7 +125,7 @@ def _joined(run: RunFolder, named: str) -> tuple[Room, Wanted]:
     try:
         address = ray._private.services.canonicalize_bootstrap_address_or_die(named)
     except (ConnectionError, ValueError, OSError) as error:
-        raise UserError(f"{what}: {_first_reason(error)}") from error
+        raise UserError(f"{what}: {first_reason(error)}") from error
     if address != named:
         what = f"{what} ({address})"
     host, _, port = address.rpartition(":")
@@ -142,7 +133,7 @@ def _joined(run: RunFolder, named: str) -> tuple[Room, Wanted]:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
     except OSError as error:
         raise UserError(
-            f"{what}: nobody answers there ({_first_reason(error)}); allowed: the address that "
+            f"{what}: nobody answers there ({first_reason(error)}); allowed: the address that "
             "`ray start --head` has printed, on a machine that is a node of it"
         ) from error
     os.environ[MODE] = "token"
@@ -158,10 +149,10 @@ def _joined(run: RunFolder, named: str) -> tuple[Room, Wanted]:
             f"with, in {TOKEN} (or {TOKEN_FILE})"
         )
     try:
-        _init(address=address, runtime_env={"env_vars": _of_processes(run)})
+        _init(address=address, runtime_env={"env_vars": variables_of_processes(run.config)})
     except Exception as error:
         # As where Ray is started: it raises what its parts raise.
-        raise UserError(f"{what}: {_first_reason(error)}") from error
+        raise UserError(f"{what}: {first_reason(error)}") from error
     wanted = Wanted(
         version=__version__,
         folder=str(run.path.absolute()),
@@ -172,32 +163,6 @@ def _joined(run: RunFolder, named: str) -> tuple[Room, Wanted]:
     resources = run.config.resources
     cores = int(ray.cluster_resources().get("CPU", 0.0))  # type: ignore[no-untyped-call]
     return _room(run.config, min(resources.cpus or cores, cores)), wanted
-
-
-def _of_processes(run: RunFolder) -> dict[str, str]:
-    """Variables of the processes that clients answer in."""
-    # Ray's processes do not inherit what Python has put on its path since it started.
-    path = os.pathsep.join([*sys.path, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {
-        "PYTHONPATH": path,
-        COUNTS_VARIABLE: os.environ.get(COUNTS_VARIABLE, ""),
-        # Each would start its own pool of threads for all cores before the first message arrives.
-        "OMP_NUM_THREADS": str(run.config.resources.client_cpus),
-    }
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ |= variables
-    try:
-        yield
-    finally:
-        for name in variables:
-            if name in before:
-                os.environ[name] = before[name]
-            else:
-                del os.environ[name]
 
 
 def _init(**arguments: Any) -> None:
@@ -246,7 +211,7 @@ def _admits(what: str, address: str) -> bool:
         return False
     except Exception as error:
         # Ray's own, and what it makes of gRPC's.
-        raise UserError(f"{what}: no Ray answers there ({_first_reason(error)})") from error
+        raise UserError(f"{what}: no Ray answers there ({first_reason(error)})") from error
     return True
 
 
@@ -348,22 +313,6 @@ def client_share(config: RunConfig, gpus: float, cores: int, fit: int | None = N
 
 
 @contextmanager
-def _folder() -> Iterator[str]:
-    """A folder of the user's alone for Ray's sockets and logs, removed afterwards."""
-    try:
-        folder = tempfile.TemporaryDirectory(
-            prefix="srfed-ray-", dir=os.environ.get("RAY_TMPDIR"), ignore_cleanup_errors=True
-        )
-    except OSError as error:
-        raise UserError(
-            f"Ray cannot start: {_first_reason(error)} (the folder is RAY_TMPDIR's, or else "
-            f"TMPDIR's); {INSTEAD}"
-        ) from error
-    with folder as name:
-        yield name
-
-
-@contextmanager
 def _quiet() -> Iterator[None]:
     """Neither Flower nor Ray speaks beside the run: what happens to a client is in its own lines,
     what ends the simulation in the error.
@@ -385,15 +334,3 @@ def _read_token_anew() -> None:
     """Let Ray read mode and token again: it keeps those that it has found first."""
     AuthenticationTokenLoader.instance().reset_cache()
     Config.initialize("")
-
-
-def _root(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _first_reason(error: BaseException) -> str:
-    """What began it, in one line."""
-    error = _root(error)
-    return " ".join(str(error).split()) or type(error).__name__
