@@ -26,8 +26,9 @@ from srfed.device import memory_layout
 from srfed.flat import copies
 from srfed.model import build_model, build_objective, build_partition
 from srfed.networks.partition import Shared
-from srfed.training.local import LocalTrainer
+from srfed.training.local import Job, LocalTrainer, train_owners
 from srfed.training.part import initial_state
+from srfed.training.step import LocalStep
 
 CASES = {
     "digits, 8 px": ("digits", 1, 8),
@@ -42,6 +43,12 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--steps", type=int, default=6, help="steps in a repetition")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--stack",
+        type=int,
+        default=7,
+        help="owners that train as one program, in a row of their own (7, a CPU's most)",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     for case in options.cases:
@@ -59,9 +66,11 @@ def main() -> None:
         images = np.random.default_rng(0).integers(
             0, 256, (256, side, side, channels), dtype=np.uint8
         )
+        stacked = f"srfed, a stack of {options.stack}"
         loops = {
             "srfed": _own(config, images),
             "srfed, channels last": _own(config, images, channels_last=True),
+            stacked: _own(config, images, stack=options.stack),
             **_peers(config, images),
         }
         taken: dict[str, list[float]] = {library: [] for library in loops}
@@ -70,7 +79,8 @@ def main() -> None:
                 start = time.process_time()
                 train()
                 if repeat:
-                    taken[library].append(time.process_time() - start)
+                    owners = options.stack if library == stacked else 1
+                    taken[library].append((time.process_time() - start) / owners)
         count = config.training.batch_size * options.steps
         for library, (network, _) in loops.items():
             speed = count / statistics.median(taken[library])
@@ -83,13 +93,18 @@ def main() -> None:
                 f"{case}, batches of {config.training.batch_size}: {library}: {speed:.1f} images/s "
                 f"of {size / 1e6:.2f}M weights and {flops / 1e6:.0f} MFLOP forward "
                 f"({3e-9 * speed * flops:.1f} GFLOP/s); srfed is {statistics.median(ratios):.2f} "
-                f"times as fast ({min(ratios):.2f} to {max(ratios):.2f})",
+                f"times as fast ({min(ratios):.2f} to {max(ratios):.2f}), stacked "
+                f"{_stacked_over(taken[stacked], taken[library])}",
                 flush=True,
             )
 
 
+def _stacked_over(stacked: list[float], others: list[float]) -> str:
+    return f"{statistics.median(o / s for s, o in zip(stacked, others, strict=True)):.2f}"
+
+
 def _own(
-    config: RunConfig, images: np.ndarray, *, channels_last: bool = False
+    config: RunConfig, images: np.ndarray, *, channels_last: bool = False, stack: int | None = None
 ) -> tuple[nn.Module, Callable[[], object]]:
     resources = config.resources.model_copy(update={"channels_last": channels_last})
     config = config.model_copy(update={"resources": resources})
@@ -99,8 +114,13 @@ def _own(
     shared = Shared(copies(partition.take_shared(model.state_dict())))
     model = model.to(memory_format=memory_layout(resources))
     objective = build_objective(config, torch.device("cpu"))
-    trainer = LocalTrainer(config, model, partition, objective, "benchmark", images)
-    return model, lambda: trainer.train(1, shared, state)
+    step = LocalStep(config, model, partition, objective, stack)
+    trainers = [
+        LocalTrainer(config, model, partition, objective, f"owner-{k}", images, step=step)
+        for k in range(stack or 1)
+    ]
+    jobs = [Job(trainer, 1, shared, state) for trainer in trainers]
+    return model, lambda: train_owners(config, step, jobs)
 
 
 def _peers(
