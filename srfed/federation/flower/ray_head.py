@@ -26,6 +26,7 @@ from srfed.federation import report_nothing
 MODE, TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 TOKEN_FILE = "RAY_AUTH_TOKEN_PATH"
 START_SECONDS = "200"
+END_SECONDS = 60.0
 INSTEAD = "resources.backend = inline (--backend inline) does without Ray"
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 """One of them is there where a process can use a GPU: NVIDIA's, under WSL 2, AMD's."""
@@ -121,7 +122,12 @@ class RayHead:
             self._process.stdin.close()
         self._process.stdout.close()
         if wait:
-            self._process.wait()
+            try:
+                self._process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                # What it has started ends with it.
+                self._process.kill()
+                self._process.wait()
 
 
 _ahead: RayHead | None = None
