@@ -77,7 +77,6 @@ def test_a_round_that_does_not_fit_is_one_sentence_and_nothing_is_lost(tmp_path:
     assert "Traceback" not in found["said"]
     assert found["as it was"]
     assert found["rounds"] == [1]
-    (tmp_path / "fits").mkdir()
     there = in_a_process_of_its_own("fits", tmp_path / "fits", fitting(line))
     assert there["accepted"] == ["digit-0"]
     assert (there["code"], there["stored"]) == (FAILED, [])
