@@ -44,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         help="images an owner to choose a round by, besides; default: the set's",
     )
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the images (14)")
+    parser.add_argument(
+        "--channels", type=int, choices=(1, 3), help="1: grey, 3: colour; default: the set's"
+    )
     parser.add_argument("--rounds", type=int, default=80, help="rounds of 16 steps (80)")
     parser.add_argument(
         "--every", type=int, default=4, metavar="N", help="rounds between validations (4)"
@@ -138,10 +142,15 @@ def configuration(options: argparse.Namespace) -> RunConfig:
     _at_least("images", images, 1)
     _at_least("validation", validation, 2)
     data = None if options.data_dir is None else absolute_path(options.data_dir)
+    asked = {"data__image_size": options.size, "data__channels": options.channels}
+    settings = {
+        **chosen.settings(data, options.pool, owners),
+        **{name: value for name, value in asked.items() if value is not None},
+    }
     return change(
         change(RunConfig(), **COMMON),
         name="joining",
-        **chosen.settings(data, options.pool, owners),
+        **settings,
         data__images_per_task=images + validation,
         data__validation_images=validation,
         federation__clients=owners,

@@ -118,7 +118,11 @@ def _study(options: argparse.Namespace) -> None:
     _within("between", options.between, 1, options.steps)
     base = joining.configuration(
         argparse.Namespace(
-            **{**vars(options), "owners": known, "images": None, "validation": None, "stack": None}
+            **{
+                **vars(options),
+                "owners": known,
+                **dict.fromkeys(("images", "validation", "stack", "size", "channels")),
+            }
         )
     )
     everybody = _everybody(options, base, known + new, counts[-1] + options.validation)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -483,6 +484,27 @@ def test_samples_are_recognised_by_their_kind_not_by_whose_of_the_kind_they_are(
     assert [kind.name for kind in kinds_of(single)] == ["red", "white"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "found"), [((None, None), (14, 3)), ((32, None), (32, 3)), ((None, 1), (14, 1))]
+)
+def test_size_and_channels_are_the_sets_where_nobody_says_otherwise(
+    asked: tuple[int | None, int | None], found: tuple[int, int], tmp_path: Path
+) -> None:
+    (tmp_path / "blood_cells").mkdir()
+    given = {"owners": None, "images": None, "validation": None, "rounds": 1, "stack": None}
+    options = Namespace(
+        **given,
+        owner_set="blood_cells",
+        data_dir=str(tmp_path),
+        pool=tmp_path,
+        device="cpu",
+        size=asked[0],
+        channels=asked[1],
+    )
+    data = command.configuration(options).data
+    assert (data.image_size, data.channels) == found
+
+
 # --- The command ---
 
 WRONG: dict[str, tuple[list[str], str]] = {
@@ -494,6 +516,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "one validation image": (["--set", "digits", "--validation", "1"], "allowed: 2 or more"),
     "no image": (["--set", "digits", "--images", "0"], "--images 0 is impossible"),
     "too many images": (["--set", "digits", "--images", "500"], "data.images_per_task = 532"),
+    "no pixel": (["--set", "digits", "--size", "0"], "data.image_size = 0 is not allowed"),
     "no round": (["--set", "digits", "--rounds", "0"], "--rounds 0 is impossible"),
     "never": (["--set", "digits", "--every", "0"], "--every 0 is impossible"),
     "one sample": (["--set", "digits", "--samples", "1"], "--samples 1 is impossible"),
