@@ -42,18 +42,21 @@ def passes_done() -> int:
 
 
 @contextmanager
-def counted_together() -> Iterator[None]:
+def counted_together(folder: str | None = None) -> Iterator[None]:
     """Give the processes that are started meanwhile, and are told :data:`COUNTS_VARIABLE`, a place
-    for their counts; where none can be made, they are not counted.
+    for their counts, in a folder or where temporary files are; where none can be made, they are not
+    counted.
     """
     try:
-        made = tempfile.TemporaryDirectory(prefix="srfed-work-", ignore_cleanup_errors=True)
+        made = tempfile.TemporaryDirectory(
+            prefix="srfed-work-", dir=folder, ignore_cleanup_errors=True
+        )
     except OSError:
         yield
         return
     before = os.environ.get(COUNTS_VARIABLE)
-    with made as folder:
-        os.environ[COUNTS_VARIABLE] = folder
+    with made as name:
+        os.environ[COUNTS_VARIABLE] = name
         try:
             yield
         finally:

@@ -325,7 +325,7 @@ def test_rays_clients_share_a_gpu_by_their_memory(
     monkeypatch.setattr(ray_start, "look_at_gpu", faked_card.look_at_gpu)
     ray_run = {"resources.backend": "ray", "resources.device": "auto"}
     run = begin(tmp_path / "run", {**ray_run, "resources.cpus": 3})
-    with ray_start.started_ray(run) as (room, _):
+    with ray_start.started_ray(run) as (room, _, _):
         assert room.gpus == 0.5
         assert room.place.in_words == "cuda (NVIDIA H200), float32"
         assert room.now() == 2

@@ -269,7 +269,7 @@ def test_no_ray_outlives_its_command(how: str, tmp_path: Path) -> None:
     words = ["--config", str(config), "--backend", "ray", "--run-dir", str(tmp_path / "run")]
     with subprocess.Popen(
         [sys.executable, "-m", "srfed.simulate", *words, *wrong],
-        env={**os.environ, "RAY_TMPDIR": str(folder)},
+        env={**os.environ, "RAY_TMPDIR": str(folder), "TMPDIR": str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

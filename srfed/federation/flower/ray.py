@@ -33,7 +33,12 @@ def run_on_ray(
         UserError: Ray cannot start, or cannot start the clients; otherwise as
             :func:`srfed.runs.loop.run_rounds`.
     """
-    with run.in_use(), counted_together(), started_ray(run) as (room, wanted), identity_kept():
+    with (
+        run.in_use(),
+        started_ray(run) as (room, wanted, folder),
+        counted_together(folder),
+        identity_kept(),
+    ):
         try:
             clients = run.config.federation.clients
             grid = RayGrid(client_app, clients, run.clients, room, wanted)

@@ -58,7 +58,10 @@ class RayHead:
 
     Attributes:
         token: without which nobody joins it; in the environment of its processes and nowhere else.
+        folder: a folder of the user's alone that is removed when Ray ends; known with the address.
     """
+
+    folder: str | None = None
 
     def __init__(self, config: RunConfig, gpus: int | None = None) -> None:
         self.token = secrets.token_hex(32)
@@ -109,6 +112,7 @@ class RayHead:
         else:
             told = json.loads(said)
             if "address" in told:
+                self.folder = told["folder"]
                 return str(told["address"])
             reason = told["reason"]
         shorter = "; name a shorter folder in TMPDIR" if "AF_UNIX path length" in reason else ""
@@ -219,7 +223,7 @@ def _run_ray(asked: dict[str, Any], folder: str, say: Any) -> int:
         # its own.
         say(reason=first_reason(error))
         return 1
-    say(address=ray.get_runtime_context().gcs_address)
+    say(address=ray.get_runtime_context().gcs_address, folder=folder)
     sys.stdin.read()
     ray.shutdown()
     return 0

@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import AuthenticationError, RayError
@@ -61,14 +61,25 @@ NODE_SECONDS = 120.0
 """Time for all nodes to say what they are like."""
 
 
+class Started(NamedTuple):
+    """A Ray for a run.
+
+    Attributes:
+        room: for clients' processes.
+        wanted: what these ask of the machines that they are on; None on the run's own.
+        folder: a folder of the user's alone that ends with Ray; None where Ray is joined.
+    """
+
+    room: Room
+    wanted: Wanted | None = None
+    folder: str | None = None
+
+
 @contextmanager
-def started_ray(run: RunFolder) -> Iterator[tuple[Room, Wanted | None]]:
+def started_ray(run: RunFolder) -> Iterator[Started]:
     """A Ray for the run, here and now, whatever RAY_ADDRESS says; ended, or left, afterwards.
 
     What Flower and Ray change in this process (environment, log level, warnings) is put back.
-
-    Yields:
-        The room for clients' processes, and what they ask of the machines that they are on.
 
     Raises:
         UserError: Ray does not start, the cluster cannot be joined or is not fit, or there is no
@@ -104,7 +115,7 @@ def started_ray(run: RunFolder) -> Iterator[tuple[Room, Wanted | None]]:
         _read_token_anew()
 
 
-def _own(config: RunConfig, head: RayHead) -> tuple[Room, None]:
+def _own(config: RunConfig, head: RayHead) -> Started:
     """Join the Ray that has been started for this run alone."""
     address = head.address()
     os.environ |= {MODE: "token", TOKEN: head.token}
@@ -116,10 +127,10 @@ def _own(config: RunConfig, head: RayHead) -> tuple[Room, None]:
         # Ray raises what its parts raise: OSError, ValueError, ConnectionError, RuntimeError and
         # its own.
         raise UserError(f"Ray cannot start: {first_reason(error)}; {INSTEAD}") from error
-    return _room(config, cores_for(config)), None
+    return Started(_room(config, cores_for(config)), folder=head.folder)
 
 
-def _joined(run: RunFolder, named: str) -> tuple[Room, Wanted]:
+def _joined(run: RunFolder, named: str) -> Started:
     """Join a cluster that is there already."""
     what = f"resources.ray_address = {named}"
     try:
@@ -162,7 +173,7 @@ def _joined(run: RunFolder, named: str) -> tuple[Room, Wanted]:
     _look_at_nodes(what, wanted)
     resources = run.config.resources
     cores = int(ray.cluster_resources().get("CPU", 0.0))  # type: ignore[no-untyped-call]
-    return _room(run.config, min(resources.cpus or cores, cores)), wanted
+    return Started(_room(run.config, min(resources.cpus or cores, cores)), wanted)
 
 
 def _init(**arguments: Any) -> None:
