@@ -43,6 +43,7 @@ from srfed.training.local import LocalTrainer
 from srfed.training.optimizer import reach_of_round
 from srfed.training.part import ClientState, Part, initial_state
 from support.tiny_run import (
+    CHEAP,
     StoppingGrid,
     accepted_attempts,
     all_bits,
@@ -320,7 +321,7 @@ def test_a_run_of_before_there_were_steps_is_opened_and_has_none(tmp_path: Path)
 
 # --- Whole runs ----------------------------------------------------------------------------------
 
-ROUNDS = {"federation.rounds": 3, "federation.keep_attempts": 9, "evaluation.every": 0}
+ROUNDS = {**CHEAP, "federation.rounds": 3}
 
 
 @pytest.fixture(scope="module")
