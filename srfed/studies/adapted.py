@@ -23,7 +23,7 @@ from srfed.device import resolve_device
 from srfed.errors import UserError
 from srfed.evaluation.features.load import load_feature_network
 from srfed.evaluation.metrics.denoising_loss import denoising_losses, mean_loss
-from srfed.evaluation.metrics.nearest_neighbour import accuracy_on_real_images, class_agreement
+from srfed.evaluation.metrics.nearest_neighbour import accuracy_on_real_images
 from srfed.files import write_json
 from srfed.interrupts import run_command
 from srfed.model import build_model, build_objective, captured_forwards, denoiser_of_task
@@ -31,8 +31,9 @@ from srfed.networks.partition import Shared
 from srfed.storage.checkpoint import read_arrays, write_arrays
 from srfed.storage.run_folder import RunFolder
 from srfed.studies.best_rounds import TOGETHER, VALIDATION_NOISE, best_file
-from srfed.studies.judged import scores_of
+from srfed.studies.judged import recognised, scores_of
 from srfed.studies.new_owner import ADAPTED_FILE, SAMPLES_FILE, Adapting
+from srfed.studies.owners import kinds_of
 from srfed.training.adaptation import Adapted, Mode, adapt
 from srfed.training.part import load_tensors
 
@@ -130,6 +131,7 @@ def adapt_and_judge(
         denoiser, objective.process, config, task, features, adapting.samples
     )
     write_arrays(folder / SAMPLES_FILE, {task.name: samples})
+    kinds = kinds_of(tasks)
     sizes = [sum(t.numel() for t in part.values()) for part in (best.exclusive, best.shared)]
     outcome = {
         **identity,
@@ -143,8 +145,8 @@ def adapt_and_judge(
         "validation": history[best.steps],
         "history": {str(step): loss for step, loss in history.items()},
         **scores,
-        "recognised": class_agreement(tasks, {task.name: samples})[task.name],
-        "recognised_real": accuracy_on_real_images(tasks),
+        "recognised": recognised(kinds, {task.name: samples})[task.name],
+        "recognised_real": accuracy_on_real_images(kinds),
         "score_name": features.score_name,
         "core_seconds": seconds[max(seconds)],
         "core_seconds_to_best": seconds[best.steps],
