@@ -14,7 +14,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -204,7 +204,7 @@ def main() -> int:
         return _run_ray(asked, name, say)
 
 
-def _run_ray(asked: dict[str, Any], folder: str, say: Any) -> int:
+def _run_ray(asked: dict[str, Any], folder: str, say: Callable[..., None]) -> int:
     import ray
 
     try:

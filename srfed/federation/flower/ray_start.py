@@ -104,11 +104,11 @@ def started_ray(run: RunFolder) -> Iterator[Started]:
             warnings.filterwarnings(
                 "ignore", message=".*accelerator visible devices", category=FutureWarning
             )
-            own = None
-            if address is None:
-                own = stack.enter_context(head_for(config, gpus_here()))
             try:
-                yield _own(config, own) if own else _joined(run, str(address))
+                if address is None:
+                    yield _own(config, stack.enter_context(head_for(config, gpus_here())))
+                else:
+                    yield _joined(run, address)
             finally:
                 ray.shutdown()
     finally:
